@@ -1,0 +1,27 @@
+"""Errors that the command line turns into one clear line and an exit code of their own."""
+
+from collections.abc import Mapping
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message says what is wrong, where, and how (exit code 2)."""
+
+
+class NonFiniteLossError(Exception):
+    """Loss or gradient became NaN or infinite; raised before the optimizer step (exit code 3).
+
+    Attributes:
+        step: The optimizer step that was being computed (first 1).
+        gains: The last measured Amax gains, by TensorBoard tag; empty if none were measured.
+    """
+
+    def __init__(self, what: str, step: int, gains: Mapping[str, float] | None = None) -> None:
+        self.step = step
+        self.gains = dict(gains or {})
+        gains_text = ", ".join(f"{tag} {value:.4g}" for tag, value in self.gains.items())
+        super().__init__(
+            f"{what} at step {step}"
+            f" (last gains: {gains_text or 'none measured'});"
+            " try a lower optimizer.lr, a longer optimizer.warmup_steps or"
+            " a smaller trainer.gradient_clip_val, and resume from the last checkpoint"
+        )

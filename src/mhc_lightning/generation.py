@@ -1,0 +1,79 @@
+"""Sampling tokens from a language model."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mhc_lightning.errors import UserError
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    end_token: int | None = None,
+) -> Iterator[int]:
+    """Yield sampled tokens one by one, as they are drawn.
+
+    Args:
+        model: Maps tokens [1, S] to logits [1, S, V]; in evaluation mode.
+        prompt: At least one token.
+        max_new_tokens: When to stop at the latest.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Keep the k likeliest tokens.
+        top_p: Keep the likeliest tokens whose probabilities add up to at least p.
+        seed: Makes the draw repeatable.
+        end_token: Stop when it is drawn; it is not yielded.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+    if not prompt:
+        raise UserError('the prompt is empty: give at least one character, prompt="…"')
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
+    if not temperature >= 0:
+        raise UserError(f"temperature must be at least 0, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    tokens = torch.tensor([list(prompt)], device=device)
+    for _ in range(max_new_tokens):
+        logits = model(tokens)[0, -1].float()
+        token = _sample(logits, temperature, top_k, top_p, generator)
+        if token == end_token:
+            return
+        yield token
+        tokens = torch.cat([tokens, tokens.new_tensor([[token]])], dim=1)
+
+
+def _sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator,
+) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, tokens = (logits / temperature).softmax(-1).sort(descending=True)
+    if top_k is not None:
+        probabilities[top_k:] = 0
+    if top_p is not None:
+        before = probabilities.cumsum(0) - probabilities
+        probabilities[before >= top_p] = 0
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,0 +1,137 @@
+"""The LightningModule: loss, optimizer, schedule and the numbers every run logs."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+
+from mhc_lightning.errors import NonFiniteLossError, UserError
+from mhc_lightning.modules import MixtureOfExperts, Transformer
+from mhc_lightning.optimization import AdamW
+
+
+class LanguageModel(pl.LightningModule):
+    """Next-token prediction with a ``Transformer``.
+
+    A batch is int64 tokens [B, S + 1]. Logs ``train/loss`` (the mean over the micro-batches of an
+    optimizer step), ``train/grad_norm`` (before clipping), ``train/learning_rate``, ``val/loss``
+    and ``val/perplexity``, against the number of optimizer steps completed, first 1.
+
+    Args:
+        model: The network.
+        optimizer: The optimizer recipe.
+        compile: Whether to compile the network's sub-layers.
+    """
+
+    def __init__(self, model: Transformer, optimizer: AdamW, compile: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer
+        self.compile_sublayers = compile
+        self.validation_loss = MeanMetric()
+        self.validation_perplexity = Perplexity()
+        self._step_losses: list[Tensor] = []
+        self._step_of_losses = -1
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, S] -> logits [B, S, V]."""
+        return self.model(tokens)
+
+    def configure_model(self) -> None:
+        """Compile the sub-layers, once, if asked to."""
+        if self.compile_sublayers:
+            self.model.compile_sublayers()
+            self.compile_sublayers = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean cross-entropy in nats of one micro-batch."""
+        loss = self._loss(self(batch[:, :-1]), batch[:, 1:])
+        step = self.trainer.global_step
+        if self._step_of_losses != step:
+            self._step_losses, self._step_of_losses = [], step
+        self._step_losses.append(loss.detach())
+        # Lightning logs what the last micro-batch of a step left: the mean over all of them.
+        mean = torch.stack(self._step_losses).mean()
+        self.log("train/loss", mean, prog_bar=True, sync_dist=True)
+        self.log("step", float(step + 1))
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Accumulate loss and perplexity over all tokens."""
+        logits = self(batch[:, :-1]).float()
+        targets = batch[:, 1:]
+        self.validation_loss.update(self._loss(logits, targets), weight=targets.numel())
+        self.validation_perplexity.update(logits, targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole validation set."""
+        self.log("val/loss", self.validation_loss, prog_bar=True)
+        self.log("val/perplexity", self.validation_perplexity)
+        self.log("step", float(self.trainer.global_step))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule over ``trainer.max_steps`` steps.
+
+        Raises:
+            UserError: If the trainer has no ``max_steps``.
+        """
+        total_steps = self.trainer.max_steps
+        if total_steps < 1:
+            raise UserError(f"trainer.max_steps must be at least 1, not {total_steps}")
+        optimizer, scheduler = self.optimizer.build(self, total_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Log the gradient norm, stop on a non-finite one, then clip.
+
+        Raises:
+            NonFiniteLossError: Before anything is changed by the step.
+        """
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        self._check_finite(norm)
+        self.log("train/grad_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then rebalance the experts (here, so that no checkpoint falls between the two)."""
+        super().optimizer_step(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                if dist.is_available() and dist.is_initialized():
+                    dist.all_reduce(module.balance.load)
+                module.balance.update()
+
+    @staticmethod
+    def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    def _check_finite(self, grad_norm: Tensor) -> None:
+        loss = torch.stack(self._step_losses).sum()
+        if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
+            return
+        what, value = ("loss", loss) if not bool(loss.isfinite()) else ("gradient", grad_norm)
+        gains = {
+            tag: float(gain)
+            for tag, gain in self.trainer.callback_metrics.items()
+            if tag.startswith("amax_gain/composite/") and "layer_" not in tag
+        }
+        raise NonFiniteLossError(
+            f"the {what} became {'NaN' if bool(value.isnan()) else 'infinite'}",
+            self.trainer.global_step + 1,
+            gains,
+        )

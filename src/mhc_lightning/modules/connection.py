@@ -1,0 +1,95 @@
+"""What every residual connection is: a way to read from n streams and a way to write to them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.kernels import StreamMappings, merge_streams
+from mhc_lightning.modules.precision import KeepsFloat32
+
+SubLayer = Callable[[Tensor], Tensor]
+
+
+class MappingsWindow(nn.Module):
+    """The one window for observers: an identity through which every record of mappings passes.
+
+    Put a forward hook on it to see them. Any module that returns a ``StreamMappings`` serves the
+    same observers, so other projects can use this class, or their own.
+    """
+
+    def forward(self, streams: Tensor, mappings: StreamMappings) -> StreamMappings:
+        """Return ``mappings``; ``streams`` [..., n, C] are what they act on."""
+        return mappings
+
+
+class Connection(KeepsFloat32):
+    """Base of all connections: ``streams = connection(streams, sublayer)``.
+
+    A new variant implements ``mappings`` and ``read`` (and ``write`` if it merges differently).
+    Its parameters stay float32 when a model is cast to a lower precision, and become float64 with
+    ``.double()``.
+
+    Args:
+        dim: Width C of one stream.
+        num_streams: Number of streams n, at least 1.
+        layer_index: Which sub-layer of the network this connects, from 0.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+
+    def __init__(self, dim: int, num_streams: int, layer_index: int) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("dim", dim, 1),
+            ("num_streams", num_streams, 1),
+            ("layer_index", layer_index, 0),
+        ):
+            if value < least:
+                raise UserError(f"model.{name} must be at least {least}, not {value}")
+        self.dim = dim
+        self.num_streams = num_streams
+        self.layer_index = layer_index
+        self.window = MappingsWindow()
+
+    def mappings(self, streams: Tensor) -> StreamMappings:
+        """The mappings [..., n], [..., n], [..., n, n] for streams [..., n, C]."""
+        raise TypeError(f"{type(self).__name__} does not implement mappings()")
+
+    def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Give a sub-layer its input.
+
+        Args:
+            streams: [..., n, C].
+            carry: What the previous sub-layer's ``write`` handed on.
+
+        Returns:
+            The sub-layer's input [..., C], and the state that ``write`` needs.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement read()")
+
+    def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
+        """Merge a sub-layer's output [..., C] into the streams [..., n, C].
+
+        Returns:
+            The new streams, and the carry for the next sub-layer's ``read``.
+        """
+        kept, mappings = state
+        return merge_streams(kept, output, mappings.residual, mappings.post), None
+
+    def forward(self, streams: Tensor, sublayer: SubLayer) -> Tensor:
+        """Read, apply ``sublayer`` ([..., C] -> [..., C], its pre-norm included), write."""
+        u, state = self.read(streams)
+        return self.write(streams, sublayer(u), state)[0]
+
+    def extra_repr(self) -> str:
+        """Show what distinguishes this connection in a printed model."""
+        return f"dim={self.dim}, num_streams={self.num_streams}, layer_index={self.layer_index}"
+
+    def _coefficient_parameter(self, *shape: int) -> nn.Parameter:
+        """An uninitialised parameter, float32 even under a lower default precision."""
+        double = torch.get_default_dtype() == torch.float64
+        return nn.Parameter(torch.empty(shape, dtype=torch.float64 if double else torch.float32))

@@ -1,0 +1,136 @@
+"""Mixture of experts, sigmoid router, loss-free balancing (arXiv 2412.19437, 2408.15664)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.modules.feed_forward import SwiGLU
+from mhc_lightning.modules.precision import KeepsFloat32
+
+
+class LoadBalance(KeepsFloat32):
+    """Routing biases that even out the experts' loads, without a loss of their own.
+
+    Args:
+        num_experts: Routed experts.
+        update_speed: How far one ``update`` moves a bias.
+
+    Attributes:
+        bias: Added to the affinities for the choice of experts only [num_experts], float32.
+        load: Tokens that chose each expert [num_experts] since the last ``update``.
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, num_experts: int, update_speed: float) -> None:
+        super().__init__()
+        self.update_speed = update_speed
+        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer(
+            "load", torch.zeros(num_experts, dtype=torch.float32), persistent=False
+        )
+
+    def reset_parameters(self) -> None:
+        """No bias, no load."""
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.load)
+
+    def update(self) -> None:
+        """Raise the bias of underloaded experts and lower that of overloaded ones; reset the load.
+
+        Call it once per optimizer step, with ``load`` summed over data-parallel ranks.
+        """
+        self.bias += self.update_speed * (self.load.mean() - self.load).sign()
+        self.load.zero_()
+
+
+class MixtureOfExperts(nn.Module):
+    """Shared experts for every token, and the ``num_active_experts`` best of many routed ones.
+
+    A token's affinity to an expert is ``s = σ(u · e)``. The experts are chosen by ``s + bias`` and
+    weighted by ``s`` over the sum of the chosen ``s``. No token is dropped. The bias is no
+    parameter: ``balance.update`` moves it against the load of the steps since its last call.
+
+    Args:
+        dim: Width C of input and output.
+        expert_dim: Width between an expert's projections.
+        num_experts: Routed experts.
+        num_active_experts: Routed experts per token.
+        num_shared_experts: Experts that every token passes, as one SwiGLU of their joint width.
+        bias_update_speed: How far one update moves a bias.
+
+    Raises:
+        UserError: If more experts are to be active than there are.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        expert_dim: int,
+        num_experts: int,
+        num_active_experts: int,
+        num_shared_experts: int,
+        bias_update_speed: float = 0.001,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_active_experts <= num_experts:
+            raise UserError(
+                f"model.num_active_experts must be between 1 and model.num_experts ({num_experts}),"
+                f" not {num_active_experts}"
+            )
+        self.num_experts = num_experts
+        self.num_active_experts = num_active_experts
+        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * expert_dim))
+        self.down = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
+        self.shared = (
+            SwiGLU(dim, num_shared_experts * expert_dim) if num_shared_experts > 0 else None
+        )
+        self.balance = LoadBalance(num_experts, bias_update_speed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        tokens = x.reshape(-1, x.shape[-1])
+        gates, experts = self.route(tokens)
+        routed = self._apply_experts(tokens, gates, experts).view(x.shape)
+        return routed if self.shared is None else self.shared(x) + routed
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (float32) and indices [tokens, num_active_experts] of the chosen experts."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            scores = F.linear(tokens.float(), self.router.weight.float()).sigmoid()
+        experts = (scores.detach() + self.balance.bias).topk(self.num_active_experts).indices
+        if self.training:
+            self.balance.load += _count(experts, self.num_experts)
+        gates = scores.gather(1, experts)
+        return gates / gates.sum(1, keepdim=True), experts
+
+    def _apply_experts(self, tokens: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
+        """Sort token copies by expert, run each expert on its run of rows, and sort back."""
+        chosen = experts.flatten()
+        order = chosen.argsort(stable=True)
+        ends = _count(experts, self.num_experts).cumsum(0).int()
+        rows = tokens[order // self.num_active_experts]
+        gate, up = _grouped_product(rows, self.gate_up, ends).chunk(2, dim=-1)
+        rows = _grouped_product(F.silu(gate) * up, self.down, ends)
+        by_token = rows[order.argsort()].view(*experts.shape, -1)
+        return torch.einsum("tk,tkc->tc", gates.to(rows.dtype), by_token)
+
+
+def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Multiply each run of ``rows`` [R, in] by its expert's matrix of ``weights`` [E, in, out]."""
+    weights = weights.to(rows.dtype)
+    if rows.dtype != torch.float64:
+        return F.grouped_mm(rows, weights, offs=ends)
+    # The grouped product has no float64 kernel; references need one.
+    runs = rows.tensor_split(ends[:-1].long().cpu())
+    return torch.cat([run @ weight for run, weight in zip(runs, weights, strict=True)])
+
+
+def _count(experts: Tensor, num_experts: int) -> Tensor:
+    """How many entries name each expert [num_experts], float32, without asking the host."""
+    chosen = experts.flatten()
+    counts = torch.zeros(num_experts, dtype=torch.float32, device=experts.device)
+    return counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))

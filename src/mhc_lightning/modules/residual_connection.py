@@ -1,0 +1,36 @@
+"""The ordinary residual connection, as the one-stream member of the family."""
+
+from typing import Any
+
+from torch import Tensor
+
+from mhc_lightning.kernels import StreamMappings
+from mhc_lightning.modules.connection import Connection
+
+
+class ResidualConnection(Connection):
+    """``x + F(x)``: one stream, all mappings one, no parameters.
+
+    Args:
+        dim: Width C.
+        num_streams: Taken so that all connections are built alike; it is always 1 here.
+        layer_index: Which sub-layer this connects, from 0.
+    """
+
+    def __init__(self, dim: int, num_streams: int = 1, layer_index: int = 0) -> None:
+        super().__init__(dim, 1, layer_index)
+
+    def mappings(self, streams: Tensor) -> StreamMappings:
+        """Ones, as views of a single number."""
+        one = streams.new_ones(1).float() if streams.dtype.itemsize < 4 else streams.new_ones(1)
+        vector = one.expand(streams.shape[:-1])
+        return StreamMappings(vector, vector, one.expand(*streams.shape[:-1], 1))
+
+    def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
+        """The only stream is the sub-layer's input."""
+        self.window(streams, self.mappings(streams))
+        return streams.squeeze(-2), None
+
+    def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
+        """Add the output."""
+        return streams + output.unsqueeze(-2).to(streams.dtype), None

@@ -1,0 +1,221 @@
+"""A decoder-only language model whose residual connection is a part one chooses.
+
+Shapes: B batch, S sequence, n streams, C width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.modules.attention import LatentAttention
+from mhc_lightning.modules.connection import Connection
+from mhc_lightning.modules.feed_forward import SwiGLU
+from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
+
+
+class PreNorm(nn.Module):
+    """A sub-layer: ``body(norm(x))`` on [..., C]."""
+
+    def __init__(self, dim: int, norm_eps: float, body: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return self.body(self.norm(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind its own connection."""
+
+    def __init__(
+        self,
+        attention_connection: Connection,
+        attention: PreNorm,
+        feed_forward_connection: Connection,
+        feed_forward: PreNorm,
+    ) -> None:
+        super().__init__()
+        self.attention_connection = attention_connection
+        self.attention = attention
+        self.feed_forward_connection = feed_forward_connection
+        self.feed_forward = feed_forward
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """[B, S, n, C] -> [B, S, n, C]."""
+        streams = self.attention_connection(streams, self.attention)
+        return self.feed_forward_connection(streams, self.feed_forward)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks and head (DeepSeek-V3 style: latent attention, SwiGLU or experts).
+
+    Streams are expanded once, as copies of the embedding, and read out once, as their mean,
+    before the final norm (which makes mean and sum the same).
+
+    Args:
+        connection: Builds a connection from ``dim``, ``num_streams`` and ``layer_index``.
+        vocab_size: V.
+        dim: C.
+        num_layers: Blocks; each has two sub-layers.
+        num_heads: Attention heads.
+        ffn_dim: Width of the feed-forward network, or of one expert if there are experts. Dense
+            blocks of a model with experts are as wide as a token's active and shared experts.
+        num_streams: n, for connections that have a choice.
+        head_dim: Width of a head's content query, content key and value.
+        rope_dim: Width of a head's rotary query and key, even.
+        kv_rank: Width of the key-value latent.
+        rope_theta: Base of the rotary frequencies.
+        num_experts: Routed experts per block; 0 makes every block dense.
+        num_active_experts: Routed experts per token.
+        num_shared_experts: Experts that every token passes.
+        num_dense_layers: Leading blocks without experts.
+        bias_update_speed: Speed of the loss-free balancing.
+        norm_eps: Epsilon of every RMSNorm.
+        init_std: Standard deviation of all weight matrices at initialisation.
+
+    Raises:
+        UserError: If a size is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        connection: Callable[..., Connection],
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        num_streams: int = 4,
+        head_dim: int = 128,
+        rope_dim: int = 64,
+        kv_rank: int = 512,
+        rope_theta: float = 10000.0,
+        num_experts: int = 0,
+        num_active_experts: int = 0,
+        num_shared_experts: int = 0,
+        num_dense_layers: int = 1,
+        bias_update_speed: float = 0.001,
+        norm_eps: float = 1e-20,
+        init_std: float = 0.006,
+    ) -> None:
+        super().__init__()
+        at_least_one = {
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "ffn_dim": ffn_dim,
+            "num_streams": num_streams,
+            "head_dim": head_dim,
+            "kv_rank": kv_rank,
+        }
+        for name, value in at_least_one.items():
+            if value < 1:
+                raise UserError(f"model.{name} must be at least 1, not {value}")
+        self.vocab_size = vocab_size
+        self.init_std = init_std
+        self.embedding = nn.Embedding(vocab_size, dim)
+        blocks = []
+        for index in range(num_layers):
+            attention = LatentAttention(
+                dim, num_heads, head_dim, rope_dim, kv_rank, rope_theta, norm_eps
+            )
+            feed_forward: nn.Module
+            if num_experts > 0 and index >= num_dense_layers:
+                feed_forward = MixtureOfExperts(
+                    dim,
+                    ffn_dim,
+                    num_experts,
+                    num_active_experts,
+                    num_shared_experts,
+                    bias_update_speed,
+                )
+            else:
+                experts_wide = num_active_experts + num_shared_experts if num_experts > 0 else 1
+                feed_forward = SwiGLU(dim, ffn_dim * experts_wide)
+            blocks.append(
+                Block(
+                    connection(dim=dim, num_streams=num_streams, layer_index=2 * index),
+                    PreNorm(dim, norm_eps, attention),
+                    connection(dim=dim, num_streams=num_streams, layer_index=2 * index + 1),
+                    PreNorm(dim, norm_eps, feed_forward),
+                )
+            )
+        self.num_streams = blocks[0].attention_connection.num_streams
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.output = nn.Linear(dim, vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every weight matrix anew from a normal distribution; norms and balances start over.
+
+        Connections initialise themselves when they are built.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.init_std)
+            elif isinstance(module, MixtureOfExperts):
+                nn.init.normal_(module.gate_up, std=self.init_std)
+                nn.init.normal_(module.down, std=self.init_std)
+                module.balance.reset_parameters()
+            elif isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, S] -> streams [B, S, n, C], all copies of the embedding.
+
+        Under autocast the streams take its dtype, so that n·C values per token travel in it.
+        """
+        x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x.unsqueeze(-2).expand(*x.shape[:-1], self.num_streams, -1)
+
+    def head(self, streams: Tensor) -> Tensor:
+        """Streams [B, S, n, C] -> logits [B, S, V]."""
+        return self.output(self.norm(streams.mean(-2)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, S] -> logits [B, S, V]."""
+        streams = self.embed(tokens)
+        for block in self.blocks:
+            streams = block(streams)
+        return self.head(streams)
+
+    def compile_sublayers(self) -> None:
+        """Compile attention and feed-forward in place, one region each.
+
+        The connections stay in Python: their arithmetic is a few fused operators already, and the
+        observers' window stays open at no cost.
+        """
+        for module in self.modules():
+            if isinstance(module, PreNorm):
+                module.compile()
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Training FLOPs (forward and backward) per token, without recomputation.
+
+        Counts 6 per parameter that multiplies a token (the active experts only, no embedding) and
+        causal attention at half of S keys per query.
+        """
+        matrix_parameters = self.output.weight.numel()
+        attention_flops = 0
+        for block in self.blocks:
+            for module in block.modules():
+                if isinstance(module, MixtureOfExperts):
+                    share = module.num_active_experts / module.num_experts
+                    matrix_parameters += int(share * (module.gate_up.numel() + module.down.numel()))
+                elif isinstance(module, LatentAttention):
+                    widths = 2 * module.head_dim + module.rope_dim
+                    attention_flops += sequence_length * module.num_heads * widths
+                elif isinstance(module, Connection):
+                    matrix_parameters += sum(p.numel() for p in module.parameters() if p.dim() > 1)
+                elif isinstance(module, nn.Linear):
+                    matrix_parameters += module.weight.numel()
+        return 6 * matrix_parameters + 3 * attention_flops
