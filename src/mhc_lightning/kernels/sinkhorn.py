@@ -80,8 +80,7 @@ def sinkhorn_backward_tokens_last(grad: Tensor, logits: Tensor, num_iterations: 
 def _first_iteration(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The matrices after the first column and after the first row normalisation."""
     columns = logits - logits.logsumexp(0, keepdim=True)
-    rows = columns - columns.logsumexp(1, keepdim=True)
-    return columns.exp(), rows.exp()
+    return columns.exp(), columns.softmax(1)
 
 
 @sinkhorn_tokens_last.register_fake
