@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.modules.norm import RMSNorm
 from mhc_lightning.modules.rotary import rotary_angles, rotate
 
 
@@ -47,7 +48,7 @@ class LatentAttention(nn.Module):
         self.rope_theta = rope_theta
         self.query = nn.Linear(dim, num_heads * (head_dim + rope_dim), bias=False)
         self.latent = nn.Linear(dim, kv_rank + rope_dim, bias=False)
-        self.latent_norm = nn.RMSNorm(kv_rank, eps=norm_eps)
+        self.latent_norm = RMSNorm(kv_rank, eps=norm_eps)
         self.key_value = nn.Linear(kv_rank, num_heads * 2 * head_dim, bias=False)
         self.output = nn.Linear(num_heads * head_dim, dim, bias=False)
 

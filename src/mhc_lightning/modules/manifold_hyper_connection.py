@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import StreamMappings, read_streams, stream_mappings
-from mhc_lightning.kernels.sinkhorn import check_iterations
 from mhc_lightning.modules.connection import Connection
 
 # The paper gives no initialisation but alpha's. These logits are this package's choice: reading
@@ -46,7 +46,10 @@ class ManifoldHyperConnection(Connection):
         eps: float = 1e-20,
     ) -> None:
         super().__init__(dim, num_streams, layer_index)
-        check_iterations(sinkhorn_iterations)
+        if sinkhorn_iterations < 1:
+            raise UserError(
+                f"connection.sinkhorn_iterations must be at least 1, not {sinkhorn_iterations}"
+            )
         n = num_streams
         self.sinkhorn_iterations = sinkhorn_iterations
         self.eps = eps

@@ -122,9 +122,10 @@ class MixtureOfExperts(nn.Module):
 def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Multiply each run of ``rows`` [R, in] by its expert's matrix of ``weights`` [E, in, out]."""
     weights = weights.to(rows.dtype)
-    if rows.dtype != torch.float64:
+    aligned = all(width * rows.dtype.itemsize % 16 == 0 for width in weights.shape[1:])
+    if aligned and rows.dtype != torch.float64:
         return F.grouped_mm(rows, weights, offs=ends)
-    # The grouped product has no float64 kernel; references need one.
+    # The grouped product takes neither float64 nor rows of a width that is no multiple of 16 bytes.
     runs = rows.tensor_split(ends[:-1].long().cpu())
     return torch.cat([run @ weight for run, weight in zip(runs, weights, strict=True)])
 

@@ -13,6 +13,7 @@ from mhc_lightning.modules.attention import LatentAttention
 from mhc_lightning.modules.connection import Connection
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
+from mhc_lightning.modules.norm import RMSNorm
 
 
 class PreNorm(nn.Module):
@@ -20,7 +21,7 @@ class PreNorm(nn.Module):
 
     def __init__(self, dim: int, norm_eps: float, body: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.norm = RMSNorm(dim, eps=norm_eps)
         self.body = body
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ class Transformer(nn.Module):
             )
         self.num_streams = blocks[0].attention_connection.num_streams
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.norm = RMSNorm(dim, eps=norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.reset_parameters()
 
@@ -164,7 +165,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.gate_up, std=self.init_std)
                 nn.init.normal_(module.down, std=self.init_std)
                 module.balance.reset_parameters()
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 module.reset_parameters()
 
     def embed(self, tokens: Tensor) -> Tensor:

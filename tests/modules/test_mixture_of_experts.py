@@ -1,0 +1,112 @@
+"""Mixture of experts against a token-by-token computation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.modules import MixtureOfExperts
+
+
+def make(
+    num_experts: int = 6, active: int = 2, shared: int = 1, expert_dim: int = 12
+) -> MixtureOfExperts:
+    moe = MixtureOfExperts(
+        dim=8,
+        expert_dim=expert_dim,
+        num_experts=num_experts,
+        num_active_experts=active,
+        num_shared_experts=shared,
+    )
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return moe
+
+
+def token_by_token(moe: MixtureOfExperts, tokens: Tensor) -> Tensor:
+    """arXiv 2412.19437, eqs. 12 to 16."""
+    rows = []
+    for token in tokens:
+        scores = (moe.router.weight @ token).sigmoid()
+        chosen = sorted(
+            range(moe.num_experts), key=lambda e: float((scores[e] + moe.balance.bias[e]).detach())
+        )[-moe.num_active_experts :]
+        total = sum(scores[e] for e in chosen)
+        out = moe.shared(token) if moe.shared is not None else torch.zeros_like(token)
+        for e in chosen:
+            gate, up = (token @ moe.gate_up[e]).chunk(2)
+            out = out + scores[e] / total * ((F.silu(gate) * up) @ moe.down[e])
+        rows.append(out)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("expert_dim", [12, 10])  # 10: rows that are no multiple of 16 bytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients(shared: int, expert_dim: int, dtype: torch.dtype) -> None:
+    moe = make(shared=shared, expert_dim=expert_dim).to(dtype)
+    moe.balance.bias.copy_(torch.randn(6) * 0.3)
+    x = torch.randn(3, 5, 8, dtype=dtype, requires_grad=True)
+    inputs = [x, *moe.parameters()]
+    ours = moe(x).flatten(0, 1)
+    expected = token_by_token(moe, x.flatten(0, 1))
+    assert (ours - expected).abs().max() < 1e-4
+    weights = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs, weights),
+        torch.autograd.grad(expected, inputs, weights),
+        strict=True,
+    ):
+        assert (a - b).abs().max() < 1e-3 * b.abs().max().clamp(min=1)
+
+
+def test_experts_without_tokens_get_zero_gradients() -> None:
+    moe = make()
+    moe.balance.bias[:4] = -10
+    moe(torch.randn(7, 8)).square().sum().backward()
+    assert moe.gate_up.grad[:4].abs().sum() == 0
+    assert moe.gate_up.grad[4:].abs().sum() > 0
+
+
+def test_load_counts_choices_while_training_only() -> None:
+    moe = make()
+    moe(torch.randn(3, 5, 8))
+    moe(torch.randn(2, 8))
+    assert moe.balance.load.sum() == 2 * 17
+    moe.eval()
+    moe(torch.randn(3, 5, 8))
+    assert moe.balance.load.sum() == 2 * 17
+
+
+def test_bias_moves_against_the_load_and_balances() -> None:
+    moe = make(num_experts=8, active=2, shared=0)
+    moe.balance.update_speed = 0.02
+    tokens = torch.randn(512, 8) + 1.5  # a shared direction, so that some experts are popular
+
+    def violation() -> float:
+        moe(tokens)
+        load = moe.balance.load
+        result = float(load.max() / load.mean() - 1)
+        moe.balance.update()
+        return result
+
+    first = violation()
+    assert set((moe.balance.bias / 0.02).round().tolist()) <= {-1.0, 0.0, 1.0}
+    for _ in range(200):
+        last = violation()
+    assert first > 1.0
+    assert last < 0.2
+    assert moe.balance.load.sum() == 0
+
+
+def test_bias_stays_float32() -> None:
+    moe = make().bfloat16()
+    assert moe.balance.bias.dtype == torch.float32
+    assert moe.gate_up.dtype == torch.bfloat16
+    assert moe(torch.randn(4, 8).bfloat16()).dtype == torch.bfloat16
+
+
+def test_more_active_experts_than_experts() -> None:
+    with pytest.raises(UserError, match=r"num_active_experts must be between 1 .*\(4\), not 5"):
+        make(num_experts=4, active=5)

@@ -1,0 +1,159 @@
+"""The LightningModule under a real Trainer: what it logs, and against which step."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mhc_lightning import LanguageModel
+from mhc_lightning.errors import NonFiniteLossError, UserError
+from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+from mhc_lightning.optimization import AdamW
+
+
+class Recorder(DummyLogger):
+    """Keeps what a logger is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        assert step is not None
+        self.rows.append((step, metrics))
+
+    def series(self, tag: str) -> dict[int, float]:
+        return {step: metrics[tag] for step, metrics in self.rows if tag in metrics}
+
+
+def make(**model: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    network = Transformer(
+        connection=ManifoldHyperConnection,
+        vocab_size=40,
+        dim=16,
+        num_layers=2,
+        num_heads=2,
+        ffn_dim=24,
+        head_dim=8,
+        rope_dim=4,
+        kv_rank=8,
+        init_std=0.05,
+        num_streams=2,
+        **model,
+    )
+    return LanguageModel(network, AdamW(lr=1e-2, warmup_steps=2))
+
+
+def trainer(**options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        **{
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": Recorder(),
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+            "gradient_clip_val": 1.0,
+            **options,
+        }
+    )
+
+
+def batches(count: int, size: int) -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(torch.randint(0, 40, (count * size, 9), generator=generator), batch_size=size)
+
+
+def loss_of(model: LanguageModel, batch: Tensor) -> Tensor:
+    logits = model(batch[:, :-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def test_steps_count_from_one_and_loss_is_the_first_models() -> None:
+    model, loader = make(), batches(4, 2)
+    with torch.no_grad():
+        expected = loss_of(model, next(iter(loader)))
+    run = trainer()
+    run.fit(model, loader)
+    assert isinstance(run.logger, Recorder)
+    losses = run.logger.series("train/loss")
+    assert list(losses) == [1, 2, 3, 4]
+    assert losses[1] == pytest.approx(expected.item(), rel=1e-6)
+    rates = run.logger.series("train/learning_rate")
+    assert [rates[s] for s in (1, 2, 3, 4)] == pytest.approx([0.005, 0.01, 0.01, 0.01])
+
+
+def test_accumulation_logs_the_mean_loss_and_the_norm_of_the_whole_step() -> None:
+    one, two = make(), make()
+    run_one, run_two = trainer(), trainer(accumulate_grad_batches=2)
+    run_one.fit(one, batches(4, 4))
+    run_two.fit(two, batches(8, 2))
+    assert isinstance(run_one.logger, Recorder)
+    assert isinstance(run_two.logger, Recorder)
+    for tag in ("train/loss", "train/grad_norm"):
+        whole, halves = run_one.logger.series(tag), run_two.logger.series(tag)
+        assert list(halves) == [1, 2, 3, 4]
+        for step in whole:
+            assert halves[step] == pytest.approx(whole[step], rel=1e-4)
+
+
+def test_validation_metrics_cover_all_tokens_and_share_the_axis() -> None:
+    model, run = make(), trainer(val_check_interval=2, check_val_every_n_epoch=None)
+    validation = batches(3, 2)
+    run.fit(model, batches(4, 2), validation)
+    assert isinstance(run.logger, Recorder)
+    losses = run.logger.series("val/loss")
+    assert list(losses) == [2, 4]
+    model.eval()
+    with torch.no_grad():
+        expected = torch.stack([loss_of(model, batch) for batch in validation]).mean()
+    assert losses[4] == pytest.approx(expected.item(), rel=1e-5)
+    assert run.logger.series("val/perplexity")[4] == pytest.approx(expected.exp().item(), rel=1e-5)
+
+
+def test_gradient_norm_is_before_clipping() -> None:
+    model, run = make(), trainer(max_steps=1, gradient_clip_val=1e-3)
+    loader = batches(1, 2)
+    batch = next(iter(loader))
+    reference = make()
+    loss_of(reference, batch).backward()
+    norm = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm()
+    run.fit(model, loader)
+    assert isinstance(run.logger, Recorder)
+    assert run.logger.series("train/grad_norm")[1] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_non_finite_loss_stops_before_the_step() -> None:
+    model = make()
+    with torch.no_grad():
+        model.model.output.weight[0, 0] = float("nan")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(NonFiniteLossError, match="the loss became NaN at step 1") as caught:
+        trainer().fit(model, batches(4, 2))
+    assert caught.value.step == 1
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
+
+
+def test_experts_are_rebalanced_once_per_optimizer_step() -> None:
+    model = make(num_experts=4, num_active_experts=1, num_shared_experts=1)
+    balance = model.model.blocks[1].feed_forward.body.balance
+    trainer(max_steps=3, accumulate_grad_batches=2).fit(model, batches(6, 2))
+    assert balance.load.sum() == 0
+    speeds = balance.bias / 0.001
+    assert balance.bias.abs().max() > 0
+    assert speeds.abs().max() <= 3 + 1e-4
+    assert (speeds - speeds.round()).abs().max() < 1e-3
+
+
+def test_max_steps_is_needed() -> None:
+    with pytest.raises(UserError, match=r"trainer.max_steps must be at least 1"):
+        trainer(max_steps=-1, max_epochs=1).fit(make(), batches(2, 2))
