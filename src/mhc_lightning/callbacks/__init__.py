@@ -1,0 +1,22 @@
+"""Instruments for any LightningModule: gains, stream matrices, diversity, speed, progress."""
+
+from mhc_lightning.callbacks.amax_gain import AmaxGain, Peak
+from mhc_lightning.callbacks.progress_bar import ProgressBar
+from mhc_lightning.callbacks.run_summary import RunSummary
+from mhc_lightning.callbacks.stability_dashboard import StabilityDashboard
+from mhc_lightning.callbacks.stream_diversity import StreamDiversity
+from mhc_lightning.callbacks.stream_matrix_heatmap import StreamMatrixHeatmap
+from mhc_lightning.callbacks.stream_sampler import StreamSampler
+from mhc_lightning.callbacks.throughput import Throughput
+
+__all__ = [
+    "AmaxGain",
+    "Peak",
+    "ProgressBar",
+    "RunSummary",
+    "StabilityDashboard",
+    "StreamDiversity",
+    "StreamMatrixHeatmap",
+    "StreamSampler",
+    "Throughput",
+]

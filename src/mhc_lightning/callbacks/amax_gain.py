@@ -1,0 +1,114 @@
+"""Logs the Amax gain of a model's residual mappings while it trains."""
+
+import math
+from typing import NamedTuple
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from mhc_lightning.callbacks.cadence import Cadence
+from mhc_lightning.callbacks.figures import gain_profile
+from mhc_lightning.callbacks.gains import GAIN_TAGS, amax_gains
+from mhc_lightning.callbacks.reporting import log_image, log_scalars, takes_images
+from mhc_lightning.callbacks.stream_sampler import StreamSampler
+from mhc_lightning.callbacks.watcher import Extract, Observation
+
+
+class Peak(NamedTuple):
+    """The largest value of a gain so far: what, at which sub-layer (from 0), in which step."""
+
+    value: float
+    layer: int
+    step: int
+
+
+class AmaxGain(StreamSampler[Tensor]):
+    """Logs how much the residual mappings amplify signals forward and gradients backward.
+
+    The forward gain of a matrix is its largest |row sum|, the backward gain its largest |column
+    sum|; single-layer gains take H_l, composite ones H_l ··· H_1 forward and H_L ··· H_l backward
+    (arXiv 2512.24880; 1 is ideal). Gains are taken per token and averaged over all tokens of the
+    sampled micro-batch.
+
+    Tags: ``amax_gain/{single,composite}/{forward,backward}``, each the largest over sub-layers,
+    beside it ``…/layer_<k>`` for every sub-layer (k from 0 in the order of the calls), and the
+    image ``amax_gain/profile``. The four largest are in ``trainer.callback_metrics`` too.
+
+    Works in any LightningModule: it watches every module whose output is a `StreamMappings`, or
+    what `extract` makes of a foreign one. Where sub-layers differ in the number of streams or of
+    tokens, composites are taken within each stretch of equal shape.
+
+    Args:
+        every_n_steps: Optimizer steps between samples; None takes the trainer's
+            ``log_every_n_steps``.
+        extract: ``(module, args, output) -> StreamMappings | None`` for foreign modules.
+        token_mean: True takes the gain of the token-averaged matrix instead (composites: of the
+            token-averaged product). It is never larger; the paper leaves open which it plots.
+        profile_every_n_steps: Optimizer steps between pictures of the gain by sub-layer; None
+            takes ten intervals of the scalars, and the first and last sample of a run.
+
+    Attributes:
+        last: The last sample by tag, and ``step``.
+        peaks: The largest of each of the four gains in this run, by tag, as `Peak`.
+
+    Raises:
+        UserError: An interval is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        extract: Extract | None = None,
+        *,
+        token_mean: bool = False,
+        profile_every_n_steps: int | None = None,
+    ) -> None:
+        super().__init__(every_n_steps, extract)
+        self.token_mean = token_mean
+        self.peaks: dict[str, Peak] = {}
+        self._profiles = Cadence(profile_every_n_steps, "AmaxGain (profile)")
+        self._drawn = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from where the run starts, or resumes."""
+        super().on_train_start(trainer, pl_module)
+        self._profiles.restart(trainer.global_step)
+        self.peaks, self._drawn = {}, False
+
+    def reduce(self, observations: list[Observation]) -> Tensor:
+        """The gains [4, L], still on the device."""
+        residuals = [observation.mappings.residual for observation in observations]
+        return amax_gains(residuals, token_mean=self.token_mean)
+
+    def report(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, reduced: Tensor
+    ) -> dict[str, float]:
+        """Log the gains of one sample."""
+        gains = dict(zip(GAIN_TAGS, reduced.tolist(), strict=True))  # the one transfer
+        values: dict[str, float] = {}
+        for tag, by_layer in gains.items():
+            layer = 0
+            for k, value in enumerate(by_layer):
+                layer = k if _exceeds(value, by_layer[layer]) else layer
+            values[tag] = by_layer[layer]
+            values.update({f"{tag}/layer_{k}": value for k, value in enumerate(by_layer)})
+            peak = self.peaks.get(tag)
+            if peak is None or _exceeds(values[tag], peak.value):
+                self.peaks[tag] = Peak(values[tag], layer, step)
+        log_scalars(trainer, pl_module, values, step, monitored=GAIN_TAGS)
+        if self._wants_profile(trainer, step) and takes_images(trainer):
+            log_image(trainer, "amax_gain/profile", gain_profile(gains, step), step)
+        return values
+
+    def _wants_profile(self, trainer: pl.Trainer, step: int) -> bool:
+        interval = self.cadence.interval(trainer)
+        if self._profiles.every_n_steps is not None:
+            return self._profiles.is_due(trainer, step)
+        first, self._drawn = not self._drawn, True
+        ends = trainer.max_steps > 0 and step + interval > trainer.max_steps
+        return first or ends or (step // interval) % 10 == 0
+
+
+def _exceeds(value: float, other: float) -> bool:
+    """Whether a gain is larger than another; NaN is larger than every number."""
+    return not math.isnan(other) and (math.isnan(value) or value > other)

@@ -1,0 +1,63 @@
+"""When a callback samples: on which optimizer steps, counted as completed and first 1."""
+
+import lightning.pytorch as pl
+
+from mhc_lightning.errors import UserError
+
+
+class Cadence:
+    """Every n-th optimizer step, seen from the first micro-batch of that step.
+
+    Steps are `trainer.global_step` as it will be once the step is done, so the first is 1 and a
+    step is due where Lightning's own ``log_every_n_steps`` would log it. Gradient accumulation
+    (Lightning's, or a manual optimization that steps now and then) does not make a step due twice,
+    and where one batch completes several optimizer steps the next batch makes up for a multiple
+    of n that was jumped over.
+
+    Args:
+        every_n_steps: The interval in optimizer steps; None takes `log_intervals` times the
+            trainer's ``log_every_n_steps``.
+        owner: Who asks, for error messages.
+        log_intervals: The default interval in units of ``log_every_n_steps``.
+        final_step: Whether the run's last step (``max_steps``) is due as well.
+
+    Raises:
+        UserError: `every_n_steps` is neither None nor a positive integer.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None,
+        owner: str,
+        *,
+        log_intervals: int = 1,
+        final_step: bool = False,
+    ) -> None:
+        whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
+        if every_n_steps is not None and not (whole and every_n_steps >= 1):
+            raise UserError(
+                f"{owner}: every_n_steps is {every_n_steps!r}; give a positive number of optimizer"
+                " steps, or None to follow trainer.log_every_n_steps"
+            )
+        self.every_n_steps = every_n_steps
+        self.log_intervals = log_intervals
+        self.final_step = final_step
+        self._seen = 0
+
+    def interval(self, trainer: pl.Trainer) -> int:
+        """The interval in optimizer steps; 0 where the trainer logs nothing."""
+        if self.every_n_steps is not None:
+            return self.every_n_steps
+        return self.log_intervals * int(getattr(trainer, "log_every_n_steps", 0) or 0)
+
+    def restart(self, step: int) -> None:
+        """Begin (or resume) after `step` completed optimizer steps."""
+        self._seen = step
+
+    def is_due(self, trainer: pl.Trainer, step: int) -> bool:
+        """Whether `step` is due; True only the first time it is asked about."""
+        n, seen = self.interval(trainer), self._seen
+        self._seen = max(step, seen)
+        if n == 0 or step <= seen:
+            return False
+        return step // n > seen // n or (self.final_step and step == trainer.max_steps)

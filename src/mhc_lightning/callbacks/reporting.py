@@ -1,0 +1,55 @@
+"""Hands numbers and images to whatever loggers a trainer has, against optimizer steps."""
+
+from collections.abc import Iterable, Mapping
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+def log_scalars(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    values: Mapping[str, float],
+    step: int,
+    monitored: Iterable[str] = (),
+) -> None:
+    """Log scalars to every logger at `step`; must be called inside a callback hook.
+
+    The loggers get the step explicitly, because Lightning's own count (batches that stepped, from
+    0) applies to modules that do not log a ``step`` of their own. Loggers write on rank zero only,
+    so these are rank zero's numbers, and no rank waits for another.
+
+    Args:
+        trainer: The running trainer.
+        pl_module: The module being trained.
+        values: Numbers by tag.
+        step: Optimizer steps completed, first 1.
+        monitored: Those tags of `values` that also become ``trainer.callback_metrics``, for
+            checkpoints and early stopping to monitor.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)
+    chosen = {tag: values[tag] for tag in monitored}
+    if chosen:
+        pl_module.log_dict(chosen, logger=False, on_step=True, on_epoch=False)
+
+
+def log_image(trainer: pl.Trainer, tag: str, image: np.ndarray, step: int) -> None:
+    """Log one uint8 image [height, width, 3] to every logger that takes images.
+
+    TensorBoard's does, and so does any logger with a ``log_image(key, images, step)`` method.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, image, step, dataformats="HWC")
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key=tag, images=[image], step=step)
+
+
+def takes_images(trainer: pl.Trainer) -> bool:
+    """Whether drawing is worth the time: on rank zero, with a logger that takes images."""
+    return trainer.is_global_zero and any(
+        isinstance(logger, TensorBoardLogger) or hasattr(logger, "log_image")
+        for logger in trainer.loggers
+    )

@@ -1,0 +1,130 @@
+"""Logs how different a model's residual streams are, and how doubly stochastic their mixing is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from mhc_lightning.callbacks.reporting import log_scalars
+from mhc_lightning.callbacks.stream_sampler import StreamSampler
+from mhc_lightning.callbacks.watcher import Extract, Observation
+from mhc_lightning.kernels import StreamMappings
+
+ExtractStreams = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
+"""(module, arguments, output) of one module call to the streams [..., n, C] that entered it."""
+
+
+def relative_diversity(streams: Tensor) -> Tensor:
+    """How far streams lie from their mean, relative to their size; averaged over tokens.
+
+    Per token, with the mean stream x̄ = (1/n) Σ_i x_i:
+    d = sqrt( Σ_i ‖x_i − x̄‖² / Σ_i ‖x_i‖² ), between 0 (all streams equal) and 1 (they cancel);
+    independent random streams have sqrt(1 − 1/n). A token whose streams are all zero counts as 0.
+
+    Args:
+        streams: [..., n, C].
+
+    Returns:
+        A scalar tensor in at least float32.
+    """
+    x = streams.to(torch.promote_types(streams.dtype, torch.float32))
+    spread = (x - x.mean(-2, keepdim=True)).square().sum((-2, -1))
+    size = x.square().sum((-2, -1))
+    return (spread / size.clamp_min(torch.finfo(x.dtype).tiny)).sqrt().mean()
+
+
+def sum_residuals(residual: Tensor) -> Tensor:
+    """The largest |row sum − 1| and |column sum − 1| over all tokens: [2]."""
+    matrices = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    return torch.stack([(matrices.sum(axis) - 1).abs().amax() for axis in (-1, -2)])
+
+
+def streams_in_arguments(mappings: StreamMappings, args: tuple[Any, ...]) -> Tensor | None:
+    """The first argument that has the shape [..., n, C] of streams with these mappings."""
+    wanted = mappings.residual.shape[:-1]
+    for argument in args:
+        floating = isinstance(argument, Tensor) and argument.is_floating_point()
+        if floating and argument.dim() >= 2 and argument.shape[:-1] == wanted:
+            return argument
+    return None
+
+
+class StreamDiversity(StreamSampler[dict[str, Tensor]]):
+    """Logs the diversity of the streams that enter each sub-layer, and the Sinkhorn residual.
+
+    Diversity is, per token, d = sqrt( Σ_i ‖x_i − x̄‖² / Σ_i ‖x_i‖² ) with x̄ the mean stream,
+    averaged over the tokens of the sampled micro-batch: 0 where all streams are equal, in which
+    case n streams do no more than one. The Sinkhorn residual is the largest |row sum − 1| and
+    |column sum − 1| of the residual matrices over all tokens, in float32: the distance from doubly
+    stochastic that finitely many iterations leave (for an unconstrained connection simply that
+    distance).
+
+    Tags: ``stream_diversity/{mean,min}`` and ``stream_diversity/layer_<k>`` (k from 0 in the order
+    of the calls; mean and min leave out sub-layer 0, whose streams are copies of one embedding,
+    if there are others), ``sinkhorn_residual/{row,column}`` (the largest over sub-layers) and
+    ``sinkhorn_residual/{row,column}/layer_<k>``.
+
+    Args:
+        every_n_steps: Optimizer steps between samples; None takes the trainer's
+            ``log_every_n_steps``.
+        extract: ``(module, args, output) -> StreamMappings | None`` for foreign modules.
+        extract_streams: ``(module, args, output) -> Tensor | None``, the streams [..., n, C] that
+            entered that module; None takes the first argument of that shape. Where there is none,
+            that sub-layer has no diversity.
+
+    Raises:
+        UserError: The interval is not a positive integer.
+    """
+
+    takes_notes = True
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        extract: Extract | None = None,
+        extract_streams: ExtractStreams | None = None,
+    ) -> None:
+        super().__init__(every_n_steps, extract)
+        self.extract_streams = extract_streams
+
+    def note(
+        self, module: nn.Module, args: tuple[Any, ...], output: Any, mappings: StreamMappings
+    ) -> Tensor | None:
+        """The diversity of the streams of one call; they are too large to keep."""
+        if self.extract_streams is None:
+            streams = streams_in_arguments(mappings, args)
+        else:
+            streams = self.extract_streams(module, args, output)
+        return None if streams is None else relative_diversity(streams)
+
+    def reduce(self, observations: list[Observation]) -> dict[str, Tensor]:
+        """The numbers by tag, still on the device."""
+        values: dict[str, Tensor] = {}
+        diversity = {k: o.note for k, o in enumerate(observations) if o.note is not None}
+        if diversity:
+            later = [d for k, d in diversity.items() if k > 0] or list(diversity.values())
+            values["stream_diversity/mean"] = torch.stack(later).mean()
+            values["stream_diversity/min"] = torch.stack(later).amin()
+            values.update({f"stream_diversity/layer_{k}": d for k, d in diversity.items()})
+        sums = torch.stack([sum_residuals(o.mappings.residual) for o in observations])  # [L, 2]
+        for side, by_layer in zip(("row", "column"), sums.unbind(1), strict=True):
+            values[f"sinkhorn_residual/{side}"] = by_layer.amax()
+            for k, value in enumerate(by_layer.unbind()):
+                values[f"sinkhorn_residual/{side}/layer_{k}"] = value
+        return values
+
+    def report(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        step: int,
+        reduced: dict[str, Tensor],
+    ) -> dict[str, float]:
+        """Log the numbers of one sample."""
+        numbers = torch.stack([value.float() for value in reduced.values()]).tolist()
+        values = dict(zip(reduced, numbers, strict=True))
+        largest = [tag for tag in values if "/layer_" not in tag]
+        log_scalars(trainer, pl_module, values, step, monitored=largest)
+        return values

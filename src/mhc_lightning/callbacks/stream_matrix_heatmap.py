@@ -1,0 +1,96 @@
+"""Draws a model's residual mappings, and their products over depth, while it trains."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from mhc_lightning.callbacks.figures import matrix_heatmap
+from mhc_lightning.callbacks.gains import chains, mean_products
+from mhc_lightning.callbacks.reporting import log_image, takes_images
+from mhc_lightning.callbacks.stream_sampler import StreamSampler
+from mhc_lightning.callbacks.watcher import Extract, Observation
+from mhc_lightning.errors import UserError
+
+
+class _Matrices(NamedTuple):
+    spans: list[range]
+    depth: int
+    means: list[Tensor]  # one [n, n] per span
+
+
+class StreamMatrixHeatmap(StreamSampler[_Matrices]):
+    """Draws token-averaged stream matrices in the manner of figure 8 of arXiv 2512.24880.
+
+    One picture for each chosen sub-layer, and for the products over the first half, the second
+    half and the whole of the stack (multiplied token by token, then averaged), with row sums on
+    the right, column sums below, and colours that are centred on zero. Tags:
+    ``stream_matrices/layer_<k>`` and ``stream_matrices/composite_<first>_to_<last>``, sub-layers
+    counted from 0 in the order of the calls. Where their number of streams or tokens changes,
+    products are taken within each stretch of equal shape.
+
+    Pictures go to TensorBoard and to every logger with a ``log_image`` method; with neither,
+    nothing is sampled.
+
+    Args:
+        layers: Sub-layers to draw, negative ones counted from the end; None takes the first, the
+            middle and the last.
+        every_n_steps: Optimizer steps between samples; None takes ten times the trainer's
+            ``log_every_n_steps`` (drawing takes longer than measuring). The last step of a run
+            (``max_steps``) is drawn in any case.
+        extract: ``(module, args, output) -> StreamMappings | None`` for foreign modules.
+
+    Raises:
+        UserError: The interval is not a positive integer or, at the first sample, a layer is out
+            of range.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] | None = None,
+        every_n_steps: int | None = None,
+        extract: Extract | None = None,
+    ) -> None:
+        super().__init__(every_n_steps, extract, log_intervals=10, final_step=True)
+        self.layers = None if layers is None else list(layers)
+
+    def reduce(self, observations: list[Observation]) -> _Matrices:
+        """Average the chosen matrices and products over tokens, on the device."""
+        residuals = [observation.mappings.residual for observation in observations]
+        spans = [range(k, k + 1) for k in self._chosen(len(residuals))]
+        for chain in chains(residuals):
+            middle = chain.start + len(chain) // 2
+            halves = (range(chain.start, middle), range(middle, chain.stop), chain)
+            spans += [span for span in halves if len(span) > 1]
+        return _Matrices(spans, len(residuals), mean_products(residuals, spans))
+
+    def report(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, reduced: _Matrices
+    ) -> dict[str, float]:
+        """Draw one sample."""
+        if takes_images(trainer):
+            for span, mean in zip(reduced.spans, reduced.means, strict=True):
+                first, last = span[0], span[-1]
+                single = len(span) == 1
+                name = f"layer_{first}" if single else f"composite_{first}_to_{last}"
+                title = f"Sub-layer {first} of {reduced.depth}"
+                if not single:
+                    title = f"Sub-layers {first} to {last}, product"
+                matrix = mean.to("cpu", torch.float64).numpy()
+                log_image(
+                    trainer, f"stream_matrices/{name}", matrix_heatmap(matrix, title, step), step
+                )
+        return {}
+
+    def _chosen(self, depth: int) -> list[int]:
+        if self.layers is None:
+            return sorted({0, depth // 2, depth - 1})
+        wrong = [k for k in self.layers if not -depth <= k < depth]
+        if wrong:
+            raise UserError(
+                f"StreamMatrixHeatmap: layers holds {wrong[0]}, but the model has {depth}"
+                f" sub-layers; choose from 0 to {depth - 1} (or -{depth} to -1, from the end)"
+            )
+        return sorted({k % depth for k in self.layers})

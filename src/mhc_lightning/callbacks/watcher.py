@@ -1,0 +1,229 @@
+"""Collects the records of mappings that pass through a model during one forward pass."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mhc_lightning.callbacks.compiled_regions import (
+    HookGuards,
+    SwitchableHook,
+    declares_mappings,
+    modules_in_compiled_regions,
+)
+from mhc_lightning.errors import UserError
+from mhc_lightning.kernels import StreamMappings
+
+Extract = Callable[[nn.Module, tuple[Any, ...], Any], StreamMappings | None]
+"""(module, arguments, output) of one module call to its record, or None if it is not of interest.
+
+The arguments are the positional ones followed by the values of the keyword ones.
+"""
+
+
+class Observation(NamedTuple):
+    """What was seen at one residual sub-layer.
+
+    Attributes:
+        name: Qualified name of the module that yielded the record.
+        mappings: The record, detached.
+        note: What the watcher's `note` function made of the call, or None.
+    """
+
+    name: str
+    mappings: StreamMappings
+    note: Any
+
+
+class _Sighting(NamedTuple):
+    order: int
+    name: str
+    mappings: StreamMappings  # as it came, for identity
+    note: Any
+
+
+def record_in_output(
+    module: nn.Module, args: tuple[Any, ...], output: Any
+) -> StreamMappings | None:
+    """The default extraction: the module's output, where it is a `StreamMappings`."""
+    return output if isinstance(output, StreamMappings) else None
+
+
+def _in_backward() -> bool:
+    # Activation checkpointing replays forwards while autograd runs; a replay is no new sub-layer.
+    return torch._C._current_graph_task_id() != -1
+
+
+class StreamWatcher:
+    """Watches one model, between `open` and `close`, by forward hooks.
+
+    Nothing is installed outside that time. Calls are listed in the order in which they happen, in
+    eager and in compiled code. A module that hands on the record of a module inside it adds
+    nothing; a module called twice counts twice. Forward passes that autograd replays (activation
+    checkpointing) are left out.
+
+    Args:
+        extract: How to get a record out of a module call; None takes every output that is a
+            `StreamMappings`.
+        note: Called in the forward pass, without gradients, as ``note(module, args, output,
+            mappings)``; what it returns is kept with the record. It is for what is too large to
+            keep, such as the streams.
+    """
+
+    def __init__(
+        self,
+        extract: Extract | None = None,
+        note: Callable[[nn.Module, tuple[Any, ...], Any, StreamMappings], Any] | None = None,
+    ) -> None:
+        self._extract = extract or record_in_output
+        self._default = extract is None
+        self._note = note
+        self._handles: list[RemovableHandle] = []
+        self._switches: dict[nn.Module, SwitchableHook] = {}
+        self._compiled: dict[nn.Module, str] = {}
+        self._guards = HookGuards()
+        self._sightings: list[_Sighting] = []
+        self._slot = f"_stream_sightings_{id(self):x}"
+        # A tensor, because a compiled program repeats what happens to tensors, not to numbers.
+        self._clock = torch.zeros((), dtype=torch.int64)
+        self._open = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether hooks are installed."""
+        return self._open
+
+    def prepare(self, root: nn.Module) -> None:
+        """Before the first forward pass: have compiled regions heed hooks, if any is to be watched.
+
+        Only a compiled region that holds a module of interest is touched: with the default
+        extraction one whose ``forward`` is annotated ``-> StreamMappings``, with an `extract` of
+        the user's every module.
+        """
+        if self._candidates(root, modules_in_compiled_regions(root)):
+            self._guards.enable()
+
+    def open(self, root: nn.Module) -> None:
+        """Install the hooks on every module of `root`."""
+        self.close()
+        self._open = True
+        self._clock.zero_()
+        inside = modules_in_compiled_regions(root)
+        for name, module in root.named_modules():
+            if module not in inside:
+                hook = partial(self._see, name)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._compiled = self._candidates(root, inside)
+        for module in self._compiled:
+            setattr(module, self._slot, [])
+            if module in self._switches:
+                self._switches[module].put_back()
+            else:
+                self._switches[module] = SwitchableHook(module, self._see_compiled)
+
+    def close(self) -> list[Observation]:
+        """Remove the hooks and return what was seen, in the order of the calls.
+
+        Raises:
+            UserError: `extract` returned something that is not a record of square matrices.
+        """
+        if not self._open:
+            return []
+        self._open = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module, name in self._compiled.items():
+            self._switches[module].remove()
+            for order, mappings, note in getattr(module, self._slot):
+                self._sightings.append(_Sighting(int(order), name, mappings, note))
+            delattr(module, self._slot)
+        sightings, self._sightings = sorted(self._sightings, key=lambda s: s.order), []
+        return [
+            Observation(s.name, _checked(s), s.note)
+            for index, s in enumerate(sightings)
+            if not any(_hands_on(s, earlier) for earlier in sightings[:index])
+        ]
+
+    def release(self) -> None:
+        """Remove everything, and put dynamo's setting back."""
+        self.close()
+        self._switches.clear()
+        self._guards.restore()
+
+    def _candidates(self, root: nn.Module, inside: set[nn.Module]) -> dict[nn.Module, str]:
+        return {
+            module: name
+            for name, module in root.named_modules()
+            if module in inside and (not self._default or declares_mappings(module))
+        }
+
+    def _see(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        if torch.compiler.is_compiling() or _in_backward():
+            return
+        args = (*args, *kwargs.values())
+        mappings = self._extract(module, args, output)
+        if mappings is not None:
+            note = self._take_note(module, args, output, mappings)
+            self._sightings.append(_Sighting(int(self._clock), name, mappings, note))
+            self._clock += 1
+
+    def _see_compiled(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        # Traced once for all modules of a kind: nothing here may depend on which one it is.
+        if not torch.compiler.is_compiling() and _in_backward():
+            return
+        args = (*args, *kwargs.values())
+        mappings = self._extract(module, args, output)
+        if mappings is not None:
+            note = self._take_note(module, args, output, mappings)
+            getattr(module, self._slot).append((self._clock.clone(), mappings, note))
+            self._clock.add_(1)
+
+    def _take_note(
+        self, module: nn.Module, args: tuple[Any, ...], output: Any, mappings: StreamMappings
+    ) -> Any:
+        if self._note is None:
+            return None
+        with torch.no_grad():
+            return self._note(module, args, output, mappings)
+
+
+def _hands_on(sighting: _Sighting, earlier: _Sighting) -> bool:
+    """Whether a module only returned the record that a module inside it had returned."""
+    same = getattr(earlier.mappings, "residual", None) is getattr(
+        sighting.mappings, "residual", sighting
+    )
+    return same and (sighting.name == "" or earlier.name.startswith(f"{sighting.name}."))
+
+
+def _checked(sighting: _Sighting) -> StreamMappings:
+    mappings = sighting.mappings
+    if not isinstance(mappings, StreamMappings):
+        raise UserError(
+            f"extract returned a {type(mappings).__name__} for the module {sighting.name!r};"
+            " return a StreamMappings, or None for modules that are not of interest"
+        )
+    residual = mappings.residual
+    if (
+        not isinstance(residual, Tensor)
+        or residual.dim() < 2
+        or residual.shape[-1] != residual.shape[-2]
+    ):
+        shape = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
+        raise UserError(
+            f"the residual mapping of the module {sighting.name!r} has shape {shape};"
+            " [..., n, n] is needed, one matrix per token"
+        )
+    return StreamMappings(*(t.detach() if isinstance(t, Tensor) else t for t in mappings))
