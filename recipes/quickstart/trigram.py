@@ -73,7 +73,6 @@ class Trigram:
         second = self._second.probability(last, symbol, first)
         return self._third.probability(before * self.vocabulary + last, symbol, second)
 
-    def bits(self, symbols: Integers, start: int) -> float:
-        """Bits to encode a text, each of whose documents begins after the symbol `start`."""
-        padded = np.concatenate([[start, start], symbols])
-        return float(-np.log2(self.probability(padded[:-2], padded[1:-1], symbols)).sum())
+    def bits(self, symbols: Integers) -> float:
+        """Bits to encode a text, given its first two symbols."""
+        return float(-np.log2(self.probability(symbols[:-2], symbols[1:-1], symbols[2:])).sum())
