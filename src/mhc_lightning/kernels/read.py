@@ -19,6 +19,7 @@ from mhc_lightning.kernels.coefficients import (
 )
 from mhc_lightning.kernels.record import StreamMappings
 from mhc_lightning.kernels.sinkhorn import check_iterations
+from mhc_lightning.kernels.streams import dot_per_stream
 
 
 class _Read(torch.autograd.Function):
@@ -49,7 +50,7 @@ class _Read(torch.autograd.Function):
             residual_grad = torch.zeros_like(mappings.residual)
         if read_grad is not None:
             read_grad = read_grad.to(phi.dtype)
-            pre_grad = pre_grad + torch.bmm(wide, read_grad[:, :, None]).squeeze(2)
+            pre_grad = pre_grad + dot_per_stream(wide, read_grad)
         parts = coefficients_backward(
             StreamMappings(pre_grad, post_grad, residual_grad),
             mappings,
@@ -71,7 +72,7 @@ class _Read(torch.autograd.Function):
             grad.addcmul_(flat, parts.scale[:, None])
             grad = grad.view(streams.shape)
             if read_grad is not None:
-                grad.baddbmm_(mappings.pre[:, :, None], read_grad[:, None, :])
+                grad.addcmul_(mappings.pre[:, :, None], read_grad[:, None, :])
             grad = grad.to(streams.dtype)
         return grad, parts.phi, parts.alpha, parts.bias, None, None
 
