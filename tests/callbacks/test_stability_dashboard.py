@@ -1,0 +1,42 @@
+import re
+from typing import Any
+
+from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+from mhc_lightning.callbacks import AmaxGain, StabilityDashboard, StreamDiversity, Throughput
+from mhc_lightning.callbacks.stability_dashboard import LAYOUT
+
+
+def test_tensorboard_finds_the_layout(foreign: Any, fit: Any, events: Any) -> None:
+    fit(foreign.Module(), StabilityDashboard(), max_steps=2)
+    event = events().Tensors(metadata.CONFIG_SUMMARY_TAG)[0]
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert {category.title for category in layout.category} == set(LAYOUT)
+    charts = {chart.title for category in layout.category for chart in category.chart}
+    assert "composite Amax gain" in charts
+
+
+def test_every_pattern_meets_the_tags_it_is_for(foreign: Any, fit: Any, events: Any) -> None:
+    class Complete(foreign.Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            for tag in ("train/grad_norm", "train/learning_rate", "train/mfu"):
+                self.log(tag, 1.0)
+            return super().training_step(batch, batch_idx)
+
+    fit(
+        Complete(), AmaxGain(), StreamDiversity(), StabilityDashboard(),
+        Throughput(count_tokens=len), max_steps=4, validate=True,
+        val_check_interval=2,
+    )  # fmt: skip
+    scalars = events().Tags()["scalars"]
+    for category, charts in LAYOUT.items():
+        for _, patterns in charts.values():
+            for pattern in patterns:
+                found = [tag for tag in scalars if re.match(pattern, tag)]  # as TensorBoard does
+                assert found, pattern
+                by_layer = category == "By sub-layer"
+                assert all(("/layer_" in tag) == by_layer for tag in found), pattern
+
+
+def test_other_loggers_are_left_alone(foreign: Any, fit: Any) -> None:
+    fit(foreign.Module(), StabilityDashboard(), max_steps=1, logger=False)
