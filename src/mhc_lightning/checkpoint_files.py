@@ -1,0 +1,185 @@
+"""Checkpoint files: written so that no crash can lose the last good one, checked when read."""
+
+import contextlib
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+from mhc_lightning.errors import UserError
+
+_NAME = re.compile(r"step_(\d+)\.ckpt")
+_ASIDE = ".aside-"
+
+
+def checkpoint_name(step: int) -> str:
+    """File name of the checkpoint after `step` optimizer steps, e.g. ``step_00000100.ckpt``."""
+    return f"step_{step:08d}.ckpt"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, ascending; empty if there is none."""
+    if not folder.is_dir():
+        return []
+    matches = (_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_file())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write `checkpoint` to `path`, which stays as it was until the new file is complete.
+
+    The bytes go to a file aside, reach the disk (fsync), and only then take the name.
+
+    Raises:
+        OSError: the file could not be written (disk full, permissions, …). `path` is untouched
+            and nothing is left aside.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f"{_ASIDE}{path.name}"
+    try:
+        with open(aside, "wb") as file:
+            stream = _ErrorKeepingWriter(file)
+            try:
+                torch.save(checkpoint, cast(IO[bytes], stream))
+            except RuntimeError:
+                # torch's archive writer hides the reason behind an error of its own.
+                if stream.error is not None:
+                    raise stream.error from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def point_link(link: Path, target_name: str) -> None:
+    """Make `link` a relative symbolic link to `target_name` beside it, in one atomic step."""
+    aside = link.parent / f"{_ASIDE}{link.name}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target_name)
+    os.replace(aside, link)
+    sync_folder(link.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace the file at `path` by `text` (UTF-8) in one atomic, durable step."""
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=_ASIDE)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`."""
+    if folder.is_dir():
+        for entry in folder.iterdir():
+            if entry.name.startswith(_ASIDE):
+                entry.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def fault_in(path: Path) -> str | None:
+    """Why the checkpoint at `path` cannot be trusted, or None if it is complete.
+
+    Reads the whole file: the archive carries a checksum for every tensor, which `torch.load`
+    does not look at.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        size = path.stat().st_size
+        return f"not a complete checkpoint (cut short or overwritten; {size} bytes)"
+    except OSError as error:
+        return f"unreadable ({error.strerror or error})"
+    if damaged is not None:
+        return f"damaged: {damaged} does not match its checksum"
+    if not any(name.endswith("data.pkl") for name in names):
+        return "not a torch checkpoint"
+    return None
+
+
+def candidates_for_last(folder: Path) -> list[Path]:
+    """Checkpoints to try for `last`, best first: what the link names, then the earlier steps.
+
+    Later steps than the link's are left out: they belong to a branch that was given up by
+    resuming from an earlier checkpoint.
+    """
+    steps = saved_steps(folder)
+    link = folder / "last"
+    match = _NAME.fullmatch(os.readlink(link)) if link.is_symlink() else None
+    if match:
+        steps = [step for step in steps if step <= int(match.group(1))]
+    return [folder / checkpoint_name(step) for step in reversed(steps)]
+
+
+def load_checkpoint(path: Path, *, trusted: bool) -> dict[str, Any]:
+    """Read a checkpoint into CPU memory, lazily where the file system allows it (memory-mapped).
+
+    Args:
+        path: The file.
+        trusted: Whether pickled Python objects in it may be rebuilt, which can run code.
+
+    Raises:
+        UserError: it is not a checkpoint of this package, or holds pickled objects and is not
+            trusted.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=not trusted)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UserError(
+                f"checkpoint {path} holds pickled Python objects, which could run code when"
+                " loaded; if you trust where it comes from, copy it into the run's checkpoints/"
+                " folder and load it from there"
+            ) from error
+        raise UserError(f"checkpoint {path} cannot be loaded: {reason}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"checkpoint {path} has no model in it (no `state_dict`)")
+    return checkpoint
+
+
+class _ErrorKeepingWriter:
+    """A binary stream that remembers the operating system's reason when a write fails."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()

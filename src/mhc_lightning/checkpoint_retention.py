@@ -1,0 +1,70 @@
+"""Which checkpoints to keep: the newest, those at round steps, the best."""
+
+import math
+from pathlib import Path
+
+from mhc_lightning.checkpoint_files import checkpoint_name, saved_steps
+from mhc_lightning.errors import UserError
+
+
+class Retention:
+    """Decides what may be deleted.
+
+    Args:
+        keep_last: How many of the newest to keep; None keeps all.
+        keep_every: Keep for good those at multiples of this many steps.
+        keep_best: How many to keep by their score.
+        mode: ``min`` if a lower score is better, else ``max``.
+
+    Attributes:
+        scores: Scores of the best checkpoints by step, at most `keep_best`.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+
+    def __init__(
+        self, keep_last: int | None, keep_every: int | None, keep_best: int, mode: str
+    ) -> None:
+        for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{name} is {value}; it must be at least 1, or null")
+        if keep_best < 0:
+            raise UserError(f"checkpoint.keep_best is {keep_best}; it must be 0 or more")
+        if mode not in ("min", "max"):
+            raise UserError(f"checkpoint.mode is {mode!r}; it must be min or max")
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.keep_best = keep_best
+        self.mode = mode
+        self.scores: dict[int, float] = {}
+
+    def admit(self, step: int, score: float) -> bool:
+        """Note the score of a step; whether it is among the best so far."""
+        if not math.isfinite(score):
+            return False
+        self.scores[step] = score
+        self.scores = {best: self.scores[best] for best in self.best_steps()[: self.keep_best]}
+        return step in self.scores
+
+    def best_steps(self) -> list[int]:
+        """Steps with a score, best first; of equal ones the earlier."""
+        sign = 1 if self.mode == "min" else -1
+        return sorted(self.scores, key=lambda step: (sign * self.scores[step], step))
+
+    def prune(self, folder: Path, newest: int) -> None:
+        """Delete what need not be kept, now that the checkpoint of step `newest` is there.
+
+        Later steps are left alone: they belong to a branch of the run that was given up, and
+        are overwritten as this one reaches them.
+
+        Raises:
+            OSError: a file could not be deleted.
+        """
+        steps = [step for step in saved_steps(folder) if step <= newest]
+        keep = set(steps if self.keep_last is None else steps[-self.keep_last :])
+        keep.update(self.scores)
+        if self.keep_every is not None:
+            keep.update(step for step in steps if step % self.keep_every == 0)
+        for step in set(steps) - keep:
+            (folder / checkpoint_name(step)).unlink(missing_ok=True)

@@ -1,0 +1,324 @@
+"""The callback that saves a run so that it resumes exactly, whatever ends it."""
+
+import copy
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from mhc_lightning.checkpoint_files import (
+    checkpoint_name,
+    point_link,
+    remove_leftovers,
+    saved_steps,
+    write_checkpoint,
+)
+from mhc_lightning.checkpoint_retention import Retention
+from mhc_lightning.errors import UserError
+from mhc_lightning.random_state import capture_random_state, restore_random_state
+
+
+class RunCheckpoint(Checkpoint):
+    """Saves ``step_<n>.ckpt`` files, the relative links ``last`` and ``best``, and prunes old ones.
+
+    A checkpoint is the state at the end of an optimizer step. It is written after that step's
+    metrics have reached the loggers, so a resumed run never misses a row. Beside what Lightning
+    keeps, it holds the random number generators of every process, and whether the validation due
+    at that step was still to come (it is then run again on resuming).
+
+    It is saved every `every_n_steps` steps, at the end of the run, on SIGTERM (at the next
+    optimizer step; within a validation, at once), and where a validation improves on the best.
+    A state with a NaN or infinity in the model is never saved. If writing fails, training goes
+    on with a warning and everything saved before stays.
+
+    Args:
+        folder: Where the files go; made if missing.
+        every_n_steps: Optimizer steps between checkpoints; None saves only at the end.
+        keep_last: How many of the newest to keep; None keeps all. Two or more leave one to fall
+            back to should the newest be damaged later.
+        keep_every: Keep for good those at multiples of this many steps.
+        keep_best: How many to keep by `monitor`; 0 takes no notice of it.
+        monitor: A logged validation metric.
+        mode: ``min`` if less of it is better, else ``max``.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        every_n_steps: int | None = 500,
+        keep_last: int | None = 2,
+        keep_every: int | None = None,
+        keep_best: int = 0,
+        monitor: str = "val/loss",
+        mode: str = "min",
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(
+                f"checkpoint.every_n_steps is {every_n_steps}; it must be at least 1,"
+                " or null for only one at the end"
+            )
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.monitor = monitor
+        self.retention = Retention(keep_last, keep_every, keep_best, mode)
+        self._seen_step = -1  # the last optimizer step whose end was seen
+        self._saved_step = -1
+        self._snapshot: dict[str, Any] | None = None  # state at the end of _seen_step
+        self._due = False
+        self._sigterm = False
+        self._stopping = False  # all processes agreed to stop
+        self._random_state: dict[str, Any] | None = None
+
+    @property
+    def dirpath(self) -> str:
+        """The folder, under the name that Lightning's own checkpoint callback gives it."""
+        return str(self.folder)
+
+    # ---- the life of a run
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the folder and clear what a killed run left half-written."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot write checkpoints to {self.folder}: {error.strerror or error};"
+                " choose another output_dir or mend its permissions"
+            ) from error
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take SIGTERM over from Lightning, which may stop between two micro-batches of a step."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note_sigterm)
+        self._seen_step = trainer.global_step
+        if self._random_state is not None:
+            restore_random_state(self._random_state, pl_module.device)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write what became due at the end of the step before, now that its metrics are logged."""
+        if self._due:
+            self._write(trainer, validation_pending=False)
+        self._stop_if_asked()
+        self._snapshot = None
+        if self._random_state is not None and trainer.global_step == self._seen_step:
+            # Iterators made since the training started have drawn from the generators.
+            restore_random_state(self._random_state, pl_module.device)
+            self._random_state = None
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """At the end of an optimizer step, take a snapshot if it may have to be written."""
+        step = trainer.global_step
+        if step == self._seen_step:  # only another micro-batch
+            return
+        self._seen_step = step
+        self._agree_on_stopping(trainer)
+        last = step >= trainer.max_steps > 0 or trainer.should_stop
+        self._due = last or self._stopping or step % (self.every_n_steps or step + 1) == 0
+        epoch_loop = trainer.fit_loop.epoch_loop
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if self._due or epoch_loop._should_check_val_fx(fetcher):
+            # Tensors in it are the live ones: nothing changes them before it is written.
+            self._snapshot = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """On SIGTERM at the step just ended, save before its validation and stop."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._random_state = None  # a validation run again draws from the restored generators
+        self._leave_validation_if_asked(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """On SIGTERM within a validation, save the step it belongs to and stop."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._agree_on_stopping(trainer)
+            self._leave_validation_if_asked(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what is due, and what is among the best."""
+        if self._snapshot is None:
+            return
+        self._gather_random_states(trainer, self._snapshot)  # the validation drew from them
+        if self._is_among_best(trainer):
+            self._due = True
+        if self._due:
+            self._write(trainer, validation_pending=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the end of the run."""
+        if self._snapshot is not None and self._saved_step != self._seen_step:
+            self._write(trainer, validation_pending=False)
+        self._snapshot = None
+        self._stop_if_asked()
+
+    # ---- what the checkpoint holds
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores of the best checkpoints so far."""
+        return {"scores": dict(self.retention.scores)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the scores, as far as their files are still there."""
+        there = set(saved_steps(self.folder))
+        scores = state_dict["scores"]
+        self.retention.scores = {s: scores[s] for s in scores if s in there}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the generators of every process."""
+        self._gather_random_states(trainer, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continue from `checkpoint`: loggers forget what came after it, `last` names it."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        states = checkpoint.get("random_states", [])
+        if len(states) == trainer.world_size:
+            self._random_state = states[trainer.global_rank]
+        self._saved_step = checkpoint["global_step"]
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if hasattr(logger, "resume_from"):
+                logger.resume_from(checkpoint["global_step"])
+        source = Path(str(trainer.ckpt_path))
+        if source.parent.resolve() == self.folder.resolve() and source.is_file():
+            point_link(self.folder / "last", source.resolve().name)
+
+    # ---- saving
+
+    def _write(self, trainer: pl.Trainer, *, validation_pending: bool) -> None:
+        """Write the snapshot (process zero), then move the links, then prune."""
+        snapshot, self._due = self._snapshot, False
+        assert snapshot is not None
+        step = snapshot["global_step"]
+        if not _is_finite(snapshot["state_dict"]):
+            rank_zero_warn(
+                f"no checkpoint at step {step}: the model holds NaN or infinite values",
+                category=RuntimeWarning,
+            )
+            return
+        snapshot["loops"] = _loops_at_step_end(snapshot["loops"], validation_pending)
+        snapshot["callbacks"][self.state_key] = self.state_dict()
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()  # a resumed run keeps what was logged up to here
+            name = checkpoint_name(step)
+            try:
+                write_checkpoint(snapshot, self.folder / name)
+                point_link(self.folder / "last", name)
+                if step in self.retention.scores:
+                    best = self.retention.best_steps()[0]
+                    point_link(self.folder / "best", checkpoint_name(best))
+                self.retention.prune(self.folder, newest=step)
+            except OSError as error:
+                rank_zero_warn(
+                    f"could not save the checkpoint of step {step} in {self.folder}:"
+                    f" {error.strerror or error}; the run goes on, earlier checkpoints are intact",
+                    category=RuntimeWarning,
+                )
+                self.retention.scores.pop(step, None)
+                return
+        self._saved_step = step
+
+    def _is_among_best(self, trainer: pl.Trainer) -> bool:
+        if self.retention.keep_best == 0:
+            return False
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            raise UserError(
+                f"checkpoint.monitor is {self.monitor!r}, which the validation does not log"
+                f" (it logs: {known})"
+            )
+        return self.retention.admit(self._seen_step, float(value))
+
+    def _gather_random_states(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+        own = capture_random_state(trainer.strategy.root_device)
+        states = [own]
+        if trainer.world_size > 1:
+            states = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(states, own)
+        checkpoint["random_states"] = states
+
+    # ---- stopping
+
+    def _note_sigterm(self, signum: int, frame: Any) -> None:
+        self._sigterm = True
+
+    def _agree_on_stopping(self, trainer: pl.Trainer) -> None:
+        """Stop all processes at the same step if any of them was told to."""
+        if trainer.world_size > 1:
+            self._stopping = trainer.strategy.reduce_boolean_decision(self._sigterm, all=False)
+        else:
+            self._stopping = self._sigterm
+
+    def _leave_validation_if_asked(self, trainer: pl.Trainer) -> None:
+        over = self._seen_step >= trainer.max_steps > 0  # nothing could resume this validation
+        if self._stopping and self._snapshot is not None and not over:
+            self._write(trainer, validation_pending=True)
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self._stopping:
+            raise SIGTERMException(128 + signal.SIGTERM)
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    return all(
+        bool(torch.isfinite(value).all())
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    )
+
+
+def _loops_at_step_end(loops: dict[str, Any], validation_pending: bool) -> dict[str, Any]:
+    """Lightning's loop counters for "an optimizer step has just ended".
+
+    With a pending validation they say "at the first batch of it", which Lightning answers by
+    going back to the start of that validation before it trains on.
+    """
+    loops = copy.deepcopy(loops)
+    fit = loops["fit_loop"]
+    training = fit["epoch_loop.batch_progress"]
+    validation = fit["epoch_loop.val_loop.batch_progress"]
+    training["is_last_batch"] = False  # a run may be made longer
+    begun = int(validation_pending)
+    for scope in ("total", "current"):
+        validation[scope].update(ready=begun, started=begun, processed=0, completed=0)
+        training[scope]["completed"] += begun
+    return loops
+

@@ -1,0 +1,170 @@
+"""From a composed experiment to the objects that Lightning trains with."""
+
+from typing import TYPE_CHECKING, Any
+
+import hydra.utils
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from mhc_lightning.cli.composition import Experiment, escaped_tree
+from mhc_lightning.cli.value_types import check_arguments
+from mhc_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from mhc_lightning import LanguageModel, TextDataModule
+
+
+def build(experiment: Experiment, section: str, **more: Any) -> Any:
+    """Instantiate a section of the configuration.
+
+    Args:
+        experiment: The experiment.
+        section: Dotted key of a mapping with a `_target_`.
+        more: Arguments beside, or in place of, those in the configuration.
+
+    Raises:
+        UserError: the section is missing, or its target or a value in it is no good.
+    """
+    node = OmegaConf.select(experiment.config, section)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise UserError(
+            f"config {experiment.file.name} has no section {section!r} with a _target_;"
+            f" choose one from the group: `- {section}: …` under `defaults:`"
+        )
+    target = _target(section, node._target_)
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    arguments = {str(k): v for k, v in plain.items() if not str(k).startswith("_")}
+    check_arguments(section, target, {k: v for k, v in arguments.items() if k not in more})
+    for key, value in node.items():
+        if isinstance(value, DictConfig) and "_target_" in value and value.get("_partial_"):
+            inner = {k: v for k, v in arguments[str(key)].items() if not k.startswith("_")}
+            check_arguments(str(key), _target(str(key), value._target_), inner)
+    # Hydra resolves what it is given and then reads it, each of which takes one escape.
+    given = escaped_tree(escaped_tree({k: v for k, v in plain.items() if k not in more}))
+    try:
+        factory = hydra.utils.instantiate({"_convert_": "all", **given, "_partial_": True})
+    except InstantiationException as error:
+        raise _cause(error) from error
+    return factory(**more)
+
+
+def build_members(experiment: Experiment, section: str) -> list[Any]:
+    """Instantiate every named member of a section, leaving out those set to null."""
+    members = experiment.values().get(section) or {}
+    present = [name for name, member in members.items() if member is not None]
+    return [build(experiment, f"{section}.{name}") for name in present]
+
+
+def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
+    """The trainer, without callbacks and loggers unless given, for the configured strategy.
+
+    What counts optimizer steps in the configuration counts batches in Lightning: see
+    `count_optimizer_steps`.
+    """
+    config = experiment.config
+    strategy: Any = OmegaConf.select(config, "strategy.name")
+    if strategy is None:
+        strategy = build(experiment, "strategy")
+    interval = config.trainer.val_check_interval
+    if not isinstance(interval, int) or interval < 1:
+        raise UserError(
+            f"trainer.val_check_interval must be a whole number of optimizer steps, at least 1,"
+            f" not {interval!r}; for no validation: trainer.limit_val_batches=0"
+        )
+    settings = {
+        "strategy": strategy,
+        "default_root_dir": experiment.values()["output_dir"],
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        **more,
+    }
+    _quiet()
+    try:
+        return build(experiment, "trainer", **settings)
+    except (ValueError, RuntimeError) as error:  # what Lightning raises for settings it refuses
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def build_data(experiment: Experiment, world_size: int) -> "TextDataModule":
+    """The data module; a `micro_batch_size` of null becomes a process's whole share of the batch.
+
+    Raises:
+        UserError: the batch cannot be shared out evenly.
+    """
+    data = experiment.config.data
+    size, micro = data.batch_size, data.micro_batch_size
+    if micro is None and isinstance(size, int):
+        micro, rest = divmod(size, world_size)
+        if rest or not micro:
+            raise UserError(
+                f"data.batch_size={size} cannot be shared evenly by {world_size} devices;"
+                f" use a multiple of {world_size}"
+            )
+    return build(experiment, "data", micro_batch_size=micro)
+
+
+def build_model(experiment: Experiment) -> "LanguageModel":
+    """The model with its optimizer recipe, initialised from the configuration's seed."""
+    import lightning.pytorch as pl
+
+    from mhc_lightning import LanguageModel
+
+    values = experiment.values()
+    if values["recompute"] not in (False, "off"):
+        raise UserError(f"recompute={values['recompute']}: only `off` is available")
+    pl.seed_everything(values["seed"], workers=True, verbose=False)
+    return LanguageModel(
+        build(experiment, "model"), build(experiment, "optimizer"), compile=values["compile"]
+    )
+
+
+def count_optimizer_steps(
+    trainer: "pl.Trainer", experiment: Experiment, data: "TextDataModule"
+) -> None:
+    """Make the trainer accumulate gradients over a batch, and validate by optimizer steps."""
+    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+    interval = experiment.config.trainer.val_check_interval
+    trainer.val_check_interval = interval * trainer.accumulate_grad_batches
+
+
+def _target(section: str, name: str) -> Any:
+    try:
+        return hydra.utils.get_object(name)
+    except Exception as error:
+        cause = _cause(error)
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(
+            f"{section}._target_={name} cannot be imported ({' '.join(str(cause).split())});"
+            " is the name right, and is its package installed?"
+        ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error behind Hydra's: the one that a constructor raised."""
+    seen: BaseException = error
+    while seen.__cause__ is not None:
+        seen = seen.__cause__
+    return seen
+
+
+def _quiet() -> None:
+    """Hide what Lightning tells everybody; show warnings as one line."""
+    import logging
+    import warnings
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in (".*does not have many workers", ".*LeafSpec", "GPU available but not used"):
+        warnings.filterwarnings("ignore", message=text)
+    warnings.formatwarning = _one_line_warning  # Lightning has set one of its own
+
+
+def _one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: object = None
+) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"

@@ -1,0 +1,111 @@
+"""Which checkpoint a command means, and whether it fits the model."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhc_lightning.checkpoint_files import candidates_for_last, fault_in, load_checkpoint
+from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.cli.run_folder import CHECKPOINTS, holds_run
+from mhc_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def find_checkpoint(experiment: Experiment) -> Path | None:
+    """The file that `ckpt_path` means: sound, and if damaged and named `last`, the one before.
+
+    Returns:
+        None if `ckpt_path` is null, or if it is `last` and the run has not saved any yet.
+
+    Raises:
+        UserError: there is none, or the one asked for is damaged.
+    """
+    values = experiment.values()
+    asked, output_dir = values["ckpt_path"], Path(values["output_dir"])
+    if asked is None:
+        return None
+    folder = output_dir / CHECKPOINTS
+    if asked == "last":
+        return _newest_sound(folder, output_dir)
+    path = folder / "best" if asked == "best" else Path(asked).expanduser()
+    if not path.exists():
+        hint = (
+            " (checkpoint.keep_best=1 keeps one)" if asked == "best" else "; or use ckpt_path=last"
+        )
+        raise UserError(f"no checkpoint at {path}{hint}")
+    if path.is_dir():
+        raise UserError(f"checkpoint {path} is a folder; name a file in it, or use ckpt_path=last")
+    fault = fault_in(path)
+    if fault:
+        raise UserError(f"checkpoint {path} is {fault}; use another, or ckpt_path=last")
+    return path.resolve()
+
+
+def _newest_sound(folder: Path, output_dir: Path) -> Path | None:
+    candidates = candidates_for_last(folder)
+    faults: list[tuple[str, str]] = []
+    for path in candidates:
+        fault = fault_in(path)
+        if fault is None:
+            for name, reason in faults:
+                print(f"warning: {name} is {reason}; using {path.name} instead", file=sys.stderr)
+            return path
+        faults.append((path.name, fault))
+    if faults:
+        listed = ", ".join(f"{name} is {reason}" for name, reason in faults)
+        raise UserError(f"no sound checkpoint in {folder}: {listed}")
+    if holds_run(output_dir):
+        return None
+    raise UserError(
+        f"nothing to go on with: {output_dir} holds no run; leave out ckpt_path to start one"
+    )
+
+
+def require_checkpoint(experiment: Experiment) -> Path:
+    """The file that `ckpt_path` means, for commands that cannot do without.
+
+    Raises:
+        UserError: as `find_checkpoint`, and where that finds none.
+    """
+    path = find_checkpoint(experiment)
+    if path is None:
+        raise UserError(
+            f"the run in {experiment.values()['output_dir']} has no checkpoint yet"
+            if experiment.values()["ckpt_path"]
+            else "ckpt_path is missing: say ckpt_path=last, ckpt_path=best or a checkpoint file"
+        )
+    return path
+
+
+def load_fitting(path: Path, model: "nn.Module", experiment: Experiment) -> dict[str, Any]:
+    """Load a checkpoint and make sure that its tensors are those of `model`.
+
+    Raises:
+        UserError: names the first tensor that differs, and its shape in the file and the model.
+    """
+    own = Path(experiment.values()["output_dir"]).resolve()
+    checkpoint = load_checkpoint(path, trusted=path.is_relative_to(own))
+    saved, wanted = checkpoint["state_dict"], model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in saved:
+            raise UserError(
+                f"checkpoint {path} is of another model: it has no tensor {name}"
+                f" {list(tensor.shape)}; use the settings it was trained with"
+                " (config.yaml of its run)"
+            )
+        if saved[name].shape != tensor.shape:
+            raise UserError(
+                f"checkpoint {path} is of another model: {name} is {list(saved[name].shape)} in"
+                f" the file and {list(tensor.shape)} in the model; use the settings it was"
+                " trained with (config.yaml of its run)"
+            )
+    extra = next((name for name in saved if name not in wanted), None)
+    if extra is not None:
+        raise UserError(
+            f"checkpoint {path} is of another model: its tensor {extra}"
+            f" {list(saved[extra].shape)} is not in the model; use the settings it was trained"
+            " with (config.yaml of its run)"
+        )
+    return checkpoint

@@ -1,0 +1,234 @@
+"""Composing an experiment: files, groups and overrides become one checked configuration."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.experiments import find_experiment, group_choices, shipped_folder
+from mhc_lightning.cli.value_types import check_overridden_values
+from mhc_lightning.errors import UserError
+
+# Sections whose settings a command takes without the section's name, too.
+_SECTIONS = {"generate": "generate", "prepare": "prepare"}
+_NONE = ("", "null", "None")  # of ckpt_path
+
+
+class _ShippedGroups(SearchPathPlugin):
+    """Lets experiments anywhere use the shipped groups; their own come first."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("mhc_lightning", f"file://{shipped_folder()}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A composed experiment.
+
+    Attributes:
+        file: The experiment's file.
+        config: Everything, with interpolations still in place.
+        literal: What was typed for literal keys.
+        overridden: Dotted keys set on the command line.
+        defaults: Files that were merged, in order: (path, dotted key they are merged at).
+    """
+
+    file: Path
+    config: DictConfig
+    literal: dict[str, list[str]]
+    overridden: set[str] = field(default_factory=set)
+    defaults: list[tuple[Path, str]] = field(default_factory=list)
+
+    def values(self) -> dict[str, Any]:
+        """Everything as plain values, interpolations resolved."""
+        values = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=True)
+        assert isinstance(values, dict)
+        return {str(key): value for key, value in values.items()}
+
+
+def compose_experiment(arguments: Arguments) -> Experiment:
+    """Find, compose and check what a command line asks for.
+
+    Raises:
+        UserError: anything that cannot be composed, in one line that names the key or the file.
+    """
+    assert arguments.config is not None and arguments.command is not None
+    file = find_experiment(arguments.config)
+    groups = group_choices([file.parent, shipped_folder()])
+    choices, settings = _split_by_group(arguments.overrides, groups)
+    try:
+        with initialize_config_dir(str(file.parent), version_base="1.3", job_name="mhc_lightning"):
+            plain = compose(config_name=file.stem, overrides=choices)
+            keys = set(dotted_keys(OmegaConf.to_container(plain, resolve=False)))
+            section = _SECTIONS.get(arguments.command, "")
+            settings = [_checked(word, keys, groups, section) for word in settings]
+            overrides = choices + settings
+            config = compose(config_name=file.stem, overrides=overrides)
+            check_overridden_values(plain, config, [_key(word) for word in settings])
+            literal = {
+                _full_key(key, keys, section): values for key, values in arguments.literal.items()
+            }
+            with open_dict(config):
+                _set_literal(config, literal)
+            experiment = Experiment(
+                file=file,
+                config=config,
+                literal=literal,
+                overridden={_key(word) for word in settings} | set(literal),
+                defaults=_merged_files(file, overrides),
+            )
+            experiment.values()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, file)) from error
+    except YAMLError as error:
+        raise UserError(f"config {file.name} is not valid YAML: {_flat(str(error))}") from error
+    return experiment
+
+
+def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
+    """Every key of nested mappings, the inner nodes too, as ``a.b.c``."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from dotted_keys(value, f"{prefix}{key}.")
+
+
+def nearest_key(key: str, keys: Iterable[str]) -> str | None:
+    """The key that was probably meant: the same last part counts most, then likeness."""
+    last = key.rpartition(".")[2]
+
+    def likeness(known: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, known).ratio()
+        part = difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio()
+        return whole + part
+
+    best = max(sorted(keys), key=likeness, default=None)
+    return best if best is not None and likeness(best) > 0.8 else None
+
+
+def _key(override: str) -> str:
+    """The key of ``key=value``, without Hydra's marks before it and a package after it."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _split_by_group(
+    overrides: list[str], groups: dict[str, list[str]]
+) -> tuple[list[str], list[str]]:
+    """Overrides that choose a group's file, and the others; refuses files that do not exist."""
+    choices, settings = [], []
+    for word in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(word)
+        except HydraException as error:
+            raise UserError(
+                f"cannot read the override {word!r}: {_flat(str(error))}; quote a value with"
+                " special characters for Hydra, as in 'key=\"a, b\"'"
+            ) from error
+        group, value = _key(word), parsed.value()
+        if group not in groups or word.startswith("~"):
+            settings.append(word)
+            continue
+        for name in value if isinstance(value, list) else [value]:
+            if str(name) not in groups[group]:
+                raise UserError(
+                    f"{group}={name}: there is no such choice;"
+                    f" available for {group}: {', '.join(groups[group])}"
+                )
+        choices.append(word)
+    return choices, settings
+
+
+def _checked(word: str, keys: set[str], groups: dict[str, list[str]], section: str) -> str:
+    """An override of an existing key, written out in full; `+` may add one."""
+    marks = word[: len(word) - len(word.lstrip("+~"))]
+    if marks.startswith("+"):
+        return word
+    key = _key(word)
+    full = _full_key(key, keys, section)
+    if full not in keys:
+        near = nearest_key(key, keys | set(groups))
+        hint = f"did you mean {near!r}? " if near else ""
+        raise UserError(
+            f"unknown key {key!r}; {hint}--print-config lists all keys, and +{key}=… adds one"
+        )
+    return marks + full + word.lstrip("+~")[len(key) :]
+
+
+def _full_key(key: str, keys: set[str], section: str) -> str:
+    within = f"{section}.{key}"
+    return within if key not in keys and section and within in keys else key
+
+
+def _set_literal(config: DictConfig, literal: dict[str, list[str]]) -> None:
+    for key, values in literal.items():
+        value: Any = values[-1]
+        if key == "input":
+            value = [escaped(text) for text in values]
+        elif key == "ckpt_path" and value in _NONE:
+            value = None
+        else:
+            value = escaped(value)
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+
+
+def escaped(text: str) -> str:
+    """`text` with OmegaConf's interpolations taken out of force: it gives back these characters."""
+    return re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + r"\${", text)
+
+
+def escaped_tree(value: Any) -> Any:
+    """`escaped` for every text in nested lists and mappings."""
+    if isinstance(value, dict):
+        return {key: escaped_tree(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escaped_tree(item) for item in value]
+    return escaped(value) if isinstance(value, str) else value
+
+
+def _merged_files(file: Path, overrides: list[str]) -> list[tuple[Path, str]]:
+    loader = GlobalHydra.instance().config_loader()
+    from hydra.types import RunMode
+
+    found = []
+    defaults = loader.compute_defaults_list(file.stem, overrides, RunMode.RUN)
+    for default in defaults.defaults:
+        path = default.config_path or ""
+        if path.startswith("hydra"):
+            continue
+        for folder in (file.parent, shipped_folder()):
+            if (folder / f"{path}.yaml").is_file():
+                found.append((folder / f"{path}.yaml", default.package or ""))
+                break
+    return found
+
+
+def _one_line(error: Exception, file: Path) -> str:
+    """What Hydra or OmegaConf has to say, in one line."""
+    message = str(error)
+    missing = re.search(r"Missing mandatory value: (\S+)", message)
+    if missing:
+        return f"{missing.group(1)} has no value; give {missing.group(1)}=…"
+    return f"config {file.name}: {_flat(message)}"
+
+
+def _flat(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("object_type", "See "))]
+    return "; ".join(kept)
+
+
+Plugins.instance().register(_ShippedGroups)

@@ -1,0 +1,57 @@
+"""`fit`: train, or go on with a run."""
+
+import sys
+from pathlib import Path
+
+from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.cli.run_folder import claim, is_first_process, write_records
+
+
+def fit(experiment: Experiment, arguments: Arguments) -> None:
+    """Train from the start or from `ckpt_path`, writing everything to `output_dir`.
+
+    Raises:
+        UserError: the settings, the data, the folder or the checkpoint are no good.
+        NonFiniteLossError: the loss became NaN or infinite.
+        SIGTERMException: stopped by SIGTERM, after saving.
+    """
+    values = experiment.values()
+    folder = Path(values["output_dir"])
+    claim(folder, resumes=values["ckpt_path"] is not None, overwrite=values["overwrite"])
+
+    from mhc_lightning.cli.building import (
+        build,
+        build_data,
+        build_members,
+        build_model,
+        build_trainer,
+        count_optimizer_steps,
+    )
+    from mhc_lightning.cli.checkpoints import find_checkpoint, load_fitting
+
+    checkpoint = find_checkpoint(experiment)
+    if checkpoint is None and values["ckpt_path"] is not None:
+        print(f"warning: the run in {folder} had not saved yet; starting over", file=sys.stderr)
+        claim(folder, resumes=False, overwrite=True)
+    trainer = build_trainer(
+        experiment,
+        logger=build_members(experiment, "logger"),
+        callbacks=[*build_members(experiment, "callbacks"), build(experiment, "checkpoint")],
+    )
+    data = build_data(experiment, trainer.world_size)
+    count_optimizer_steps(trainer, experiment, data)
+    module = build_model(experiment)
+    data.validate_against(module.model.vocab_size)
+    if checkpoint is not None:
+        saved = load_fitting(checkpoint, module, experiment)
+        if is_first_process():
+            step = saved["global_step"]
+            print(f"going on from step {step}: {checkpoint}", file=sys.stderr)
+            if step >= trainer.max_steps:
+                print(
+                    f"the run is complete: trainer.max_steps={trainer.max_steps}", file=sys.stderr
+                )
+    write_records(folder, values)
+    # It has been looked at above; what other callbacks keep in it may be any Python object.
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)

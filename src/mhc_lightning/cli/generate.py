@@ -1,0 +1,66 @@
+"""`generate`: continue a prompt, writing as the tokens come."""
+
+import contextlib
+import os
+import sys
+from typing import Any
+
+from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.errors import UserError
+
+
+def generate(experiment: Experiment, arguments: Arguments) -> None:
+    """Write the prompt's continuation to standard output, and nothing else.
+
+    Raises:
+        UserError: the settings or the checkpoint are no good, or the prompt is missing.
+    """
+    prompt = experiment.literal.get("prompt", [experiment.values()["prompt"]])[-1]
+    if not prompt:
+        raise UserError('generate needs a prompt: prompt="Once upon a time"')
+    if experiment.values()["ckpt_path"] is None:
+        raise UserError("generate needs ckpt_path=last, ckpt_path=best or a checkpoint file")
+    output = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        _write_continuation(experiment, str(prompt), output)
+
+
+def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> None:
+    import torch
+
+    from mhc_lightning.cli.building import build_data, build_model
+    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint
+    from mhc_lightning.generation import generate as draw
+
+    values = experiment.values()
+    settings = values["generate"]
+    echo = settings.pop("echo")
+    path = require_checkpoint(experiment)
+    tokenizer = build_data(experiment, world_size=1).tokenizer
+    module = build_model(experiment)
+    module.load_state_dict(load_fitting(path, module, experiment)["state_dict"])
+    accelerator = values["trainer"]["accelerator"]
+    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    model = module.model.to("cuda" if on_gpu else "cpu").eval()
+    tokens = [int(token) for token in tokenizer.encode(prompt)]
+    drawn = draw(
+        model, tokens, seed=values["seed"], end_token=tokenizer.end_of_document, **settings
+    )
+    stream = tokenizer.stream()
+    try:
+        if echo:
+            _write(output, prompt)
+        for token in drawn:
+            _write(output, stream.push(token))
+        _write(output, stream.flush() + "\n")
+    except BrokenPipeError:
+        # The reader has had enough; keep Python from complaining once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+
+
+def _write(output: Any, text: str) -> None:
+    """Write text as UTF-8, whatever the terminal's encoding, at once."""
+    data = text.encode("utf-8", errors="surrogateescape")
+    getattr(output, "buffer", output).write(data)
+    output.flush()

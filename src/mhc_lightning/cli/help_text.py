@@ -1,0 +1,148 @@
+"""What `--help` prints."""
+
+from mhc_lightning.cli.experiments import shipped_experiments
+
+_PROGRAM = "python -m mhc_lightning"
+
+_OVERALL = f"""\
+Train, watch and use language models with Hyper-Connections and mHC.
+
+usage: {_PROGRAM} COMMAND --config PATH_OR_NAME [key=value ...]
+
+commands:
+  prepare     turn text files into token chunks to train on
+  fit         train, or go on with a run
+  validate    loss and perplexity of a checkpoint on the validation text
+  generate    continue a prompt with a checkpoint
+
+options:
+  --config PATH_OR_NAME   an experiment: a .yaml file, or the name of a shipped one (below)
+  --print-config          show every setting and where its value comes from, and stop
+  --help, --version       `{_PROGRAM} COMMAND --help` tells more of a command
+
+Any setting is overridden by key=value, as in trainer.max_steps=200 or connection=hc.
+The characters after `=` are taken as they are for prompts and paths (prompt, input, output,
+ckpt_path, output_dir, data.path, prepare.tokenizer); quote them for your shell only.
+
+settings most often changed:
+  connection=mhc|hc|residual     the residual connection
+  model.dim, model.num_layers    width and depth (blocks); model.num_streams is n
+  data.path                      folder that `prepare` wrote
+  data.batch_size                sequences per optimizer step, over all devices
+  trainer.max_steps              optimizer steps
+  trainer.devices, strategy=ddp  several devices
+  optimizer.lr, seed
+  output_dir                     where a run writes everything
+
+shipped experiments:
+{{experiments}}
+
+example, from text to text:
+  {_PROGRAM} prepare  --config mhc_quickstart input=my_texts output=data/mine
+  {_PROGRAM} fit      --config mhc_quickstart data.path=data/mine output_dir=runs/mine
+  tensorboard --logdir runs/mine
+  {_PROGRAM} generate --config mhc_quickstart data.path=data/mine output_dir=runs/mine \\
+      ckpt_path=last prompt="Once upon"
+
+exit codes: 0 done; 2 a mistake in what was asked for (the last line of standard error says which);
+3 the loss became NaN or infinite; 143 stopped by SIGTERM, after saving; 1 a bug."""
+
+_COMMANDS = {
+    "fit": f"""\
+Train a model, or go on with a run.
+
+usage: {_PROGRAM} fit --config PATH_OR_NAME [key=value ...]
+
+  output_dir=DIR       holds everything the run writes: config.yaml (every setting, resolved),
+                       environment.json, metrics.csv, TensorBoard event files, checkpoints/
+  ckpt_path=last       go on from the newest checkpoint of output_dir, exactly as if the run had
+                       not stopped; should it be damaged, from the one before, with a warning
+  ckpt_path=FILE       go on from this checkpoint
+  overwrite=true       delete the run that output_dir holds and start anew
+
+  trainer.max_steps=N             length, in optimizer steps
+  trainer.val_check_interval=N    optimizer steps between validations
+  trainer.log_every_n_steps=N     optimizer steps between rows of metrics.csv
+  checkpoint.every_n_steps=N      optimizer steps between checkpoints; also saved at the end and
+                                  on SIGTERM
+  checkpoint.keep_last=N          newest checkpoints to keep (null: all)
+  checkpoint.keep_every=N         keep those at multiples of N for good
+  checkpoint.keep_best=N          also keep the best N by checkpoint.monitor
+  data.batch_size=N               sequences per optimizer step, over all devices
+  data.micro_batch_size=N         sequences per forward pass; gradients are accumulated
+  model.*, connection=…, optimizer.*, compile=true, strategy=ddp, trainer.devices=N
+  +logger.NAME._target_=CLASS     one more logger, with +logger.NAME.ARGUMENT=…
+
+examples:
+  {_PROGRAM} fit --config mhc_quickstart output_dir=runs/mine trainer.max_steps=200
+  {_PROGRAM} fit --config mhc_quickstart output_dir=runs/mine ckpt_path=last""",
+    "validate": f"""\
+Measure a checkpoint on the validation text.
+
+usage: {_PROGRAM} validate --config PATH_OR_NAME ckpt_path=last|best|FILE [key=value ...]
+
+  --json               print one JSON object and nothing else on standard output
+  ckpt_path=last|best  of the run in output_dir;  ckpt_path=FILE  any checkpoint
+  data.path=DIR        what to validate on
+
+Prints val/loss (nats per token) and val/perplexity, and val/bits_per_byte where the data tell how
+many bytes a token stands for.
+
+example:
+  {_PROGRAM} validate --config mhc_quickstart output_dir=runs/mine ckpt_path=last --json""",
+    "generate": f"""\
+Continue a prompt. The text goes to standard output as it is drawn, and nothing else does.
+
+usage: {_PROGRAM} generate --config PATH_OR_NAME ckpt_path=last|best|FILE prompt=TEXT
+       [key=value ...]
+
+  prompt=TEXT          taken as it is: only your shell's own quotes matter
+  max_new_tokens=N     length at most; it may end earlier, with the document
+  temperature=T        0 takes the likeliest token each time
+  top_k=K              draw from the K likeliest tokens
+  top_p=P              draw from the likeliest tokens that hold the share P of the probability
+  seed=N               the same seed gives the same text
+  echo=false           leave the prompt out of the output
+
+These are the settings of the section `generate` (temperature is short for generate.temperature).
+
+example:
+  {_PROGRAM} generate --config mhc_quickstart output_dir=runs/mine ckpt_path=last \\
+      prompt="def f(x):" temperature=0.7 top_k=50 max_new_tokens=200""",
+    "prepare": f"""\
+Turn text into token chunks for training: documents, a held-out validation split, a summary.
+
+usage: {_PROGRAM} prepare --config PATH_OR_NAME input=PATH [input=PATH ...] output=DIR
+       [key=value ...]
+
+  input=PATH           a file or a folder: text, JSONL, and .gz or .zst of these; for several,
+                       give the key several times
+  output=DIR           the new folder; without it, the experiment's data.path
+  tokenizer=bytes      one token per byte, or the path of a tokenizer.json
+
+  text_field=NAME      the text's key in JSONL lines, or its column in a dataset
+  validation_fraction=0.01        share of the documents to hold out
+  include=['*.py'] exclude=[tests]  patterns of files, and of files and folders
+  num_workers=N        processes (default: one per core)
+  overwrite=true       replace an output made from other input or with other settings
+
+An interrupted run goes on where it was when the same command is given again. `input` also takes
+Hugging Face datasets, as hf://NAME[/CONFIG][:SPLIT] (needs the extra `datasets`).
+These are the settings of the section `prepare` (text_field is short for prepare.text_field).
+
+example:
+  {_PROGRAM} prepare --config mhc_quickstart input=books input=notes.txt output=data/mine""",
+}
+
+
+def overall_help() -> str:
+    """Help on the program, with the experiments that are shipped."""
+    experiments = shipped_experiments()
+    width = max(map(len, experiments), default=0)
+    listed = "\n".join(f"  {name:<{width}}  {about}" for name, about in experiments.items())
+    return _OVERALL.format(experiments=listed)
+
+
+def command_help(command: str) -> str:
+    """Help on a command."""
+    return _COMMANDS[command]

@@ -1,0 +1,78 @@
+"""Entry point: runs a command and turns what goes wrong into one line and an exit code."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from mhc_lightning.cli.arguments import Arguments, parse_arguments
+from mhc_lightning.cli.help_text import command_help, overall_help
+from mhc_lightning.errors import NonFiniteLossError, UserError
+
+OK, USER_ERROR, NON_FINITE, INTERRUPTED = 0, 2, 3, 128 + signal.SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    0: done, also where a fault was recovered from; 2: the user's mistake; 3: the loss became NaN
+    or infinite; 143: stopped by SIGTERM (raised as SystemExit). Anything else is a bug and keeps
+    its traceback.
+    """
+    try:
+        return _run(parse_arguments(list(sys.argv[1:] if argv is None else argv)))
+    except UserError as error:
+        return _fail(error, USER_ERROR)
+    except NonFiniteLossError as error:
+        return _fail(error, NON_FINITE)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: Arguments) -> int:
+    if arguments.version:
+        from mhc_lightning import __version__
+
+        print(f"mhc-lightning {__version__}")
+        return OK
+    if arguments.help or arguments.command is None:
+        command = arguments.command
+        print(overall_help() if command is None else command_help(command))
+        return OK if arguments.help else USER_ERROR
+    if arguments.config is None:
+        raise UserError(
+            f"{arguments.command} needs --config PATH_OR_NAME; `--help` lists the experiments"
+        )
+    from mhc_lightning.cli.composition import compose_experiment
+
+    experiment = compose_experiment(arguments)
+    if arguments.print_config:
+        from mhc_lightning.cli.provenance import show_config
+
+        print(show_config(experiment), end="")
+        return OK
+    signal.signal(signal.SIGTERM, _leave)  # until a run has something to save
+    _command(arguments.command)(experiment, arguments)
+    return OK
+
+
+def _command(name: str) -> Callable[..., None]:
+    if name == "fit":
+        from mhc_lightning.cli.fit import fit as command
+    elif name == "validate":
+        from mhc_lightning.cli.validate import validate as command
+    elif name == "generate":
+        from mhc_lightning.cli.generate import generate as command
+    else:
+        from mhc_lightning.cli.prepare import prepare as command
+    return command
+
+
+def _fail(error: Exception, code: int) -> int:
+    sys.stdout.flush()
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _leave(signum: int, frame: object) -> None:
+    raise SystemExit(128 + signum)

@@ -1,0 +1,161 @@
+"""The folder that holds everything a run writes: who may write there, and its two records."""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mhc_lightning.errors import UserError
+
+CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS = (
+    "config.yaml",
+    "environment.json",
+    "metrics.csv",
+    "checkpoints",
+)
+_PACKAGES = (
+    *("mhc-lightning", "torch", "lightning", "litdata", "hydra-core", "numpy", "tokenizers"),
+    *("torchmetrics", "triton"),
+)
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes files; known before torch is imported."""
+    for name in _RANK_VARIABLES:
+        if name in os.environ:
+            return os.environ[name] == "0"
+    return True
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has written to `folder`."""
+    return any(True for _ in _run_files(folder))
+
+
+def claim(folder: Path, *, resumes: bool, overwrite: bool) -> None:
+    """Make sure that this run may write to `folder`, and can.
+
+    Args:
+        folder: `output_dir`; made if missing.
+        resumes: Whether the run continues from a checkpoint.
+        overwrite: Whether to delete the run that is there.
+
+    Raises:
+        UserError: it holds a run that is neither resumed nor given up, or cannot be written to.
+    """
+    if not is_first_process():
+        return
+    if not resumes and holds_run(folder):
+        if not overwrite:
+            raise UserError(
+                f"{folder} already holds a run; go on with it (ckpt_path=last), choose another"
+                " output_dir, or delete it (overwrite=true)"
+            )
+        _delete_run(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".aside-probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder} cannot be written to: {error.strerror or error};"
+            " choose another, or mend its permissions"
+        ) from error
+
+
+def write_records(folder: Path, values: dict[str, Any]) -> None:
+    """Write `config.yaml` and `environment.json`.
+
+    Args:
+        folder: The run folder.
+        values: The configuration, resolved.
+    """
+    from mhc_lightning.checkpoint_files import write_text_atomically
+    from mhc_lightning.cli.composition import escaped_tree
+
+    if is_first_process():
+        config = yaml.safe_dump(escaped_tree(values), sort_keys=False, allow_unicode=True)
+        write_text_atomically(folder / CONFIG, config)
+        environment = json.dumps(describe_environment(), indent=2, ensure_ascii=False)
+        write_text_atomically(folder / ENVIRONMENT, environment + "\n")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, devices, the source's commit, and the command line."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "device": gpus[0] if gpus else _processor(),
+        "devices": gpus,
+        "cuda": torch.version.cuda,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "command": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _run_files(folder: Path) -> Any:
+    for name in (CONFIG, ENVIRONMENT, METRICS):
+        if (folder / name).exists():
+            yield folder / name
+    if folder.is_dir():
+        yield from folder.glob("events.out.tfevents.*")
+        for pattern in ("step_*.ckpt", "last", "best"):
+            yield from (folder / CHECKPOINTS).glob(pattern)
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete what a run writes, and nothing else that may be in the folder."""
+    try:
+        for file in list(_run_files(folder)):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot delete the run in {folder}: {error.strerror or error}; choose another"
+            " output_dir"
+        ) from error
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source this runs from, with `+changes` if files differ from it."""
+    source = Path(__file__).resolve().parent
+    if not any((parent / ".git").exists() for parent in source.parents):
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(source), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    return None

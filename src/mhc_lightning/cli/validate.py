@@ -1,0 +1,50 @@
+"""`validate`: loss and perplexity of a checkpoint."""
+
+import contextlib
+import json
+import math
+import sys
+
+from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.errors import UserError
+
+
+def validate(experiment: Experiment, arguments: Arguments) -> None:
+    """Measure `ckpt_path` on the validation data and print the metrics.
+
+    Raises:
+        UserError: the settings, the data or the checkpoint are no good.
+    """
+    if experiment.values()["ckpt_path"] is None:
+        raise UserError("validate needs ckpt_path=last, ckpt_path=best or a checkpoint file")
+    with contextlib.redirect_stdout(sys.stderr):
+        metrics = measure(experiment)
+    if arguments.json:
+        print(json.dumps(metrics))
+        return
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        print(f"{name:<{width}}  {shown}")
+
+
+def measure(experiment: Experiment) -> dict[str, float | int | str]:
+    """The metrics by name, with the step and the file they belong to."""
+    from mhc_lightning.cli.building import build_data, build_model, build_trainer
+    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint
+
+    path = require_checkpoint(experiment)
+    trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
+    data = build_data(experiment, trainer.world_size)
+    module = build_model(experiment)
+    data.validate_against(module.model.vocab_size)
+    checkpoint = load_fitting(path, module, experiment)
+    module.load_state_dict(checkpoint["state_dict"])
+    trainer.validate(module, datamodule=data, verbose=False)
+    measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    measured.pop("step", None)
+    bytes_per_token = data.validation_bytes_per_token
+    if "val/loss" in measured and bytes_per_token > 0:
+        measured["val/bits_per_byte"] = measured["val/loss"] / math.log(2) / bytes_per_token
+    return {"step": int(checkpoint["global_step"]), **measured, "checkpoint": str(path)}

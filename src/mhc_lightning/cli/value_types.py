@@ -1,0 +1,118 @@
+"""Whether values are of the type that a setting takes."""
+
+import collections.abc
+import inspect
+import types
+import typing
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mhc_lightning.errors import UserError
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+# Settings whose default is of one of several types that they take.
+_SEVERAL_TYPES = frozenset({"trainer.devices", "trainer.limit_val_batches"})
+
+
+def check_overridden_values(before: DictConfig, after: DictConfig, keys: list[str]) -> None:
+    """Check overridden values against the type of the value they replace.
+
+    A number without a fraction, such as 1e3, is taken for a whole number (`after` is changed).
+
+    Raises:
+        UserError: names the key, the value and the expected type.
+    """
+    for key in keys:
+        default = OmegaConf.select(before, key, throw_on_missing=False)
+        value = OmegaConf.select(after, key, throw_on_missing=False)
+        if default is None or value is None or key in _SEVERAL_TYPES:
+            continue
+        if OmegaConf.is_config(default) or OmegaConf.is_config(value):
+            if OmegaConf.is_dict(default) and not OmegaConf.is_config(value):
+                raise UserError(f"{key} is a section, not a single value; set {key}.NAME=VALUE")
+            continue
+        kind = type(default)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            OmegaConf.update(after, key, int(value))
+        elif kind is not str and not _matches(value, kind):
+            raise _wrong_type(key, value, _NAMES.get(kind, kind.__name__))
+
+
+def check_arguments(section: str, target: Any, arguments: dict[str, Any]) -> None:
+    """Check a section's values against the annotations of what it configures.
+
+    Args:
+        section: Name of the section, for messages.
+        target: The class or function that takes them.
+        arguments: Values by parameter; parameters annotated with other than plain types are not
+            looked at.
+
+    Raises:
+        UserError: a value of the wrong type, or one that `target` has no parameter for.
+    """
+    parameters = inspect.signature(target).parameters
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError):
+        hints = {}  # an annotation that exists for type checkers only
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, value in arguments.items():
+        if name not in parameters:
+            if not takes_any:
+                raise UserError(
+                    f"unknown key '{section}.{name}'; {section} takes: {', '.join(parameters)}"
+                )
+        elif name in hints and not _matches(value, hints[name]):
+            raise _wrong_type(f"{section}.{name}", value, _describe(hints[name]))
+
+
+def _wrong_type(key: str, value: Any, expected: str) -> UserError:
+    shown = "null" if value is None else repr(value)
+    return UserError(f"{key} must be {expected}, not {shown} ({_kind(value)})")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return _NAMES.get(type(value), type(value).__name__)
+
+
+def _matches(value: Any, kind: Any) -> bool:
+    """Whether `value` fits an annotation; True where the annotation says nothing we can check."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(kind))
+    if origin is typing.Literal:
+        return value in typing.get_args(kind)
+    if kind is None or kind is type(None):
+        return value is None
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str)
+    if origin in (list, tuple, collections.abc.Sequence):
+        return isinstance(value, collections.abc.Sequence) and not isinstance(value, str)
+    if origin in (dict, collections.abc.Mapping):
+        return isinstance(value, collections.abc.Mapping)
+    return True
+
+
+def _describe(kind: Any) -> str:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        options = [_describe(option) for option in typing.get_args(kind)]
+        return " or ".join(dict.fromkeys(options))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if kind is type(None):
+        return "null"
+    if origin in (list, tuple, collections.abc.Sequence):
+        return "a list"
+    return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))

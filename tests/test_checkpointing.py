@@ -1,0 +1,311 @@
+import errno
+import os
+import random
+import resource
+import signal
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from mhc_lightning import checkpoint_files
+from mhc_lightning.checkpoint_files import (
+    candidates_for_last,
+    fault_in,
+    load_checkpoint,
+    point_link,
+    remove_leftovers,
+    saved_steps,
+    write_checkpoint,
+)
+from mhc_lightning.checkpointing import RunCheckpoint
+from mhc_lightning.errors import UserError
+from mhc_lightning.loggers import MetricsCSV
+from mhc_lightning.random_state import capture_random_state, restore_random_state
+
+
+class Numbers(IterableDataset):
+    """An endless stream whose k-th item is a function of k."""
+
+    def __init__(self, start):
+        self.start = start
+
+    def __iter__(self):
+        k = self.start
+        while True:
+            yield torch.sin(torch.arange(8.0) + k)
+            k += 1
+
+
+class Data(pl.LightningDataModule):
+    micro = 2
+
+    def train_dataloader(self):
+        position = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.micro
+        return DataLoader(Numbers(position), batch_size=self.micro)
+
+    def val_dataloader(self):
+        return DataLoader([torch.cos(torch.arange(8.0) + k) for k in range(6)], batch_size=2)
+
+
+class Noisy(pl.LightningModule):
+    """A module whose every loss depends on all that went before, and on three generators."""
+
+    def __init__(self, hook=None):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = torch.nn.Linear(8, 8)
+        self.hook = hook or (lambda *_: None)
+
+    def training_step(self, batch, batch_idx):
+        self.hook("train", self.trainer, batch_idx)
+        noise = torch.rand(8) + random.random() + np.random.rand()
+        loss = (self.layer(batch * noise) - 1).square().mean()
+        self.log("train/loss", loss)
+        self.log("step", float(self.trainer.global_step + 1))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.hook("val", self.trainer, batch_idx)
+        self.log("val/loss", self.layer(batch).square().mean())
+
+    def on_validation_epoch_end(self):
+        self.log("step", float(self.trainer.global_step))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def run(folder, steps=12, hook=None, resume=None, accumulate=3, callbacks=(), **settings):
+    checkpoint = RunCheckpoint(folder / "checkpoints", **{"every_n_steps": 4, **settings})
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        max_steps=steps,
+        accelerator="cpu",
+        logger=[MetricsCSV(folder)],
+        log_every_n_steps=1,
+        callbacks=[*callbacks, checkpoint],
+        accumulate_grad_batches=accumulate,
+        val_check_interval=5 * accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if resume is None:
+        pl.seed_everything(7, verbose=False)
+    else:
+        pl.seed_everything(999, verbose=False)  # what is not restored will show
+    trainer.fit(Noisy(hook), datamodule=Data(), ckpt_path=resume, weights_only=True)
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return (folder / "metrics.csv").read_text()
+
+
+def sigterm_at(stage, step, batch):
+    def hook(where, trainer, batch_idx):
+        micro = batch_idx % 3 if where == "train" else batch_idx
+        if (where, trainer.global_step, micro) == (stage, step, batch):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return hook
+
+
+def newest(folder):
+    return candidates_for_last(folder / "checkpoints")[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "batch", "saved"),
+    [
+        ("train", 6, 0, 7),  # between two micro-batches: that optimizer step is completed first
+        ("train", 6, 2, 7),
+        ("train", 4, 2, 5),  # a validation follows the step: left to the resumed run
+        ("val", 5, 1, 5),  # within a validation: run again from its start
+        ("val", 10, 2, 10),
+        ("train", 7, 1, 8),  # a periodic checkpoint falls on the same step
+    ],
+)
+def test_sigterm_saves_a_whole_step_and_resumes_bit_for_bit(
+    tmp_path, uninterrupted, stage, step, batch, saved
+):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, hook=sigterm_at(stage, step, batch))
+    assert stopped.value.code == 143
+    assert newest(tmp_path).name == f"step_{saved:08d}.ckpt"
+    assert os.readlink(tmp_path / "checkpoints/last") == f"step_{saved:08d}.ckpt"
+    run(tmp_path, resume=newest(tmp_path))
+    assert (tmp_path / "metrics.csv").read_text() == uninterrupted
+
+
+@pytest.mark.parametrize("step", [4, 8, 10, 12])
+def test_every_periodic_checkpoint_resumes_bit_for_bit(tmp_path, uninterrupted, step):
+    # 10 carries a validation: written after it, so the resumed run does not repeat it.
+    run(tmp_path, every_n_steps=2, keep_last=None)
+    checkpoint = tmp_path / f"checkpoints/step_{step:08d}.ckpt"
+    seen = []
+    run(tmp_path, resume=checkpoint, hook=lambda *what: seen.append(what[0]))
+    assert (tmp_path / "metrics.csv").read_text() == uninterrupted
+    assert seen.count("val") == {4: 6, 8: 3, 10: 0, 12: 0}[step]
+
+
+def test_resuming_an_earlier_step_makes_it_the_last(tmp_path, uninterrupted):
+    run(tmp_path, keep_last=None)
+
+    def hook(where, trainer, batch_idx):
+        if trainer.global_step == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, resume=tmp_path / "checkpoints/step_00000004.ckpt", hook=hook)
+    assert newest(tmp_path).name == "step_00000004.ckpt"
+    run(tmp_path, resume=newest(tmp_path))
+    assert (tmp_path / "metrics.csv").read_text() == uninterrupted
+
+
+def test_retention(tmp_path):
+    run(tmp_path, steps=11, every_n_steps=1, keep_last=2, keep_every=4)
+    assert saved_steps(tmp_path / "checkpoints") == [4, 8, 10, 11]
+    link = tmp_path / "checkpoints/last"
+    assert os.readlink(link) == "step_00000011.ckpt" and link.resolve().is_file()
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_best_is_kept_by_the_monitored_metric(tmp_path, mode):
+    run(tmp_path, steps=20, every_n_steps=50, keep_last=1, keep_best=1, mode=mode)
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    column = rows[0].index("val/loss")
+    values = {int(row[0]): float(row[column]) for row in rows[1:] if row[column]}
+    best = (min if mode == "min" else max)(values, key=values.get)
+    assert os.readlink(tmp_path / "checkpoints/best") == f"step_{best:08d}.ckpt"
+    assert saved_steps(tmp_path / "checkpoints") == sorted({best, 20})
+
+
+def test_a_monitor_that_nothing_logs_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"val/accuracy.*val/loss"):
+        run(tmp_path, keep_best=1, monitor="val/accuracy")
+
+
+def test_a_nonfinite_state_is_never_saved(tmp_path):
+    def hook(where, trainer, batch_idx):
+        if where == "train" and trainer.global_step == 6:
+            with torch.no_grad():
+                trainer.lightning_module.layer.bias[0] = float("inf")
+
+    with pytest.warns(RuntimeWarning, match="step 8: the model holds NaN"):
+        run(tmp_path, hook=hook, steps=8)
+    assert saved_steps(tmp_path / "checkpoints") == [4]
+    assert os.readlink(tmp_path / "checkpoints/last") == "step_00000004.ckpt"
+
+
+def test_disk_full_is_survived_with_a_warning_per_failure(tmp_path, monkeypatch):
+    real = checkpoint_files.torch.save
+    calls = []
+
+    def save(content, stream):
+        calls.append(1)
+        if len(calls) in (2, 3):
+            stream.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise RuntimeError("unexpected pos 128 vs 0")
+        real(content, stream)
+
+    monkeypatch.setattr(checkpoint_files.torch, "save", save)
+    with pytest.warns(RuntimeWarning) as warned:
+        run(tmp_path, steps=11, every_n_steps=3)  # saves at 3, 6, 9 and 11
+    messages = [str(w.message) for w in warned if "could not save" in str(w.message)]
+    assert len(messages) == 2
+    assert "step 6" in messages[0] and "No space left on device" in messages[0]
+    assert saved_steps(tmp_path / "checkpoints") == [3, 11]
+    assert not list((tmp_path / "checkpoints").glob(".aside*"))
+
+
+def test_a_file_that_cannot_grow_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "step_00000001.ckpt"
+    write_checkpoint({"state_dict": {"a": torch.zeros(3)}}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            write_checkpoint({"state_dict": {"a": torch.zeros(100_000)}}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_faults_are_found_and_named(tmp_path):
+    path = tmp_path / "step_00000001.ckpt"
+    write_checkpoint({"state_dict": {"a": torch.randn(5000)}}, path)
+    assert fault_in(path) is None
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert "cut short" in fault_in(path)
+    path.write_bytes(b"")
+    assert "0 bytes" in fault_in(path)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    path.write_bytes(flipped)
+    assert "checksum" in fault_in(path)
+
+
+def test_last_follows_the_link_and_falls_back_downwards(tmp_path):
+    for step in (10, 20, 30):
+        write_checkpoint({"state_dict": {}}, tmp_path / f"step_{step:08d}.ckpt")
+    assert [p.name[5:13] for p in candidates_for_last(tmp_path)] == [
+        "00000030",
+        "00000020",
+        "00000010",
+    ]
+    point_link(tmp_path / "last", "step_00000020.ckpt")
+    assert candidates_for_last(tmp_path)[0].name == "step_00000020.ckpt"
+    assert len(candidates_for_last(tmp_path)) == 2
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    (tmp_path / ".aside-step_00000010.ckpt").write_bytes(b"half")
+    (tmp_path / "step_00000005.ckpt").write_bytes(b"whole")
+    remove_leftovers(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["step_00000005.ckpt"]
+
+
+class Gadget:
+    pass
+
+
+def test_pickled_objects_are_rebuilt_only_from_trusted_files(tmp_path):
+    path = tmp_path / "step_00000001.ckpt"
+    write_checkpoint({"state_dict": {}, "callbacks": {"x": Gadget()}}, path)
+    with pytest.raises(UserError, match="pickled Python objects"):
+        load_checkpoint(path, trusted=False)
+    assert isinstance(load_checkpoint(path, trusted=True)["callbacks"]["x"], Gadget)
+
+
+def test_random_state_survives_a_checkpoint(tmp_path):
+    device = torch.device("cpu")
+    path = tmp_path / "x.ckpt"
+    write_checkpoint({"state_dict": {}, "random": capture_random_state(device)}, path)
+    draw = lambda: (random.random(), np.random.rand(), float(torch.rand(())))  # noqa: E731
+    first = draw()
+    assert draw() != first
+    restore_random_state(load_checkpoint(path, trusted=False)["random"], device)
+    assert draw() == first
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"every_n_steps": 0}, {"keep_last": 0}, {"keep_best": -1}, {"mode": "least"}],
+)
+def test_settings_out_of_range_are_named(settings):
+    with pytest.raises(UserError, match=f"checkpoint.{next(iter(settings))}"):
+        RunCheckpoint(Path("x"), **settings)
