@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.generation import generate
+from mhc_lightning.modules import ManifoldHyperConnection, Transformer
 
 
 class Fixed(nn.Module):
@@ -15,8 +16,11 @@ class Fixed(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.tensor(probabilities).log())
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.logits.expand(*tokens.shape, -1)
+    def new_caches(self, batch_size: int, max_length: int) -> list:
+        return []
+
+    def forward_cached(self, tokens: Tensor, caches: list) -> Tensor:
+        return self.logits.expand(len(tokens), -1)
 
 
 class Counter(nn.Module):
@@ -26,8 +30,11 @@ class Counter(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(5.0))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.scale * nn.functional.one_hot((tokens + 1) % 10, 10)
+    def new_caches(self, batch_size: int, max_length: int) -> list:
+        return []
+
+    def forward_cached(self, tokens: Tensor, caches: list) -> Tensor:
+        return self.scale * nn.functional.one_hot((tokens[:, -1] + 1) % 10, 10)
 
 
 def draw(model: nn.Module, count: int = 4000, **options: object) -> Tensor:
@@ -59,6 +66,44 @@ def test_greedy_reads_what_it_wrote() -> None:
     assert tokens == [4, 5, 6, 7, 8, 9, 0, 1, 2]
     tokens = list(generate(Counter(), [3], max_new_tokens=9, temperature=0, end_token=7))
     assert tokens == [4, 5, 6]
+
+
+def test_the_cache_changes_nothing() -> None:
+    """Greedy tokens and logits equal those of whole sequences read anew for every token."""
+    model = Transformer(
+        connection=ManifoldHyperConnection,
+        vocab_size=30,
+        dim=32,
+        num_layers=3,
+        num_heads=2,
+        ffn_dim=48,
+        head_dim=16,
+        rope_dim=8,
+        kv_rank=12,
+        num_experts=4,
+        num_active_experts=2,
+        num_shared_experts=1,
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    prompt = [3, 1, 4, 1, 5]
+    drawn = list(generate(model, prompt, max_new_tokens=12, temperature=0))
+    sequence = list(prompt)
+    caches = model.new_caches(1, 40)
+    for token in drawn:
+        logits = model(torch.tensor([sequence]))[0, -1]
+        unread = torch.tensor([sequence[caches[0].length :]])
+        cached = model.forward_cached(unread, caches)[0]
+        assert (logits - cached).abs().max() < 1e-4 * logits.abs().max()
+        assert token == int(logits.argmax())
+        sequence.append(token)
+    # Several new tokens at once see each other causally.
+    more = torch.randint(0, 30, (1, 4))
+    cached = model.forward_cached(torch.cat([torch.tensor([sequence[-1:]]), more], 1), caches)
+    whole = model(torch.cat([torch.tensor([sequence]), more], 1))[:, -1]
+    assert (cached - whole).abs().max() < 1e-4 * whole.abs().max()
+    with pytest.raises(UserError, match="the cache holds 40 tokens, not 43"):
+        model.forward_cached(torch.randint(0, 30, (1, 43 - caches[0].length)), caches)
 
 
 def test_seed_repeats_the_draw() -> None:

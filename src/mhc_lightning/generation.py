@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.modules import Transformer
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Transformer,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -23,7 +24,7 @@ def generate(
     """Yield sampled tokens one by one, as they are drawn.
 
     Args:
-        model: Maps tokens [1, S] to logits [1, S, V]; in evaluation mode.
+        model: The network, in evaluation mode.
         prompt: At least one token.
         max_new_tokens: When to stop at the latest.
         temperature: Divides the logits; 0 takes the likeliest token.
@@ -51,14 +52,15 @@ def generate(
         generator.seed()
     else:
         generator.manual_seed(seed)
+    caches = model.new_caches(1, len(prompt) + max_new_tokens)
     tokens = torch.tensor([list(prompt)], device=device)
     for _ in range(max_new_tokens):
-        logits = model(tokens)[0, -1].float()
+        logits = model.forward_cached(tokens, caches)[0].float()
         token = _sample(logits, temperature, top_k, top_p, generator)
         if token == end_token:
             return
         yield token
-        tokens = torch.cat([tokens, tokens.new_tensor([[token]])], dim=1)
+        tokens = tokens.new_tensor([[token]])
 
 
 def _sample(

@@ -5,15 +5,15 @@ from torch import Tensor
 
 
 def rotary_angles(
-    length: int, dim: int, theta: float, device: torch.device
+    start: int, length: int, dim: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, dim] of the rotation at every position, float32.
+    """Cosines and sines [length, dim] of the rotation from position ``start`` on, float32.
 
     Computed from constants at each use: a stored table would be rounded by ``.bfloat16()`` and
     lost by materialisation from the meta device.
     """
     exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
-    positions = torch.arange(length, device=device, dtype=torch.float32)
+    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
     angles = torch.outer(positions, theta**-exponents).repeat(1, 2)
     return angles.cos(), angles.sin()
 

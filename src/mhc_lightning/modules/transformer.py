@@ -4,12 +4,14 @@ Shapes: B batch, S sequence, n streams, C width, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.modules.attention import LatentAttention
+from mhc_lightning.modules.attention import LatentAttention, LatentCache
 from mhc_lightning.modules.connection import Connection
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
@@ -17,16 +19,16 @@ from mhc_lightning.modules.norm import RMSNorm
 
 
 class PreNorm(nn.Module):
-    """A sub-layer: ``body(norm(x))`` on [..., C]."""
+    """A sub-layer: ``body(norm(x))`` on [..., C]; ``body`` takes what else it is called with."""
 
     def __init__(self, dim: int, norm_eps: float, body: nn.Module) -> None:
         super().__init__()
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.body = body
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """[..., C] -> [..., C]."""
-        return self.body(self.norm(x))
+        return self.body(self.norm(x), **kwargs)
 
 
 class Block(nn.Module):
@@ -45,9 +47,10 @@ class Block(nn.Module):
         self.feed_forward_connection = feed_forward_connection
         self.feed_forward = feed_forward
 
-    def forward(self, streams: Tensor) -> Tensor:
+    def forward(self, streams: Tensor, cache: LatentCache | None = None) -> Tensor:
         """[B, S, n, C] -> [B, S, n, C]."""
-        streams = self.attention_connection(streams, self.attention)
+        attention = self.attention if cache is None else partial(self.attention, cache=cache)
+        streams = self.attention_connection(streams, attention)
         return self.feed_forward_connection(streams, self.feed_forward)
 
 
@@ -188,6 +191,26 @@ class Transformer(nn.Module):
         for block in self.blocks:
             streams = block(streams)
         return self.head(streams)
+
+    def new_caches(self, batch_size: int, max_length: int) -> list[LatentCache]:
+        """An empty cache for every block, for ``forward_cached``."""
+        dtype = self.embedding.weight.dtype
+        return [
+            module.new_cache(batch_size, max_length, dtype)
+            for module in self.modules()
+            if isinstance(module, LatentAttention)
+        ]
+
+    def forward_cached(self, tokens: Tensor, caches: list[LatentCache]) -> Tensor:
+        """Continue the sequences that ``caches`` remember by tokens [B, S].
+
+        Returns:
+            Logits [B, V] for the token after the last.
+        """
+        streams = self.embed(tokens)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            streams = block(streams, cache)
+        return self.head(streams[:, -1:]).squeeze(1)
 
     def compile_sublayers(self) -> None:
         """Compile attention and feed-forward in place, one region each.
