@@ -10,11 +10,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # On a busy machine one example can take long without anything being wrong.
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True)
@@ -27,3 +34,43 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The top of the source tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def commands_in() -> Callable[..., list[str]]:
+    """Returns a function: the command lines of a document's console blocks, in order."""
+
+    def read(document: str, section: str = "") -> list[str]:
+        text = (REPOSITORY / document).read_text(encoding="utf-8")
+        if section:
+            text = re.split(rf"^## {re.escape(section)}$", text, flags=re.MULTILINE)[1]
+            text = re.split(r"^## ", text, flags=re.MULTILINE)[0]
+        blocks = re.findall(r"^```console\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+        lines = "".join(blocks).replace("\\\n", " ").splitlines()
+        return [line for line in (re.sub(r"\s+# .*", "", line).strip() for line in lines) if line]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def copy_of_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the working tree that git knows or would add, as a fresh clone has them."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    folder = tmp_path_factory.mktemp("clone")
+    for name in filter(None, listing.split("\0")):
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    return folder
