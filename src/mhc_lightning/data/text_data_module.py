@@ -1,0 +1,313 @@
+"""The Lightning data module: batches of tokens from prepared folders, resumed exactly."""
+
+import math
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from mhc_lightning.data.loader import BatchLoader, TrainingLoader
+from mhc_lightning.data.prepared import PreparedData
+from mhc_lightning.data.resume import align_batch_count, check_same_stream, stream_identity
+from mhc_lightning.data.sequences import TrainingSequences, ValidationSequences
+from mhc_lightning.data.sources import open_sources, parse_sources
+from mhc_lightning.data.tokenizers import Tokenizer
+from mhc_lightning.data.validation import validation_batches, validation_counts
+from mhc_lightning.errors import UserError
+
+
+class TextDataModule(L.LightningDataModule):
+    """Training and validation batches, int64 [micro_batch_size, sequence_length + 1].
+
+    Training is one endless stream of sequences whose order depends on the seed alone. Which part
+    of it an optimizer step sees follows from the number of sequences consumed before, so a resumed
+    run goes on exactly where it stopped, on any number of ranks and workers, and also with another
+    batch size. When the data end, another pass begins in a new order.
+
+    With ``Trainer(max_steps=…)`` what Lightning calls an epoch is the whole run; without it an
+    epoch is one pass over the data.
+
+    Validation is a fixed choice of held-out sequences. A loss of l nats per token on them is
+    ``l / ln 2 / validation_bytes_per_token`` bits per byte.
+
+    Args:
+        path: A folder that `prepare` wrote, or the object-store URL of one; a list of these, or of
+            ``{path, weight}``, to mix several (by default in proportion to their tokens).
+        batch_size: Sequences per optimizer step, over all ranks and accumulated batches.
+        micro_batch_size: Sequences per forward pass on one rank.
+        sequence_length: Tokens to predict per sequence.
+        num_workers: Processes that read batches ahead; 0 reads in the main process.
+        seed: Names the order of the training stream.
+        validation_sequences: Held-out sequences per validation; None for all of them. Rounded down
+            to whole batches over all ranks.
+        tokenizer: If given, the tokenizer that the data must have been prepared with.
+        shuffle_window: Chunks among which sequences are shuffled.
+        cache_dir: Where chunks of a URL are kept; by default ``$MHC_LIGHTNING_CACHE`` or
+            ``~/.cache/mhc_lightning``.
+        storage_options: Passed to the object store's client.
+        allow_data_change: Resume although the checkpoint was trained on other data or in another
+            order; the stream goes on at the same number of sequences.
+
+    Raises:
+        UserError: Sizes do not fit together (more checks follow when the data are opened).
+    """
+
+    def __init__(
+        self,
+        path: Any,
+        batch_size: int,
+        micro_batch_size: int,
+        sequence_length: int,
+        num_workers: int = 1,
+        seed: int = 0,
+        validation_sequences: int | None = 256,
+        tokenizer: str | None = None,
+        shuffle_window: int = 8,
+        cache_dir: str | None = None,
+        storage_options: dict[str, Any] | None = None,
+        allow_data_change: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("micro_batch_size", micro_batch_size),
+            ("sequence_length", sequence_length),
+            ("shuffle_window", shuffle_window),
+        ):
+            if value < 1:
+                raise UserError(f"data.{name} is {value}; it must be at least 1")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers is {num_workers}; it must be at least 0")
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.sequence_length = sequence_length
+        self.num_workers = num_workers
+        self.seed = seed
+        self.validation_sequences = validation_sequences
+        self.shuffle_window = shuffle_window
+        self.allow_data_change = allow_data_change
+        self._sources = parse_sources(path)
+        self._open_options = (tokenizer, cache_dir, storage_options)
+        self._training_loader: TrainingLoader | None = None
+        self._base = (0, 0)  # (optimizer steps, sequences consumed by them) when last restored
+        self._resumed = False
+        self._announced: set[int] = set()
+        self._first_epochs: list[int] = []
+        self.accumulation(1)
+
+    # What the data are.
+
+    @cached_property
+    def _opened(self) -> tuple[list[PreparedData], list[float]]:
+        return open_sources(self._sources, self.sequence_length, *self._open_options)
+
+    @property
+    def sources(self) -> list[PreparedData]:
+        """The prepared folders."""
+        return self._opened[0]
+
+    @property
+    def weights(self) -> list[float]:
+        """How often each folder is drawn from, relative to the others."""
+        return self._opened[1]
+
+    @cached_property
+    def training_sequences(self) -> TrainingSequences:
+        """The training stream; ``training_sequences[position]`` is int64 [sequence_length + 1]."""
+        return TrainingSequences(
+            self.sources, self.weights, self.sequence_length, self.seed, self.shuffle_window
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the data were prepared with."""
+        return self.sources[0].tokenizer
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of the token that ends each document."""
+        return self.tokenizer.end_of_document
+
+    @property
+    def validation_bytes_per_token(self) -> float:
+        """Bytes of text per predicted token in validation; NaN without a validation split."""
+        counts = self._validation_counts()
+        if not sum(counts):
+            return math.nan
+        pairs = zip(counts, self.sources, strict=True)
+        return sum(n * data.bytes_per_token() for n, data in pairs if n) / sum(counts)
+
+    def validate_against(self, vocab_size: int) -> None:
+        """Check that a model has a row for every token.
+
+        Raises:
+            UserError: The tokenizer has more ids than the model.
+        """
+        found = self.sources[0].record.tokenizer["vocab_size"]
+        if found > vocab_size:
+            raise UserError(
+                f"the tokenizer of {self.sources[0].path} has {found} ids but"
+                f" model.vocab_size={vocab_size}; set model.vocab_size={found} or more"
+            )
+
+    # How it is divided.
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per optimizer step on each of ``world_size`` data-parallel ranks.
+
+        Raises:
+            UserError: The batch cannot be divided evenly.
+        """
+        count, rest = divmod(self.batch_size, self.micro_batch_size * world_size)
+        if rest:
+            ranks = f" times {world_size} ranks" if world_size > 1 else ""
+            raise UserError(
+                f"data.batch_size={self.batch_size} is not a multiple of"
+                f" data.micro_batch_size={self.micro_batch_size}{ranks}; change one of them"
+            )
+        return count
+
+    def _data_parallel(self) -> tuple[int, int]:
+        """This process's data-parallel rank and their number.
+
+        Strategies whose ranks share data (pipeline stages, tensor parallelism) say so there.
+        """
+        strategy = self.trainer.strategy if self.trainer is not None else None
+        layout = getattr(strategy, "distributed_sampler_kwargs", None) or {}
+        return layout.get("rank", 0), layout.get("num_replicas", 1)
+
+    @property
+    def consumed_sequences(self) -> int:
+        """Training sequences that the completed optimizer steps have seen, over all ranks."""
+        steps = self.trainer.global_step if self.trainer is not None else self._base[0]
+        return self._base[1] + (steps - self._base[0]) * self.batch_size
+
+    # What Lightning calls.
+
+    def setup(self, stage: str) -> None:
+        """Open the data, so that mistakes show before training begins, and start at step 0."""
+        self._base = (0, 0)  # Lightning restores a checkpoint after this
+        self._resumed = False
+        self.accumulation(self._data_parallel()[1])
+        assert self.sources
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Endless training batches; see :class:`mhc_lightning.data.loader.TrainingLoader`."""
+        assert self.trainer is not None
+        rank, world_size = self._data_parallel()
+        accumulation = self.accumulation(world_size)
+        if self.trainer.accumulate_grad_batches != accumulation:
+            raise UserError(
+                f"Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches}) does not"
+                f" match: data.batch_size={self.batch_size} in micro-batches of"
+                f" {self.micro_batch_size} on {world_size} ranks takes {accumulation}"
+            )
+        if self._resumed:
+            align_batch_count(self.trainer, accumulation)
+        steps = self.trainer.max_steps
+        if steps < 0:
+            drawn = sum(order.length for order in self.training_sequences.orders)
+            steps = max(1, drawn // self.batch_size)
+        self._training_loader = TrainingLoader(
+            self,
+            self.training_sequences,
+            steps * accumulation,
+            micro_batch_size=self.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self.num_workers,
+            pin_memory=self._pins_memory(),
+        )
+        return self._training_loader
+
+    def val_dataloader(self) -> BatchLoader | list[Any]:
+        """The validation batches of this rank; an empty list if nothing was held out.
+
+        Raises:
+            UserError: Validation alone was asked for and nothing was held out.
+        """
+        assert self.trainer is not None
+        rank, world_size = self._data_parallel()
+        counts = self._validation_counts()
+        batches = validation_batches(sum(counts), self.micro_batch_size, rank, world_size)
+        if not batches:
+            message = (
+                f"{', '.join(data.path for data in self.sources)} holds too little held-out text to"
+                f" validate on with data.sequence_length={self.sequence_length};"
+                " run `prepare` with a larger validation_fraction"
+            )
+            if self.trainer.state.fn != TrainerFn.FITTING:
+                raise UserError(message)
+            rank_zero_warn(f"no validation: {message}")
+            return []
+        dataset = ValidationSequences(self.sources, counts, self.sequence_length)
+        return BatchLoader(dataset, batches, len(batches), pin_memory=self._pins_memory())
+
+    def teardown(self, stage: str) -> None:
+        """End the worker processes."""
+        if self._training_loader is not None:
+            self._training_loader.close()
+            self._training_loader = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream, and what the stream is made of."""
+        steps = self.trainer.global_step if self.trainer is not None else self._base[0]
+        return {
+            "steps": steps,
+            "sequences": self.consumed_sequences,
+            "data": self._identity(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint stopped.
+
+        Raises:
+            UserError: Its data or their order are not these, and ``allow_data_change`` is off.
+        """
+        fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and not self.allow_data_change:
+            check_same_stream(state_dict["data"], self._identity())
+        self._base = (state_dict["steps"], state_dict["sequences"])
+        self._resumed = True
+
+    # What the training loader calls.
+
+    def begin(self) -> int:
+        """The stream position of the next batch, once Lightning has restored its progress."""
+        assert self.trainer is not None
+        if self._resumed:
+            align_batch_count(self.trainer, self.accumulation(self._data_parallel()[1]))
+            self._resumed = False
+        position = self.consumed_sequences
+        if not self._first_epochs:
+            self._first_epochs = self.training_sequences.epochs(position)
+        return position
+
+    def announce(self, position: int) -> None:
+        """Say once per source when a second pass over it begins."""
+        if len(self._announced) == len(self._sources):
+            return
+        epochs = self.training_sequences.epochs(position)
+        for source, (first, epoch) in enumerate(zip(self._first_epochs, epochs, strict=True)):
+            if epoch > first and source not in self._announced:
+                self._announced.add(source)
+                rank_zero_info(
+                    f"{self.sources[source].path}: every sequence has been seen"
+                    f" {epoch} time{'s' if epoch > 1 else ''}; going on in a new order"
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        return stream_identity(
+            self.sources, self.weights, self.sequence_length, self.seed, self.shuffle_window
+        )
+
+    def _validation_counts(self) -> list[int]:
+        return validation_counts(
+            self.sources, self.weights, self.sequence_length, self.validation_sequences
+        )
+
+    def _pins_memory(self) -> bool:
+        assert self.trainer is not None
+        return self.trainer.strategy.root_device.type == "cuda"

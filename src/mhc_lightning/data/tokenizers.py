@@ -1,0 +1,288 @@
+"""Tokenizers: bytes, or any ``tokenizer.json``, behind one small interface.
+
+A prepared folder records its tokenizer (:meth:`Tokenizer.record`), so that training, ``generate``
+and a later reader all use the one the tokens were made with.
+"""
+
+import codecs
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mhc_lightning.errors import UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+# Names under which published tokenizers keep the token that ends a document.
+_END_OF_DOCUMENT_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end▁of▁sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "<|endofdocument|>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|im_end|>",
+)
+
+
+class Tokenizer(ABC):
+    """What training and generation ask of a tokenizer.
+
+    Attributes:
+        name: Short name for summaries.
+        vocab_size: Number of ids; every id is below it.
+        end_of_document: Id that follows each document.
+        fingerprint: Equal for two tokenizers exactly when they give the same ids.
+    """
+
+    name: str
+    vocab_size: int
+    end_of_document: int
+    fingerprint: str
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Smallest unsigned integer type (16 or 32 bits) that holds every id."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    @abstractmethod
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """Ids of a text, [tokens], in :attr:`dtype`; no token is added before or after."""
+
+    def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """Ids of several documents, one array each."""
+        return [self.encode(document) for document in documents]
+
+    @abstractmethod
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that the ids stand for; ids without bytes of their own give none."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that the ids stand for; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @abstractmethod
+    def stream(self) -> "TextStream":
+        """A decoder that takes ids one at a time."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """What :func:`tokenizer_from_record` needs to build this tokenizer again."""
+
+
+class TextStream(ABC):
+    """Turns ids into text as they come, holding back bytes of an unfinished character."""
+
+    @abstractmethod
+    def push(self, token: int) -> str:
+        """The text that this id completes; empty while a character is unfinished."""
+
+    @abstractmethod
+    def flush(self) -> str:
+        """What is still held back (U+FFFD for an unfinished character), once no id follows."""
+
+
+class ByteTokenizer(Tokenizer):
+    """One id per byte, 0-255, and 256 for the end of a document. Keeps any bytes as they are."""
+
+    name = "bytes"
+    vocab_size = 257
+    end_of_document = 256
+    fingerprint = "bytes-257"
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """See :meth:`Tokenizer.encode`."""
+        data = text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
+        return np.frombuffer(data, dtype=np.uint8).astype(self.dtype)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """See :meth:`Tokenizer.decode_bytes`; ids from 256 up stand for no byte."""
+        values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
+        return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes()
+
+    def stream(self) -> TextStream:
+        """See :meth:`Tokenizer.stream`."""
+        return _ByteStream()
+
+    def record(self) -> dict[str, Any]:
+        """See :meth:`Tokenizer.record`."""
+        return {"kind": "bytes", "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+
+
+class _ByteStream(TextStream):
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(bytes([token])) if 0 <= token < 256 else ""
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class JsonTokenizer(Tokenizer):
+    """A ``tokenizer.json`` of the ``tokenizers`` library.
+
+    Text that spells a special token is encoded as ordinary text, so no document can forge a
+    boundary. Invalid UTF-8 becomes U+FFFD before it is encoded.
+
+    Args:
+        path: A ``tokenizer.json``, or a folder that holds one.
+        end_of_document: The token that ends a document. By default the ``eos_token`` of a
+            ``tokenizer_config.json`` beside it, else the first of the usual names that it knows.
+
+    Raises:
+        UserError: The file is missing or is no tokenizer, or no such token is in the vocabulary.
+    """
+
+    def __init__(self, path: str | Path, end_of_document: str | None = None) -> None:
+        import tokenizers
+
+        self.path = Path(path)
+        if self.path.is_dir():
+            self.path = self.path / TOKENIZER_FILE
+        if not self.path.is_file():
+            raise UserError(
+                f"tokenizer file {self.path} does not exist;"
+                " give the path of a tokenizer.json, or `bytes`"
+            )
+        content = self.path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:
+            raise UserError(
+                f"{self.path} is not a tokenizer of the `tokenizers` library: {error}"
+            ) from error
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.end_of_document_token = end_of_document or self._find_end_of_document(vocabulary)
+        if self.end_of_document_token not in vocabulary:
+            raise UserError(
+                f"{self.path} has no token {self.end_of_document_token!r} to end documents with;"
+                " name one of its tokens with end_of_document=…"
+            )
+        self.name = self.path.parent.name or self.path.stem
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.end_of_document = vocabulary[self.end_of_document_token]
+        digest = hashlib.sha256(content)
+        digest.update(b"\0" + self.end_of_document_token.encode())
+        self.fingerprint = f"json-{digest.hexdigest()[:32]}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JsonTokenizer, (self.path, self.end_of_document_token)
+
+    def _find_end_of_document(self, vocabulary: dict[str, int]) -> str:
+        config = self.path.with_name("tokenizer_config.json")
+        if config.is_file():
+            token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token in vocabulary:
+                return str(token)
+        for name in _END_OF_DOCUMENT_NAMES:
+            if name in vocabulary:
+                return name
+        raise UserError(
+            f"{self.path} has no end-of-document token under a usual name;"
+            " name one of its tokens with end_of_document=…"
+        )
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """See :meth:`Tokenizer.encode`."""
+        return self.encode_documents([text if isinstance(text, bytes) else _as_bytes(text)])[0]
+
+    def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """See :meth:`Tokenizer.encode_documents`."""
+        texts = [document.decode("utf-8", errors="replace") for document in documents]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See :meth:`Tokenizer.decode`; special tokens are left out."""
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """See :meth:`Tokenizer.decode_bytes`."""
+        return self.decode(ids).encode("utf-8")
+
+    def stream(self) -> TextStream:
+        """See :meth:`Tokenizer.stream`."""
+        return _JsonStream(self)
+
+    def record(self) -> dict[str, Any]:
+        """See :meth:`Tokenizer.record`."""
+        return {
+            "kind": "json",
+            "file": TOKENIZER_FILE,
+            "end_of_document": self.end_of_document_token,
+            "vocab_size": self.vocab_size,
+            "fingerprint": self.fingerprint,
+        }
+
+
+class _JsonStream(TextStream):
+    """Decodes the last few ids again at each step: a token's text depends on the one before.
+
+    ``_settled`` ids of the window have been given out as ``_text``; the rest wait until they end
+    on a whole character.
+    """
+
+    _LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many byte-level tokens
+
+    def __init__(self, tokenizer: JsonTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._settled = 0
+
+    def push(self, token: int) -> str:
+        self._window.append(token)
+        unfinished = self._tokenizer.decode(self._window).endswith("\ufffd")
+        if unfinished and len(self._window) - self._settled < self._LONGEST_CHARACTER:
+            return ""
+        return self.flush()
+
+    def flush(self) -> str:
+        before = self._tokenizer.decode(self._window[: self._settled])
+        text = self._tokenizer.decode(self._window)[len(before) :]
+        self._window = self._window[self._settled :]
+        self._settled = len(self._window)
+        return text
+
+
+def _as_bytes(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogateescape")
+
+
+def load_tokenizer(spec: str | Path, end_of_document: str | None = None) -> Tokenizer:
+    """The tokenizer that a configuration names.
+
+    Args:
+        spec: ``bytes``, or the path of a ``tokenizer.json`` or of a folder that holds one.
+        end_of_document: See :class:`JsonTokenizer`; the byte tokenizer has its own.
+    """
+    return ByteTokenizer() if str(spec) == "bytes" else JsonTokenizer(spec, end_of_document)
+
+
+def tokenizer_from_record(record: dict[str, Any], folder: Path) -> Tokenizer:
+    """The tokenizer of a prepared folder.
+
+    Raises:
+        UserError: The recorded file is missing or is not the one that was recorded.
+    """
+    if record["kind"] == "bytes":
+        return ByteTokenizer()
+    tokenizer = JsonTokenizer(folder / record["file"], record["end_of_document"])
+    if tokenizer.fingerprint != record["fingerprint"]:
+        raise UserError(
+            f"{tokenizer.path} is not the tokenizer its data were prepared with;"
+            " put the original file back, or run `prepare` again"
+        )
+    return tokenizer
