@@ -5,14 +5,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric
-from torchmetrics.text import Perplexity
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.modules import MixtureOfExperts, Transformer
 from mhc_lightning.optimization import AdamW
+
+
+class TokenPerplexity(MeanMetric):
+    """exp(mean cross-entropy), from the losses of tokens: no logits need to be kept for it."""
+
+    def compute(self) -> Tensor:
+        """Perplexity over everything seen, on all ranks."""
+        return super().compute().exp()
 
 
 class LanguageModel(pl.LightningModule):
@@ -34,7 +40,7 @@ class LanguageModel(pl.LightningModule):
         self.optimizer = optimizer
         self.compile_sublayers = compile
         self.validation_loss = MeanMetric()
-        self.validation_perplexity = Perplexity()
+        self.validation_perplexity = TokenPerplexity()
         self._step_losses: list[Tensor] = []
         self._step_of_losses = -1
 
@@ -50,7 +56,7 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one micro-batch."""
-        loss = self._loss(self(batch[:, :-1]), batch[:, 1:])
+        loss = self.model.loss(batch[:, :-1], batch[:, 1:])
         step = self.trainer.global_step
         if self._step_of_losses != step:
             self._step_losses, self._step_of_losses = [], step
@@ -63,10 +69,9 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Accumulate loss and perplexity over all tokens."""
-        logits = self(batch[:, :-1]).float()
-        targets = batch[:, 1:]
-        self.validation_loss.update(self._loss(logits, targets), weight=targets.numel())
-        self.validation_perplexity.update(logits, targets)
+        losses = self.model.token_losses(batch[:, :-1], batch[:, 1:])
+        self.validation_loss.update(losses)
+        self.validation_perplexity.update(losses)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""
@@ -115,10 +120,6 @@ class LanguageModel(pl.LightningModule):
                 if dist.is_available() and dist.is_initialized():
                     dist.all_reduce(module.balance.load)
                 module.balance.update()
-
-    @staticmethod
-    def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     def _check_finite(self, grad_norm: Tensor) -> None:
         loss = torch.stack(self._step_losses).sum()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.kernels import linear_cross_entropy, token_losses
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
 from mhc_lightning.modules.connection import Connection
 from mhc_lightning.modules.feed_forward import SwiGLU
@@ -181,16 +182,35 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x.unsqueeze(-2).expand(*x.shape[:-1], self.num_streams, -1)
 
+    def read_out(self, streams: Tensor) -> Tensor:
+        """Streams [B, S, n, C] -> normalised mean [B, S, C]."""
+        return self.norm(streams.mean(-2))
+
     def head(self, streams: Tensor) -> Tensor:
         """Streams [B, S, n, C] -> logits [B, S, V]."""
-        return self.output(self.norm(streams.mean(-2)))
+        return self.output(self.read_out(streams))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, S] -> logits [B, S, V]."""
+    def run_blocks(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, S] -> streams [B, S, n, C] behind the last block."""
         streams = self.embed(tokens)
         for block in self.blocks:
             streams = block(streams)
-        return self.head(streams)
+        return streams
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, S] -> logits [B, S, V]."""
+        return self.head(self.run_blocks(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of targets [B, S], a float32 scalar; never all logits at once."""
+        hidden = self.read_out(self.run_blocks(tokens))
+        return linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+
+    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each target [B, S], float32, without a gradient."""
+        hidden = self.read_out(self.run_blocks(tokens))
+        losses = token_losses(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+        return losses.view(targets.shape)
 
     def new_caches(self, batch_size: int, max_length: int) -> list[LatentCache]:
         """An empty cache for every block, for ``forward_cached``."""
