@@ -17,7 +17,7 @@ _FORWARD, _BACKWARD = "#1f6f8b", "#d1495b"
 
 
 def gain_profile(gains: Mapping[str, Sequence[float]], step: int) -> np.ndarray:
-    """Gain against sub-layer: single layers on the left, composites on the right.
+    """Gain against sub-layer: single layers above, composites below.
 
     Args:
         gains: By tag ``amax_gain/{single,composite}/{forward,backward}``, one value per sub-layer.
@@ -26,9 +26,9 @@ def gain_profile(gains: Mapping[str, Sequence[float]], step: int) -> np.ndarray:
     Returns:
         uint8 image [height, width, 3].
     """
-    figure = _figure(8.4, 3.4)
-    panels = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.07, right=0.985, top=0.82, bottom=0.14, wspace=0.17)
+    figure = _figure(5.0, 5.2)
+    panels = figure.subplots(2, 1)
+    figure.subplots_adjust(left=0.11, right=0.97, top=0.87, bottom=0.09, hspace=0.42)
     for axes, kind in zip(panels, ("single", "composite"), strict=True):
         for direction, colour, marker in (
             ("forward", _FORWARD, "o"),
@@ -48,10 +48,16 @@ def gain_profile(gains: Mapping[str, Sequence[float]], step: int) -> np.ndarray:
         _gain_axis(
             axes, [v for d in ("forward", "backward") for v in gains[f"amax_gain/{kind}/{d}"]]
         )
-        axes.set_title(f"{'Single-layer' if kind == 'single' else 'Composite'} gain", fontsize=10)
+        axes.set_title(
+            f"{'Single-layer' if kind == 'single' else 'Composite'} gain", fontsize=10, loc="left"
+        )
         axes.set_xlabel("sub-layer")
-        axes.legend(frameon=False, fontsize=8)
-    figure.text(0.01, 0.93, f"Amax gain, step {step:,}", fontsize=11, weight="bold")
+        # On the title's line, where no data can be underneath.
+        axes.legend(
+            frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.98),
+            columnspacing=1.2, handlelength=1.4,
+        )  # fmt: skip
+    figure.text(0.02, 0.95, f"Amax gain, step {step:,}", fontsize=11, weight="bold")
     return _render(figure)
 
 
