@@ -8,6 +8,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What `make test` was called with is not for the make commands that tests run.
+for _name in ("MAKEFLAGS", "MFLAGS", "ARGS", "VENV"):
+    os.environ.pop(_name, None)
 
 import random
 import re
