@@ -8,9 +8,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What `make test` was called with is not for the make commands that tests run.
-for _name in ("MAKEFLAGS", "MFLAGS", "ARGS", "VENV"):
-    os.environ.pop(_name, None)
 
 import random
 import re
@@ -25,6 +22,10 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# What `make test` was called with is not for the make commands that tests run.
+for _name in ("MAKEFLAGS", "MFLAGS", "ARGS", "VENV"):
+    os.environ.pop(_name, None)
 
 # On a busy machine one example can take long without anything being wrong.
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True)

@@ -27,7 +27,7 @@ from trigram import Trigram
 
 EXPERIMENT = "mhc_quickstart"
 PROMPT = "def read_lines(path):\n"
-_HELD_OUT = "prepare.validation_fraction=0.03"
+_HELD_OUT = "prepare.validation_fraction=0.05"
 _NOT_THE_LIBRARY = "exclude=[site-packages,dist-packages,test,tests,idle_test,__pycache__]"
 
 
