@@ -39,9 +39,13 @@ def test_resuming_does_not_repeat_the_last_step() -> None:
     assert due(cadence, trainer(), range(8, 16)) == [10, 15]
 
 
-def test_the_last_step_of_a_run_if_asked_for() -> None:
-    assert due(Cadence(5, "x", final_step=True), trainer(max_steps=8), range(1, 9)) == [5, 8]
+def test_the_ends_of_a_run_if_asked_for() -> None:
     assert due(Cadence(5, "x"), trainer(max_steps=8), range(1, 9)) == [5]
+    assert due(Cadence(5, "x", ends=True), trainer(max_steps=8), range(1, 9)) == [5, 8]
+    seldom = Cadence(None, "x", log_intervals=10, ends=True)
+    assert due(seldom, trainer(4, max_steps=98), range(1, 99)) == [4, 40, 80, 98]
+    seldom.restart(50)
+    assert due(seldom, trainer(4, max_steps=98), range(51, 99)) == [52, 80, 98]
 
 
 def test_a_wrong_interval_names_its_owner() -> None:

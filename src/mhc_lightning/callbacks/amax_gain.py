@@ -44,8 +44,9 @@ class AmaxGain(StreamSampler[Tensor]):
         extract: ``(module, args, output) -> StreamMappings | None`` for foreign modules.
         token_mean: True takes the gain of the token-averaged matrix instead (composites: of the
             token-averaged product). It is never larger; the paper leaves open which it plots.
-        profile_every_n_steps: Optimizer steps between pictures of the gain by sub-layer; None
-            takes ten intervals of the scalars, and the first and last sample of a run.
+        profile_every_n_steps: Optimizer steps between pictures of the gain by sub-layer, drawn
+            where a sample is taken; None takes 50 times the trainer's ``log_every_n_steps``, and
+            the first sample. The last step of a run (``max_steps``) is drawn if it is a sample.
 
     Attributes:
         last: The last sample by tag, and ``step``.
@@ -66,14 +67,15 @@ class AmaxGain(StreamSampler[Tensor]):
         super().__init__(every_n_steps, extract)
         self.token_mean = token_mean
         self.peaks: dict[str, Peak] = {}
-        self._profiles = Cadence(profile_every_n_steps, "AmaxGain (profile)")
-        self._drawn = False
+        self._profiles = Cadence(
+            profile_every_n_steps, "AmaxGain (profile)", log_intervals=50, ends=True
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from where the run starts, or resumes."""
         super().on_train_start(trainer, pl_module)
         self._profiles.restart(trainer.global_step)
-        self.peaks, self._drawn = {}, False
+        self.peaks = {}
 
     def reduce(self, observations: list[Observation]) -> Tensor:
         """The gains [4, L], still on the device."""
@@ -96,17 +98,9 @@ class AmaxGain(StreamSampler[Tensor]):
             if peak is None or _exceeds(values[tag], peak.value):
                 self.peaks[tag] = Peak(values[tag], layer, step)
         log_scalars(trainer, pl_module, values, step, monitored=GAIN_TAGS)
-        if self._wants_profile(trainer, step) and takes_images(trainer):
+        if self._profiles.is_due(trainer, step) and takes_images(trainer):
             log_image(trainer, "amax_gain/profile", gain_profile(gains, step), step)
         return values
-
-    def _wants_profile(self, trainer: pl.Trainer, step: int) -> bool:
-        interval = self.cadence.interval(trainer)
-        if self._profiles.every_n_steps is not None:
-            return self._profiles.is_due(trainer, step)
-        first, self._drawn = not self._drawn, True
-        ends = trainer.max_steps > 0 and step + interval > trainer.max_steps
-        return first or ends or (step // interval) % 10 == 0
 
 
 def _exceeds(value: float, other: float) -> bool:

@@ -19,7 +19,8 @@ class Cadence:
             trainer's ``log_every_n_steps``.
         owner: Who asks, for error messages.
         log_intervals: The default interval in units of ``log_every_n_steps``.
-        final_step: Whether the run's last step (``max_steps``) is due as well.
+        ends: Whether the run's last step (``max_steps``) is due as well and, at the default
+            interval, the first step that Lightning logs.
 
     Raises:
         UserError: `every_n_steps` is neither None nor a positive integer.
@@ -31,7 +32,7 @@ class Cadence:
         owner: str,
         *,
         log_intervals: int = 1,
-        final_step: bool = False,
+        ends: bool = False,
     ) -> None:
         whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
         if every_n_steps is not None and not (whole and every_n_steps >= 1):
@@ -41,18 +42,20 @@ class Cadence:
             )
         self.every_n_steps = every_n_steps
         self.log_intervals = log_intervals
-        self.final_step = final_step
+        self.ends = ends
         self._seen = 0
+        self._waiting_for_first = ends and every_n_steps is None
 
     def interval(self, trainer: pl.Trainer) -> int:
         """The interval in optimizer steps; 0 where the trainer logs nothing."""
         if self.every_n_steps is not None:
             return self.every_n_steps
-        return self.log_intervals * int(getattr(trainer, "log_every_n_steps", 0) or 0)
+        return self.log_intervals * _logging_interval(trainer)
 
     def restart(self, step: int) -> None:
         """Begin (or resume) after `step` completed optimizer steps."""
         self._seen = step
+        self._waiting_for_first = self.ends and self.every_n_steps is None
 
     def is_due(self, trainer: pl.Trainer, step: int) -> bool:
         """Whether `step` is due; True only the first time it is asked about."""
@@ -60,4 +63,13 @@ class Cadence:
         self._seen = max(step, seen)
         if n == 0 or step <= seen:
             return False
-        return step // n > seen // n or (self.final_step and step == trainer.max_steps)
+        due = step // n > seen // n or (self.ends and step == trainer.max_steps)
+        if self._waiting_for_first:
+            unit = _logging_interval(trainer)
+            due = due or step // unit > seen // unit
+            self._waiting_for_first = not due
+        return due
+
+
+def _logging_interval(trainer: pl.Trainer) -> int:
+    return int(getattr(trainer, "log_every_n_steps", 0) or 0)

@@ -38,7 +38,7 @@ class ProgressBar(LightningProgressBar):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()
-        self.cadence = Cadence(every_n_steps, "ProgressBar", final_step=True)
+        self.cadence = Cadence(every_n_steps, "ProgressBar", ends=True)
         self._enabled = True
         self._bar: tqdm | None = None
         self._validation_bar: tqdm | None = None

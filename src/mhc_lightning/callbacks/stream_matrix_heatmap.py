@@ -37,9 +37,9 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
     Args:
         layers: Sub-layers to draw, negative ones counted from the end; None takes the first, the
             middle and the last.
-        every_n_steps: Optimizer steps between samples; None takes ten times the trainer's
-            ``log_every_n_steps`` (drawing takes longer than measuring). The last step of a run
-            (``max_steps``) is drawn in any case.
+        every_n_steps: Optimizer steps between samples; None takes 50 times the trainer's
+            ``log_every_n_steps`` (drawing takes longer than measuring), and the first step it
+            logs. The last step of a run (``max_steps``) is drawn in any case.
         extract: ``(module, args, output) -> StreamMappings | None`` for foreign modules.
 
     Raises:
@@ -53,7 +53,7 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
         every_n_steps: int | None = None,
         extract: Extract | None = None,
     ) -> None:
-        super().__init__(every_n_steps, extract, log_intervals=10, final_step=True)
+        super().__init__(every_n_steps, extract, log_intervals=50, ends=True)
         self.layers = None if layers is None else list(layers)
 
     def reduce(self, observations: list[Observation]) -> _Matrices:

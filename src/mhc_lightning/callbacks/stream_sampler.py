@@ -36,7 +36,8 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
             a `StreamMappings` themselves; None takes every module output that is one.
         log_intervals: The interval when `every_n_steps` is None, in units of the trainer's
             ``log_every_n_steps``.
-        final_step: Whether to sample the run's last step (``max_steps``) too.
+        ends: Whether to sample the run's last step (``max_steps``) too and, at the default
+            interval, the first step that Lightning logs.
 
     Attributes:
         last: The last sample: its numbers by tag, and ``step``, the optimizer steps completed.
@@ -49,10 +50,10 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         extract: Extract | None = None,
         *,
         log_intervals: int = 1,
-        final_step: bool = False,
+        ends: bool = False,
     ) -> None:
         self.cadence = Cadence(
-            every_n_steps, type(self).__name__, log_intervals=log_intervals, final_step=final_step
+            every_n_steps, type(self).__name__, log_intervals=log_intervals, ends=ends
         )
         self.last: dict[str, float] = {}
         self._watcher = StreamWatcher(extract, self.note if self.takes_notes else None)
