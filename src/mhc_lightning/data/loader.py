@@ -3,7 +3,12 @@
 They are plain iterables and no ``DataLoader``, because Lightning would replace the sampler of one.
 """
 
+import atexit
+import functools
+import os
 import signal
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
@@ -13,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 _BATCHES_AHEAD = 4
+_GRACE_SECONDS = 300.0
 
 
 def _take_batch(batch: Any) -> Any:
@@ -21,10 +27,27 @@ def _take_batch(batch: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    # The signal goes to the whole process group; the main process still needs batches to reach
-    # the end of its step. A second one is multiprocessing's, which waits until the worker is gone.
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    """Outlive a SIGTERM or Ctrl-C to the whole process group.
+
+    The main process still needs batches to reach the end of its step, and closes the loader when
+    it is done. Should it not, the worker goes after some minutes.
+    """
+
+    def leave_later(signal_number: int, frame: Any) -> None:
+        timer = threading.Timer(_GRACE_SECONDS, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGTERM, leave_later)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end_workers(loader: "weakref.ref[DataLoader[Tensor]]") -> None:
+    """End the worker processes of a loader, if it has any."""
+    iterator = getattr(loader(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
+        loader()._iterator = None  # type: ignore[union-attr]
 
 
 class BatchLoader:
@@ -60,6 +83,10 @@ class BatchLoader:
             # model's random numbers when it starts at another moment.
             generator=torch.Generator(),
         )
+        # Before multiprocessing's own clean-up, which would wait for the workers' grace period.
+        self._at_exit = functools.partial(_end_workers, weakref.ref(self._loader))
+        if num_workers:
+            atexit.register(self._at_exit)
 
     def __len__(self) -> int:
         return self._length

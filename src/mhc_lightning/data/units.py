@@ -201,7 +201,7 @@ def _character_start(block: bytes) -> int:
     for offset in range(1, min(len(block), 5)):
         if not 0x80 <= block[offset] < 0xC0:
             return offset
-    return 1
+    return len(block) if len(block) < 5 else 1  # the file ends with this character, or no UTF-8
 
 
 def _text_documents(

@@ -1,0 +1,142 @@
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mhc_lightning.data import PreparedData, prepare, remote
+from mhc_lightning.data.remote import ChunkCache, is_url
+from mhc_lightning.data.sequences import TrainingSequences
+from mhc_lightning.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_RETRY_SECONDS", (0.0, 0.0))
+
+
+@pytest.fixture
+def url(prepared_path: Path) -> str:
+    return f"local:{prepared_path}"
+
+
+def kept(cache: Path) -> set[str]:
+    return {path.name for path in cache.rglob("*.bin")}
+
+
+def test_urls_are_told_from_paths() -> None:
+    assert all(map(is_url, ("s3://bucket/x", "gs://b/x", "local:/x", "file:///x")))
+    assert not any(map(is_url, ("/x", "a b/=", "C=x", "relative")))
+
+
+def test_chunks_are_fetched_when_read(prepared: PreparedData, url: str, tmp_path: Path) -> None:
+    far = PreparedData(url, cache_dir=tmp_path / "cache")
+    assert far.record == prepared.record
+    assert not kept(tmp_path / "cache")
+    chunk = far.chunks("train")[1]
+    assert np.array_equal(far.tokens(chunk), prepared.tokens(chunk))
+    assert kept(tmp_path / "cache") == {Path(chunk.name).name}
+    far.verify()
+    assert len(kept(tmp_path / "cache")) == len(far.all_chunks())
+
+
+def test_file_urls_and_the_default_folder(
+    prepared_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MHC_LIGHTNING_CACHE", str(tmp_path / "elsewhere"))
+    far = PreparedData(f"file://{prepared_path}")
+    far.tokens(far.chunks("train")[0])
+    assert len(kept(tmp_path / "elsewhere")) == 1
+
+
+def test_a_kept_chunk_is_not_fetched_again(url: str, tmp_path: Path, monkeypatch) -> None:
+    far = PreparedData(url, cache_dir=tmp_path)
+    chunk = far.chunks("train")[0]
+    far.tokens(chunk)
+    again = PreparedData(url, cache_dir=tmp_path)
+    monkeypatch.setattr(ChunkCache, "_own_downloader", lambda self: 1 / 0)
+    again.tokens(chunk)
+
+
+def test_tokenizer_is_fetched(tokenizer_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the cat\n" * 100)
+    prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer_file, progress=False)
+    far = PreparedData(f"local:{tmp_path / 'out'}", cache_dir=tmp_path / "cache")
+    assert far.tokenizer.fingerprint == far.record.tokenizer["fingerprint"]
+    assert b"".join(far.documents("train")).startswith(b"the cat\n")
+
+
+def test_absent_and_damaged_objects_are_named(prepared_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot fetch local:/absent/prepared\.json"):
+        PreparedData("local:/absent", cache_dir=tmp_path / "cache")
+    store = Path(shutil.copytree(prepared_path, tmp_path / "store"))
+    far = PreparedData(f"local:{store}", cache_dir=tmp_path / "cache")
+    first, second = far.chunks("train")[:2]
+    (store / first.name).write_bytes(b"short")
+    with pytest.raises(UserError, match=rf"{first.name} has 5 bytes, not {first.size}"):
+        far.tokens(first)
+    (store / second.name).unlink()
+    with pytest.raises(UserError, match=rf"cannot fetch .*{second.name}"):
+        far.tokens(second)
+    assert not kept(tmp_path / "cache")
+
+
+def test_failures_that_pass_are_tried_again(url: str, tmp_path: Path, monkeypatch) -> None:
+    from litdata.streaming.downloader import LocalDownloader
+
+    far = PreparedData(url, cache_dir=tmp_path)
+    original = LocalDownloader.download_file
+    calls: list[str] = []
+
+    def flaky(self: Any, source: str, target: str) -> None:
+        calls.append(source)
+        if len(calls) < 3:
+            raise ConnectionError("reset")
+        original(self, source, target)
+
+    monkeypatch.setattr(LocalDownloader, "download_file", flaky)
+    far.tokens(far.chunks("train")[0])
+    assert len(calls) == 3
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(url: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot keep chunks of .* data\.cache_dir="):
+        PreparedData(url, cache_dir=tmp_path / "file")
+
+
+def test_training_fetches_one_window_ahead(url: str, tmp_path: Path) -> None:
+    far = PreparedData(url, cache_dir=tmp_path)
+    stream = TrainingSequences([far], [1.0], 64, seed=0, window=2)
+    stream = pickle.loads(pickle.dumps(stream))  # as a worker gets it
+    order = stream.orders[0]
+    stream[0]
+    wanted = {
+        Path(far.chunks("train")[chunk].name).name
+        for window in (0, 1)
+        for chunk in order.chunks_of(0, window)
+    }
+    deadline = time.monotonic() + 20
+    while kept(tmp_path) != wanted and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert kept(tmp_path) == wanted and len(wanted) == 4
+
+
+def test_old_chunks_make_room(url: str, tmp_path: Path) -> None:
+    far = PreparedData(url, cache_dir=tmp_path)
+    cache = far.cache
+    assert cache is not None and cache.max_bytes is not None and cache.max_bytes > 10**6
+    chunks = far.chunks("train")
+    for age, chunk in enumerate(chunks[:4]):
+        far.tokens(chunk)
+        os.utime(cache.folder / chunk.name, (10**9 + age, 10**9 + age))
+    mapped = far.tokens(chunks[1])
+    os.utime(cache.folder / chunks[1].name, (10**9 + 1, 10**9 + 1))
+    cache.max_bytes = sum(chunks[index].size for index in (0, 3, 4))
+    cache._make_room([(chunks[0].name, chunks[0].size), (chunks[4].name, chunks[4].size)])
+    assert kept(tmp_path) == {Path(chunks[index].name).name for index in (0, 3)}
+    assert len(mapped) == int((mapped >= 0).sum())  # still readable

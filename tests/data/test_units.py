@@ -1,0 +1,107 @@
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mhc_lightning.data.documents import find_text_files
+from mhc_lightning.data.units import Document, FileUnit, Skipped, is_held_out, plan_units
+
+Write = Callable[..., Path]
+
+
+def read(units: list[FileUnit], fraction: float) -> tuple[list[Document], Skipped]:
+    skipped = Skipped()
+    return [
+        document for unit in units for document in unit.documents("text", fraction, skipped)
+    ], skipped
+
+
+def joined(documents: list[Document]) -> list[bytes]:
+    """Whole documents, from the parts of long ones."""
+    whole, parts = [], b""
+    for document in documents:
+        parts += document.data
+        if document.ends:
+            whole.append(parts)
+            parts = b""
+    assert not parts
+    return whole
+
+
+@pytest.mark.parametrize("unit_bytes", [50, 1000, 10**6])
+def test_every_byte_of_every_file_comes_once_in_order(
+    tmp_path: Path, write_texts: Write, unit_bytes: int
+) -> None:
+    files = find_text_files([write_texts(tmp_path / "in", 30, length=500)])
+    documents, _ = read(plan_units(files, unit_bytes, 0.5), 0.5)
+    assert joined(documents) == [Path(file.path).read_bytes() for file in files]
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 40, 10**6])
+def test_every_line_of_jsonl_comes_once(tmp_path: Path, unit_bytes: int) -> None:
+    texts = [f"text {number} é\n" * (number % 4 + 1) for number in range(50)]
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)  # no end of line at the end
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\n\n")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    units = plan_units(find_text_files([tmp_path]), unit_bytes, 0.1)
+    documents, _ = read(units, 0.1)
+    assert [document.data.decode() for document in documents] == texts * 2
+    assert len(units) == {1: 52, 10**6: 1}.get(
+        unit_bytes, len(units)
+    )  # with one for the empty line
+
+
+def test_parts_of_a_long_file_are_on_one_side(tmp_path: Path, write_texts: Write) -> None:
+    files = find_text_files([write_texts(tmp_path / "in", 60, length=900)])
+    documents, _ = read(plan_units(files, 200, 0.5), 0.5)
+    sides: list[set[bool]] = [set()]
+    for document in documents:
+        sides[-1].add(document.held_out)
+        if document.ends:
+            sides.append(set())
+    sides.pop()
+    assert all(len(side) == 1 for side in sides)
+    assert {True} in sides and {False} in sides
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_of_few_files_the_end_is_held_out(tmp_path: Path, compressed: bool) -> None:
+    data = "".join(f"line {number}\n" for number in range(1000)).encode()
+    path = tmp_path / ("x.txt.gz" if compressed else "x.txt")
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    documents, _ = read(plan_units(find_text_files([path]), 2000, 0.1), 0.1)
+    held_out = b"".join(document.data for document in documents if document.held_out)
+    assert data.endswith(held_out) and held_out.startswith(b"line ")
+    assert 0.08 < len(held_out) / len(data) < 0.11
+    assert len(joined(documents)) == 2
+
+
+@pytest.mark.parametrize("unit_bytes", [*range(1, 12), 29])
+def test_text_without_line_ends_is_cut_between_characters(tmp_path: Path, unit_bytes: int) -> None:
+    text = "aé🎉é🎉🎉aa日é" * 20
+    path = tmp_path / "x"
+    path.write_bytes(text.encode())
+    documents, _ = read(plan_units(find_text_files([path]), unit_bytes, 0.0), 0.0)
+    assert "".join(document.data.decode() for document in documents) == text
+    assert all(len(document.data) <= unit_bytes + 3 for document in documents)
+
+
+def test_binary_and_empty_files_are_counted_once(tmp_path: Path) -> None:
+    (tmp_path / "a.so").write_bytes(b"\0" * 500)
+    (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.jsonl").write_text('{"text": ""}\n{"text": "x"}\n')
+    documents, skipped = read(plan_units(find_text_files([tmp_path]), 100, 0.2), 0.2)
+    assert [document.data for document in documents] == [b"x"]
+    assert (skipped.binary_files, skipped.empty_documents) == (1, 2)
+
+
+def test_the_split_is_a_stable_share_of_the_documents() -> None:
+    documents = [f"document {number}".encode() for number in range(4000)]
+    held_out = [is_held_out(document, 0.1) for document in documents]
+    assert 320 < sum(held_out) < 480
+    assert held_out == [is_held_out(document, 0.1) for document in documents]
+    # A larger share keeps what a smaller one held out.
+    assert all(is_held_out(d, 0.2) for d, held in zip(documents, held_out, strict=True) if held)
+    assert not any(is_held_out(document, 0.0) for document in documents)
