@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from mhc_lightning.checkpoint_files import write_text_atomically
+from mhc_lightning.event_files import EventFile, drop_events_after
 
 STEP = "step"
 
@@ -36,8 +36,11 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = Path(folder) / name
         self._columns: list[str] | None = None  # None: the file has not been looked at
-        self._row: dict[str, str] = {}
-        self._row_start = 0  # where the row being filled begins in the file, in bytes
+        # The row being filled, after those before it that could not be written yet.
+        self._tail: list[dict[str, str]] = []
+        self._tail_start = 0  # where these begin in the file, in bytes
+        self._stale = False  # the file as a whole is to be replaced
+        self._failing = False
 
     @property
     def name(self) -> str:
@@ -70,30 +73,27 @@ class MetricsCSV(Logger):
         values = {tag: text for tag, v in metrics.items() if (text := _number(v)) is not None}
         if not values:
             return
-        current = int(self._row[STEP]) if self._row else 0
+        current = int(self._tail[-1][STEP]) if self._tail else 0
         step = current if step is None else int(step)
-        if self._row and step < current:
-            self._merge_into_earlier(step, values)
-            return
-        if step != current or not self._row:
-            self._row = {STEP: str(step)}
-            self._row_start = self.path.stat().st_size
-        self._row.update(values)
-        new = [tag for tag in values if tag not in columns]
-        if new:
-            rows = [row for row in self._rows() if row[STEP] != self._row[STEP]]
-            columns += new
-            self._rewrite([*rows, self._row])
-            return
-        with open(self.path, "r+b") as file:
-            file.seek(self._row_start)
-            file.write(self._line(self._row))
-            file.truncate()
+        try:
+            if step >= current:
+                self._fill(step, values, columns)
+            else:
+                self._merge_into_earlier(step, values, columns)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                rank_zero_warn(
+                    f"could not write {self.path}: {error.strerror or error}; the run goes on, and"
+                    " its rows are written when that is possible again",
+                    category=RuntimeWarning,
+                )
+            self._failing = True
 
     @rank_zero_only
     def resume_from(self, step: int) -> None:
         """Drop the rows after `step`, and a line that a killed process left cut."""
-        self._columns, self._row = None, {}
+        self._columns, self._tail = None, []
         if self.path.exists():
             self._open()
             self._rewrite([row for row in self._rows() if int(row[STEP]) <= step])
@@ -125,21 +125,45 @@ class MetricsCSV(Logger):
                 rows.append({tag: text for tag, text in row.items() if text != ""})
         return rows
 
+    def _fill(self, step: int, values: dict[str, str], columns: list[str]) -> None:
+        """Add values to the row of `step`, the last or a new one, and write it."""
+        if not self._tail or step != int(self._tail[-1][STEP]):
+            if not self._failing:
+                self._tail_start, self._tail = self.path.stat().st_size, []
+            self._tail.append({STEP: str(step)})
+        self._tail[-1].update(values)
+        new = [tag for tag in values if tag not in columns]
+        columns += new
+        if new or self._stale:
+            unwritten = {row[STEP] for row in self._tail}
+            self._rewrite([row for row in self._rows() if row[STEP] not in unwritten] + self._tail)
+            return
+        with open(self.path, "r+b") as file:
+            file.seek(self._tail_start)
+            file.write(b"".join(map(self._line, self._tail)))
+            file.truncate()
+        self._keep_last_row()
+
+    def _merge_into_earlier(self, step: int, values: dict[str, str], columns: list[str]) -> None:
+        rows = {int(row[STEP]): row for row in [*self._rows(), *self._tail]}
+        rows.setdefault(step, {STEP: str(step)}).update(values)
+        columns += [tag for tag in values if tag not in columns]
+        self._rewrite([rows[key] for key in sorted(rows)])
+
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         """Replace the file; the last of `rows` becomes the row being filled."""
         assert self._columns is not None
-        lines = [self._line(dict(zip(self._columns, self._columns, strict=True)))]
-        lines += [self._line(row) for row in rows]
-        write_text_atomically(self.path, b"".join(lines).decode())
-        self._row = dict(rows[-1]) if rows else {}
-        self._row_start = sum(map(len, lines)) - (len(lines[-1]) if rows else 0)
+        header = self._line(dict(zip(self._columns, self._columns, strict=True)))
+        lines = b"".join([header, *map(self._line, rows)])
+        self._tail, self._tail_start, self._stale = list(rows), len(header), True
+        write_text_atomically(self.path, lines.decode())
+        self._stale = False
+        self._keep_last_row()
 
-    def _merge_into_earlier(self, step: int, values: dict[str, str]) -> None:
-        assert self._columns is not None
-        rows = {int(row[STEP]): row for row in self._rows()}
-        rows.setdefault(step, {STEP: str(step)}).update(values)
-        self._columns += [tag for tag in values if tag not in self._columns]
-        self._rewrite([rows[key] for key in sorted(rows)])
+    def _keep_last_row(self) -> None:
+        """All is written: only the last row may still grow."""
+        self._tail_start += sum(len(self._line(row)) for row in self._tail[:-1])
+        self._tail = self._tail[-1:]
 
     def _line(self, row: Mapping[str, str]) -> bytes:
         assert self._columns is not None
@@ -170,9 +194,20 @@ class TensorBoard(TensorBoardLogger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: the run's settings are in `config.yaml`."""
 
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The `SummaryWriter`."""
+        if self._experiment is None:
+            file_writer = super().experiment._get_file_writer()
+            self._file = Path(file_writer.event_writer._file_name)
+            file_writer.event_writer.close()
+            file_writer.event_writer = EventFile(self._file)
+        return self._experiment
+
     @rank_zero_only
     def save(self) -> None:
-        """Flush the events to disk."""
+        """Write the events to the file."""
         self.experiment.flush()
 
     @rank_zero_only
@@ -181,11 +216,9 @@ class TensorBoard(TensorBoardLogger):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         writer = self.experiment._get_file_writer()
-        assert writer is not None
-        own = Path(writer.event_writer._file_name)
         for file in sorted(Path(self.log_dir).glob("events.out.tfevents.*")):
-            if file.name != own.name:
-                _drop_events_after(step, file)
+            if file.name != self._file.name:
+                drop_events_after(step, file)
         restart = Event(session_log=SessionLog(status=SessionLog.START))
         writer.add_event(restart, step + 1)
         writer.flush()
@@ -202,28 +235,3 @@ def _number(value: Any) -> str | None:
         number = float(value)
         return repr(number) if math.isfinite(number) else str(number)
     return None
-
-
-def _drop_events_after(step: int, file: Path) -> None:
-    """Rewrite an event file without the events of later steps (and a cut last one)."""
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    kept: list[bytes] = []
-    dropped = False
-    for record in RawEventFileLoader(str(file)).Load():
-        if Event.FromString(record).step > step:
-            dropped = True
-        else:
-            kept.append(record)
-    length = sum(len(record) + 16 for record in kept)  # a record's framing takes 16 bytes
-    if not dropped and length == file.stat().st_size:
-        return
-    aside = file.with_name(f".aside-{file.name}")
-    with open(aside, "wb") as stream:
-        writer = RecordWriter(stream)
-        for record in kept:
-            writer.write(record)
-        writer.flush()
-    os.replace(aside, file)

@@ -44,13 +44,14 @@ class Command:
         self.folder = folder
         self.data = data
         self.env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.processes = []
 
     def words(self, command, *words, config="mhc_quickstart"):
         head = [sys.executable, "-m", "mhc_lightning", command, "--config", str(config)]
         return [*head, *SMALL, f"data.path={self.data}", *words]
 
     def start(self, command, *words, **options):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.words(command, *words, **options),
             cwd=self.folder,
             env=self.env,
@@ -59,15 +60,20 @@ class Command:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        self.processes.append(process)
+        return process
+
+    def close(self):
+        """End what is still running."""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
 
     def __call__(self, command, *words, code=0, **options):
         """Run to the end; its exit code must be `code`. Gives (stdout, stderr)."""
         process = self.start(command, *words, **options)
-        try:
-            output, errors = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        output, errors = process.communicate(timeout=300)
         assert process.returncode == code, f"exit code {process.returncode}\n{output}\n{errors}"
         return output, errors
 
@@ -91,7 +97,9 @@ class Command:
 
 @pytest.fixture
 def command(tmp_path, prepared):
-    return Command(tmp_path, prepared)
+    command = Command(tmp_path, prepared)
+    yield command
+    command.close()
 
 
 # Long enough to be stopped; a pass over the data takes 24 steps.

@@ -158,6 +158,8 @@ def _quiet() -> None:
     import logging
     import warnings
 
+    import lightning.pytorch  # noqa: F401  (it sets the level that is set here)
+
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in (".*does not have many workers", ".*LeafSpec", "GPU available but not used"):
         warnings.filterwarnings("ignore", message=text)

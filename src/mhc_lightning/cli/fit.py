@@ -53,5 +53,8 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
                     f"the run is complete: trainer.max_steps={trainer.max_steps}", file=sys.stderr
                 )
     write_records(folder, values)
-    # It has been looked at above; what other callbacks keep in it may be any Python object.
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    try:
+        # It has been looked at above; what other callbacks keep in it may be any Python object.
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    finally:
+        data.teardown("fit")  # Lightning leaves it out where an exception ends the run

@@ -37,8 +37,10 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
     settings = values["generate"]
     echo = settings.pop("echo")
     path = require_checkpoint(experiment)
-    tokenizer = build_data(experiment, world_size=1).tokenizer
+    data = build_data(experiment, world_size=1)
     module = build_model(experiment)
+    data.validate_against(module.model.vocab_size)
+    tokenizer = data.tokenizer
     module.load_state_dict(load_fitting(path, module, experiment)["state_dict"])
     accelerator = values["trainer"]["accelerator"]
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")

@@ -79,15 +79,24 @@ def write_records(folder: Path, values: dict[str, Any]) -> None:
     Args:
         folder: The run folder.
         values: The configuration, resolved.
+
+    Raises:
+        UserError: they cannot be written.
     """
     from mhc_lightning.checkpoint_files import write_text_atomically
     from mhc_lightning.cli.composition import escaped_tree
 
-    if is_first_process():
-        config = yaml.safe_dump(escaped_tree(values), sort_keys=False, allow_unicode=True)
+    if not is_first_process():
+        return
+    config = yaml.safe_dump(escaped_tree(values), sort_keys=False, allow_unicode=True)
+    environment = json.dumps(describe_environment(), indent=2, ensure_ascii=False)
+    try:
         write_text_atomically(folder / CONFIG, config)
-        environment = json.dumps(describe_environment(), indent=2, ensure_ascii=False)
         write_text_atomically(folder / ENVIRONMENT, environment + "\n")
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder} cannot be written to: {error.strerror or error}"
+        ) from error
 
 
 def describe_environment() -> dict[str, Any]:

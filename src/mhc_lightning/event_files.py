@@ -1,0 +1,90 @@
+"""TensorBoard's event files: written in whole records, cut back to a step on resuming."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+_MOST_WAITING = 1 << 20  # bytes of records that wait for a flush
+_MOST_UNSAVED = 1 << 24  # bytes kept while they cannot be written
+
+
+class EventFile:
+    """Appends records to an event file, in place of TensorBoard's own writer.
+
+    That one writes from a thread which dies at the first error and then blocks or fails the
+    training. This one keeps what it cannot write, up to 16 MiB, and tries again at the next flush.
+
+    Args:
+        path: An event file that exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = io.BytesIO()
+        self._failing = False
+
+    def add_event(self, event: Any) -> None:
+        """Add an `Event` record."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        RecordWriter(self._waiting).write(event.SerializeToString())
+        if self._waiting.tell() > _MOST_WAITING and not self._failing:
+            self.flush()
+
+    def flush(self) -> None:
+        """Append what waits to the file, all of it or nothing."""
+        records = self._waiting.getvalue()
+        if not records:
+            return
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                start = file.tell()
+                try:
+                    _write_all(file, records)
+                except OSError:
+                    file.truncate(start)
+                    raise
+        except OSError as error:
+            if not self._failing:
+                rank_zero_warn(
+                    f"could not write {self.path.name}: {error.strerror or error};"
+                    " the run goes on, and its points are written when that is possible again",
+                    category=RuntimeWarning,
+                )
+            self._failing = True
+            if len(records) > _MOST_UNSAVED:
+                self._waiting = io.BytesIO()
+            return
+        self._waiting, self._failing = io.BytesIO(), False
+
+    def close(self) -> None:
+        """Write what waits."""
+        self.flush()
+
+
+def drop_events_after(step: int, file: Path) -> None:
+    """Rewrite an event file without the events of later steps, and without a cut last one."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    kept = io.BytesIO()
+    writer = RecordWriter(kept)
+    for record in RawEventFileLoader(str(file)).Load():
+        if Event.FromString(record).step <= step:
+            writer.write(record)
+    if kept.tell() == file.stat().st_size:
+        return
+    aside = file.with_name(f".aside-{file.name}")
+    aside.write_bytes(kept.getvalue())
+    os.replace(aside, file)
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    """Write everything; a full disk may first take a part without an error."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]

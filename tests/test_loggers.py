@@ -1,0 +1,161 @@
+import csv
+import errno
+import os
+import resource
+import signal
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mhc_lightning import loggers
+from mhc_lightning.loggers import MetricsCSV, TensorBoard
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def points(folder, tag):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@contextmanager
+def file_size_limit(size):
+    """What a full disk looks like: a file cannot grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_values_of_a_step_share_a_row_and_keep_every_bit(tmp_path):
+    log = MetricsCSV(tmp_path)
+    value = torch.tensor(0.1)
+    log.log_metrics({"a": value, "ok": True, "image": torch.zeros(3)}, 1)
+    log.log_metrics({"b": 2.5e-7}, 1)
+    log.log_metrics({"a": float("nan")}, 2)
+    log.log_metrics({"late": 1 / 3}, 3)
+    log.log_metrics({"a": -1}, 3)
+    assert rows(tmp_path) == [
+        {"step": "1", "a": repr(value.item()), "ok": "1", "b": "2.5e-07"},
+        {"step": "2", "a": "nan"},
+        {"step": "3", "a": "-1", "late": repr(1 / 3)},
+    ]
+    assert float(rows(tmp_path)[0]["a"]) == value.item()
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert header == "step,a,ok,b,late"
+
+
+def test_a_late_value_for_an_earlier_step_finds_its_row(tmp_path):
+    log = MetricsCSV(tmp_path)
+    for step in (1, 3, 5):
+        log.log_metrics({"a": step}, step)
+    log.log_metrics({"b": 9}, 3)
+    log.log_metrics({"b": 8}, 2)
+    log.log_metrics({"a": 6}, 6)
+    assert [tuple(row.values()) for row in rows(tmp_path)] == [
+        ("1", "1"),
+        ("2", "8"),
+        ("3", "3", "9"),
+        ("5", "5"),
+        ("6", "6"),
+    ]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3, 9])
+def test_resuming_drops_later_rows_and_mends_a_cut_line(tmp_path, cut):
+    log = MetricsCSV(tmp_path)
+    for step in range(1, 6):
+        log.log_metrics({"loss": step / 7, "a,b": step}, step)
+    whole = (tmp_path / "metrics.csv").read_bytes()
+    (tmp_path / "metrics.csv").write_bytes(whole[: len(whole) - cut])
+    again = MetricsCSV(tmp_path)
+    again.resume_from(3)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
+    again.log_metrics({"a,b": 4, "loss": 4 / 7}, 4)
+    again.log_metrics({"loss": 5 / 7, "a,b": 5}, 5)
+    assert (tmp_path / "metrics.csv").read_bytes() == whole
+
+
+def test_a_full_disk_delays_rows_and_does_not_stop_the_run(tmp_path):
+    log = MetricsCSV(tmp_path)
+    log.log_metrics({"a": 0.0}, 0)
+    size = (tmp_path / "metrics.csv").stat().st_size
+    with file_size_limit(size + 6), pytest.warns(RuntimeWarning, match="metrics.csv") as warned:
+        for step in range(1, 5):
+            log.log_metrics({"a": float(step)}, step)
+        log.log_metrics({"new": 1.0}, 4)
+    assert len(warned) == 1
+    assert rows(tmp_path)[0] == {"step": "0", "a": "0.0"}
+    log.log_metrics({"a": 5.0}, 5)
+    assert [(row["step"], row.get("a"), row.get("new")) for row in rows(tmp_path)] == [
+        ("0", "0.0", None),
+        ("1", "1.0", None),
+        ("2", "2.0", None),
+        ("3", "3.0", None),
+        ("4", "4.0", "1.0"),
+        ("5", "5.0", None),
+    ]
+
+
+def test_a_new_column_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch):
+    log = MetricsCSV(tmp_path)
+    log.log_metrics({"a": 1}, 1)
+    write = loggers.write_text_atomically
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loggers, "write_text_atomically", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        log.log_metrics({"b": 2}, 2)
+    monkeypatch.setattr(loggers, "write_text_atomically", write)
+    log.log_metrics({"c": 3}, 3)
+    assert rows(tmp_path) == [
+        {"step": "1", "a": "1"},
+        {"step": "2", "b": "2"},
+        {"step": "3", "c": "3"},
+    ]
+
+
+def test_tensorboard_forgets_points_after_the_step_resumed_from(tmp_path):
+    first = TensorBoard(tmp_path)
+    for step in range(1, 8):
+        first.log_metrics({"loss": float(step)}, step)
+    first.save()
+    file = next(tmp_path.glob("events.*"))
+    file.write_bytes(file.read_bytes()[:-5])  # killed while writing step 7
+
+    second = TensorBoard(tmp_path)
+    _ = second.experiment  # Lightning makes it before it restores anything
+    second.resume_from(4)
+    assert points(tmp_path, "loss") == [(k, float(k)) for k in range(1, 5)]
+    for step in range(5, 8):
+        second.log_metrics({"loss": 10.0 * step}, step)
+    second.finalize("success")
+    assert points(tmp_path, "loss")[3:] == [(4, 4.0), (5, 50.0), (6, 60.0), (7, 70.0)]
+    assert {path.name.split(".")[0] for path in tmp_path.iterdir()} == {"events"}
+
+
+def test_tensorboard_survives_a_full_disk(tmp_path):
+    log = TensorBoard(tmp_path)
+    log.log_metrics({"loss": 1.0}, 1)
+    log.save()
+    size = next(tmp_path.glob("events.*")).stat().st_size
+    with file_size_limit(size + 20), pytest.warns(RuntimeWarning, match="events") as warned:
+        for step in range(2, 6):
+            log.log_metrics({"loss": float(step)}, step)
+            log.save()
+    assert len(warned) == 1
+    log.log_metrics({"loss": 6.0}, 6)
+    log.save()
+    assert points(tmp_path, "loss") == [(k, float(k)) for k in range(1, 7)]
