@@ -26,6 +26,8 @@ from mhc_lightning.errors import UserError
 # Sections whose settings a command takes without the section's name, too.
 _SECTIONS = {"generate": "generate", "prepare": "prepare"}
 _NONE = ("", "null", "None")  # of ckpt_path
+_MISSING = "???"  # what OmegaConf takes for a value still to be given
+_RUN_KEYS = ("seed", "output_dir", "overwrite", "ckpt_path", "compile", "recompute")
 
 
 class _ShippedGroups(SearchPathPlugin):
@@ -54,10 +56,23 @@ class Experiment:
     defaults: list[tuple[Path, str]] = field(default_factory=list)
 
     def values(self) -> dict[str, Any]:
-        """Everything as plain values, interpolations resolved."""
+        """Everything as plain values: interpolations resolved, literals as they were typed."""
         values = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=True)
         assert isinstance(values, dict)
+        for key in self.literal:
+            *sections, name = key.split(".")
+            place: Any = values
+            for section in sections:
+                place = place[section]
+            place[name] = self.literal_value(key)
         return {str(key): value for key, value in values.items()}
+
+    def literal_value(self, key: str) -> str | list[str] | None:
+        """What was typed for a literal key: a list for `input`, else the last that was given."""
+        typed = self.literal[key]
+        if key == "input":
+            return typed
+        return None if key == "ckpt_path" and typed[-1] in _NONE else typed[-1]
 
 
 def compose_experiment(arguments: Arguments) -> Experiment:
@@ -82,8 +97,6 @@ def compose_experiment(arguments: Arguments) -> Experiment:
             literal = {
                 _full_key(key, keys, section): values for key, values in arguments.literal.items()
             }
-            with open_dict(config):
-                _set_literal(config, literal)
             experiment = Experiment(
                 file=file,
                 config=config,
@@ -91,6 +104,8 @@ def compose_experiment(arguments: Arguments) -> Experiment:
                 overridden={_key(word) for word in settings} | set(literal),
                 defaults=_merged_files(file, overrides),
             )
+            _place_literals(experiment)
+            _require(_RUN_KEYS, experiment)
             experiment.values()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, file)) from error
@@ -173,16 +188,18 @@ def _full_key(key: str, keys: set[str], section: str) -> str:
     return within if key not in keys and section and within in keys else key
 
 
-def _set_literal(config: DictConfig, literal: dict[str, list[str]]) -> None:
-    for key, values in literal.items():
-        value: Any = values[-1]
-        if key == "input":
-            value = [escaped(text) for text in values]
-        elif key == "ckpt_path" and value in _NONE:
-            value = None
-        else:
-            value = escaped(value)
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
+def _place_literals(experiment: Experiment) -> None:
+    """Put what was typed where interpolations such as `${output_dir}` find it."""
+    with open_dict(experiment.config):
+        for key in experiment.literal:
+            value = _placeable(experiment.literal_value(key))
+            OmegaConf.update(experiment.config, key, value, merge=False, force_add=True)
+
+
+def _placeable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_placeable(item) for item in value]
+    return "" if value == _MISSING else escaped_tree(value)
 
 
 def escaped(text: str) -> str:
@@ -197,6 +214,15 @@ def escaped_tree(value: Any) -> Any:
     if isinstance(value, list):
         return [escaped_tree(item) for item in value]
     return escaped(value) if isinstance(value, str) else value
+
+
+def _require(keys: Iterable[str], experiment: Experiment) -> None:
+    for key in keys:
+        if key not in experiment.config:
+            raise UserError(
+                f"config {experiment.file.name} has no `{key}`; begin its `defaults:` with"
+                " `- run: default`, as the shipped experiments do"
+            )
 
 
 def _merged_files(file: Path, overrides: list[str]) -> list[tuple[Path, str]]:
@@ -219,9 +245,9 @@ def _merged_files(file: Path, overrides: list[str]) -> list[tuple[Path, str]]:
 def _one_line(error: Exception, file: Path) -> str:
     """What Hydra or OmegaConf has to say, in one line."""
     message = str(error)
-    missing = re.search(r"Missing mandatory value: (\S+)", message)
-    if missing:
-        return f"{missing.group(1)} has no value; give {missing.group(1)}=…"
+    key = re.search(r"full_key: (\S+)", message)
+    if key and "Missing mandatory value" in message:
+        return f"{key.group(1)} has no value; give {key.group(1)}=…"
     return f"config {file.name}: {_flat(message)}"
 
 

@@ -16,7 +16,7 @@ def generate(experiment: Experiment, arguments: Arguments) -> None:
     Raises:
         UserError: the settings or the checkpoint are no good, or the prompt is missing.
     """
-    prompt = experiment.literal.get("prompt", [experiment.values()["prompt"]])[-1]
+    prompt = experiment.values()["prompt"]
     if not prompt:
         raise UserError('generate needs a prompt: prompt="Once upon a time"')
     if experiment.values()["ckpt_path"] is None:

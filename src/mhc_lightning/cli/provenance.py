@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from mhc_lightning.cli.composition import Experiment, dotted_keys, escaped
+from mhc_lightning.cli.composition import Experiment, dotted_keys, escaped, escaped_tree
 from mhc_lightning.cli.experiments import shipped_folder
 
 _COLUMN = 60
@@ -65,8 +65,11 @@ def _show(
         raw: Any = node._get_node(key)
         value = node[key]
         source = origins.get(name, COMMAND_LINE)
-        interpolated = OmegaConf.is_interpolation(node, key) and name not in experiment.literal
-        if interpolated and OmegaConf.is_config(value):
+        literal = name in experiment.literal
+        interpolated = OmegaConf.is_interpolation(node, key) and not literal
+        if literal:
+            value = escaped_tree(experiment.literal_value(name))
+        elif interpolated and OmegaConf.is_config(value):
             value = raw._value()
         elif interpolated:
             source = f"{source}: {raw._value()}"

@@ -29,11 +29,13 @@ def check_overridden_values(before: DictConfig, after: DictConfig, keys: list[st
         value = OmegaConf.select(after, key, throw_on_missing=False)
         if default is None or value is None or key in _SEVERAL_TYPES:
             continue
-        if OmegaConf.is_config(default) or OmegaConf.is_config(value):
+        if OmegaConf.is_config(default):
             if OmegaConf.is_dict(default) and not OmegaConf.is_config(value):
                 raise UserError(f"{key} is a section, not a single value; set {key}.NAME=VALUE")
             continue
         kind = type(default)
+        if OmegaConf.is_config(value):
+            raise _wrong_type(key, OmegaConf.to_container(value), _NAMES.get(kind, kind.__name__))
         if kind is int and isinstance(value, float) and value.is_integer():
             OmegaConf.update(after, key, int(value))
         elif kind is not str and not _matches(value, kind):
