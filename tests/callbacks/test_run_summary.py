@@ -6,6 +6,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mhc_lightning.callbacks import AmaxGain, RunSummary, Throughput
+from mhc_lightning.callbacks.amax_gain import format_gain
 from mhc_lightning.callbacks.run_summary import _duration
 
 
@@ -32,7 +33,7 @@ def test_says_what_the_run_came_to(
     assert "validation perplexity" not in rows  # this module logs none
     peak = gain.peaks["amax_gain/composite/backward"]
     assert (
-        f"backward {peak.value:.4g} (sub-layer {peak.layer}, step {peak.step})"
+        f"backward {format_gain(peak.value)} (sub-layer {peak.layer}, step {peak.step})"
         in (rows["largest composite gain"])
     )
     assert rows["tokens"].startswith("8, at the end ")

@@ -22,6 +22,11 @@ class Peak(NamedTuple):
     step: int
 
 
+def format_gain(value: float) -> str:
+    """A gain for people to read: 1.004, 22.513, 3012."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
 class AmaxGain(StreamSampler[Tensor]):
     """Logs how much the residual mappings amplify signals forward and gradients backward.
 

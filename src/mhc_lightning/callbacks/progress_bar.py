@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
-from mhc_lightning.callbacks.amax_gain import AmaxGain
+from mhc_lightning.callbacks.amax_gain import AmaxGain, format_gain
 from mhc_lightning.callbacks.cadence import Cadence
 from mhc_lightning.callbacks.throughput import Throughput
 
@@ -174,8 +174,7 @@ class ProgressBar(LightningProgressBar):
             if isinstance(callback, Throughput) and callback.last:
                 parts.append(f"{callback.last['train/tokens_per_second']:,.0f} tokens/s")
             elif isinstance(callback, AmaxGain) and callback.last:
-                gain = worst_composite_gain(callback.last)
-                parts.append(f"gain {gain:.3f}" if gain < 10 else f"gain {gain:.4g}")
+                parts.append(f"gain {format_gain(worst_composite_gain(callback.last))}")
         return "  ".join(parts)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from mhc_lightning.callbacks.amax_gain import AmaxGain
+from mhc_lightning.callbacks.amax_gain import AmaxGain, format_gain
 from mhc_lightning.callbacks.throughput import Throughput
 
 
@@ -62,7 +62,7 @@ def _gain_rows(callback: AmaxGain) -> list[tuple[str, str]]:
     rows = []
     for kind in ("composite", "single"):
         parts = [
-            f"{direction} {peak.value:.4g} (sub-layer {peak.layer}, step {peak.step})"
+            f"{direction} {format_gain(peak.value)} (sub-layer {peak.layer}, step {peak.step})"
             for direction in ("forward", "backward")
             if (peak := callback.peaks.get(f"amax_gain/{kind}/{direction}")) is not None
         ]
@@ -86,8 +86,8 @@ def _file_rows(trainer: pl.Trainer) -> list[tuple[str, str]]:
     folders: list[str] = []
     for logger in trainer.loggers:
         folder: Any = getattr(logger, "log_dir", None) or logger.save_dir
-        if folder and str(folder) not in folders:
-            folders.append(str(folder))
+        if folder and str(Path(folder)) not in folders:
+            folders.append(str(Path(folder)))
     if folders:
         rows.append(("logs", ", ".join(folders)))
     checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
