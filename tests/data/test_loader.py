@@ -100,7 +100,7 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_loader(
 ) -> None:
     loader = training(prepared, Owner(0), workers=2)
     iterator = iter(loader)
-    batches: list[Tensor] = [next(iterator)]
+    batches: list[Tensor] = [next(iterator), next(iterator)]  # one of each worker
     pids = worker_pids(loader)
     for pid in pids:
         os.kill(pid, signal.SIGTERM)

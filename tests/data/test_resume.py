@@ -168,6 +168,8 @@ def test_a_finished_run_is_made_longer(
         shorter.save_checkpoint(path)
     resumed = run(module(prepared_path, sequence_length=LENGTH), whole.steps, path)
     assert_continues(resumed, whole.model, 6)
+    epochs = resumed.trainer.fit_loop.epoch_progress.current
+    assert epochs.ready == epochs.processed == (1 if saved_by == "callback" else 2)
 
 
 class StoppedError(Exception):
