@@ -1,0 +1,214 @@
+"""mHC connections in DeepSeek-V4's layout, and back.
+
+For each connection V4 stores three float32 tensors: ``fn`` [n² + 2n, n·C], ``base`` [n² + 2n] and
+``scale`` [3], in the order pre, post, comb. They are ``phi`` transposed, ``bias`` and ``alpha``,
+but for one thing: ``comb[j, k]`` is what stream j gives to the new stream k, so it is the transpose
+of our residual matrix, and the n² coefficients of it change places accordingly.
+
+V4 adds two epsilons. ``norm_eps`` (1e-6) stands inside the root of the RMS, as ``eps`` of a
+connection does: a model meant for V4's weights is configured with ``connection.eps=1e-6``.
+``hc_eps`` (1e-6) is added to the pre mapping and, within the Sinkhorn iterations, to entries and to
+sums, which ours have no need of. For coefficients of a few units the mappings differ by less than
+1e-4 because of it (by 2e-3 for coefficients around 8, where tiny entries are made larger), and not
+at all where a V4 model is configured with ``hc_eps=0``.
+
+V4 reads its streams out with a mapping of its own (``hc_head``), this package with their mean. Out,
+the mean becomes a head of equal constant weights; in, a head that does anything else is refused.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.interchange.tensor_names import check_tensors
+from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+
+HC_EPS = 1e-6
+NORM_EPS = 1e-6
+
+# Names in DeepSeek's own files, and in the state dict of transformers' DeepseekV4ForCausalLM.
+_DEEPSEEK = {"attention": "layers.{}.hc_attn_{}", "feed_forward": "layers.{}.hc_ffn_{}"}
+_TRANSFORMERS = {"attention": "layers.{}.attn_hc.{}", "feed_forward": "layers.{}.ffn_hc.{}"}
+_TO_DEEPSEEK = (
+    (re.compile(r"^model\."), ""),
+    (re.compile(r"\.attn_hc\.(fn|base|scale)$"), r".hc_attn_\1"),
+    (re.compile(r"\.ffn_hc\.(fn|base|scale)$"), r".hc_ffn_\1"),
+    (re.compile(r"^hc_head\.hc_(fn|base|scale)$"), r"hc_head_\1"),
+)
+_CONNECTION = re.compile(r"^layers\.\d+\.hc_(attn|ffn)_(fn|base|scale)$|^hc_head_(fn|base|scale)$")
+
+
+@dataclass(frozen=True)
+class DeepseekV4Settings:
+    """What V4's configuration says of its connections, under the names it has there.
+
+    Attributes:
+        hc_mult: Streams n.
+        hc_sinkhorn_iters: Sinkhorn iterations.
+        hc_eps: Added to the pre mapping and within the Sinkhorn iterations.
+        rms_norm_eps: Inside the root of the RMS.
+    """
+
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = HC_EPS
+    rms_norm_eps: float = NORM_EPS
+
+
+def connection_to_deepseek_v4(connection: ManifoldHyperConnection) -> dict[str, Tensor]:
+    """A connection's weights as V4's ``fn``, ``base`` and ``scale``, float32 copies."""
+    n = connection.num_streams
+    rows = connection.phi.detach().t()
+    return {
+        "fn": _transpose_comb(rows, n).float().contiguous(),
+        "base": _transpose_comb(connection.bias.detach(), n).float(),
+        "scale": connection.alpha.detach().float().clone(),
+    }
+
+
+def connection_from_deepseek_v4(
+    connection: ManifoldHyperConnection, tensors: Mapping[str, Tensor]
+) -> None:
+    """Copy V4's ``fn``, ``base`` and ``scale`` into a connection.
+
+    Raises:
+        UserError: Names the tensors that are missing, left over or of another shape.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_tensors(shapes, connection_to_deepseek_v4(connection), "the connection")
+    n = connection.num_streams
+    with torch.no_grad():
+        connection.phi.copy_(_transpose_comb(tensors["fn"], n).t())
+        connection.bias.copy_(_transpose_comb(tensors["base"], n))
+        connection.alpha.copy_(tensors["scale"])
+
+
+def to_deepseek_v4(
+    model: Transformer, *, transformers_names: bool = False
+) -> tuple[dict[str, Tensor], DeepseekV4Settings]:
+    """The connections of a network, and the read-out of its streams, in V4's layout.
+
+    Args:
+        model: A network with mHC connections.
+        transformers_names: Whether to name the tensors as transformers' V4 model does, without
+            its leading ``model.``; otherwise as DeepSeek's own files do.
+
+    Returns:
+        The tensors by name, and the settings that a V4 model needs beside them. Its ``hc_eps`` is
+        0: with it V4's code computes our mappings.
+
+    Raises:
+        UserError: The network has other connections, or several of different settings.
+    """
+    tensors = {}
+    names = _TRANSFORMERS if transformers_names else _DEEPSEEK
+    connections = _connections(model)
+    for (layer, part), connection in connections.items():
+        for name, tensor in connection_to_deepseek_v4(connection).items():
+            tensors[names[part].format(layer, name)] = tensor
+    first = connections[0, "attention"]
+    head = "hc_head.hc_{}" if transformers_names else "hc_head_{}"
+    tensors |= {head.format(k): v for k, v in _mean_head(first.num_streams, first.dim).items()}
+    settings = DeepseekV4Settings(
+        first.num_streams, first.sinkhorn_iterations, hc_eps=0.0, rms_norm_eps=first.eps
+    )
+    return tensors, settings
+
+
+def from_deepseek_v4(
+    model: Transformer,
+    tensors: Mapping[str, Tensor],
+    settings: DeepseekV4Settings | None = None,
+) -> None:
+    """Copy the connections' weights of a V4 model into those of a network.
+
+    Args:
+        model: A network with mHC connections, as many as the V4 model has.
+        tensors: V4's tensors, under DeepSeek's or transformers' names; others than those of
+            connections are left alone.
+        settings: What V4's configuration says of its connections (by default, what the released
+            models say).
+
+    Raises:
+        UserError: Names tensors that are missing, left over or of another shape, settings that the
+            network's connections do not have, or a head that is not the streams' mean.
+    """
+    settings = settings or DeepseekV4Settings()
+    found = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in _TO_DEEPSEEK:
+            name = pattern.sub(replacement, name)
+        if _CONNECTION.match(name):
+            found[name] = tensor
+    connections = _connections(model)
+    first = connections[0, "attention"]
+    wanted, ours = to_deepseek_v4(model)
+    if not any(name.startswith("hc_head") for name in found):
+        wanted = {name: t for name, t in wanted.items() if not name.startswith("hc_head")}
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    check_tensors(shapes, wanted, "the DeepSeek-V4 model")
+    for key, own, theirs in (
+        ("sinkhorn_iterations", ours.hc_sinkhorn_iters, settings.hc_sinkhorn_iters),
+        ("eps", ours.rms_norm_eps, settings.rms_norm_eps),
+    ):
+        if own != theirs:
+            raise UserError(
+                f"connection.{key} is {own}, but the DeepSeek-V4 weights were trained with"
+                f" {theirs}; build the model with connection.{key}={theirs}"
+            )
+    if "hc_head_fn" in found:
+        head = {name: found[f"hc_head_{name}"].float() for name in ("fn", "base", "scale")}
+        dynamic = bool(head["fn"].any()) and bool(head["scale"].any())
+        if dynamic or not torch.equal(head["base"], head["base"][:1].expand(first.num_streams)):
+            raise UserError(
+                "hc_head_fn, hc_head_base, hc_head_scale weigh the streams, which this model reads"
+                " out as their mean; leave them out to take the connections alone"
+            )
+    for (layer, part), connection in connections.items():
+        name = _DEEPSEEK[part]
+        parts = {own: found[name.format(layer, own)] for own in ("fn", "base", "scale")}
+        connection_from_deepseek_v4(connection, parts)
+
+
+def _transpose_comb(rows: Tensor, n: int) -> Tensor:
+    """[n² + 2n, ...] with the n x n block of the mixing matrix transposed; its own inverse."""
+    mappings, mixing = rows.split([2 * n, n * n])
+    return torch.cat([mappings, mixing.unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)])
+
+
+def _mean_head(n: int, dim: int) -> dict[str, Tensor]:
+    """V4's head for which every stream weighs 1/n (if n is 1, as nearly as a sigmoid can)."""
+    logit = -math.log(n - 1) if n > 1 else 20.0
+    return {
+        "fn": torch.zeros(n, n * dim),
+        "base": torch.full((n,), logit),
+        "scale": torch.zeros(1),
+    }
+
+
+def _connections(model: Transformer) -> dict[tuple[int, str], ManifoldHyperConnection]:
+    """Connections by (block, sub-layer).
+
+    Raises:
+        UserError: One is no mHC connection, or differs in its settings from the first.
+    """
+    connections = {}
+    for layer, block in enumerate(model.blocks):
+        for part in ("attention", "feed_forward"):
+            connections[layer, part] = getattr(block, f"{part}_connection")
+    settings = set()
+    for (layer, part), connection in connections.items():
+        if not isinstance(connection, ManifoldHyperConnection):
+            raise UserError(
+                f"DeepSeek-V4's layout is for connection=mhc; blocks.{layer}.{part}_connection is"
+                f" {type(connection).__name__}"
+            )
+        settings.add((connection.sinkhorn_iterations, connection.eps))
+    if len(settings) > 1:
+        raise UserError(f"the connections have different (sinkhorn_iterations, eps): {settings}")
+    return connections

@@ -1,0 +1,164 @@
+"""An exported model: a folder of tensors, what is needed to build the network, its tokenizer."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_lightning.data.tokenizers import Tokenizer, tokenizer_from_record
+from mhc_lightning.errors import UserError
+from mhc_lightning.interchange.safetensors_files import read_shapes, read_tensors
+from mhc_lightning.interchange.tensor_names import check_tensors
+from mhc_lightning.modules import Connection, Transformer
+
+CONFIG_FILE = "config.json"
+FORMAT = "mhc-lightning"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model, opened: its record is read, its tensors are not yet.
+
+    Attributes:
+        folder: Where it lies.
+        model: The network's class (dotted name, under ``class``) and its arguments.
+        connection: The same of the connections.
+        tokenizer_record: What ``tokenizer`` is built from.
+        step: Optimizer steps that it was trained for.
+    """
+
+    folder: Path
+    model: dict[str, Any]
+    connection: dict[str, Any]
+    tokenizer_record: dict[str, Any]
+    step: int
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the model was trained with.
+
+        Raises:
+            UserError: Its file is missing or is not the one that was exported.
+        """
+        return tokenizer_from_record(self.tokenizer_record, self.folder)
+
+    def build(self) -> Transformer:
+        """The network, on the device that is set; initialised, not loaded.
+
+        Raises:
+            UserError: A class is unknown, or does not take the arguments.
+        """
+        return build_network(self.model, self.connection, str(self.folder / CONFIG_FILE))
+
+    def tensors(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by name, once they are known to be those that are wanted.
+
+        Args:
+            wanted: A state dict, on any device.
+
+        Raises:
+            UserError: Names the tensors that are missing, left over or of another shape.
+        """
+        check_tensors(read_shapes(self.folder), wanted, str(self.folder))
+        return read_tensors(self.folder)
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether ``folder`` looks like what ``export`` writes."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def open_exported(folder: str | Path) -> Exported:
+    """Read the record of an exported model.
+
+    Raises:
+        UserError: The folder holds none, or one of a later format.
+    """
+    folder = Path(folder)
+    file = folder / CONFIG_FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{folder} holds no exported model ({CONFIG_FILE}: {error.strerror or error});"
+            " name a folder that `export` wrote"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{file} does not describe an exported model of mhc-lightning")
+    version = record.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} is of format {version}, and this version reads {FORMAT_VERSION};"
+            " use the version that wrote it, or a newer one"
+        )
+    try:
+        return Exported(
+            folder,
+            dict(record["model"]),
+            dict(record["connection"]),
+            dict(record["tokenizer"]),
+            int(record["step"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is incomplete: {error!r}") from error
+
+
+def load_exported(folder: str | Path) -> Transformer:
+    """The network of an exported model with its weights, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: The folder holds no exported model, or its tensors are not those of the network.
+    """
+    exported = open_exported(folder)
+    with torch.device("meta"):
+        model = exported.build()
+    tensors = exported.tensors(model.state_dict())
+    model.load_state_dict(tensors, assign=True)  # in the dtypes of the file
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # what no file holds: the experts' loads, which start at zero
+                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+    return model.eval()
+
+
+def build_network(
+    model: Mapping[str, Any], connection: Mapping[str, Any], where: str
+) -> Transformer:
+    """A network from the two sections of a record.
+
+    Nothing but connections and Transformers is ever called, whatever the record names.
+
+    Raises:
+        UserError: A class is unknown, or does not take the arguments.
+    """
+    connection_class = _class_named(connection["class"], Connection, where)
+    model_class = _class_named(model["class"], Transformer, where)
+    try:
+        return model_class(
+            connection=partial(connection_class, **_arguments(connection)), **_arguments(model)
+        )
+    except TypeError as error:
+        raise UserError(f"{where} does not fit this version: {error}") from error
+
+
+def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name != "class"}
+
+
+def _class_named(name: str, base: type, where: str) -> Any:
+    module, _, attribute = str(name).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{where} names {name}, which cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(f"{where} names {name}, which is no {base.__name__}")
+    return found

@@ -1,0 +1,137 @@
+"""Writing a model as a folder that others can read."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mhc_lightning
+from mhc_lightning.checkpoint_files import sync_folder
+from mhc_lightning.data.tokenizers import TOKENIZER_FILE, JsonTokenizer, Tokenizer
+from mhc_lightning.errors import UserError
+from mhc_lightning.interchange.exported import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    build_network,
+    is_exported,
+)
+from mhc_lightning.interchange.safetensors_files import write_tensors
+from mhc_lightning.interchange.tensor_names import check_tensors
+from mhc_lightning.modules import Transformer
+
+SHARD_BYTES = 5_000_000_000
+
+
+def export_model(
+    model: Transformer | Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    settings: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    step: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a model as safetensors with a ``config.json`` and its tokenizer.
+
+    The folder appears when it is complete: everything is written aside and then takes its name.
+
+    Args:
+        model: The network, or its state dict.
+        folder: The new folder.
+        settings: The section ``model`` of the run's configuration, ``connection`` within it
+            (``_target_`` names a class).
+        tokenizer: The tokenizer that it was trained with.
+        step: Optimizer steps that it was trained for.
+        shard_bytes: How many bytes of tensors one file holds at most.
+        overwrite: Whether to replace an exported model that the folder already holds.
+
+    Raises:
+        UserError: The settings are not those of this model, the tokenizer has more ids than it,
+            or the folder is taken or cannot be written.
+    """
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "mhc_lightning_version": mhc_lightning.__version__,
+        "model": _section({k: v for k, v in settings.items() if k != "connection"}),
+        "connection": _section(settings["connection"]),
+        "tokenizer": tokenizer.record(),
+        "step": step,
+    }
+    tensors = model.state_dict() if isinstance(model, Transformer) else model
+    with torch.device("meta"):
+        rebuilt = build_network(record["model"], record["connection"], "the configuration")
+    check_tensors(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        rebuilt.state_dict(),
+        "the model to export",
+    )
+    if tokenizer.vocab_size > rebuilt.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model {rebuilt.vocab_size}:"
+            " it is not the one that the model was trained with"
+        )
+    with _new_folder(Path(folder), overwrite) as aside:
+        write_tensors(tensors, aside, shard_bytes)
+        if isinstance(tokenizer, JsonTokenizer):
+            shutil.copyfile(tokenizer.path, aside / TOKENIZER_FILE)
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        (aside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _section(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of the configuration as plain arguments and the class that takes them."""
+    arguments = {name: value for name, value in section.items() if not name.startswith("_")}
+    return {"class": section["_target_"], **arguments}
+
+
+@contextmanager
+def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder aside to fill, which takes the name of ``folder`` if all goes well.
+
+    Raises:
+        UserError: The name is taken, or the folder cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_exported(folder):
+            raise UserError(f"{folder} holds something else; choose another output")
+        if not overwrite:
+            raise UserError(
+                f"{folder} already holds a model; choose another output, or replace it"
+                " (overwrite=true)"
+            )
+    aside = folder.parent / f".aside-{folder.name}"
+    replaced = folder.parent / f".replaced-{folder.name}"
+    try:
+        for leftover in (aside, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        for file in aside.iterdir():
+            _sync(file)
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(aside, folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if replaced.exists() and not folder.exists():
+                os.replace(replaced, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb") as content:
+        os.fsync(content.fileno())

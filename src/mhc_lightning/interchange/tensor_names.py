@@ -1,0 +1,48 @@
+"""Comparing the tensors that are there with those that are wanted."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from mhc_lightning.errors import UserError
+
+_SHOWN = 8  # of each kind; the rest is counted
+
+
+def check_tensors(
+    found: Mapping[str, Iterable[int]], wanted: Mapping[str, Tensor], where: str
+) -> None:
+    """Compare names and shapes.
+
+    Args:
+        found: Shapes by name.
+        wanted: A state dict, on any device.
+        where: What holds them, for the message.
+
+    Raises:
+        UserError: Names the tensors that are missing, left over or of another shape.
+    """
+    missing = [f"{name} {list(tensor.shape)}" for name, tensor in wanted.items()
+               if name not in found]  # fmt: skip
+    extra = [f"{name} {list(shape)}" for name, shape in found.items() if name not in wanted]
+    misshapen = [
+        f"{name} is {list(found[name])}, not {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and list(found[name]) != list(tensor.shape)
+    ]
+    faults = [
+        f"{kind}: {_listed(names)}"
+        for kind, names in (
+            ("missing", missing),
+            ("not in the model", extra),
+            ("of another shape", misshapen),
+        )
+        if names
+    ]
+    if faults:
+        raise UserError(f"the tensors of {where} are not those of the model; {'; '.join(faults)}")
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
