@@ -54,7 +54,7 @@ clean: ## Remove the environment, builds and caches (never runs or data)
 
 # litdata brings torchvision, which nothing here uses; one that does not fit this torch has to go.
 define install
-	$(PIP) install --constraint constraints.txt --editable "$(1)"
+	$(PIP) install --quiet --constraint constraints.txt --editable "$(1)"
 	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(VENV)/bin/python -c "import torchvision" 2>/dev/null || \
 		$(PIP) uninstall --yes torchvision
 endef
