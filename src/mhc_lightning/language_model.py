@@ -6,11 +6,13 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.modules import MixtureOfExperts, Transformer
 from mhc_lightning.optimization import AdamW
+from mhc_lightning.strategies.sharding import shard
 
 
 class TokenPerplexity(MeanMetric):
@@ -39,6 +41,7 @@ class LanguageModel(pl.LightningModule):
         self.model = model
         self.optimizer = optimizer
         self.compile_sublayers = compile
+        self._configured = False
         self.validation_loss = MeanMetric()
         self.validation_perplexity = TokenPerplexity()
         self._step_losses: list[Tensor] = []
@@ -49,10 +52,20 @@ class LanguageModel(pl.LightningModule):
         return self.model(tokens)
 
     def configure_model(self) -> None:
-        """Compile the sub-layers, once, if asked to."""
+        """Compile the sub-layers if asked to, and shard the network if the strategy has a mesh."""
+        if self._configured:
+            return
+        self._configured = True
         if self.compile_sublayers:
             self.model.compile_sublayers()
-            self.compile_sublayers = False
+        if self.device_mesh is not None:
+            mixed = "bf16" in str(self.trainer.precision)
+            shard(
+                self.model,
+                self.device_mesh["data_parallel"],
+                self.trainer.strategy.root_device,
+                torch.bfloat16 if mixed else None,
+            )
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one micro-batch."""
@@ -105,12 +118,17 @@ class LanguageModel(pl.LightningModule):
         Raises:
             NonFiniteLossError: Before anything is changed by the step.
         """
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        trained = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         self._check_finite(norm)
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then rebalance the experts (here, so that no checkpoint falls between the two)."""

@@ -55,6 +55,9 @@ class Connection(KeepsFloat32):
         self.layer_index = layer_index
         self.window = MappingsWindow()
 
+    def reset_parameters(self) -> None:
+        """Initialise the parameters; a connection without any has nothing to do."""
+
     def mappings(self, streams: Tensor) -> StreamMappings:
         """The mappings [..., n], [..., n], [..., n, n] for streams [..., n, C]."""
         raise TypeError(f"{type(self).__name__} does not implement mappings()")

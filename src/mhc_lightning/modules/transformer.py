@@ -15,7 +15,7 @@ from mhc_lightning.kernels import linear_cross_entropy, token_losses
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
 from mhc_lightning.modules.connection import Connection
 from mhc_lightning.modules.feed_forward import SwiGLU
-from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
+from mhc_lightning.modules.mixture_of_experts import LoadBalance, MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
 
 
@@ -160,7 +160,7 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw every weight matrix anew from a normal distribution; norms and balances start over.
 
-        Connections initialise themselves when they are built.
+        Connections initialise themselves.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -168,8 +168,7 @@ class Transformer(nn.Module):
             elif isinstance(module, MixtureOfExperts):
                 nn.init.normal_(module.gate_up, std=self.init_std)
                 nn.init.normal_(module.down, std=self.init_std)
-                module.balance.reset_parameters()
-            elif isinstance(module, RMSNorm):
+            elif isinstance(module, RMSNorm | LoadBalance):
                 module.reset_parameters()
 
     def embed(self, tokens: Tensor) -> Tensor:

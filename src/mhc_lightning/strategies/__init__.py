@@ -1,0 +1,6 @@
+"""How a model is spread over devices."""
+
+from mhc_lightning.strategies.fully_sharded import FullyShardedStrategy
+from mhc_lightning.strategies.sharding import shard
+
+__all__ = ["FullyShardedStrategy", "shard"]

@@ -1,0 +1,19 @@
+"""FSDP2 over all devices of a run."""
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy with every process in the data-parallel dimension.
+
+    The LightningModule shards itself over ``device_mesh["data_parallel"]``. Checkpoints are whole
+    files, so that a run resumes under any strategy and number of devices.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """Size the mesh by the number of processes, which is known only now."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()

@@ -1,0 +1,110 @@
+"""Trains a tiny model under a strategy and writes what it saw; started by torchrun."""
+
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from mhc_lightning import LanguageModel
+from mhc_lightning.modules import Connection, ManifoldHyperConnection, Transformer
+from mhc_lightning.optimization import AdamW
+from mhc_lightning.strategies import FullyShardedStrategy
+
+STRATEGIES = {
+    "single": lambda: SingleDeviceStrategy(torch.device("cpu")),
+    "ddp": DDPStrategy,
+    "fsdp": FullyShardedStrategy,
+}
+
+
+class Watched(LanguageModel):
+    """Keeps losses, gradient norms and the dtypes that connections and blocks computed in."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.rows: list[dict[str, float]] = []
+        self.dtypes: dict[str, set[str]] = {"phi": set(), "mappings": set(), "streams": set()}
+
+    def on_train_start(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Connection):
+                module.register_forward_pre_hook(self._see_phi)
+                module.window.register_forward_hook(self._see_mappings)
+
+    def _see_phi(self, module: Connection, args: tuple) -> None:
+        self.dtypes["phi"].add(str(module.phi.dtype))
+
+    def _see_mappings(self, module: object, args: tuple, out: tuple) -> None:
+        self.dtypes["streams"].add(str(args[0].dtype))
+        self.dtypes["mappings"].update(str(t.dtype) for t in out)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        metrics = self.trainer.callback_metrics
+        self.rows.append({tag: float(metrics[tag]) for tag in ("train/loss", "train/grad_norm")})
+
+
+def main(strategy: str, precision: str, init: str, output: str) -> None:
+    pl.seed_everything(0, verbose=False)
+    with torch.device("meta" if init == "meta" else "cpu"):
+        network = Transformer(
+            connection=ManifoldHyperConnection,
+            vocab_size=40,
+            dim=16,
+            num_layers=2,
+            num_heads=2,
+            ffn_dim=24,
+            head_dim=8,
+            rope_dim=4,
+            kv_rank=8,
+            init_std=0.05,
+            num_experts=4,
+            num_active_experts=2,
+            num_shared_experts=1,
+        )
+    # An ordinary epsilon: with 1e-20 Adam turns rounding noise into whole steps.
+    model = Watched(network, AdamW(lr=1e-2, eps=1e-8))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1 if strategy == "single" else 2,
+        strategy=STRATEGIES[strategy](),
+        precision=precision,
+        max_steps=5,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    tokens = torch.randint(0, 40, (5, 8, 9), generator=torch.Generator().manual_seed(1))
+    rank, world = trainer.global_rank, trainer.world_size
+    share = tokens.unflatten(1, (world, -1))[:, rank].flatten(0, 1)
+    trainer.fit(model, DataLoader(share, batch_size=8 // world))
+    state = trainer.strategy.lightning_module_state_dict()
+    if rank == 0:
+        connections = [m for m in network.modules() if isinstance(m, Connection)]
+        record = {
+            "rows": model.rows,
+            "dtypes": {name: sorted(kinds) for name, kinds in model.dtypes.items()},
+            "connection_parameters": sorted(
+                {str(p.dtype) for c in connections for p in c.parameters()}
+            ),
+            "sharded": all(isinstance(p, DTensor) for p in network.parameters()),
+            "bias_of_experts": network.blocks[1].feed_forward.body.balance.bias.tolist(),
+            "parameters": {
+                name: float(value.double().norm())
+                for name, value in sorted(state.items())
+                if value.is_floating_point() and value.dim() > 1
+            },
+        }
+        Path(output).write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
