@@ -52,8 +52,13 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def tokens_per_chunk(vocabulary: int) -> int:
+    """How many tokens' logits exist at once."""
+    return max(1, _CHUNK_LOGITS // vocabulary)
+
+
 def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> list[tuple[Tensor, Tensor]]:
-    size = max(1, _CHUNK_LOGITS // vocabulary)
+    size = tokens_per_chunk(vocabulary)
     return list(zip(hidden.split(size), targets.split(size), strict=True))
 
 

@@ -1,0 +1,244 @@
+"""The bytes that one micro-batch's forward pass leaves behind for its backward pass.
+
+Read off the code, module by module: what each operator and each ``autograd.Function`` keeps, in
+eager execution. Tensors that several operators keep count once. The test of this file counts the
+storages that are really kept, so a change to a module that changes them shows there.
+
+Symbols: T tokens of a micro-batch, C width, n streams, H heads, f feed-forward width, E experts of
+which k are active.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import NamedTuple
+
+from torch import nn
+
+from mhc_lightning.modules import (
+    Connection,
+    HyperConnection,
+    LatentAttention,
+    ManifoldHyperConnection,
+    MixtureOfExperts,
+    ResidualConnection,
+    SwiGLU,
+    Transformer,
+)
+from mhc_lightning.planning.precision import Precision
+
+KINDS = (
+    *("tokens", "connections", "norms", "attention", "feed_forward", "experts", "loss"),
+    "weight_copies",
+)
+_INDEX = 8  # bytes of an int64
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one device takes through the model at a time.
+
+    Attributes:
+        sequences: Sequences.
+        length: Tokens of a sequence.
+        precision: Sizes of what is computed.
+        fused_norm: Whether RMSNorm is one operator, as on a GPU; on the CPU it is composed of
+            several, which keep more.
+    """
+
+    sequences: int
+    length: int
+    precision: Precision
+    fused_norm: bool
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.sequences * self.length
+
+
+def saved_for_backward(
+    model: Transformer, batch: MicroBatch, copies_weights: bool
+) -> dict[str, int]:
+    """Bytes kept between forward and backward, by kind.
+
+    Args:
+        model: The model; it may be on the meta device.
+        batch: The micro-batch.
+        copies_weights: Whether products run on lower-precision copies of the weights, of which
+            there are as many for one token as for many.
+
+    Returns:
+        Bytes for each of ``KINDS``.
+    """
+    width = model.embedding.embedding_dim
+    saved = Counter(dict.fromkeys(KINDS, 0))
+    saved["tokens"] = batch.sequences * (batch.length + 1) * _INDEX
+    for connection, body in sub_layers(model):
+        saved["connections"] += sum(connection_bytes(connection, batch))
+        saved["norms"] += norm_bytes(width, batch, keeps_output=True)
+        saved.update(body_bytes(body, batch))
+    saved["norms"] += norm_bytes(width, batch, keeps_output=False)
+    # The loss keeps gradients instead of its inputs.
+    saved["loss"] = width * batch.precision.activation * batch.tokens
+    saved["loss"] += model.output.weight.numel() * batch.precision.coefficient
+    if copies_weights:
+        saved["weight_copies"] = copied_weights(model) * batch.precision.activation
+    return dict(saved)
+
+
+def sub_layers(model: Transformer) -> list[tuple[Connection, nn.Module]]:
+    """Connection and body (behind the pre-norm) of every sub-layer, in order."""
+    found = []
+    for block in model.blocks:
+        for name in ("attention", "feed_forward"):
+            connection = block.get_submodule(f"{name}_connection")
+            assert isinstance(connection, Connection)
+            found.append((connection, block.get_submodule(f"{name}.body")))
+    return found
+
+
+def copied_weights(model: Transformer) -> int:
+    """Parameters that mixed precision keeps a lower-precision copy of during a forward pass."""
+    left_out = sum(
+        p.numel()
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+        if isinstance(module, Connection | nn.Embedding)
+    )
+    routers = sum(
+        module.router.weight.numel()
+        for module in model.modules()
+        if isinstance(module, MixtureOfExperts)
+    )
+    everything = sum(p.numel() for p in model.parameters())
+    return everything - left_out - routers - model.output.weight.numel()
+
+
+def norm_bytes(width: int, batch: MicroBatch, keeps_output: bool, input_width: int = 0) -> int:
+    """Bytes that an RMSNorm keeps: its input, one statistic per token, and perhaps its output.
+
+    Args:
+        width: Values per token.
+        batch: The micro-batch.
+        keeps_output: Whether what follows keeps the output.
+        input_width: Values per token of the tensor that the input is a part of, if it is one.
+    """
+    value = batch.precision.activation
+    wide = max(4, value)
+    if batch.fused_norm:
+        kept = (input_width or width) * value
+    elif value < wide:
+        kept = 2 * width * wide  # the input taken to float32, and the same normalised
+    else:
+        kept = ((input_width or width) + width) * value
+    return (kept + wide + (width * value if keeps_output else 0)) * batch.tokens
+
+
+class ConnectionBytes(NamedTuple):
+    """Bytes that a connection keeps.
+
+    Attributes:
+        streams: Its input, in whatever precisions; recomputation can rebuild them.
+        output: The sub-layer's output.
+        coefficients: Mappings and what their gradient needs.
+    """
+
+    streams: int
+    output: int
+    coefficients: int
+
+
+@singledispatch
+def connection_bytes(connection: nn.Module, batch: MicroBatch) -> ConnectionBytes:
+    """Bytes that a connection keeps beside what the sub-layer keeps."""
+    raise TypeError(f"{type(connection).__name__} is not a Connection")
+
+
+@connection_bytes.register
+def _(connection: Connection, batch: MicroBatch) -> ConnectionBytes:
+    """Any connection that reads by ``aggregate_streams`` and writes by ``merge_streams``."""
+    return _connection_bytes(connection, batch, _num_mappings(connection))
+
+
+@connection_bytes.register
+def _(connection: ManifoldHyperConnection, batch: MicroBatch) -> ConnectionBytes:
+    """``read_streams`` keeps the raw coefficients, the norm and the mappings."""
+    return _connection_bytes(connection, batch, 2 * _num_mappings(connection) + 1)
+
+
+@connection_bytes.register
+def _(connection: HyperConnection, batch: MicroBatch) -> ConnectionBytes:
+    """``hyper_mappings`` is plain tensor code: norms, products before and after them, mappings."""
+    if connection.phi is None:
+        return _connection_bytes(connection, batch, 0)
+    n = connection.num_streams
+    kept = _connection_bytes(connection, batch, n + 3 * _num_mappings(connection))
+    coefficient = batch.precision.coefficient
+    # The product with phi wants float32, and cannot run on n views of one embedding.
+    if batch.precision.activation < coefficient or (connection.layer_index == 0 and n > 1):
+        copy = n * connection.dim * coefficient * batch.tokens
+        kept = kept._replace(streams=kept.streams + copy)
+    return kept
+
+
+@connection_bytes.register
+def _(connection: ResidualConnection, batch: MicroBatch) -> ConnectionBytes:
+    """Adding keeps nothing, and the sub-layer's norm keeps the stream."""
+    return ConnectionBytes(0, 0, 0)
+
+
+def _num_mappings(connection: Connection) -> int:
+    return connection.num_streams * (connection.num_streams + 2)
+
+
+def _connection_bytes(connection: Connection, batch: MicroBatch, numbers: int) -> ConnectionBytes:
+    # The first connection gets n views of one embedding.
+    streams = connection.num_streams if connection.layer_index > 0 else 1
+    vector = connection.dim * batch.precision.activation * batch.tokens
+    return ConnectionBytes(
+        streams * vector, vector, numbers * batch.precision.coefficient * batch.tokens
+    )
+
+
+@singledispatch
+def body_bytes(body: nn.Module, batch: MicroBatch) -> dict[str, int]:
+    """Bytes by kind that what follows a sub-layer's norm keeps beside its input."""
+    raise TypeError(f"it is not known what {type(body).__name__} keeps for backward")
+
+
+@body_bytes.register
+def _(body: LatentAttention, batch: MicroBatch) -> dict[str, int]:
+    """Latent and its norm; cosines and sines; queries, keys, padded values and mixture."""
+    heads, width, rope = body.num_heads, body.head_dim, body.rope_dim
+    value = batch.precision.activation
+    products = heads * (4 * (width + rope) + width) * value
+    log_sums = heads * max(4, value)
+    angles = 2 * batch.length * rope * 4
+    return {
+        "norms": norm_bytes(body.kv_rank, batch, True, input_width=body.kv_rank + rope),
+        "attention": (products + log_sums) * batch.tokens + angles,
+    }
+
+
+@body_bytes.register
+def _(body: SwiGLU, batch: MicroBatch) -> dict[str, int]:
+    """Gate and up, silu of the gate, and the product: 4f per token."""
+    return {"feed_forward": 4 * body.down.in_features * batch.precision.activation * batch.tokens}
+
+
+@body_bytes.register
+def _(body: MixtureOfExperts, batch: MicroBatch) -> dict[str, int]:
+    """The router in float32, k sorted copies of each token, and k times 4f."""
+    active, value = body.num_active_experts, batch.precision.activation
+    expert_dim, width = body.down.shape[1:]
+    router = body.num_experts * 4 + active * 4 + 4 + active * value + 3 * active * _INDEX
+    once = body.num_experts * 4
+    if value != 4:
+        router += width * 4
+    if batch.precision.weight != 4:
+        once += body.router.weight.numel() * 4
+    routed = active * (2 * width + 4 * expert_dim) * value
+    saved = {"experts": (router + routed) * batch.tokens + once}
+    return saved if body.shared is None else saved | body_bytes(body.shared, batch)
+

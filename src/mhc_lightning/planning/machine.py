@@ -1,0 +1,136 @@
+"""Machines to plan for: how many devices of which kind, and what a kind can do."""
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mhc_lightning.errors import UserError
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """What one device can do: peaks, and the shares of them that a roofline may count on.
+
+    Attributes:
+        name: Shown to the user.
+        memory: Bytes a process can allocate.
+        low_flops: Peak of dense bfloat16 matrix products, FLOP/s.
+        full_flops: Peak in float32.
+        bandwidth: Of its memory, bytes/s.
+        link: To the devices of its node, bytes/s in each direction.
+        network: To other nodes, bytes/s in each direction.
+        per_node: Devices of a node.
+        flops_share: Share of the peak that matrix products of a large model reach.
+        bandwidth_share: Share of the bandwidth that a streaming kernel reaches.
+        link_share: Share of a link that a collective reaches.
+    """
+
+    name: str
+    memory: int
+    low_flops: float
+    full_flops: float
+    bandwidth: float
+    link: float
+    network: float
+    per_node: int = 8
+    flops_share: float = 0.6
+    bandwidth_share: float = 0.8
+    link_share: float = 0.7
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is a GPU."""
+        return self.name != "cpu"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Some devices of one kind.
+
+    Attributes:
+        kind: Their kind.
+        devices: How many there are.
+    """
+
+    kind: DeviceKind
+    devices: int
+
+    @property
+    def name(self) -> str:
+        """As it is written in ``machine=``."""
+        return f"{self.devices}x{self.kind.name}"
+
+
+# Vendor data sheets, dense rates of the SXM forms; a link is half of NVLink's two-way figure, and
+# the network is one 400 Gb/s (A100: 200 Gb/s) adapter per GPU. Memory is what CUDA leaves to
+# programs. The shares are this package's assumptions.
+_KINDS = {
+    kind.name: kind
+    for kind in (
+        DeviceKind("a100", 79 * _GIB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9),
+        DeviceKind("h100", 79 * _GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9),
+        DeviceKind("h200", 139 * _GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9),
+        DeviceKind("b200", 178 * _GIB, 2250e12, 75e12, 8.0e12, 900e9, 50e9),
+    )
+}
+
+
+def machine_of(text: str) -> Machine:
+    """The machine that ``machine=`` names: a kind of device, or a number of them as in 8xh200.
+
+    Raises:
+        UserError: If it names none.
+    """
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]+\d*)", text.strip().lower())
+    kind = this_cpu() if match and match.group(2) == "cpu" else None
+    if match and kind is None:
+        kind = _KINDS.get(match.group(2))
+    devices = int(match.group(1) or 1) if match else 0
+    if kind is None or devices < 1:
+        raise UserError(
+            f"machine={text} is not known; give a kind of device, or a number of them as in"
+            f" 8xh200; kinds: cpu, {', '.join(_KINDS)}"
+        )
+    return Machine(kind, devices)
+
+
+def this_machine(devices: int, on_gpu: bool) -> Machine:
+    """The machine that this process runs on, with the memory that is free now.
+
+    Args:
+        devices: How many devices a run uses.
+        on_gpu: Whether these are GPUs; a GPU of an unknown kind is taken for the nearest known
+            one in all but its memory.
+    """
+    if not on_gpu:
+        kind = this_cpu()
+        return Machine(replace(kind, memory=kind.memory // devices), devices)
+    import torch
+
+    name = torch.cuda.get_device_name().lower()
+    kind = next((kind for known, kind in _KINDS.items() if known in name), _KINDS["a100"])
+    free, _ = torch.cuda.mem_get_info()
+    return Machine(replace(kind, memory=free), devices)
+
+
+def this_cpu() -> DeviceKind:
+    """This machine's processor: cores of 64 GFLOP/s (two 8-wide fused units at 2 GHz)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flops = 64e9 * (cores or 1)
+    return DeviceKind("cpu", _available_memory(), flops, flops, 20e9, 5e9, 1e9, per_node=1)
+
+
+def _available_memory() -> int:
+    """Bytes that a process can still get, without swapping, in this container."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+        available = int(match.group(1)) * 1024 if match else available
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
+        available = min(available, int(most) - int(used.read_text()))
+    return max(0, available)

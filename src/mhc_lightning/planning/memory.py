@@ -1,0 +1,132 @@
+"""Bytes that one device holds at the fullest moment of a training step.
+
+That moment is the end of a forward pass, when the loss is computed: nothing saved has been used up,
+and the gradients of the step so far (or of the step before) are still there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mhc_lightning.kernels.cross_entropy import tokens_per_chunk
+from mhc_lightning.modules import Connection, Transformer
+from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread over devices.
+
+    Attributes:
+        devices: Data-parallel devices.
+        sharded: Whether each holds a share of weights, gradients and optimizer state (FSDP)
+            instead of all of them (DDP, or a single device).
+        copies_gradients: Whether gradients are reduced in buffers of their own.
+    """
+
+    devices: int = 1
+    sharded: bool = False
+    copies_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes per device, by kind.
+
+    Attributes:
+        weights: Parameters and buffers.
+        gradients: As many as there are parameters.
+        optimizer: Its state.
+        activations: What the forward pass keeps for the backward pass, lower-precision copies of
+            weights included.
+        logits: What computing the loss needs for a moment.
+        communication: Gathered parameters and buffers of collectives.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    communication: int
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(vars(self).values())
+
+
+def device_memory(
+    model: Transformer,
+    batch: MicroBatch,
+    layout: Layout,
+    state_per_value: Callable[[nn.Parameter], int],
+) -> DeviceMemory:
+    """Predict the bytes per device.
+
+    Args:
+        model: The model; it may be on the meta device.
+        batch: What one device takes at a time.
+        layout: Where everything is.
+        state_per_value: Numbers that the optimizer keeps for each value of a parameter.
+    """
+    sizes = _parameter_bytes(model, batch)
+    weights = sum(sizes.values())
+    optimizer = sum(size * state_per_value(p) for p, size in sizes.items())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    share = layout.devices if layout.sharded else 1
+    saved = saved_for_backward(model, batch, copies_weights(batch, layout))
+    return DeviceMemory(
+        weights=-(-weights // share) + buffers,
+        gradients=-(-weights // share),
+        optimizer=-(-optimizer // share),
+        activations=sum(saved.values()),
+        logits=_loss_bytes(model, batch, layout),
+        communication=_communication_bytes(model, batch, layout, weights),
+    )
+
+
+def copies_weights(batch: MicroBatch, layout: Layout) -> bool:
+    """Whether autocast copies weights; FSDP gathers them in the lower precision instead."""
+    return batch.precision.is_mixed and not layout.sharded
+
+
+def _parameter_bytes(model: Transformer, batch: MicroBatch) -> dict[nn.Parameter, int]:
+    sizes = {}
+    for module in model.modules():
+        precision = batch.precision
+        size = precision.coefficient if isinstance(module, Connection) else precision.weight
+        for parameter in module.parameters(recurse=False):
+            sizes[parameter] = parameter.numel() * size
+    return sizes
+
+
+def _loss_bytes(model: Transformer, batch: MicroBatch, layout: Layout) -> int:
+    """Logits of one chunk and their log-probabilities, while those of the one before still live."""
+    vocabulary = model.vocab_size
+    rows = min(batch.tokens, tokens_per_chunk(vocabulary))
+    value, wide = batch.precision.activation, batch.precision.coefficient
+    copy = rows * vocabulary * value if value < wide else 0
+    logits = rows * vocabulary * wide
+    several = batch.tokens > rows
+    peak = 2 * logits + (logits + copy if several else 0)
+    weight_product = model.output.weight.numel() * value
+    peak = max(peak, logits + copy + weight_product)
+    return peak + (weight_product if copies_weights(batch, layout) else 0)
+
+
+def _communication_bytes(
+    model: Transformer, batch: MicroBatch, layout: Layout, weights: int
+) -> int:
+    if layout.devices == 1:
+        return 0
+    if not layout.sharded:
+        return weights if layout.copies_gradients else 0
+    value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    outside = sum(p.numel() for p in model.parameters()) - sum(blocks)
+    # Embedding, norm and head stay gathered. Of the blocks there are one at work, one gathered
+    # ahead and the buffer it comes in, and the gradients of one with their float32 sum.
+    return outside * value + max(blocks) * (4 * value + batch.precision.coefficient)

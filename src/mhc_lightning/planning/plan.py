@@ -1,0 +1,152 @@
+"""Everything that can be known of a run before it runs."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from mhc_lightning.modules import Transformer
+from mhc_lightning.planning.activations import MicroBatch, saved_for_backward, sub_layers
+from mhc_lightning.planning.machine import Machine
+from mhc_lightning.planning.memory import DeviceMemory, Layout, copies_weights, device_memory
+from mhc_lightning.planning.parameters import ParameterCounts, count_parameters
+from mhc_lightning.planning.precision import Precision
+from mhc_lightning.planning.recompute import recompute_block, saved_with_recompute
+from mhc_lightning.planning.roofline import StepTime, step_time
+from mhc_lightning.planning.traffic import StreamTraffic, stream_traffic
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run asks of its devices.
+
+    Attributes:
+        batch_size: Sequences per optimizer step, over all devices.
+        micro_batch_size: Sequences that a device takes at a time.
+        sequence_length: Tokens of a sequence.
+        max_steps: Optimizer steps.
+        precision: Sizes of weights and activations.
+        layout: Devices, and what each holds.
+        state_per_value: Numbers that the optimizer keeps for each value of a parameter.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    sequence_length: int
+    max_steps: int
+    precision: Precision
+    layout: Layout
+    state_per_value: Callable[[nn.Parameter], int]
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per optimizer step and device."""
+        return max(1, self.batch_size // (self.micro_batch_size * self.layout.devices))
+
+    def micro_batch(self, machine: Machine) -> MicroBatch:
+        """What one device of ``machine`` takes at a time."""
+        return MicroBatch(
+            self.micro_batch_size, self.sequence_length, self.precision, machine.kind.is_gpu
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need, and how long it should take.
+
+    Attributes:
+        machine: What it is planned for.
+        run: What it was planned from.
+        parameters: Counts.
+        memory: Bytes per device.
+        activations: Bytes kept for backward per device, by kind.
+        activations_with_recompute: The same in sum, were stream operations recomputed.
+        recompute_block: The best number of sub-layers per recompute block (eq. 20).
+        flops_per_token: Forward and backward.
+        stream_bytes_per_token: Moved by stream operations.
+        step_seconds: Of one optimizer step.
+    """
+
+    machine: Machine
+    run: Run
+    parameters: ParameterCounts
+    memory: DeviceMemory
+    activations: dict[str, int]
+    activations_with_recompute: int
+    recompute_block: int
+    flops_per_token: int
+    stream_bytes_per_token: StreamTraffic
+    step_seconds: StepTime
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device's memory suffices."""
+        return self.memory.total <= self.machine.kind.memory
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.run.batch_size * self.run.sequence_length * self.run.max_steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all devices."""
+        return self.run.batch_size * self.run.sequence_length / self.step_seconds.total
+
+    @property
+    def days(self) -> float:
+        """Until the last step."""
+        return self.run.max_steps * self.step_seconds.total / 86400
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        kind = self.machine.kind
+        return {
+            "machine": self.machine.name,
+            "devices": self.run.layout.devices,
+            "parameters": self.parameters._asdict(),
+            "memory_bytes_per_device": {**asdict(self.memory), "total": self.memory.total},
+            "memory_bytes_available_per_device": kind.memory,
+            "fits": self.fits,
+            "activation_bytes_per_device": {
+                **self.activations,
+                "without_recompute": self.memory.activations,
+                "with_recompute": self.activations_with_recompute,
+            },
+            "recompute_block": self.recompute_block,
+            "flops_per_token": self.flops_per_token,
+            "stream_bytes_per_token": self.stream_bytes_per_token._asdict(),
+            "micro_batches_per_step": self.run.micro_batches,
+            "step_seconds": {**asdict(self.step_seconds), "total": self.step_seconds.total},
+            "tokens_per_second": self.tokens_per_second,
+            "tokens": self.tokens,
+            "days": self.days,
+        }
+
+
+def make_plan(model: Transformer, run: Run, machine: Machine) -> Plan:
+    """Plan a run.
+
+    Args:
+        model: The model; on the meta device it costs no memory.
+        run: What to do with it.
+        machine: Where.
+    """
+    batch = run.micro_batch(machine)
+    copies = copies_weights(batch, run.layout)
+    memory = device_memory(model, batch, run.layout, run.state_per_value)
+    layers = sub_layers(model)
+    block = recompute_block(len(layers), layers[0][0].num_streams)
+    return Plan(
+        machine=machine,
+        run=run,
+        parameters=count_parameters(model),
+        memory=memory,
+        activations=saved_for_backward(model, batch, copies),
+        activations_with_recompute=saved_with_recompute(model, batch, copies, block),
+        recompute_block=block,
+        flops_per_token=model.flops_per_token(run.sequence_length),
+        stream_bytes_per_token=stream_traffic(model, run.precision),
+        step_seconds=step_time(model, batch, run.layout, memory, machine, run.micro_batches),
+    )

@@ -1,0 +1,49 @@
+"""What a trainer's precision setting means in bytes."""
+
+from typing import NamedTuple
+
+from mhc_lightning.errors import UserError
+
+# Lightning's names, with the aliases it takes: bytes of a parameter, bytes of an activation.
+_SIZES = {
+    **dict.fromkeys(("32-true", "32", "None"), (4, 4)),
+    **dict.fromkeys(("64-true", "64"), (8, 8)),
+    **dict.fromkeys(("bf16-mixed", "bf16", "16-mixed", "16"), (4, 2)),
+    **dict.fromkeys(("bf16-true", "16-true"), (2, 2)),
+}
+
+
+class Precision(NamedTuple):
+    """Sizes in bytes that follow from a precision setting.
+
+    Attributes:
+        weight: One parameter, its gradient, and each of the optimizer's numbers for it.
+        activation: One value of the streams and of what sub-layers compute.
+    """
+
+    weight: int
+    activation: int
+
+    @property
+    def coefficient(self) -> int:
+        """A connection's parameters and coefficients, and what is accumulated: float32 at least."""
+        return max(4, self.weight)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether products run on copies of the weights in a lower precision."""
+        return self.weight != self.activation
+
+
+def precision_of(setting: str | int | None) -> Precision:
+    """The sizes that ``trainer.precision`` stands for.
+
+    Raises:
+        UserError: If the setting is none of those that can be planned for.
+    """
+    sizes = _SIZES.get(str(setting))
+    if sizes is None:
+        raise UserError(
+            f"trainer.precision={setting} cannot be planned for; use one of {', '.join(_SIZES)}"
+        )
+    return Precision(*sizes)

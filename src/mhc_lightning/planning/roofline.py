@@ -1,0 +1,92 @@
+"""How long a training step should take: a roofline, not a simulation.
+
+Matrix products run at a share of the peak; what only moves data runs at a share of the memory's
+bandwidth, after them; collectives run beside both. Launches, waiting and imbalance cost nothing
+here, so real steps take longer.
+"""
+
+from dataclasses import dataclass
+
+from mhc_lightning.modules import Transformer
+from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.machine import Machine
+from mhc_lightning.planning.memory import DeviceMemory, Layout, copies_weights
+from mhc_lightning.planning.traffic import stream_traffic
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step.
+
+    Attributes:
+        compute: Matrix products and attention.
+        traffic: Weights, activations, streams and optimizer state, through device memory.
+        communication: Collectives.
+    """
+
+    compute: float
+    traffic: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        """Collectives overlap with the rest."""
+        return max(self.compute + self.traffic, self.communication)
+
+
+def step_time(
+    model: Transformer,
+    batch: MicroBatch,
+    layout: Layout,
+    memory: DeviceMemory,
+    machine: Machine,
+    micro_batches: int,
+) -> StepTime:
+    """Predict one optimizer step.
+
+    Args:
+        model: The model; it may be on the meta device.
+        batch: What one device takes at a time.
+        layout: How many devices there are, and what each holds.
+        memory: What ``device_memory`` predicts for them.
+        machine: What the devices are.
+        micro_batches: How many each device takes per step.
+    """
+    kind, precision = machine.kind, batch.precision
+    peak = kind.low_flops if precision.activation < 4 else kind.full_flops
+    flops = model.flops_per_token(batch.length) * batch.tokens * micro_batches
+
+    saved = saved_for_backward(model, batch, copies_weights(batch, layout))
+    # Written once and read once; the connections' part is in the stream operations already.
+    activations = 2 * (sum(saved.values()) - saved["connections"] - saved["weight_copies"])
+    streams = stream_traffic(model, precision).training_fused * batch.tokens
+    parameters = sum(p.numel() for p in model.parameters())
+    # Forward, gradient of the input, gradient of the weight.
+    weights = 3 * parameters * precision.activation
+    # Read weights, gradients and state; write weights and state.
+    update = 2 * memory.weights + memory.gradients + 2 * memory.optimizer
+    moved = micro_batches * (activations + streams + weights) + update
+
+    return StepTime(
+        compute=flops / (peak * kind.flops_share),
+        traffic=moved / (kind.bandwidth * kind.bandwidth_share),
+        communication=_collective_bytes(parameters, batch, layout, micro_batches)
+        / (_link(machine, layout) * kind.link_share),
+    )
+
+
+def _collective_bytes(
+    parameters: int, batch: MicroBatch, layout: Layout, micro_batches: int
+) -> float:
+    """Bytes that a device sends per step in ring collectives."""
+    precision = batch.precision
+    others = (layout.devices - 1) / layout.devices
+    if not layout.sharded:
+        return 2 * others * parameters * precision.weight
+    # Gathered for forward and for backward, and reduced, for each micro-batch.
+    return micro_batches * others * parameters * (2 * precision.activation + precision.coefficient)
+
+
+def _link(machine: Machine, layout: Layout) -> float:
+    kind = machine.kind
+    return kind.link if layout.devices <= kind.per_node else kind.network
