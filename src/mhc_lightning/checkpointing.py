@@ -321,4 +321,3 @@ def _loops_at_step_end(loops: dict[str, Any], validation_pending: bool) -> dict[
         validation[scope].update(ready=begun, started=begun, processed=0, completed=0)
         training[scope]["completed"] += begun
     return loops
-

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import os
 import random
@@ -47,12 +48,24 @@ class Command:
         self.processes = []
 
     def words(self, command, *words, config="mhc_quickstart"):
-        head = [sys.executable, "-m", "mhc_lightning", command, "--config", str(config)]
-        return [*head, *SMALL, f"data.path={self.data}", *words]
+        data = [] if self.data is None else [f"data.path={self.data}"]
+        return [command, "--config", str(config), *SMALL, *data, *words]
 
-    def start(self, command, *words, **options):
+    def inside(self, command, *words, **options):
+        """Run in this process, which has imported everything; gives the exit code."""
+        from mhc_lightning.cli.main import main
+
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with contextlib.chdir(self.folder):
+                return main(self.words(command, *words, **options))
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    def start(self, command, *words, preexec=None, **options):
         process = subprocess.Popen(
-            self.words(command, *words, **options),
+            [sys.executable, "-m", "mhc_lightning", *self.words(command, *words, **options)],
+            preexec_fn=preexec,
             cwd=self.folder,
             env=self.env,
             text=True,
@@ -100,6 +113,14 @@ def command(tmp_path, prepared):
     command = Command(tmp_path, prepared)
     yield command
     command.close()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, prepared):
+    """A command in whose folder there is a finished run, to be read only."""
+    command = Command(tmp_path_factory.mktemp("trained"), prepared)
+    command("fit", "output_dir=run", "callbacks=minimal", "checkpoint.keep_best=1")
+    return command
 
 
 # Long enough to be stopped; a pass over the data takes 24 steps.

@@ -92,7 +92,7 @@ def test_whole_numbers_may_be_written_as_powers_of_ten():
         (["compile=maybe"], "compile must be true or false, not 'maybe'"),
         (["model.dim=[1]"], "model.dim must be a whole number"),
         (["trainer=5"], "available for trainer: default"),
-        (["strategy=fsdp"], "available for strategy: auto, ddp"),
+        (["strategy=teleport"], "available for strategy: auto, ddp"),
         (["connection=mch"], "available for connection: hc, mhc, residual"),
         (["optimizer.lr=a, b("], "cannot read the override"),
         (["optimizer.lr=${nope}"], "nope"),

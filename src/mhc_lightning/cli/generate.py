@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from itertools import chain
 from typing import Any
 
 from mhc_lightning.cli.arguments import Arguments
@@ -31,6 +32,7 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
 
     from mhc_lightning.cli.building import build_data, build_model
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint
+    from mhc_lightning.cli.value_types import check_arguments
     from mhc_lightning.generation import generate as draw
 
     values = experiment.values()
@@ -46,14 +48,16 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     model = module.model.to("cuda" if on_gpu else "cpu").eval()
     tokens = [int(token) for token in tokenizer.encode(prompt)]
+    check_arguments("generate", draw, settings)
     drawn = draw(
         model, tokens, seed=values["seed"], end_token=tokenizer.end_of_document, **settings
     )
+    first = next(drawn, None)  # what is wrong with the settings shows before anything is written
     stream = tokenizer.stream()
     try:
         if echo:
             _write(output, prompt)
-        for token in drawn:
+        for token in drawn if first is None else chain([first], drawn):
             _write(output, stream.push(token))
         _write(output, stream.flush() + "\n")
     except BrokenPipeError:
