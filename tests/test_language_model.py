@@ -152,8 +152,13 @@ def test_non_finite_loss_stops_before_the_step() -> None:
 def test_experts_are_rebalanced_once_per_optimizer_step() -> None:
     model = make(num_experts=4, num_active_experts=1, num_shared_experts=1)
     balance = model.model.blocks[1].feed_forward.body.balance
-    trainer(max_steps=3, accumulate_grad_batches=2).fit(model, batches(6, 2))
+    run = trainer(max_steps=3, accumulate_grad_batches=2)
+    run.fit(model, batches(6, 2))
     assert balance.load.sum() == 0
+    assert isinstance(run.logger, Recorder)
+    violations = run.logger.series("experts/max_violation")
+    assert list(violations) == [1, 2, 3]
+    assert all(0 < violation <= 3 for violation in violations.values())
     speeds = balance.bias / 0.001
     assert balance.bias.abs().max() > 0
     assert speeds.abs().max() <= 3 + 1e-4

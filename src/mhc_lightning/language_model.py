@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
-from mhc_lightning.modules import MixtureOfExperts, Transformer
+from mhc_lightning.modules import Transformer
+from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimization import AdamW
 from mhc_lightning.strategies.sharding import shard
 
@@ -28,11 +29,13 @@ class LanguageModel(pl.LightningModule):
 
     A batch is int64 tokens [B, S + 1]. Logs ``train/loss`` (the mean over the micro-batches of an
     optimizer step), ``train/grad_norm`` (before clipping), ``train/learning_rate``, ``val/loss``
-    and ``val/perplexity``, against the number of optimizer steps completed, first 1.
+    and ``val/perplexity``, against the number of optimizer steps completed, first 1; with experts,
+    also ``experts/max_violation`` and ``experts/mean_violation``, maximum and mean over layers of
+    (largest load / mean load - 1) in the global batch.
 
     Args:
         model: The network.
-        optimizer: The optimizer recipe.
+        optimizer: The optimizer recipe, AdamW's or Muon's.
         compile: Whether to compile the network's sub-layers.
     """
 
@@ -125,6 +128,7 @@ class LanguageModel(pl.LightningModule):
         self._check_finite(norm)
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        self._log_expert_loads()
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
         else:
@@ -133,11 +137,22 @@ class LanguageModel(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then rebalance the experts (here, so that no checkpoint falls between the two)."""
         super().optimizer_step(*args, **kwargs)
-        for module in self.modules():
-            if isinstance(module, MixtureOfExperts):
-                if dist.is_available() and dist.is_initialized():
-                    dist.all_reduce(module.balance.load)
-                module.balance.update()
+        for balance in self._balances():
+            balance.update()
+
+    def _balances(self) -> list[LoadBalance]:
+        return [module for module in self.modules() if isinstance(module, LoadBalance)]
+
+    def _log_expert_loads(self) -> None:
+        """Sum the global batch's loads; log how far the fullest expert is above the mean."""
+        violations = []
+        for balance in self._balances():
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(balance.load)
+            violations.append(balance.load.max() / balance.load.mean() - 1)
+        if violations:
+            self.log("experts/max_violation", torch.stack(violations).max())
+            self.log("experts/mean_violation", torch.stack(violations).mean())
 
     def _check_finite(self, grad_norm: Tensor) -> None:
         loss = torch.stack(self._step_losses).sum()

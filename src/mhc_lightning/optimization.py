@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.muon import MuonAdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +48,25 @@ class AdamW:
                 f"optimizer.schedule must be step, cosine or constant, not {self.schedule!r}"
             )
 
-    def build(self, module: nn.Module, total_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+    def build(self, module: nn.Module, total_steps: int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer and the scheduler (to be stepped once per optimizer step).
 
         Args:
             module: Whose parameters to train; frozen ones are left out.
             total_steps: Steps of the whole run.
         """
-        optimizer = torch.optim.AdamW(
+        optimizer = self.build_optimizer(module)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+    def build_optimizer(self, module: nn.Module) -> Optimizer:
+        """The optimizer over the parameters of ``module`` that are trained."""
+        return torch.optim.AdamW(
             self.parameter_groups(module.parameters()),
             lr=self.lr,
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
             fused=True,
         )
-        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
     def parameter_groups(self, parameters: Iterable[nn.Parameter]) -> list[dict]:
         """Matrices with weight decay, vectors without."""
@@ -85,3 +91,40 @@ class AdamW:
             swing = 0.5 * (1 + math.cos(math.pi * progress))
             return self.final_fraction + (1 - self.final_fraction) * swing
         return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(AdamW):
+    """Muon for matrices, AdamW for the rest, with the same schedule (arXiv 2606.19348).
+
+    AdamW takes the embedding, the output projection and all vectors: norm weights and the
+    connections' biases and gates. Muon takes everything else, the connections' ``phi`` included.
+
+    Attributes:
+        momentum: Of Muon, with Nesterov's look-ahead.
+        update_rms: Root mean square of a Muon update before the learning rate.
+    """
+
+    momentum: float = 0.95
+    update_rms: float = 0.18
+
+    def build_optimizer(self, module: nn.Module) -> Optimizer:
+        """The optimizer over the parameters of ``module`` that are trained."""
+        # The output projection has the embedding's shape, vocabulary by width.
+        tables_of = {m.weight.shape for m in module.modules() if isinstance(m, nn.Embedding)}
+        trained = [p for p in module.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.dim() > 1 and p.shape not in tables_of]
+        tables = [p for p in trained if p.shape in tables_of]
+        vectors = [p for p in trained if p.dim() <= 1]
+        return MuonAdamW(
+            [
+                {"params": matrices, "weight_decay": self.weight_decay, "muon": True},
+                {"params": tables, "weight_decay": self.weight_decay, "muon": False},
+                {"params": vectors, "weight_decay": 0.0, "muon": False},
+            ],
+            lr=self.lr,
+            momentum=self.momentum,
+            update_rms=self.update_rms,
+            betas=(self.betas[0], self.betas[1]),
+            eps=self.eps,
+        )
