@@ -61,9 +61,9 @@ endef
 
 # torch comes first and pinned, so that nothing that comes after it can bring another one.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'error: no Python 3.11 or newer on the PATH; name one: make PYTHON=...' >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$(TORCH_REQUIREMENT)"
 	$(call install,.)
