@@ -103,6 +103,27 @@ def test_failures_that_pass_are_tried_again(url: str, tmp_path: Path, monkeypatc
     assert len(calls) == 3
 
 
+def test_the_stores_own_client_helps_out(prepared_path: Path, tmp_path: Path) -> None:
+    """As with a store without TLS, which obstore refuses."""
+    from litdata.streaming import downloader
+
+    class Store(downloader.Downloader):
+        def download_file(self, source: str, target: str) -> None:
+            raise RuntimeError("builder error")
+
+        def download_fileobj(self, source: str, stream: Any) -> None:
+            stream.write((prepared_path / source.removeprefix("store://x/")).read_bytes())
+
+    downloader.register_downloader("store://", Store)
+    try:
+        far = PreparedData("store://x", cache_dir=tmp_path)
+        far.verify()
+        assert len(kept(tmp_path)) == len(far.all_chunks())
+        assert not list(tmp_path.rglob("*.tmp"))
+    finally:
+        downloader.unregister_downloader("store://")
+
+
 def test_a_cache_folder_that_cannot_be_written_is_named(url: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot keep chunks of .* data\.cache_dir="):

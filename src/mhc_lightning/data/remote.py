@@ -12,10 +12,9 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from io import BytesIO
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mhc_lightning.errors import UserError
 
@@ -83,29 +82,18 @@ class ChunkCache:
         Raises:
             UserError: It is not there or cannot be fetched.
         """
-        from litdata.streaming.downloader import Downloader
-
-        def transfer() -> bytes:
-            downloader = self._own_downloader()
-            if type(downloader).download_fileobj is not Downloader.download_fileobj:
-                # Not obstore, whose threads would not survive the fork of the loader's workers.
-                buffer = BytesIO()
-                downloader.download_fileobj(f"{self.url}/{name}", buffer)
-                return buffer.getvalue()
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / Path(name).name
-                downloader.download_file(f"{self.url}/{name}", str(path))
-                return path.read_bytes()
-
-        return self._retry(transfer, name)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            self._transfer(name, path, with_obstore=False)
+            return path.read_bytes()
 
     def keep_small(self, name: str) -> None:
         """Put a small file beside the chunks."""
         path = self.folder / name
         if not path.exists():
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(self.fetch_small(name))
-            temporary.replace(path)
+            content = self.fetch_small(name)
+            with _written_aside(path) as stream:
+                stream.write(content)
 
     def fetch(self, name: str, size: int) -> None:
         """Have a chunk in the folder.
@@ -124,15 +112,8 @@ class ChunkCache:
         with FileLock(f"{path}.wait"):
             if self._is_complete(path, size):
                 return
-
-            def transfer() -> bytes:
-                path.unlink(missing_ok=True)
-                self._own_downloader().download_file(f"{self.url}/{name}", str(path))
-                if not path.exists():  # litdata's downloaders keep silent about some missing files
-                    raise FileNotFoundError(f"{self.url}/{name}")
-                return b""
-
-            self._retry(transfer, name)
+            path.unlink(missing_ok=True)
+            self._transfer(name, path, with_obstore=True)
         if not self._is_complete(path, size):
             found = path.stat().st_size
             path.unlink()
@@ -177,19 +158,37 @@ class ChunkCache:
             self._process = os.getpid()
         return self._downloader
 
-    def _retry(self, transfer: Callable[[], bytes], name: str) -> bytes:
+    def _transfer(self, name: str, path: Path, with_obstore: bool) -> None:
+        """Download a file, trying again if that fails.
+
+        litdata's `download_file` uses obstore where it can, which is fast. But its threads in this
+        process would keep it from working in processes forked later, and it refuses stores without
+        TLS; the store's own client, behind `download_fileobj`, has neither trouble.
+        """
+        from litdata.streaming.downloader import Downloader
+
+        url = f"{self.url}/{name}"
         for pause in (*_RETRY_SECONDS, None):
             try:
-                return transfer()
+                downloader = self._own_downloader()
+                plain = type(downloader).download_fileobj is not Downloader.download_fileobj
+                if plain and not with_obstore:
+                    with _written_aside(path) as stream:
+                        downloader.download_fileobj(url, stream)
+                else:
+                    downloader.download_file(url, str(path))
+                if not path.exists():  # some of them keep silent about a missing file
+                    raise FileNotFoundError(f"{url} does not exist")
+                return
             except Exception as error:
-                if pause is None or isinstance(error, (FileNotFoundError, ImportError)):
+                if pause is None or isinstance(error, FileNotFoundError | ImportError):
                     reason = str(error).strip().splitlines() or [type(error).__name__]
                     raise UserError(
-                        f"cannot fetch {self.url}/{name}: {reason[0]};"
+                        f"cannot fetch {url}: {reason[0]};"
                         " check data.path, the credentials and the network"
                     ) from error
+                with_obstore = False
                 time.sleep(pause)
-        raise AssertionError("unreachable")
 
     @staticmethod
     def _is_complete(path: Path, size: int) -> bool:
@@ -197,3 +196,15 @@ class ChunkCache:
             return path.stat().st_size == size
         except FileNotFoundError:
             return False
+
+
+@contextlib.contextmanager
+def _written_aside(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file that appears under its name only when all of it is written."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
