@@ -30,9 +30,10 @@ def relative_diversity(streams: Tensor) -> Tensor:
         A scalar tensor in at least float32.
     """
     x = streams.to(torch.promote_types(streams.dtype, torch.float32))
-    spread = (x - x.mean(-2, keepdim=True)).square().sum((-2, -1))
-    size = x.square().sum((-2, -1))
-    return (spread / size.clamp_min(torch.finfo(x.dtype).tiny)).sqrt().mean()
+    total = x.sum(-2, keepdim=True)
+    spread = torch.sub(x, total, alpha=1 / x.shape[-2])  # x − x̄ in one pass
+    norms = [torch.linalg.vector_norm(v.flatten(-2), dim=-1) for v in (spread, x)]
+    return (norms[0] / norms[1].clamp_min(torch.finfo(x.dtype).tiny)).mean()
 
 
 def sum_residuals(residual: Tensor) -> Tensor:
