@@ -76,6 +76,10 @@ class AdamW:
             {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
         ]
 
+    def state_per_value(self, parameter: nn.Parameter) -> int:
+        """Numbers of a parameter's dtype that are kept for each of its values: two moments."""
+        return 2
+
     def factor(self, step: int, total_steps: int) -> float:
         """Learning rate over ``lr`` for the step after ``step`` completed ones."""
         if step < self.warmup_steps:
