@@ -8,6 +8,9 @@ less the median plain step, which is noisier but misses nothing. Shares are for 
 log_every_n_steps given by --interval, pictures at their own, longer default.
 
     python benchmarks/instruments_cost.py > benchmarks/results/instruments_cost_cpu.json
+
+On a machine that is busy with other work, `--clock cpu --threads 1` counts this process's own
+processor time instead of time on the wall.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from mhc_lightning.optimization import AdamW
 from timing import report
 
 PICTURE_INTERVALS = 50  # pictures' default interval, in units of log_every_n_steps
+clock = time.perf_counter
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_train_batch_end")
 INSTRUMENTS: dict[str, tuple[Callable[[], StreamSampler[Any]], int]] = {
     # name: (how to make one that samples every second step, default interval in logging intervals)
@@ -50,11 +54,11 @@ class StepTimes(pl.Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Begin a step."""
-        self.starts.append(time.perf_counter())
+        self.starts.append(clock())
 
     def on_train_batch_end(self, *_: Any) -> None:
         """End it."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(clock())
 
 
 def count_own_time(callback: StreamSampler[Any], spent: list[float]) -> None:
@@ -63,11 +67,11 @@ def count_own_time(callback: StreamSampler[Any], spent: list[float]) -> None:
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = clock()
             try:
                 return call(*args, **kwargs)
             finally:
-                spent[-1] += time.perf_counter() - start
+                spent[-1] += clock() - start
 
         return wrapper
 
@@ -143,7 +147,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="sampled steps per instrument")
     parser.add_argument("--interval", type=int, default=10, help="trainer.log_every_n_steps")
     parser.add_argument("--compile", action="store_true", help="compile the sub-layers")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    global clock
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
 
     rows = []
