@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from mhc_lightning.errors import UserError
 
-COMMANDS = ("fit", "validate", "generate", "prepare")
+COMMANDS = ("fit", "validate", "generate", "prepare", "export", "import")
 _FLAGS = {"--print-config": "print_config", "--json": "json", "--help": "help", "-h": "help"}
 
 # Values of these are the characters typed, never Hydra's grammar or an interpolation.

@@ -8,6 +8,9 @@ from mhc_lightning.checkpoint_files import candidates_for_last, fault_in, load_c
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import CHECKPOINTS, holds_run
 from mhc_lightning.errors import UserError
+from mhc_lightning.interchange.exported import check_settings, is_exported, open_exported
+from mhc_lightning.interchange.importing import weights_checkpoint
+from mhc_lightning.interchange.tensor_names import check_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +39,8 @@ def find_checkpoint(experiment: Experiment) -> Path | None:
         )
         raise UserError(f"no checkpoint at {path}{hint}")
     if path.is_dir():
+        if is_exported(path):
+            return path.resolve()
         raise UserError(f"checkpoint {path} is a folder; name a file in it, or use ckpt_path=last")
     fault = fault_in(path)
     if fault:
@@ -80,32 +85,30 @@ def require_checkpoint(experiment: Experiment) -> Path:
 
 
 def load_fitting(path: Path, model: "nn.Module", experiment: Experiment) -> dict[str, Any]:
-    """Load a checkpoint and make sure that its tensors are those of `model`.
+    """Load a checkpoint, or an exported folder, and make sure that it fits `model`.
 
     Raises:
-        UserError: names the first tensor that differs, and its shape in the file and the model.
+        UserError: names the tensors that differ, and their shapes in the file and in the model; or
+            the setting that an exported model differs in.
     """
+    if path.is_dir():
+        exported = open_exported(path)
+        checkpoint = weights_checkpoint(exported, model.state_dict())
+        check_settings(exported, experiment.values()["model"])
+        return checkpoint
     own = Path(experiment.values()["output_dir"]).resolve()
-    checkpoint = load_checkpoint(path, trusted=path.is_relative_to(own))
-    saved, wanted = checkpoint["state_dict"], model.state_dict()
-    for name, tensor in wanted.items():
-        if name not in saved:
-            raise UserError(
-                f"checkpoint {path} is of another model: it has no tensor {name}"
-                f" {list(tensor.shape)}; use the settings it was trained with"
-                " (config.yaml of its run)"
-            )
-        if saved[name].shape != tensor.shape:
-            raise UserError(
-                f"checkpoint {path} is of another model: {name} is {list(saved[name].shape)} in"
-                f" the file and {list(tensor.shape)} in the model; use the settings it was"
-                " trained with (config.yaml of its run)"
-            )
-    extra = next((name for name in saved if name not in wanted), None)
-    if extra is not None:
-        raise UserError(
-            f"checkpoint {path} is of another model: its tensor {extra}"
-            f" {list(saved[extra].shape)} is not in the model; use the settings it was trained"
-            " with (config.yaml of its run)"
-        )
+    checkpoint = load_checkpoint(path, trusted=path.resolve().is_relative_to(own))
+    shapes = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+    hint = "use the settings it was trained with (config.yaml of its run)"
+    check_tensors(shapes, model.state_dict(), f"checkpoint {path}", hint)
     return checkpoint
+
+
+def holds_weights_alone(checkpoint: dict[str, Any]) -> bool:
+    """Whether a loaded checkpoint is an imported model, which training starts from at step 0."""
+    return "loops" not in checkpoint
+
+
+def trained_steps(checkpoint: dict[str, Any]) -> int:
+    """Optimizer steps that a checkpoint stands for, or those before the export of a model."""
+    return int(checkpoint.get("trained_steps", checkpoint["global_step"]))

@@ -2,10 +2,14 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.run_folder import claim, is_first_process, write_records
+from mhc_lightning.cli.run_folder import CHECKPOINTS, claim, is_first_process, write_records
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 def fit(experiment: Experiment, arguments: Arguments) -> None:
@@ -28,7 +32,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         build_trainer,
         count_optimizer_steps,
     )
-    from mhc_lightning.cli.checkpoints import find_checkpoint, load_fitting
+    from mhc_lightning.cli.checkpoints import find_checkpoint, holds_weights_alone, load_fitting
 
     checkpoint = find_checkpoint(experiment)
     if checkpoint is None and values["ckpt_path"] is not None:
@@ -45,7 +49,11 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     data.validate_against(module.model.vocab_size)
     if checkpoint is not None:
         saved = load_fitting(checkpoint, module, experiment)
-        if is_first_process():
+        if holds_weights_alone(saved):
+            module.load_state_dict(saved["state_dict"])
+            _begin_anew(experiment, checkpoint, trainer)
+            checkpoint = None
+        elif is_first_process():
             step = saved["global_step"]
             print(f"going on from step {step}: {checkpoint}", file=sys.stderr)
             if step >= trainer.max_steps:
@@ -58,3 +66,25 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
     finally:
         data.teardown("fit")  # Lightning leaves it out where an exception ends the run
+
+
+def _begin_anew(experiment: Experiment, weights: Path, trainer: "pl.Trainer") -> None:
+    """Make the run folder one whose run begins, at step 0, with the weights of a file.
+
+    Raises:
+        UserError: the folder holds another run, and `overwrite` is off.
+    """
+    from mhc_lightning.checkpoint_files import point_link
+
+    values = experiment.values()
+    folder, weights = Path(values["output_dir"]), weights.resolve()
+    if weights.parent == (folder / CHECKPOINTS).resolve():
+        for logger in trainer.loggers:
+            if hasattr(logger, "resume_from"):
+                logger.resume_from(0)
+        if is_first_process():
+            point_link(weights.parent / "last", weights.name)
+    else:
+        claim(folder, resumes=False, overwrite=values["overwrite"])
+    if is_first_process():
+        print(f"starting at step 0 with the weights of {weights}", file=sys.stderr)

@@ -30,8 +30,9 @@ def generate(experiment: Experiment, arguments: Arguments) -> None:
 def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> None:
     import torch
 
-    from mhc_lightning.cli.building import build_data, build_model
+    from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint
+    from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.cli.value_types import check_arguments
     from mhc_lightning.generation import generate as draw
 
@@ -39,11 +40,10 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
     settings = values["generate"]
     echo = settings.pop("echo")
     path = require_checkpoint(experiment)
-    data = build_data(experiment, world_size=1)
     module = build_model(experiment)
-    data.validate_against(module.model.vocab_size)
-    tokenizer = data.tokenizer
-    module.load_state_dict(load_fitting(path, module, experiment)["state_dict"])
+    checkpoint = load_fitting(path, module, experiment)
+    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
+    module.load_state_dict(checkpoint["state_dict"])
     accelerator = values["trainer"]["accelerator"]
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     model = module.model.to("cuda" if on_gpu else "cpu").eval()

@@ -14,6 +14,8 @@ commands:
   fit         train, or go on with a run
   validate    loss and perplexity of a checkpoint on the validation text
   generate    continue a prompt with a checkpoint
+  export      a checkpoint as safetensors, for other programs
+  import      an exported model as a checkpoint to start from
 
 options:
   --config PATH_OR_NAME   an experiment: a .yaml file, or the name of a shipped one (below)
@@ -109,6 +111,38 @@ These are the settings of the section `generate` (temperature is short for gener
 example:
   {_PROGRAM} generate --config mhc_quickstart output_dir=runs/mine ckpt_path=last \\
       prompt="def f(x):" temperature=0.7 top_k=50 max_new_tokens=200""",
+    "export": f"""\
+Write a checkpoint's weights as safetensors, with what is needed to use them.
+
+usage: {_PROGRAM} export --config PATH_OR_NAME ckpt_path=last|best|FILE output=DIR
+       [key=value ...]
+
+  output=DIR           the new folder: model.safetensors, config.json (the network and its
+                       connections, the tokenizer's record, the steps trained) and tokenizer.json
+  shard_bytes=N        bytes of tensors in one file at most; larger models get several files and an
+                       index, as the Hugging Face libraries read them
+  overwrite=true       replace a model that output holds
+
+The tokenizer comes from the data; data.tokenizer=bytes, or the path of a tokenizer.json, does
+without them. In Python: mhc_lightning.interchange.load_exported(DIR).
+
+example:
+  {_PROGRAM} export --config mhc_quickstart output_dir=runs/mine ckpt_path=last output=my_model""",
+    "import": f"""\
+Make a checkpoint of an exported model, bit for bit, in a new run folder.
+
+usage: {_PROGRAM} import --config PATH_OR_NAME input=DIR output_dir=DIR [key=value ...]
+
+  input=DIR            what `export` wrote
+  output_dir=DIR       the new run; its ckpt_path=last is then the model
+  overwrite=true       delete the run that output_dir holds
+
+It holds weights alone: `fit` with it starts at step 0, with a new optimizer and at the beginning
+of the data. `fit`, `validate` and `generate` also take the exported folder itself as ckpt_path.
+
+example:
+  {_PROGRAM} import --config mhc_quickstart input=my_model output_dir=runs/more
+  {_PROGRAM} fit    --config mhc_quickstart output_dir=runs/more ckpt_path=last""",
     "prepare": f"""\
 Turn text into token chunks for training: documents, a held-out validation split, a summary.
 

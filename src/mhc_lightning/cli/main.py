@@ -63,6 +63,10 @@ def _command(name: str) -> Callable[..., None]:
         from mhc_lightning.cli.validate import validate as command
     elif name == "generate":
         from mhc_lightning.cli.generate import generate as command
+    elif name == "export":
+        from mhc_lightning.cli.export import export as command
+    elif name == "import":
+        from mhc_lightning.cli.import_model import import_model as command
     else:
         from mhc_lightning.cli.prepare import prepare as command
     return command

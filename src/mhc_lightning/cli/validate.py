@@ -32,7 +32,8 @@ def validate(experiment: Experiment, arguments: Arguments) -> None:
 def measure(experiment: Experiment) -> dict[str, float | int | str]:
     """The metrics by name, with the step and the file they belong to."""
     from mhc_lightning.cli.building import build_data, build_model, build_trainer
-    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint
+    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
+    from mhc_lightning.cli.tokenizer import check_tokenizer
 
     path = require_checkpoint(experiment)
     trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
@@ -40,6 +41,7 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     module = build_model(experiment)
     data.validate_against(module.model.vocab_size)
     checkpoint = load_fitting(path, module, experiment)
+    check_tokenizer(data.tokenizer, checkpoint, path, module.model.vocab_size)
     module.load_state_dict(checkpoint["state_dict"])
     trainer.validate(module, datamodule=data, verbose=False)
     measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -47,4 +49,4 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     bytes_per_token = data.validation_bytes_per_token
     if "val/loss" in measured and bytes_per_token > 0:
         measured["val/bits_per_byte"] = measured["val/loss"] / math.log(2) / bytes_per_token
-    return {"step": int(checkpoint["global_step"]), **measured, "checkpoint": str(path)}
+    return {"step": trained_steps(checkpoint), **measured, "checkpoint": str(path)}

@@ -20,6 +20,7 @@ from mhc_lightning.modules import Connection, Transformer
 CONFIG_FILE = "config.json"
 FORMAT = "mhc-lightning"
 FORMAT_VERSION = 1
+_OF_TRAINING = ("init_std", "bias_update_speed")  # a trained network computes the same with any
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Exported:
         return build_network(self.model, self.connection, str(self.folder / CONFIG_FILE))
 
     def tensors(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors by name, once they are known to be those that are wanted.
+        """The tensors by name, in the order of those wanted, once they are known to be those.
 
         Args:
             wanted: A state dict, on any device.
@@ -66,7 +67,8 @@ class Exported:
             UserError: Names the tensors that are missing, left over or of another shape.
         """
         check_tensors(read_shapes(self.folder), wanted, str(self.folder))
-        return read_tensors(self.folder)
+        tensors = read_tensors(self.folder)
+        return {name: tensors[name] for name in wanted}
 
 
 def is_exported(folder: Path) -> bool:
@@ -127,6 +129,38 @@ def load_exported(folder: str | Path) -> Transformer:
             if buffer.is_meta:  # what no file holds: the experts' loads, which start at zero
                 setattr(module, name, torch.zeros_like(buffer, device="cpu"))
     return model.eval()
+
+
+def section_record(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of a configuration as a class and its plain arguments, without a connection."""
+    own = {k: v for k, v in section.items() if k != "connection" and not k.startswith("_")}
+    return {"class": section["_target_"], **own}
+
+
+def check_settings(exported: Exported, settings: Mapping[str, Any]) -> None:
+    """Compare the settings that an exported model was built with, which its tensors don't tell.
+
+    Args:
+        exported: The exported model.
+        settings: The section ``model`` of a configuration, ``connection`` within it.
+
+    Raises:
+        UserError: Names those that differ.
+    """
+    sections = {
+        "model": (exported.model, section_record(settings)),
+        "connection": (exported.connection, section_record(settings["connection"])),
+    }
+    changes = [
+        f"{section}.{'_target_' if name == 'class' else name}={theirs[name]} (not {ours[name]})"
+        for section, (theirs, ours) in sections.items()
+        for name in theirs
+        if name in ours and name not in _OF_TRAINING and theirs[name] != ours[name]
+    ]
+    if changes:
+        raise UserError(
+            f"{exported.folder} is a model of other settings; give {', '.join(changes)}"
+        )
 
 
 def build_network(

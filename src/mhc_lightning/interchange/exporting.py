@@ -22,6 +22,7 @@ from mhc_lightning.interchange.exported import (
     FORMAT_VERSION,
     build_network,
     is_exported,
+    section_record,
 )
 from mhc_lightning.interchange.safetensors_files import write_tensors
 from mhc_lightning.interchange.tensor_names import check_tensors
@@ -62,8 +63,8 @@ def export_model(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "mhc_lightning_version": mhc_lightning.__version__,
-        "model": _section({k: v for k, v in settings.items() if k != "connection"}),
-        "connection": _section(settings["connection"]),
+        "model": section_record(settings),
+        "connection": section_record(settings["connection"]),
         "tokenizer": tokenizer.record(),
         "step": step,
     }
@@ -86,12 +87,6 @@ def export_model(
             shutil.copyfile(tokenizer.path, aside / TOKENIZER_FILE)
         text = json.dumps(record, indent=2, ensure_ascii=False)
         (aside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _section(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of the configuration as plain arguments and the class that takes them."""
-    arguments = {name: value for name, value in section.items() if not name.startswith("_")}
-    return {"class": section["_target_"], **arguments}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ _SHOWN = 8  # of each kind; the rest is counted
 
 
 def check_tensors(
-    found: Mapping[str, Iterable[int]], wanted: Mapping[str, Tensor], where: str
+    found: Mapping[str, Iterable[int]], wanted: Mapping[str, Tensor], where: str, hint: str = ""
 ) -> None:
     """Compare names and shapes.
 
@@ -18,6 +18,7 @@ def check_tensors(
         found: Shapes by name.
         wanted: A state dict, on any device.
         where: What holds them, for the message.
+        hint: How to mend it, for the message.
 
     Raises:
         UserError: Names the tensors that are missing, left over or of another shape.
@@ -40,6 +41,7 @@ def check_tensors(
         if names
     ]
     if faults:
+        faults += [hint] if hint else []
         raise UserError(f"the tensors of {where} are not those of the model; {'; '.join(faults)}")
 
 

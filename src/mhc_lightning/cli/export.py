@@ -1,0 +1,45 @@
+"""`export`: a checkpoint's weights for other programs."""
+
+import sys
+
+from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.errors import UserError
+
+
+def export(experiment: Experiment, arguments: Arguments) -> None:
+    """Write `ckpt_path` as safetensors into the new folder `output`.
+
+    Raises:
+        UserError: the settings, the checkpoint, the tokenizer or the folder are no good.
+    """
+    values = experiment.values()
+    if "output" not in experiment.literal:
+        raise UserError("export needs output=FOLDER, the new folder to write")
+    if values["ckpt_path"] is None:
+        raise UserError("export needs ckpt_path=last, ckpt_path=best or a checkpoint file")
+
+    import torch
+
+    from mhc_lightning.cli.building import build_model
+    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
+    from mhc_lightning.cli.tokenizer import tokenizer_of
+    from mhc_lightning.cli.value_types import check_arguments
+    from mhc_lightning.interchange import export_model
+
+    check_arguments("export", export_model, values["export"])
+    path = require_checkpoint(experiment)
+    with torch.device("meta"):  # for its shapes
+        module = build_model(experiment)
+    checkpoint = load_fitting(path, module, experiment)
+    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
+    export_model(
+        {name.removeprefix("model."): t for name, t in checkpoint["state_dict"].items()},
+        values["output"],
+        settings=values["model"],
+        tokenizer=tokenizer,
+        step=trained_steps(checkpoint),
+        overwrite=values["overwrite"],
+        **values["export"],
+    )
+    print(f"wrote {values['output']}: the weights of {path}", file=sys.stderr)

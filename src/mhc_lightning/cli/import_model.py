@@ -1,0 +1,48 @@
+"""`import`: an exported model as a checkpoint to start from."""
+
+import sys
+from pathlib import Path
+
+from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.cli.run_folder import CHECKPOINTS, claim, write_records
+from mhc_lightning.errors import UserError
+
+
+def import_model(experiment: Experiment, arguments: Arguments) -> None:
+    """Make `output_dir` a run whose only checkpoint, of step 0, is the exported model `input`.
+
+    Raises:
+        UserError: the settings, the exported model or the folder are no good.
+    """
+    values = experiment.values()
+    source = values["input"]
+    if not source or len(source) != 1:
+        raise UserError("import needs input=FOLDER, one that `export` wrote")
+
+    import torch
+
+    from mhc_lightning.checkpoint_files import checkpoint_name, point_link, write_checkpoint
+    from mhc_lightning.cli.building import build_model
+    from mhc_lightning.cli.checkpoints import load_fitting
+
+    folder = Path(values["output_dir"])
+    with torch.device("meta"):  # for its shapes
+        module = build_model(experiment)
+    checkpoint = load_fitting(_folder(source[0]), module, experiment)
+    claim(folder, resumes=False, overwrite=values["overwrite"])
+    write_records(folder, values)
+    file = folder / CHECKPOINTS / checkpoint_name(0)
+    try:
+        write_checkpoint(checkpoint, file)
+        point_link(file.parent / "last", file.name)
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+    print(f"wrote {file}: the weights of {source[0]}", file=sys.stderr)
+
+
+def _folder(source: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        raise UserError(f"input={source} is no folder; name one that `export` wrote")
+    return path
