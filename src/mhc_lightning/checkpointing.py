@@ -113,7 +113,7 @@ class RunCheckpoint(Checkpoint):
         """Write what became due at the end of the step before, now that its metrics are logged."""
         if self._due:
             self._write(trainer, validation_pending=False)
-        self._stop_if_asked()
+        self._stop_if_asked(trainer)
         self._snapshot = None
         if self._random_state is not None and trainer.global_step == self._seen_step:
             # Iterators made since the training started have drawn from the generators.
@@ -179,7 +179,7 @@ class RunCheckpoint(Checkpoint):
         if self._snapshot is not None and self._saved_step != self._seen_step:
             self._write(trainer, validation_pending=False)
         self._snapshot = None
-        self._stop_if_asked()
+        self._stop_if_asked(trainer)
 
     # ---- what the checkpoint holds
 
@@ -290,10 +290,12 @@ class RunCheckpoint(Checkpoint):
         over = self._seen_step >= trainer.max_steps > 0  # nothing could resume this validation
         if self._stopping and self._snapshot is not None and not over:
             self._write(trainer, validation_pending=True)
-            self._stop_if_asked()
+            self._stop_if_asked(trainer)
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         if self._stopping:
+            # A launcher ends the other processes when one leaves: not before all is written.
+            trainer.strategy.barrier("RunCheckpoint")
             raise SIGTERMException(128 + signal.SIGTERM)
 
 

@@ -161,7 +161,12 @@ def _quiet() -> None:
     import lightning.pytorch  # noqa: F401  (it sets the level that is set here)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in (".*does not have many workers", ".*LeafSpec", "GPU available but not used"):
+    for text in (
+        ".*does not have many workers",
+        ".*LeafSpec",
+        "GPU available but not used",
+        r".*self.log\('step', ..., sync_dist=True",  # it is the same everywhere
+    ):
         warnings.filterwarnings("ignore", message=text)
     warnings.formatwarning = _one_line_warning  # Lightning has set one of its own
 
