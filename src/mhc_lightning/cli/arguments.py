@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from mhc_lightning.errors import UserError
 
-COMMANDS = ("fit", "validate", "generate", "prepare", "export", "import")
+COMMANDS = ("plan", "fit", "validate", "generate", "prepare", "export", "import")
 _FLAGS = {"--print-config": "print_config", "--json": "json", "--help": "help", "-h": "help"}
 
 # Values of these are the characters typed, never Hydra's grammar or an interpolation.
@@ -82,8 +82,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 f"unexpected argument {word!r}: overrides are key=value, and a value with spaces"
                 ' needs quotes around it, as in prompt="Hello, world"'
             )
-    if flags["json"] and command != "validate" and not flags["help"]:
-        raise UserError("--json belongs to `validate`")
+    if flags["json"] and command not in ("plan", "validate") and not flags["help"]:
+        raise UserError("--json belongs to `plan` and `validate`")
     return Arguments(command, config, literal, overrides, **flags)
 
 

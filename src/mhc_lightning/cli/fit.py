@@ -33,6 +33,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         count_optimizer_steps,
     )
     from mhc_lightning.cli.checkpoints import find_checkpoint, holds_weights_alone, load_fitting
+    from mhc_lightning.cli.plan import check_room
 
     checkpoint = find_checkpoint(experiment)
     if checkpoint is None and values["ckpt_path"] is not None:
@@ -45,6 +46,8 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     )
     data = build_data(experiment, trainer.world_size)
     count_optimizer_steps(trainer, experiment, data)
+    if is_first_process():  # the others start later, or end with it
+        check_room(experiment, trainer.world_size, trainer.strategy.root_device)
     module = build_model(experiment)
     data.validate_against(module.model.vocab_size)
     if checkpoint is not None:

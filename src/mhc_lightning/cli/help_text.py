@@ -10,6 +10,7 @@ Train, watch and use language models with Hyper-Connections and mHC.
 usage: {_PROGRAM} COMMAND --config PATH_OR_NAME [key=value ...]
 
 commands:
+  plan        what a run will need, and how long it should take
   prepare     turn text files into token chunks to train on
   fit         train, or go on with a run
   validate    loss and perplexity of a checkpoint on the validation text
@@ -50,6 +51,22 @@ exit codes: 0 done; 2 a mistake in what was asked for (the last line of standard
 3 the loss became NaN or infinite; 143 stopped by SIGTERM, after saving; 1 a bug."""
 
 _COMMANDS = {
+    "plan": f"""\
+Tell what a run will need and how long it should take. Nothing is allocated and no data are read.
+
+usage: {_PROGRAM} plan --config PATH_OR_NAME [machine=8xh200] [key=value ...]
+
+  machine=NxKIND       what to plan for: a number of a100, h100, h200, b200 or cpu; without it, this
+                       machine with trainer.devices
+  --json               print one JSON object and nothing else on standard output
+
+Prints parameters, memory per device by kind, arithmetic and stream traffic per token, and the time
+per step that a roofline predicts. With machine=, a run that does not fit ends with exit code 2, and
+the changes that would make it fit. `fit` checks the same before it allocates anything, against the
+memory that is free, or against that of machine=.
+
+example:
+  {_PROGRAM} plan --config mhc_27b machine=8xh200 strategy=fsdp""",
     "fit": f"""\
 Train a model, or go on with a run.
 

@@ -57,7 +57,9 @@ def _run(arguments: Arguments) -> int:
 
 
 def _command(name: str) -> Callable[..., None]:
-    if name == "fit":
+    if name == "plan":
+        from mhc_lightning.cli.plan import plan as command
+    elif name == "fit":
         from mhc_lightning.cli.fit import fit as command
     elif name == "validate":
         from mhc_lightning.cli.validate import validate as command

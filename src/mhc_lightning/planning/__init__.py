@@ -1,1 +1,26 @@
-"""t"""
+"""What a run will need and how long it should take, from its settings alone.
+
+Knows the modules and the optimizer recipe; neither Lightning nor the command line.
+"""
+
+from mhc_lightning.planning.errors import NotPlannableError
+from mhc_lightning.planning.machine import Machine, machine_of, this_machine
+from mhc_lightning.planning.memory import Layout
+from mhc_lightning.planning.plan import Plan, Run, make_plan
+from mhc_lightning.planning.precision import precision_of
+from mhc_lightning.planning.remedies import remedies
+from mhc_lightning.planning.shapes import ShapesOnly
+
+__all__ = [
+    "Layout",
+    "Machine",
+    "NotPlannableError",
+    "Plan",
+    "Run",
+    "ShapesOnly",
+    "machine_of",
+    "make_plan",
+    "precision_of",
+    "remedies",
+    "this_machine",
+]

@@ -25,6 +25,7 @@ from mhc_lightning.modules import (
     SwiGLU,
     Transformer,
 )
+from mhc_lightning.planning.errors import NotPlannableError
 from mhc_lightning.planning.precision import Precision
 
 KINDS = (
@@ -70,6 +71,9 @@ def saved_for_backward(
 
     Returns:
         Bytes for each of ``KINDS``.
+
+    Raises:
+        NotPlannableError: If a sub-layer is of a kind that this file does not know.
     """
     width = model.embedding.embedding_dim
     saved = Counter(dict.fromkeys(KINDS, 0))
@@ -204,7 +208,7 @@ def _connection_bytes(connection: Connection, batch: MicroBatch, numbers: int) -
 @singledispatch
 def body_bytes(body: nn.Module, batch: MicroBatch) -> dict[str, int]:
     """Bytes by kind that what follows a sub-layer's norm keeps beside its input."""
-    raise TypeError(f"it is not known what {type(body).__name__} keeps for backward")
+    raise NotPlannableError(f"what {type(body).__name__} keeps for backward is not known")
 
 
 @body_bytes.register
@@ -241,4 +245,3 @@ def _(body: MixtureOfExperts, batch: MicroBatch) -> dict[str, int]:
     routed = active * (2 * width + 4 * expert_dim) * value
     saved = {"experts": (router + routed) * batch.tokens + once}
     return saved if body.shared is None else saved | body_bytes(body.shared, batch)
-

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from mhc_lightning.errors import UserError
 
 _GIB = 2**30
@@ -21,7 +23,7 @@ class DeviceKind:
         full_flops: Peak in float32.
         bandwidth: Of its memory, bytes/s.
         link: To the devices of its node, bytes/s in each direction.
-        network: To other nodes, bytes/s in each direction.
+        network: Of its adapter to other nodes, bytes/s in each direction.
         per_node: Devices of a node.
         flops_share: Share of the peak that matrix products of a large model reach.
         bandwidth_share: Share of the bandwidth that a streaming kernel reaches.
@@ -97,22 +99,19 @@ def machine_of(text: str) -> Machine:
     return Machine(kind, devices)
 
 
-def this_machine(devices: int, on_gpu: bool) -> Machine:
+def this_machine(devices: int, device: torch.device) -> Machine:
     """The machine that this process runs on, with the memory that is free now.
 
     Args:
         devices: How many devices a run uses.
-        on_gpu: Whether these are GPUs; a GPU of an unknown kind is taken for the nearest known
-            one in all but its memory.
+        device: One of them; a GPU of an unknown kind is taken for an A100 in all but its memory.
     """
-    if not on_gpu:
+    if device.type != "cuda":
         kind = this_cpu()
         return Machine(replace(kind, memory=kind.memory // devices), devices)
-    import torch
-
-    name = torch.cuda.get_device_name().lower()
+    name = torch.cuda.get_device_name(device).lower()
     kind = next((kind for known, kind in _KINDS.items() if known in name), _KINDS["a100"])
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(device)
     return Machine(replace(kind, memory=free), devices)
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from mhc_lightning.errors import UserError
+from mhc_lightning.planning.errors import NotPlannableError
 
 # Lightning's names, with the aliases it takes: bytes of a parameter, bytes of an activation.
 _SIZES = {
@@ -39,11 +39,11 @@ def precision_of(setting: str | int | None) -> Precision:
     """The sizes that ``trainer.precision`` stands for.
 
     Raises:
-        UserError: If the setting is none of those that can be planned for.
+        NotPlannableError: If the setting is none of those that can be planned for.
     """
     sizes = _SIZES.get(str(setting))
     if sizes is None:
-        raise UserError(
+        raise NotPlannableError(
             f"trainer.precision={setting} cannot be planned for; use one of {', '.join(_SIZES)}"
         )
     return Precision(*sizes)

@@ -88,5 +88,8 @@ def _collective_bytes(
 
 
 def _link(machine: Machine, layout: Layout) -> float:
+    """What a device's share of a ring moves per second: a node's devices use all its adapters."""
     kind = machine.kind
-    return kind.link if layout.devices <= kind.per_node else kind.network
+    if layout.devices <= kind.per_node:
+        return kind.link
+    return min(kind.link, kind.network * kind.per_node)

@@ -1,0 +1,138 @@
+"""How a plan is shown to people."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mhc_lightning.planning import Plan
+
+_ABOUT = {
+    "weights": "parameters and buffers",
+    "gradients": "of the step so far",
+    "optimizer": "its state",
+    "activations": "kept by a forward pass for its backward pass",
+    "logits": "for a moment, a chunk of tokens at a time",
+    "communication": "gathered parameters and buffers of collectives",
+}
+
+
+def in_units(size: int) -> str:
+    """Bytes in binary units, as 12.3 GiB."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.1f} {unit}" if unit != "B" else f"{size} B"
+
+
+def report(name: str, plan: "Plan") -> str:
+    """The whole plan as text.
+
+    Args:
+        name: The experiment's.
+        plan: What is known of it.
+    """
+    return "\n\n".join(
+        (_heading(name, plan), _parameters(plan), _memory(plan), _work(plan), _time(plan))
+    )
+
+
+def _heading(name: str, plan: "Plan") -> str:
+    run = plan.run
+    held = "a share of" if run.layout.sharded else "all of"
+    sharing = f", each with {held} the weights" if run.layout.devices > 1 else ""
+    return (
+        f"{name} on {plan.machine.name}{sharing}\n"
+        f"  {run.batch_size} sequences of {run.sequence_length} tokens per step, as"
+        f" {run.micro_batches} micro-batches of {run.micro_batch_size} per device"
+    )
+
+
+def _parameters(plan: "Plan") -> str:
+    counts = plan.parameters
+    return _table(
+        "parameters",
+        [
+            ("total", _count(counts.total), "both vocabulary matrices included"),
+            ("active", _count(counts.active), "per token: no embedding, chosen experts only"),
+            ("connections", _count(counts.connections), ""),
+            ("vocabulary", _count(counts.vocabulary), "embedding and head"),
+        ],
+    )
+
+
+def _memory(plan: "Plan") -> str:
+    memory, kind = plan.memory, plan.machine.kind
+    rows = [(name, in_units(size), _ABOUT[name]) for name, size in vars(memory).items()]
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    rows.append(("total", in_units(memory.total), f"{verdict} in {in_units(kind.memory)}"))
+    parts = [(name, in_units(size), "") for name, size in plan.activations.items() if size]
+    again = (
+        f"  were stream operations recomputed in blocks of {plan.recompute_block} sub-layers:"
+        f" {in_units(plan.activations_with_recompute)} (a prediction: recompute=off is what runs)"
+    )
+    return "\n".join(
+        (
+            _table("memory per device, at the fullest moment of a step", rows),
+            _table("activations by what keeps them", parts),
+            again,
+        )
+    )
+
+
+def _work(plan: "Plan") -> str:
+    streams = plan.stream_bytes_per_token
+    return _table(
+        "work per token",
+        [
+            ("arithmetic", f"{plan.flops_per_token / 1e9:.3g} GFLOP", "forward and backward"),
+            (
+                "streams",
+                in_units(streams.training_fused),
+                "moved forward and backward, each operation one kernel",
+            ),
+            ("", in_units(streams.forward_fused), "of it forward"),
+            ("", in_units(streams.forward_unfused), "forward, one operation at a time (Table 2)"),
+        ],
+    )
+
+
+def _time(plan: "Plan") -> str:
+    seconds, kind = plan.step_seconds, plan.machine.kind
+    rows = [
+        ("arithmetic", _seconds(seconds.compute), f"at {kind.flops_share:.0%} of the peak"),
+        ("memory", _seconds(seconds.traffic), f"at {kind.bandwidth_share:.0%} of the bandwidth"),
+        ("collectives", _seconds(seconds.communication), "beside both"),
+        ("step", _seconds(seconds.total), ""),
+        ("tokens/s", f"{plan.tokens_per_second:,.0f}", "over all devices"),
+        ("to finish", _duration(plan.days), f"{plan.run.max_steps:,} steps, {_tokens(plan)}"),
+    ]
+    title = "time per step, by a roofline (real steps take longer: launches, waiting, imbalance)"
+    return _table(title, rows)
+
+
+def _tokens(plan: "Plan") -> str:
+    return f"{_count(plan.tokens)} tokens"
+
+
+def _table(title: str, rows: list[tuple[str, str, str]]) -> str:
+    width = max(len(value) for _, value, _ in rows)
+    lines = [f"  {name:<13} {value:>{width}}  {about}".rstrip() for name, value, about in rows]
+    return "\n".join((title, *lines))
+
+
+def _count(number: int) -> str:
+    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.4g}{letter}"
+    return str(number)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def _duration(days: float) -> str:
+    if days >= 1:
+        return f"{days:,.1f} days"
+    return f"{days * 24:.1f} hours" if days >= 1 / 24 else f"{days * 1440:.1f} minutes"

@@ -1,0 +1,94 @@
+"""Settings that would make a run fit."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from mhc_lightning.modules import Transformer
+from mhc_lightning.planning.machine import Machine
+from mhc_lightning.planning.memory import Layout, device_memory
+from mhc_lightning.planning.plan import Run
+from mhc_lightning.planning.precision import precision_of
+
+_MOST_DEVICES = 1024
+_SHORTEST_SEQUENCE = 128
+
+
+def remedies(model: Transformer, run: Run, machine: Machine) -> list[str]:
+    """Changes that each make ``run`` fit on devices such as ``machine`` has, as overrides.
+
+    Of each kind there is the smallest change that suffices. Where a change of one kind does not
+    suffice, sharding and the smallest micro-batch are tried together.
+
+    Args:
+        model: The model; it may be on the meta device.
+        run: A run that does not fit.
+        machine: Where it does not fit.
+    """
+
+    def fits(changed: Run) -> bool:
+        memory = device_memory(
+            model, changed.micro_batch(machine), changed.layout, changed.state_per_value
+        )
+        return memory.total <= machine.kind.memory
+
+    smaller = ((f"data.micro_batch_size={r.micro_batch_size}", r) for r in _smaller(run))
+    shorter = ((f"data.sequence_length={r.sequence_length}", r) for r in _shorter(run))
+    lower = ((f"trainer.precision={name}", r) for name, r in _lower(run))
+    sharded = ((_sharding(r, machine), r) for r in _sharded(run, machine))
+    found = [
+        next((text for text, changed in candidates if fits(changed)), None)
+        for candidates in (smaller, shorter, lower, sharded)
+    ]
+    if not any(found):
+        least = replace(run, micro_batch_size=1)
+        found = [
+            next(
+                (
+                    f"{_sharding(changed, machine)} data.micro_batch_size=1"
+                    for changed in _sharded(least, machine)
+                    if fits(changed)
+                ),
+                None,
+            )
+        ]
+    return [text for text in found if text is not None]
+
+
+def _smaller(run: Run) -> Iterator[Run]:
+    share = run.batch_size // run.layout.devices
+    for size in range(run.micro_batch_size - 1, 0, -1):
+        if share % size == 0:
+            yield replace(run, micro_batch_size=size)
+
+
+def _shorter(run: Run) -> Iterator[Run]:
+    length = run.sequence_length // 2
+    while length >= _SHORTEST_SEQUENCE:
+        yield replace(run, sequence_length=length)
+        length //= 2
+
+
+def _lower(run: Run) -> Iterator[tuple[str, Run]]:
+    for name in ("bf16-mixed", "bf16-true"):
+        precision = precision_of(name)
+        if precision != run.precision and precision <= run.precision:
+            yield name, replace(run, precision=precision)
+
+
+def _sharded(run: Run, machine: Machine) -> Iterator[Run]:
+    """Twice as many devices each time, and as many as there are if they only need sharding."""
+    devices = max(run.layout.devices, 1 if run.layout.sharded else machine.devices)
+    while devices <= _MOST_DEVICES:
+        layout = Layout(devices, sharded=True)
+        divides = run.batch_size % (run.micro_batch_size * devices) == 0
+        if devices > 1 and divides and layout != run.layout:
+            yield replace(run, layout=layout)
+        devices *= 2
+
+
+def _sharding(run: Run, machine: Machine) -> str:
+    """``strategy=fsdp`` with the devices that it needs."""
+    devices, per_node = run.layout.devices, machine.kind.per_node
+    if devices <= per_node or not machine.kind.is_gpu:
+        return f"strategy=fsdp trainer.devices={devices}"
+    return f"strategy=fsdp trainer.devices={per_node} trainer.num_nodes={-(-devices // per_node)}"
