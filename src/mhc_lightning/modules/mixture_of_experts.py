@@ -101,7 +101,11 @@ class MixtureOfExperts(nn.Module):
         """Weights (float32) and indices [tokens, num_active_experts] of the chosen experts."""
         with torch.autocast(tokens.device.type, enabled=False):
             scores = F.linear(tokens.float(), self.router.weight.float()).sigmoid()
-        experts = (scores.detach() + self.balance.bias).topk(self.num_active_experts).indices
+        experts = (
+            (scores.detach() + self.balance.bias)
+            .topk(self.num_active_experts, sorted=False)
+            .indices
+        )
         if self.training:
             self.balance.load += _count(experts, self.num_experts)
         gates = scores.gather(1, experts)
