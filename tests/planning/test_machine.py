@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.planning import machine_of, this_machine
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "devices"),
+    [("8xh200", "h200", 8), ("h100", "h100", 1), ("64xH100", "h100", 64), ("cpu", "cpu", 1)],
+)
+def test_a_machine_is_a_number_of_a_kind(text, name, devices):
+    machine = machine_of(text)
+    assert (machine.kind.name, machine.devices) == (name, devices)
+    assert machine.name == f"{devices}x{name}"
+    assert machine.kind.is_gpu == (name != "cpu")
+
+
+@pytest.mark.parametrize("text", ["8xh201", "0xh100", "x", "", "8 h100", "-1xh100"])
+def test_what_is_no_machine_is_refused_with_the_kinds_there_are(text):
+    with pytest.raises(UserError, match="kinds: cpu, a100, h100, h200"):
+        machine_of(text)
+
+
+def test_this_machine_shares_its_free_memory_between_processes():
+    alone = this_machine(1, torch.device("cpu")).kind.memory
+    shared = this_machine(2, torch.device("cpu")).kind.memory
+    assert alone > 2**20
+    assert shared == pytest.approx(alone / 2, rel=0.5)

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.memory import Layout, device_memory
+from mhc_lightning.planning.precision import precision_of
+
+MOE = {"num_experts": 8, "num_active_experts": 2, "num_shared_experts": 1}
+SIZES = {
+    "dim": 128,
+    "num_layers": 3,
+    "num_heads": 4,
+    "head_dim": 32,
+    "rope_dim": 16,
+    "kv_rank": 64,
+    "ffn_dim": 64,
+    "vocab_size": 257,
+}
+
+
+def adam(parameter):
+    return 2
+
+
+def peak(work):
+    """Bytes allocated at the fullest moment of `work`, above those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted(
+        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"),
+        key=lambda change: change[0],
+    )
+    held = most = 0
+    for _, size in changes:
+        held += size
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("connection", "precision", "sequences", "micro_batches", "sizes"),
+    [
+        ("residual", "32-true", 2, 2, MOE),
+        ("residual", "bf16-mixed", 4, 1, {}),
+        ("hc", "32-true", 2, 1, {"ffn_dim": 352}),
+        ("hc", "bf16-mixed", 2, 2, MOE),
+        ("mhc", "32-true", 4, 2, {"num_streams": 2}),
+        ("mhc", "bf16-mixed", 1, 2, {**MOE, "vocab_size": 20000}),
+        ("mhc", "bf16-true", 2, 1, MOE),
+    ],
+)
+def test_the_fullest_moment_of_training_is_predicted(
+    connection, precision, sequences, micro_batches, sizes, build, loss
+):
+    model = build(connection, precision, **{**SIZES, **sizes})
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def two_steps():  # the first makes the optimizer's state, and gradients for the second to find
+        for _ in range(2):
+            for number in range(micro_batches):
+                value = loss(model, sequences, 256, precision)
+                if number == 0:
+                    optimizer.zero_grad()
+                value.backward()
+                del value
+            optimizer.step()
+
+    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    batch = MicroBatch(sequences, 256, precision_of(precision), fused_norm=False)
+    memory = device_memory(model, batch, Layout(), adam)
+    assert memory.weights == weights
+    assert memory.total == pytest.approx(weights + peak(two_steps), rel=0.1)
+
+
+def test_sharding_divides_what_training_keeps_and_adds_what_is_gathered(build):
+    model = build("mhc", **MOE)
+    batch = MicroBatch(1, 64, precision_of("bf16-mixed"), fused_norm=True)
+    alone = device_memory(model, batch, Layout(), adam)
+    shared = device_memory(model, batch, Layout(4, sharded=True), adam)
+    assert shared.optimizer == pytest.approx(alone.optimizer / 4, rel=1e-3)
+    assert shared.gradients == pytest.approx(alone.gradients / 4, rel=1e-3)
+    assert shared.weights == pytest.approx(alone.weights / 4, rel=1e-2)
+    # Gathered in bfloat16: autocast has nothing to copy.
+    copies = saved_for_backward(model, batch, copies_weights=True)["weight_copies"]
+    assert shared.activations == alone.activations - copies
+    assert alone.communication == 0
+    vocabulary = 2 * model.output.weight.numel()
+    assert shared.communication > 2 * vocabulary
+    assert sum(vars(shared).values()) == shared.total
+
+
+def test_replicas_need_as_much_as_one_device_and_perhaps_buckets(build):
+    model = build("hc")
+    batch = MicroBatch(1, 64, precision_of("32-true"), fused_norm=True)
+    alone = device_memory(model, batch, Layout(), adam)
+    replica = device_memory(model, batch, Layout(2), adam)
+    with_buckets = device_memory(model, batch, Layout(2, copies_gradients=True), adam)
+    assert replica == alone
+    assert with_buckets.total == alone.total + alone.gradients
+
+
+def test_low_precision_leaves_connections_in_float32(build):
+    model = build("mhc")
+    connections = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.split(".")[2:3] and name.split(".")[2].endswith("_connection")
+    )
+    others = sum(p.numel() for p in model.parameters()) - connections
+    batch = MicroBatch(1, 8, precision_of("bf16-true"), fused_norm=True)
+    memory = device_memory(model, batch, Layout(), adam)
+    assert connections > 0
+    assert memory.gradients == 4 * connections + 2 * others
+    assert memory.optimizer == 2 * memory.gradients
