@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from mhc_lightning.errors import UserError
 
-COMMANDS = ("plan", "fit", "validate", "generate", "prepare", "export", "import")
+COMMANDS = ("plan", "fit", "validate", "generate", "prepare", "export", "import", "evaluate")
+_WITH_JSON = ("plan", "validate", "evaluate")
 _FLAGS = {"--print-config": "print_config", "--json": "json", "--help": "help", "-h": "help"}
 
 # Values of these are the characters typed, never Hydra's grammar or an interpolation.
@@ -13,6 +14,7 @@ LITERAL_KEYS = frozenset(
     {
         *("prompt", "input", "output", "output_dir", "ckpt_path"),
         *("data.path", "data.tokenizer", "data.cache_dir", "prepare.tokenizer"),
+        *("tasks", "include_path", "evaluate.tasks", "evaluate.include_path"),
     }
 )
 
@@ -82,8 +84,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 f"unexpected argument {word!r}: overrides are key=value, and a value with spaces"
                 ' needs quotes around it, as in prompt="Hello, world"'
             )
-    if flags["json"] and command not in ("plan", "validate") and not flags["help"]:
-        raise UserError("--json belongs to `plan` and `validate`")
+    if flags["json"] and command not in _WITH_JSON and not flags["help"]:
+        raise UserError(f"--json belongs to {', '.join(_WITH_JSON)}")
     return Arguments(command, config, literal, overrides, **flags)
 
 

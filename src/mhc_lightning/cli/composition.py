@@ -24,7 +24,7 @@ from mhc_lightning.cli.value_types import check_overridden_values
 from mhc_lightning.errors import UserError
 
 # Sections whose settings a command takes without the section's name, too.
-_SECTIONS = {name: name for name in ("generate", "prepare", "export")}
+_SECTIONS = {name: name for name in ("generate", "prepare", "export", "evaluate")}
 _NONE = ("", "null", "None")  # of ckpt_path
 _MISSING = "???"  # what OmegaConf takes for a value still to be given
 _RUN_KEYS = ("seed", "output_dir", "overwrite", "ckpt_path", "compile", "recompute")

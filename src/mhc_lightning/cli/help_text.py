@@ -15,6 +15,7 @@ commands:
   fit         train, or go on with a run
   validate    loss and perplexity of a checkpoint on the validation text
   generate    continue a prompt with a checkpoint
+  evaluate    run benchmarks on a checkpoint
   export      a checkpoint as safetensors, for other programs
   import      an exported model as a checkpoint to start from
 
@@ -128,6 +129,32 @@ These are the settings of the section `generate` (temperature is short for gener
 example:
   {_PROGRAM} generate --config mhc_quickstart output_dir=runs/mine ckpt_path=last \\
       prompt="def f(x):" temperature=0.7 top_k=50 max_new_tokens=200""",
+    "evaluate": f"""\
+Run benchmarks of EleutherAI's lm-evaluation-harness on a checkpoint.
+
+usage: {_PROGRAM} evaluate --config PATH_OR_NAME ckpt_path=last|best|FILE
+       tasks=NAME[,NAME...] [key=value ...]
+
+  tasks=NAME,NAME      tasks, groups or tags; `paper` is the paper's eight with its numbers of
+                       examples: BBH 3, DROP 3, GSM8K 8, HellaSwag 10, MATH 4, MMLU 5, PIQA 0,
+                       TriviaQA 5
+  include_path=DIR     folder with tasks of your own (the harness's YAML files)
+  num_fewshot=N        examples before each question, for tasks that have any
+  limit=N              documents per task, for a first look
+  batch_size=N         sequences per forward pass
+  max_length=N         tokens that the model sees at once (data.sequence_length); the beginning of
+                       what is longer is left out, with a warning
+  --json               print one JSON object and nothing else on standard output
+
+Needs the extra `evaluate` (pip install 'mhc-lightning[evaluate]'), and for the harness's own tasks
+the hub or a local cache of it. Runs on one device, with trainer.precision. The results are also
+written to output_dir/evaluation/. The tokenizer must be the one of the checkpoint: it comes from
+data.path, from data.tokenizer (then no data are needed), or from an exported folder given as
+ckpt_path.
+
+example:
+  {_PROGRAM} evaluate --config mhc_quickstart output_dir=runs/mine ckpt_path=last \\
+      tasks=hellaswag,piqa limit=100""",
     "export": f"""\
 Write a checkpoint's weights as safetensors, with what is needed to use them.
 
@@ -155,7 +182,7 @@ usage: {_PROGRAM} import --config PATH_OR_NAME input=DIR output_dir=DIR [key=val
   overwrite=true       delete the run that output_dir holds
 
 It holds weights alone: `fit` with it starts at step 0, with a new optimizer and at the beginning
-of the data. `fit`, `validate` and `generate` also take the exported folder itself as ckpt_path.
+of the data. The other commands also take the exported folder itself as ckpt_path.
 
 example:
   {_PROGRAM} import --config mhc_quickstart input=my_model output_dir=runs/more

@@ -65,6 +65,8 @@ def _command(name: str) -> Callable[..., None]:
         from mhc_lightning.cli.validate import validate as command
     elif name == "generate":
         from mhc_lightning.cli.generate import generate as command
+    elif name == "evaluate":
+        from mhc_lightning.cli.evaluate import evaluate as command
     elif name == "export":
         from mhc_lightning.cli.export import export as command
     elif name == "import":

@@ -1,0 +1,157 @@
+"""A network as the harness's language model: it scores and continues texts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from mhc_lightning.data.tokenizers import Tokenizer
+from mhc_lightning.errors import UserError
+from mhc_lightning.evaluation.scoring import score_continuations
+from mhc_lightning.generation import generate
+from mhc_lightning.modules import Transformer
+
+_DEFAULT_NEW_TOKENS = 256  # for tasks that don't say, as in the harness
+
+
+class HarnessModel(TemplateLM):
+    """Answers the harness's requests with a ``Transformer`` and its tokenizer.
+
+    Texts without a context are read after an end-of-document token, as documents are in training.
+
+    Args:
+        model: The network, in evaluation mode, where it is to run.
+        tokenizer: The tokenizer that it was trained with.
+        batch_size: Sequences per forward pass when scoring.
+        max_length: Tokens that the network sees at once.
+        seed: Of what is sampled, where a task does not take the likeliest tokens.
+
+    Attributes:
+        shortened: Requests so far that lost the beginning of their context to ``max_length``.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        max_length: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value < 1:
+                raise UserError(f"evaluate.{name} must be at least 1, not {value}")
+        self.model = model
+        self.text = tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.seed = seed
+        self.shortened = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-document token."""
+        return self.text.end_of_document
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Tokens of a text; none are added."""
+        return [int(token) for token in self.text.encode(string)]
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        pairs = [
+            (context or [self.eot_token_id], continuation) for _, context, continuation in requests
+        ]
+        self.shortened += sum(len(a) + len(b) > self.max_length + 1 for a, b in pairs)
+        with tqdm(total=len(pairs), desc="scoring", disable=disable_tqdm) as bar:
+            scores = score_continuations(
+                self.model,
+                pairs,
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                on_batch=bar.update,
+            )
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihoods of whole texts, in nats.
+
+        A text longer than ``max_length`` is cut into windows; each token is predicted once, from
+        as much as fits before it in its window.
+        """
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            rolling = get_rolling_token_windows(tokens, self.eot_token_id, self.max_length, 1)
+            for window in rolling:
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for owner, (log_likelihood, _) in zip(owners, scores, strict=True):
+            totals[owner] += log_likelihood
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop text, the end of the document, or the task's limit.
+
+        Each prompt is read once; a new token then costs one token's work (see
+        ``Transformer.forward_cached``).
+
+        Raises:
+            UserError: A task asks for more new tokens than ``max_length`` leaves room for.
+        """
+        texts = []
+        for number, request in enumerate(tqdm(requests, desc="generating", disable=disable_tqdm)):
+            context, settings = request.args
+            texts.append(self._continue(context, settings, self.seed + number))
+        return texts
+
+    def _continue(self, context: str, settings: dict[str, Any], seed: int) -> str:
+        wanted = dict(normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS))
+        new_tokens = wanted["max_gen_toks"]
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise UserError(
+                f"a task asks for up to {new_tokens} new tokens, and the model is to see"
+                f" {self.max_length} at once; give evaluate.max_length={2 * new_tokens} or more"
+            )
+        tokens = self.tok_encode(context) or [self.eot_token_id]
+        self.shortened += len(tokens) > room
+        drawn = generate(
+            self.model,
+            tokens[-room:],
+            max_new_tokens=new_tokens,
+            temperature=wanted.get("temperature", 1.0) if wanted["do_sample"] else 0.0,
+            top_k=wanted.get("top_k") or None,  # 0 stands for all
+            top_p=wanted.get("top_p"),
+            seed=seed,
+            end_token=self.eot_token_id,
+        )
+        stops = [stop for stop in wanted["until"] if stop]
+        stream, text = self.text.stream(), ""
+        for token in drawn:
+            text += stream.push(token)
+            if any(stop in text for stop in stops):
+                return _before_first(text, stops)
+        return _before_first(text + stream.flush(), stops)
+
+
+def _before_first(text: str, stops: list[str]) -> str:
+    places = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(places)] if places else text

@@ -1,0 +1,123 @@
+import importlib.util
+import json
+
+import pytest
+import torch
+import yaml
+
+from mhc_lightning.data.tokenizers import ByteTokenizer
+
+LAST = ("output_dir=run", "ckpt_path=last")
+CHOICES = [["the gain", "layer"], ["stream", "of the"], ["x", "y z"]]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with one task that chooses, on local data."""
+    folder = tmp_path_factory.mktemp("tasks, = {1}")
+    docs = [{"context": f"token {k}", "choices": c, "answer": k % 2} for k, c in enumerate(CHOICES)]
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    task = {
+        "task": "local_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "test.jsonl")},
+            "cache_dir": str(folder / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "local_choice.yaml").write_text(yaml.safe_dump(task))
+    return folder, docs
+
+
+@pytest.fixture
+def words(tasks):
+    return (*LAST, "tasks=local_choice", f"include_path={tasks[0]}")
+
+
+@torch.no_grad()
+def direct_accuracy(model, docs):
+    def score(context, continuation):
+        tokens = torch.tensor(ByteTokenizer().encode(context + continuation).astype("int64"))
+        logits = model(tokens[None, :-1])[0].double().log_softmax(-1)
+        return logits.gather(1, tokens[1:, None])[-len(continuation.encode()) :].sum()
+
+    right = 0
+    for doc in docs:
+        scores = [score(doc["context"], f" {choice}") for choice in doc["choices"]]
+        right += int(torch.stack(scores).argmax()) == doc["answer"]
+    return right / len(docs)
+
+
+def test_a_local_task_on_a_checkpoint_and_on_its_export(trained, words, tasks, capfd, tmp_path):
+    from mhc_lightning.interchange import load_exported
+
+    output, errors = trained("evaluate", *words, "batch_size=2", "--json")
+    report = json.loads(output)
+    assert "Traceback" not in errors
+    assert trained.inside("export", *LAST, f"output={tmp_path / 'out'}") == 0
+    expected = direct_accuracy(load_exported(tmp_path / "out"), tasks[1])
+    assert report["results"]["local_choice"]["acc,none"] == expected
+    assert report["step"] == 6 and report["tokenizer"] == "bytes-257"
+    assert report["settings"]["max_length"] == 32 and report["settings"]["batch_size"] == 2
+    file = trained.folder / "run/evaluation/step_00000006_local_choice.json"
+    assert json.loads(file.read_text()) == report
+
+    capfd.readouterr()
+    exported = (f"ckpt_path={tmp_path / 'out'}", "data.path=nowhere", "limit=2")
+    assert trained.inside("evaluate", *words, *exported, f"output_dir={tmp_path / 'new'}") == 0
+    table, _ = capfd.readouterr()
+    assert "local_choice" in table and "|acc" in table
+    (written,) = (tmp_path / "new/evaluation").iterdir()
+    assert json.loads(written.read_text())["n-samples"]["local_choice"]["effective"] == 2
+
+
+def last_error(code, capfd):
+    _, errors = capfd.readouterr()
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_without_the_harness_it_says_what_to_install(trained, words, capfd, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name == "lm_eval" else find(name)
+    )
+    error = last_error(trained.inside("evaluate", *words), capfd)
+    assert "the extra `evaluate`" in error and "pip install 'mhc-lightning[evaluate]'" in error
+
+
+def test_a_tokenizer_mismatch_is_refused(trained, words, capfd, tmp_path):
+    import tokenizers
+
+    vocabulary = {chr(97 + k): k for k in range(26)} | {"[UNK]": 26, "<eos>": 27}
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
+    other.save(str(tmp_path / "tokenizer.json"))
+    told = f"data.tokenizer={tmp_path / 'tokenizer.json'}"
+    error = last_error(trained.inside("evaluate", *words, told), capfd)
+    assert "tokenizer mismatch" in error and "bytes-257" in error
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["tasks="], "evaluate needs tasks="),
+        (["ckpt_path=null"], "evaluate needs ckpt_path="),
+        (["tasks=local_choise"], "did you mean 'local_choice'?"),
+        (["include_path=no such, folder"], "no such, folder is no folder"),
+        (["batch_size=0"], "evaluate.batch_size must be at least 1"),
+        (["limit=0"], "evaluate.limit must be at least 1"),
+        (["max_length=2"], "evaluate.max_length=9 or more"),
+        (["model.vocab_size=300"], "model.embedding.weight is [257, 16], not [300, 16]"),
+    ],
+)
+def test_mistakes_are_one_line(trained, words, capfd, more, expected):
+    assert expected in last_error(trained.inside("evaluate", *words, *more), capfd)
