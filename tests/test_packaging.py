@@ -99,7 +99,6 @@ def test_wheel_installs_elsewhere_and_trains(
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
-        "VENV": ".venv",  # of the copy, whatever make runs these tests with
     }
 
     def run(*command: str, cwd: Path = elsewhere) -> str:

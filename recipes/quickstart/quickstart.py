@@ -11,7 +11,6 @@ text if it is still the same, and the run, which it goes on with (`overwrite=tru
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -59,10 +58,8 @@ def run(*words: str, capture: bool = False) -> str:
         SystemExit: It failed; with its exit code.
     """
     print(f"\n$ python -m mhc_lightning {shlex.join(words)}", flush=True)
-    # Threads that spin while they wait for each other stall when something else wants their core.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     stdout = subprocess.PIPE if capture else None
-    done = subprocess.run(command(*words), stdout=stdout, env=environment, text=True, check=False)
+    done = subprocess.run(command(*words), stdout=stdout, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
     return done.stdout or ""
