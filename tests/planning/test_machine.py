@@ -27,3 +27,20 @@ def test_this_machine_shares_its_free_memory_between_processes():
     shared = this_machine(2, torch.device("cpu")).kind.memory
     assert alone > 2**20
     assert shared == pytest.approx(alone / 2, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"max": "5000\n", "current": "3000\n", "stat": "anon 1\ninactive_file 400\n"}, 2400),
+        ({"max": "5000\n", "current": "5600\n", "stat": "anon 1\n"}, 0),
+        ({"max": "max\n", "current": "3000\n", "stat": "inactive_file 400\n"}, None),
+    ],
+)
+def test_a_containers_limit_counts(files, left, tmp_path, monkeypatch):
+    free = machine_of("cpu").kind.memory
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr("mhc_lightning.planning.machine._CGROUP_ROOT", tmp_path)
+    found = machine_of("cpu").kind.memory
+    assert found == left if left is not None else found >= free * 0.5

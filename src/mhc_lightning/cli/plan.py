@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from mhc_lightning.modules import Transformer
     from mhc_lightning.planning import Layout, Machine, Plan
 
-_OTHERWISE = "a smaller model, or a larger machine (`plan` with machine=8xh200, say, tells its needs)"
+_OTHERWISE = (
+    "a smaller model, or a larger machine (`plan` with machine=8xh200, say, tells its needs)"
+)
 
 
 def plan(experiment: Experiment, arguments: Arguments) -> None:

@@ -67,15 +67,18 @@ def _memory(plan: "Plan") -> str:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     rows.append(("total", in_units(memory.total), f"{verdict} in {in_units(kind.memory)}"))
     parts = [(name, in_units(size), "") for name, size in plan.activations.items() if size]
-    again = (
-        f"  were stream operations recomputed in blocks of {plan.recompute_block} sub-layers:"
-        f" {in_units(plan.activations_with_recompute)} (a prediction: recompute=off is what runs)"
-    )
+    parts += [
+        ("together", in_units(memory.activations), "recompute=off, which is what runs"),
+        (
+            "recomputed",
+            in_units(plan.activations_with_recompute),
+            f"predicted: stream operations redone in blocks of {plan.recompute_block} sub-layers",
+        ),
+    ]
     return "\n".join(
         (
             _table("memory per device, at the fullest moment of a step", rows),
             _table("activations by what keeps them", parts),
-            again,
         )
     )
 

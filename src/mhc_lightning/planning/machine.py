@@ -1,5 +1,6 @@
 """Machines to plan for: how many devices of which kind, and what a kind can do."""
 
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -10,6 +11,17 @@ import torch
 from mhc_lightning.errors import UserError
 
 _GIB = 2**30
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Version 2 and version 1: limit, use, statistics, and what in them can be reclaimed.
+_CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -119,17 +131,26 @@ def this_cpu() -> DeviceKind:
     """This machine's processor: cores of 64 GFLOP/s (two 8-wide fused units at 2 GHz)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flops = 64e9 * (cores or 1)
-    return DeviceKind("cpu", _available_memory(), flops, flops, 20e9, 5e9, 1e9, per_node=1)
+    return DeviceKind("cpu", int(_available_memory()), flops, flops, 20e9, 5e9, 1e9, per_node=1)
 
 
-def _available_memory() -> int:
+def _available_memory() -> float:
     """Bytes that a process can still get, without swapping, in this container."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
         available = int(match.group(1)) * 1024 if match else available
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
-        available = min(available, int(most) - int(used.read_text()))
-    return max(0, available)
+    return max(0, min(available, *(_left_in(*names) for names in _CGROUPS)))
+
+
+def _left_in(limit: str, used: str, statistics: str, reclaimable: str) -> float:
+    """Bytes that a control group still allows; file pages that can be dropped are not in use."""
+    try:
+        texts = [(_CGROUP_ROOT / name).read_text() for name in (limit, used, statistics)]
+    except OSError:
+        return math.inf
+    if not texts[0].strip().isdigit():
+        return math.inf
+    match = re.search(rf"^{reclaimable} (\d+)$", texts[2], re.MULTILINE)
+    return int(texts[0]) - int(texts[1]) + (int(match.group(1)) if match else 0)

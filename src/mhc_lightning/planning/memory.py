@@ -120,10 +120,8 @@ def _loss_bytes(model: Transformer, batch: MicroBatch, layout: Layout) -> int:
 def _communication_bytes(
     model: Transformer, batch: MicroBatch, layout: Layout, weights: int
 ) -> int:
-    if layout.devices == 1:
-        return 0
     if not layout.sharded:
-        return weights if layout.copies_gradients else 0
+        return weights if layout.copies_gradients and layout.devices > 1 else 0
     value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     outside = sum(p.numel() for p in model.parameters()) - sum(blocks)

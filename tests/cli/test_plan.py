@@ -1,0 +1,201 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mhc_lightning.cli.arguments import parse_arguments
+from mhc_lightning.cli.composition import compose_experiment
+from mhc_lightning.cli.experiments import shipped_experiments
+from mhc_lightning.cli.main import main
+from mhc_lightning.cli.plan import check_room, plan
+from mhc_lightning.errors import UserError
+
+PAPER = [f"{c}_{size}" for c in ("baseline", "hc", "mhc") for size in ("3b", "9b", "27b", "3b_1t")]
+# Total and active parameters of the models with mHC.
+COUNTS = {
+    "3b": (2_972_931_976, 612_325_256),
+    "9b": (9_178_455_372, 1_660_656_972),
+    "27b": (27_048_293_460, 4_138_873_940),
+    "3b_1t": (2_972_931_976, 612_325_256),
+}
+BLOCKS = {"3b": 4, "9b": 4, "27b": 6, "3b_1t": 4}
+TOKENS = {"3b": 39.3e9, "9b": 104.9e9, "27b": 262.1e9, "3b_1t": 1.049e12}
+
+
+def arguments_of(name, *words, command="plan"):
+    return parse_arguments([command, "--config", name, *words])
+
+
+def planned(capsys, name, *words):
+    arguments = arguments_of(name, "--json", *words)
+    plan(compose_experiment(arguments), arguments)
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_model_of_the_paper_is_planned_in_seconds(name, capsys):
+    start = time.perf_counter()
+    record = planned(capsys, name, "machine=8xh200")
+    assert time.perf_counter() - start < 10
+    connection, _, size = name.partition("_")
+    total, active = record["parameters"]["total"], record["parameters"]["active"]
+    assert record["tokens"] == pytest.approx(TOKENS[size], rel=1e-3)
+    if connection == "mhc":
+        assert (total, active) == COUNTS[size]
+    elif connection == "baseline":
+        assert record["parameters"]["connections"] == 0
+        assert total < COUNTS[size][0]
+    if connection != "baseline":
+        assert record["recompute_block"] == BLOCKS[size]
+    memory = dict(record["memory_bytes_per_device"])
+    assert memory.pop("total") == sum(memory.values())
+    assert {"weights", "gradients", "optimizer", "activations", "logits", "communication"} == set(
+        memory
+    )
+    assert record["fits"] and record["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped_experiments()) - set(PAPER)))
+def test_every_other_experiment_is_planned_too(name, capsys):
+    record = planned(capsys, name, "trainer.accelerator=cpu")
+    assert record["machine"] == "1xcpu"
+    assert record["parameters"]["total"] > record["parameters"]["active"] > 0
+    assert record["memory_bytes_available_per_device"] > 0
+
+
+def test_the_command_answers_within_seconds_with_nothing_but_json(tmp_path):
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "mhc_lightning", "plan", "--config", "mhc_27b", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.perf_counter() - start < 10
+    assert json.loads(done.stdout)["parameters"]["total"] == COUNTS["27b"][0]
+    assert done.stderr == ""
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_report_tells_people_the_same(capsys):
+    assert main(["plan", "--config", "mhc_27b", "machine=8xh200"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("27.05B", "4.139B", "fits in 139.0 GiB", "blocks of 6", "262.1B tokens"):
+        assert expected in text
+    assert "each with a share of the weights" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_settings_change_the_plan(capsys):
+    words = ["machine=4xh100"]
+    before = planned(capsys, "mhc_3b", *words)
+    longer = planned(capsys, "mhc_3b", *words, "data.sequence_length=8192")
+    assert longer["memory_bytes_per_device"]["activations"] > (
+        1.5 * before["memory_bytes_per_device"]["activations"]
+        - before["activation_bytes_per_device"]["weight_copies"]
+    )
+    sharded = planned(capsys, "mhc_3b", *words, "strategy=fsdp")
+    replicas = planned(capsys, "mhc_3b", *words, "strategy=ddp")
+    ratio = (
+        replicas["memory_bytes_per_device"]["optimizer"]
+        / sharded["memory_bytes_per_device"]["optimizer"]
+    )
+    assert ratio == pytest.approx(4, rel=1e-6)
+    assert replicas["memory_bytes_per_device"]["communication"] == 0
+    # What Lightning picks by itself keeps buckets beside the gradients.
+    assert (
+        before["memory_bytes_per_device"]["communication"]
+        == before["memory_bytes_per_device"]["gradients"]
+    )
+
+
+def test_devices_come_from_the_trainer_without_a_machine(capsys):
+    words = ["trainer.accelerator=cpu", "strategy=ddp"]
+    assert planned(capsys, "mhc_quickstart", *words)["devices"] == 1
+    words += ["trainer.devices=2", "trainer.num_nodes=2"]
+    record = planned(capsys, "mhc_quickstart", *words)
+    assert record["devices"] == 4 and record["machine"] == "4xcpu"
+    assert planned(capsys, "mhc_quickstart", "trainer.devices=auto", words[0])["devices"] == 1
+    assert planned(capsys, "mhc_quickstart", "trainer.devices=[0,1]", words[0])["devices"] == 2
+
+
+def refused(capsys, *words):
+    assert main(list(words)) == 2
+    output = capsys.readouterr()
+    (line,) = output.err.splitlines()
+    assert line.startswith("error: ")
+    return output.out, line
+
+
+def test_a_machine_that_is_too_small_is_refused_after_the_numbers(capsys):
+    output, line = refused(
+        capsys, "plan", "--config", "mhc_9b", "machine=8xh100", "strategy=ddp", "--json"
+    )
+    record = json.loads(output)
+    assert not record["fits"]
+    assert "GiB" in line and "(8xh100)" in line and "optimizer" in line
+    assert "strategy=fsdp trainer.devices=8" in line
+    # What it says helps.
+    changed = planned(capsys, "mhc_9b", "machine=8xh100", "strategy=fsdp", "trainer.devices=8")
+    assert changed["fits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["machine=9xg5"], "machine=9xg5 is not known"),
+        (["machine=3xh200"], "data.batch_size=8 cannot be shared evenly by 3 devices"),
+        (
+            ["machine=2xh200", "data.micro_batch_size=3"],
+            "data.batch_size=8 is not a multiple of data.micro_batch_size=3",
+        ),
+        (["data.micro_batch_size=0"], "data.micro_batch_size is 0; it must be at least 1"),
+        (["trainer.precision=8-true"], "trainer.precision=8-true cannot be planned for"),
+        (["optimizer._target_=torch.optim.SGD"], "optimizer"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, expected, capsys):
+    output, line = refused(capsys, "plan", "--config", "mhc_quickstart", *words)
+    assert expected in line
+    assert output == ""
+
+
+def test_top_k_above_the_number_of_experts_is_refused(capsys):
+    _, line = refused(capsys, "plan", "--config", "mhc_3b", "model.num_active_experts=65")
+    assert "model.num_active_experts must be between 1 and model.num_experts (64)" in line
+
+
+def test_fit_refuses_what_cannot_fit_and_allocates_nothing(command):
+    _, errors = command(
+        "fit", "output_dir=run", "machine=h100", "model.dim=200000", "model.num_layers=50", code=2
+    )
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: a device needs ") and "has 79.0 GiB (1xh100)" in last
+    assert "what would make it fit: " in last
+    assert os.listdir(command.folder / "run") == []
+
+
+def test_fit_looks_at_the_memory_that_is_free(monkeypatch):
+    import torch
+
+    experiment = compose_experiment(arguments_of("mhc_quickstart", command="fit"))
+    cpu = torch.device("cpu")
+    check_room(experiment, 1, cpu)
+    monkeypatch.setattr("mhc_lightning.planning.machine._available_memory", lambda: 100 * 2**20)
+    with pytest.raises(UserError, match=r"has 100.0 MiB \(1xcpu\).*data.micro_batch_size=4"):
+        check_room(experiment, 1, cpu)
+
+
+def test_fit_lets_through_what_cannot_be_planned(monkeypatch):
+    import torch
+
+    experiment = compose_experiment(
+        arguments_of("mhc_quickstart", "trainer.precision=transformer-engine", command="fit")
+    )
+    monkeypatch.setattr("mhc_lightning.planning.machine._available_memory", lambda: 1)
+    check_room(experiment, 1, torch.device("cpu"))
