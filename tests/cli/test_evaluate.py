@@ -13,7 +13,7 @@ CHOICES = [["the gain", "layer"], ["stream", "of the"], ["x", "y z"]]
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder with one task that chooses, on local data."""
+    """A folder with two tasks on local data, one that chooses and one that reads."""
     folder = tmp_path_factory.mktemp("tasks, = {1}")
     docs = [{"context": f"token {k}", "choices": c, "answer": k % 2} for k, c in enumerate(CHOICES)]
     (folder / "test.jsonl").write_text("\n".join(map(json.dumps, docs)))
@@ -32,6 +32,10 @@ def tasks(tmp_path_factory):
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (folder / "local_choice.yaml").write_text(yaml.safe_dump(task))
+    reads = {"task": "local_text", "output_type": "loglikelihood_rolling", "doc_to_text": ""}
+    reads |= {"doc_to_target": "{{context}}", "metric_list": [{"metric": "bits_per_byte"}]}
+    del task["doc_to_choice"]
+    (folder / "local_text.yaml").write_text(yaml.safe_dump({**task, **reads}))
     return folder, docs
 
 
@@ -70,11 +74,15 @@ def test_a_local_task_on_a_checkpoint_and_on_its_export(trained, words, tasks, c
 
     capfd.readouterr()
     exported = (f"ckpt_path={tmp_path / 'out'}", "data.path=nowhere", "limit=2")
+    words = (*words, "tasks=[local_choice, local_text]", "trainer.precision=bf16-mixed")
     assert trained.inside("evaluate", *words, *exported, f"output_dir={tmp_path / 'new'}") == 0
     table, _ = capfd.readouterr()
     assert "local_choice" in table and "|acc" in table
+    assert "bits_per_byte" in table and "N/A" in table
     (written,) = (tmp_path / "new/evaluation").iterdir()
-    assert json.loads(written.read_text())["n-samples"]["local_choice"]["effective"] == 2
+    report = json.loads(written.read_text())
+    assert report["n-samples"]["local_choice"]["effective"] == 2
+    assert report["results"]["local_text"]["bits_per_byte_stderr,none"] is None
 
 
 def last_error(code, capfd):
@@ -115,6 +123,8 @@ def test_a_tokenizer_mismatch_is_refused(trained, words, capfd, tmp_path):
         (["include_path=no such, folder"], "no such, folder is no folder"),
         (["batch_size=0"], "evaluate.batch_size must be at least 1"),
         (["limit=0"], "evaluate.limit must be at least 1"),
+        (["limit=few"], "evaluate.limit must be a whole number or null, not 'few'"),
+        (["max_length=0"], "evaluate.max_length must be at least 1"),
         (["max_length=2"], "evaluate.max_length=9 or more"),
         (["model.vocab_size=300"], "model.embedding.weight is [257, 16], not [300, 16]"),
     ],

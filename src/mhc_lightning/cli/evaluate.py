@@ -45,11 +45,18 @@ def measure(experiment: Experiment, tasks: list[str]) -> dict[str, Any]:
     from mhc_lightning.cli.building import build_model, build_trainer
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.tokenizer import tokenizer_of
+    from mhc_lightning.cli.value_types import check_arguments
     from mhc_lightning.evaluation.harness_model import HarnessModel
     from mhc_lightning.evaluation.running import load_tasks, run_tasks, task_manager
 
     values = experiment.values()
     settings = values["evaluate"]
+    if settings["max_length"] is None:
+        settings["max_length"] = values["data"]["sequence_length"]
+    sizes = {name: settings[name] for name in ("batch_size", "max_length")}
+    amounts = {name: settings[name] for name in ("num_fewshot", "limit")}
+    check_arguments("evaluate", HarnessModel, sizes)
+    check_arguments("evaluate", run_tasks, amounts)
     path = require_checkpoint(experiment)
     trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
     module = build_model(experiment)
@@ -58,18 +65,10 @@ def measure(experiment: Experiment, tasks: list[str]) -> dict[str, Any]:
     module.load_state_dict(checkpoint["state_dict"])
     precision = trainer.precision_plugin
     precision.convert_module(module.to(trainer.strategy.root_device)).eval()
-    model = HarnessModel(
-        module.model,
-        tokenizer,
-        batch_size=settings["batch_size"],
-        max_length=settings["max_length"] or values["data"]["sequence_length"],
-        seed=values["seed"],
-    )
-    loaded = load_tasks(task_manager(settings["include_path"]), tasks)
+    model = HarnessModel(module.model, tokenizer, seed=values["seed"], **sizes)
+    loaded = load_tasks(task_manager(settings["include_path"] or None), tasks)
     with precision.forward_context():
-        results = run_tasks(
-            model, loaded, num_fewshot=settings["num_fewshot"], limit=settings["limit"]
-        )
+        results = run_tasks(model, loaded, **amounts)
     if results["shortened"]:
         print(
             f"warning: {results['shortened']} requests lost the beginning of their context, longer"
@@ -80,7 +79,7 @@ def measure(experiment: Experiment, tasks: list[str]) -> dict[str, Any]:
         "checkpoint": str(path),
         "step": trained_steps(checkpoint),
         "tokenizer": tokenizer.fingerprint,
-        "settings": {**settings, "tasks": tasks, "max_length": model.max_length},
+        "settings": {**settings, "tasks": tasks},
         **results,
     }
 
@@ -96,7 +95,15 @@ def _table(report: dict[str, Any]) -> str:
     from lm_eval.utils import make_table
 
     columns = [column for column in ("results", "groups") if report.get(column)]
-    return "\n".join(make_table(report, column) for column in columns).rstrip()
+    missing = "N/A"  # in place of null, which the harness cannot format
+    shown = {
+        column: {
+            task: {key: missing if value is None else value for key, value in metrics.items()}
+            for task, metrics in report[column].items()
+        }
+        for column in columns
+    }
+    return "\n".join(make_table({**report, **shown}, column) for column in columns).rstrip()
 
 
 def _write(report: dict[str, Any], output_dir: Path, tasks: list[str]) -> None:
