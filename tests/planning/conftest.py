@@ -49,8 +49,9 @@ def loss() -> Callable[..., torch.Tensor]:
     """Returns a function: the loss of random tokens, computed as a trainer would."""
 
     def loss(model: Transformer, sequences: int, length: int, precision: str) -> torch.Tensor:
-        tokens = torch.randint(0, model.vocab_size, (sequences, length + 1))
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        device = model.output.weight.device
+        tokens = torch.randint(0, model.vocab_size, (sequences, length + 1), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             return model.loss(tokens[:, :-1], tokens[:, 1:])
 
     return loss
