@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from mhc_lightning.modules import (
     HyperConnection,
@@ -12,6 +13,7 @@ from mhc_lightning.modules import (
     ResidualConnection,
     Transformer,
 )
+from mhc_lightning.planning.activations import MicroBatch
 
 CONNECTIONS: dict[str, Callable] = {
     "residual": ResidualConnection,
@@ -55,3 +57,58 @@ def loss() -> Callable[..., torch.Tensor]:
             return model.loss(tokens[:, :-1], tokens[:, 1:])
 
     return loss
+
+
+@pytest.fixture
+def training(loss: Callable[..., torch.Tensor]) -> Callable[..., Callable[[], None]]:
+    """Returns a function that returns one: two optimizer steps, in the order of a trainer.
+
+    The first makes the optimizer's state, and gradients for the second to find.
+    """
+
+    def training(
+        model: Transformer, batch: MicroBatch, precision: str, micro_batches: int
+    ) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def two_steps() -> None:
+            for _ in range(2):
+                for number in range(micro_batches):
+                    value = loss(model, batch.sequences, batch.length, precision)
+                    if number == 0:
+                        optimizer.zero_grad()
+                    value.backward()
+                    del value
+                optimizer.step()
+
+        return two_steps
+
+    return training
+
+
+@pytest.fixture
+def peak() -> Callable[[str, Callable[[], None]], int]:
+    """Returns a function: the bytes allocated at the fullest moment of some work."""
+    return _peak
+
+
+def _peak(device: str, work: Callable[[], None]) -> int:
+    """Bytes allocated at the fullest moment of `work`, above those before it."""
+    if device == "cuda":
+        torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # loads the library
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted(
+        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"),
+        key=lambda change: change[0],
+    )
+    held = most = 0
+    for _, size in changes:
+        held += size
+        most = max(most, held)
+    return most

@@ -1,10 +1,12 @@
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.memory import Layout, device_memory
 from mhc_lightning.planning.precision import precision_of
+from mhc_lightning.strategies import shard
 
 MOE = {"num_experts": 8, "num_active_experts": 2, "num_shared_experts": 1}
 SIZES = {
@@ -40,52 +42,47 @@ if torch.cuda.is_available():
     DEVICES["cuda"] = (LARGE, 4096)
 
 
-def peak(device, work):
-    """Bytes allocated at the fullest moment of `work`, above those before it."""
-    if device == "cuda":
-        torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # loads the library
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted(
-        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"),
-        key=lambda change: change[0],
-    )
-    held = most = 0
-    for _, size in changes:
-        held += size
-        most = max(most, held)
-    return most
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("connection", "precision", "sequences", "micro_batches", "sizes"), CASES)
 def test_the_fullest_moment_of_training_is_predicted(
-    device, connection, precision, sequences, micro_batches, sizes, build, loss
+    device, connection, precision, sequences, micro_batches, sizes, build, training, peak
 ):
     base, length = DEVICES[device]
     model = build(connection, precision, **{**base, **sizes}).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def two_steps():  # the first makes the optimizer's state, and gradients for the second to find
-        for _ in range(2):
-            for number in range(micro_batches):
-                value = loss(model, sequences, length, precision)
-                if number == 0:
-                    optimizer.zero_grad()
-                value.backward()
-                del value
-            optimizer.step()
-
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     batch = MicroBatch(sequences, length, precision_of(precision), device == "cuda")
     memory = device_memory(model, batch, Layout(), adam)
     assert memory.weights == weights
+    two_steps = training(model, batch, precision, micro_batches)
     assert memory.total == pytest.approx(weights + peak(device, two_steps), rel=0.1)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """One process on its own: sharding moves everything as it does with many."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("connection", "precision", "sequences", "micro_batches", "sizes"),
+    [
+        ("residual", "bf16-mixed", 4, 1, {}),
+        ("hc", "bf16-mixed", 2, 2, MOE),
+        ("mhc", "32-true", 4, 2, {"num_streams": 2}),
+    ],
+)
+def test_the_fullest_moment_of_sharded_training_is_predicted(
+    connection, precision, sequences, micro_batches, sizes, build, training, peak, mesh
+):
+    model = build(connection, precision, **{**SIZES, "num_layers": 6, **sizes})
+    batch = MicroBatch(sequences, 256, precision_of(precision), fused_norm=False)
+    memory = device_memory(model, batch, Layout(1, sharded=True), adam)
+    shard(model, mesh, torch.bfloat16 if precision == "bf16-mixed" else None)
+    two_steps = training(model, batch, precision, micro_batches)
+    assert memory.total == pytest.approx(memory.weights + peak("cpu", two_steps), rel=0.1)
 
 
 def test_sharding_divides_what_training_keeps_and_adds_what_is_gathered(build):
