@@ -116,3 +116,14 @@ def test_it_learns() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.8 * first
+
+
+def test_state_is_as_large_as_the_recipe_says() -> None:
+    model, recipe = tiny(), Muon(lr=1e-3)
+    optimizer = recipe.build_optimizer(model)
+    loss_of(model).backward()
+    optimizer.step()
+    for parameter in model.parameters():
+        kept = [t for t in optimizer.state[parameter].values() if t.numel() == parameter.numel()]
+        # AdamW's step counter has one value, as alpha of one entry would.
+        assert len(kept) == recipe.state_per_value(model, parameter)

@@ -76,8 +76,8 @@ class AdamW:
             {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
         ]
 
-    def state_per_value(self, parameter: nn.Parameter) -> int:
-        """Numbers of a parameter's dtype that are kept for each of its values: two moments."""
+    def state_per_value(self, module: nn.Module, parameter: nn.Parameter) -> int:
+        """Numbers kept for each value of one of ``module``'s parameters: two moments."""
         return 2
 
     def factor(self, step: int, total_steps: int) -> float:
@@ -114,11 +114,9 @@ class Muon(AdamW):
 
     def build_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer over the parameters of ``module`` that are trained."""
-        # The output projection has the embedding's shape, vocabulary by width.
-        tables_of = {m.weight.shape for m in module.modules() if isinstance(m, nn.Embedding)}
         trained = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.dim() > 1 and p.shape not in tables_of]
-        tables = [p for p in trained if p.shape in tables_of]
+        matrices = [p for p in trained if self._is_for_muon(module, p)]
+        tables = [p for p in trained if p.dim() > 1 and not self._is_for_muon(module, p)]
         vectors = [p for p in trained if p.dim() <= 1]
         return MuonAdamW(
             [
@@ -132,3 +130,13 @@ class Muon(AdamW):
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
         )
+
+    def state_per_value(self, module: nn.Module, parameter: nn.Parameter) -> int:
+        """Numbers kept for each value of one of ``module``'s parameters: a momentum, or AdamW's."""
+        return 1 if self._is_for_muon(module, parameter) else 2
+
+    @staticmethod
+    def _is_for_muon(module: nn.Module, parameter: nn.Parameter) -> bool:
+        # The output projection has the embedding's shape, vocabulary by width.
+        tables = {m.weight.shape for m in module.modules() if isinstance(m, nn.Embedding)}
+        return parameter.dim() > 1 and parameter.shape not in tables

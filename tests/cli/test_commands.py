@@ -75,6 +75,16 @@ def test_prepare_then_fit_on_its_output(command, capfd):
     assert list(command.metrics()) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "mistake", ["data.path=nowhere", "model.rope_dim=3", "data.batch_size=5", "data.num_workers=-1"]
+)
+def test_a_run_to_be_overwritten_survives_a_mistake(trained, capfd, mistake):
+    before = sorted(trained.folder.glob("run/**/*"))
+    assert trained.inside("fit", "output_dir=run", "overwrite=true", mistake) == 2
+    assert "error: " in capfd.readouterr()[1]
+    assert sorted(trained.folder.glob("run/**/*")) == before
+
+
 def test_any_lightning_logger_and_a_mixture_in_the_config(command, prepared):
     config = command.folder / "mine.yaml"
     config.write_text(

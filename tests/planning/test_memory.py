@@ -21,7 +21,7 @@ SIZES = {
 }
 
 
-def adam(parameter):
+def adam(model, parameter):
     return 2
 
 

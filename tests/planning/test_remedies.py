@@ -14,7 +14,7 @@ def run():
         max_steps=10,
         precision=precision_of("32-true"),
         layout=Layout(),
-        state_per_value=lambda parameter: 2,
+        state_per_value=lambda model, parameter: 2,
     )
 
 

@@ -13,7 +13,7 @@ def planned(model, machine="h200", **changes):
         "max_steps": 1000,
         "precision": precision_of("bf16-mixed"),
         "layout": Layout(),
-        "state_per_value": lambda parameter: 2,
+        "state_per_value": lambda model, parameter: 2,
     }
     return make_plan(model, Run(**{**settings, **changes}), machine_of(machine))
 

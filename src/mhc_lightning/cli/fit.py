@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.run_folder import CHECKPOINTS, claim, is_first_process, write_records
+from mhc_lightning.cli.run_folder import (
+    CHECKPOINTS,
+    claim,
+    delete_run,
+    is_first_process,
+    write_records,
+)
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -38,7 +44,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     checkpoint = find_checkpoint(experiment)
     if checkpoint is None and values["ckpt_path"] is not None:
         print(f"warning: the run in {folder} had not saved yet; starting over", file=sys.stderr)
-        claim(folder, resumes=False, overwrite=True)
+    starts_over = checkpoint is None
     trainer = build_trainer(
         experiment,
         logger=build_members(experiment, "logger"),
@@ -63,6 +69,8 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
                 print(
                     f"the run is complete: trainer.max_steps={trainer.max_steps}", file=sys.stderr
                 )
+    if starts_over:
+        delete_run(folder)  # only now: whatever was wrong would have been found by here
     write_records(folder, values)
     try:
         # It has been looked at above; what other callbacks keep in it may be any Python object.
@@ -89,5 +97,6 @@ def _begin_anew(experiment: Experiment, weights: Path, trainer: "pl.Trainer") ->
             point_link(weights.parent / "last", weights.name)
     else:
         claim(folder, resumes=False, overwrite=values["overwrite"])
+        delete_run(folder)
     if is_first_process():
         print(f"starting at step 0 with the weights of {weights}", file=sys.stderr)

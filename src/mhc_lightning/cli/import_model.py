@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.run_folder import CHECKPOINTS, claim, write_records
+from mhc_lightning.cli.run_folder import CHECKPOINTS, claim, delete_run, write_records
 from mhc_lightning.errors import UserError
 
 
@@ -31,6 +31,7 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
         module = build_model(experiment)
     checkpoint = load_fitting(_folder(source[0]), module, experiment)
     claim(folder, resumes=False, overwrite=values["overwrite"])
+    delete_run(folder)
     write_records(folder, values)
     file = folder / CHECKPOINTS / checkpoint_name(0)
     try:

@@ -47,20 +47,19 @@ def claim(folder: Path, *, resumes: bool, overwrite: bool) -> None:
     Args:
         folder: `output_dir`; made if missing.
         resumes: Whether the run continues from a checkpoint.
-        overwrite: Whether to delete the run that is there.
+        overwrite: Whether the run that is there may be deleted; `delete_run` does it, once nothing
+            can be wrong with the new one any more.
 
     Raises:
         UserError: it holds a run that is neither resumed nor given up, or cannot be written to.
     """
     if not is_first_process():
         return
-    if not resumes and holds_run(folder):
-        if not overwrite:
-            raise UserError(
-                f"{folder} already holds a run; go on with it (ckpt_path=last), choose another"
-                " output_dir, or delete it (overwrite=true)"
-            )
-        _delete_run(folder)
+    if not resumes and not overwrite and holds_run(folder):
+        raise UserError(
+            f"{folder} already holds a run; go on with it (ckpt_path=last), choose another"
+            " output_dir, or delete it (overwrite=true)"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".aside-probe-{os.getpid()}"
@@ -133,8 +132,14 @@ def _run_files(folder: Path) -> Any:
             yield from (folder / CHECKPOINTS).glob(pattern)
 
 
-def _delete_run(folder: Path) -> None:
-    """Delete what a run writes, and nothing else that may be in the folder."""
+def delete_run(folder: Path) -> None:
+    """Delete what a run writes, if there is any, and nothing else that may be in the folder.
+
+    Raises:
+        UserError: it cannot be deleted.
+    """
+    if not is_first_process():
+        return
     try:
         for file in list(_run_files(folder)):
             file.unlink(missing_ok=True)

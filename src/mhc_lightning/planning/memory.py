@@ -62,7 +62,7 @@ def device_memory(
     model: Transformer,
     batch: MicroBatch,
     layout: Layout,
-    state_per_value: Callable[[nn.Parameter], int],
+    state_per_value: Callable[[nn.Module, nn.Parameter], int],
 ) -> DeviceMemory:
     """Predict the bytes per device.
 
@@ -70,11 +70,11 @@ def device_memory(
         model: The model; it may be on the meta device.
         batch: What one device takes at a time.
         layout: Where everything is.
-        state_per_value: Numbers that the optimizer keeps for each value of a parameter.
+        state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
     """
     sizes = _parameter_bytes(model, batch)
     weights = sum(sizes.values())
-    optimizer = sum(size * state_per_value(p) for p, size in sizes.items())
+    optimizer = sum(size * state_per_value(model, p) for p, size in sizes.items())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     share = layout.devices if layout.sharded else 1
     saved = saved_for_backward(model, batch, copies_weights(batch, layout))

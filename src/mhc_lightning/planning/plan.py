@@ -28,7 +28,7 @@ class Run:
         max_steps: Optimizer steps.
         precision: Sizes of weights and activations.
         layout: Devices, and what each holds.
-        state_per_value: Numbers that the optimizer keeps for each value of a parameter.
+        state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
     """
 
     batch_size: int
@@ -37,7 +37,7 @@ class Run:
     max_steps: int
     precision: Precision
     layout: Layout
-    state_per_value: Callable[[nn.Parameter], int]
+    state_per_value: Callable[[nn.Module, nn.Parameter], int]
 
     @property
     def micro_batches(self) -> int:
