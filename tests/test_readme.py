@@ -64,6 +64,16 @@ def test_commands_on_ones_own_text(workplace, commands_in):
         assert last.startswith(f"step_{steps:08}")
 
 
+def test_commands_on_the_papers_models(tmp_path, commands_in):
+    lines = commands_in("README.md", "The paper's models")
+    assert lines
+    for line in lines:
+        program, *words = shlex.split(line)
+        assert [program, *words[:3]] == ["python", "-m", "mhc_lightning", "plan"], line
+        printed = run([sys.executable, *words], tmp_path)
+        assert "tokens/s" in printed or json.loads(printed)["parameters"]["total"] == 2972931976
+
+
 def test_python_examples(repository):
     text = (repository / "README.md").read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
@@ -87,7 +97,8 @@ def test_every_command_is_of_a_kind_that_is_tested(document, commands_in):
         program = line.split()[0]
         assert program in ("make", "python", "tensorboard", ".ci/run"), line
         if program == "python" and "mhc_lightning " in line.replace("dist/", ""):
-            assert line in commands_in("README.md", "Use it on your text"), line
+            tested = ("Use it on your text", "The paper's models")
+            assert any(line in commands_in("README.md", section) for section in tested), line
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
