@@ -104,7 +104,8 @@ def test_a_resumed_run_keeps_the_rhythm(
     second.fit(
         foreign.Module(), second.train_dataloader, ckpt_path=tmp_path / "a.ckpt", weights_only=False
     )
-    assert sampled_steps(events) == [3, 6, 9]
+    # Two event files of one second and process are read in the order of their names.
+    assert sorted(sampled_steps(events)) == [3, 6, 9]
 
 
 def test_being_observed_changes_no_number(foreign: Any, fit: Any) -> None:
