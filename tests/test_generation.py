@@ -66,6 +66,7 @@ def test_greedy_reads_what_it_wrote() -> None:
     assert tokens == [4, 5, 6, 7, 8, 9, 0, 1, 2]
     tokens = list(generate(Counter(), [3], max_new_tokens=9, temperature=0, end_token=7))
     assert tokens == [4, 5, 6]
+    assert list(generate(Counter(), [3], max_new_tokens=3, temperature=1e-40, seed=0)) == [4, 5, 6]
 
 
 def test_the_cache_changes_nothing() -> None:

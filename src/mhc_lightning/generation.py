@@ -72,7 +72,9 @@ def _sample(
 ) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, tokens = (logits / temperature).softmax(-1).sort(descending=True)
+    # The largest becomes zero first: no temperature, however low, makes them overflow.
+    scaled = (logits - logits.max()) / temperature
+    probabilities, tokens = scaled.softmax(-1).sort(descending=True)
     if top_k is not None:
         probabilities[top_k:] = 0
     if top_p is not None:

@@ -45,8 +45,8 @@ class LanguageModel(pl.LightningModule):
         self.optimizer = optimizer
         self.compile_sublayers = compile
         self._configured = False
-        self.validation_loss = MeanMetric()
-        self.validation_perplexity = TokenPerplexity()
+        self.validation_loss = MeanMetric(nan_strategy="disable")
+        self.validation_perplexity = TokenPerplexity(nan_strategy="disable")
         self._step_losses: list[Tensor] = []
         self._step_of_losses = -1
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.modules import Transformer
 from mhc_lightning.muon import MuonAdamW
 
 
@@ -41,6 +42,13 @@ class AdamW:
         """Raise UserError for values that cannot be meant."""
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UserError(f"optimizer.lr must be a positive number, not {self.lr}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(
+                f"optimizer.betas must be two numbers from 0 to below 1, not {list(self.betas)}"
+            )
+        for name, value in (("weight_decay", self.weight_decay), ("eps", self.eps)):
+            if not value >= 0:
+                raise UserError(f"optimizer.{name} must be at least 0, not {value}")
         if self.warmup_steps < 0:
             raise UserError(f"optimizer.warmup_steps must be at least 0, not {self.warmup_steps}")
         if self.schedule not in ("step", "cosine", "constant"):
@@ -137,6 +145,10 @@ class Muon(AdamW):
 
     @staticmethod
     def _is_for_muon(module: nn.Module, parameter: nn.Parameter) -> bool:
-        # The output projection has the embedding's shape, vocabulary by width.
-        tables = {m.weight.shape for m in module.modules() if isinstance(m, nn.Embedding)}
-        return parameter.dim() > 1 and parameter.shape not in tables
+        tables = {
+            id(table)
+            for network in module.modules()
+            if isinstance(network, Transformer)
+            for table in (network.embedding.weight, network.output.weight)
+        }
+        return parameter.dim() > 1 and id(parameter) not in tables

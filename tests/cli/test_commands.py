@@ -85,6 +85,31 @@ def test_a_run_to_be_overwritten_survives_a_mistake(trained, capfd, mistake):
     assert sorted(trained.folder.glob("run/**/*")) == before
 
 
+def test_another_runs_checkpoint_does_not_take_over_a_folder(trained, capfd):
+    """Only the run in the folder may go on there; another one's state needs overwrite=true."""
+    assert (
+        trained.inside("fit", "output_dir=other", "callbacks=minimal", "trainer.max_steps=2") == 0
+    )
+    theirs = next((trained.folder / "other/checkpoints").glob("step_*.ckpt"))
+    before = (trained.folder / "run/metrics.csv").read_text()
+    words = ("output_dir=run", f"ckpt_path={theirs}", "callbacks=minimal")
+    assert trained.inside("fit", *words) == 2
+    assert "already holds a run" in capfd.readouterr()[1]
+    assert (trained.folder / "run/metrics.csv").read_text() == before
+    words = ("output_dir=third", f"ckpt_path={theirs}", "callbacks=minimal", "trainer.max_steps=3")
+    assert trained.inside("fit", *words) == 0
+    assert (trained.folder / "third/checkpoints/step_00000003.ckpt").exists()
+
+
+def test_a_run_shorter_than_its_intervals_is_logged_and_validated(command):
+    words = ("output_dir=run", "callbacks=minimal", "trainer.max_steps=2")
+    assert command.inside("fit", *words, "trainer.log_every_n_steps=50",
+                          "trainer.val_check_interval=100") == 0  # fmt: skip
+    rows = command.metrics()
+    assert list(rows) == [2]
+    assert rows[2]["train/loss"] and rows[2]["val/loss"]
+
+
 def test_any_lightning_logger_and_a_mixture_in_the_config(command, prepared):
     config = command.folder / "mine.yaml"
     config.write_text(
@@ -133,6 +158,20 @@ BAD = {
     "bad precision": (["trainer.precision=bf17"], "trainer.precision"),
     "no such device": (["trainer.accelerator=quantum"], "quantum"),
     "bad interval": (["trainer.val_check_interval=0"], "trainer.val_check_interval"),
+    "no such device here": (["trainer.accelerator=gpu"], "gpu"),
+    "no devices": (["trainer.devices=0"], "devices"),
+    "devices in words": (["trainer.devices=abc"], "devices"),
+    "ascent by clipping": (["trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val"),
+    "scaled gradients": (["trainer.precision=16-mixed"], "bf16-mixed"),
+    "micro-batch in words": (["data.micro_batch_size=abc"], "data.micro_batch_size"),
+    "half a micro-batch": (["data.micro_batch_size=2.0"], "data.micro_batch_size"),
+    "bad seed": (["seed=-1"], "seed"),
+    "one beta": (["optimizer.betas=[0.9]"], "optimizer.betas"),
+    "beta above one": (["optimizer.betas=[0.9,1.5]"], "optimizer.betas"),
+    "growth instead of decay": (["optimizer.weight_decay=-1"], "optimizer.weight_decay"),
+    "no validation": (["data.validation_sequences=-5"], "data.validation_sequences"),
+    "bad initialisation": (["model.init_std=-1"], "model.init_std"),
+    "bad recomputation": (["recompute=banana"], "recompute"),
     "bad schedule": (["optimizer.schedule=often"], "optimizer.schedule"),
     "added key nobody takes": (["+model.depth=3"], "model.depth"),
     "bad checkpoint interval": (["checkpoint.every_n_steps=0"], "checkpoint.every_n_steps"),
@@ -162,6 +201,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(command, capfd, case):
         ("generate", ["prompt=a", "ckpt_path=last", "temperature=-1"], "temperature"),
         ("generate", ["prompt=a", "ckpt_path=last", "top_k=1.5"], "generate.top_k"),
         ("validate", [], "ckpt_path"),
+        ("plan", ["recompute=banana"], "recompute"),
         ("prepare", [], "input"),
         ("prepare", ["input=nowhere", "output=x"], "nowhere"),
         ("prepare", ["input=.", "output=x", "tokenizer=none, (1).json"], "none, (1).json"),

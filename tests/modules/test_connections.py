@@ -204,6 +204,8 @@ def test_residual_connection_always_has_one_stream() -> None:
         assert mapping.shape == shape
         assert mapping.dtype == torch.float32
         assert (mapping == 1).all()
+    with pytest.raises(ValueError, match=r"takes streams \[\.\.\., 1, C\], not \[2, 4, 8\]"):
+        connection(torch.randn(2, 4, 8), torch.tanh)
 
 
 @pytest.mark.parametrize("build", [HyperConnection, ManifoldHyperConnection])

@@ -1,5 +1,6 @@
 """Shows how training goes: a bar on a terminal, plain lines anywhere else."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -179,8 +180,9 @@ class ProgressBar(LightningProgressBar):
 
 
 def worst_composite_gain(last: dict[str, float]) -> float:
-    """The larger of the composite gains forward and backward in `AmaxGain.last`."""
-    return max(last["amax_gain/composite/forward"], last["amax_gain/composite/backward"])
+    """The larger of the composite gains in `AmaxGain.last`; NaN if one of them is."""
+    gains = last["amax_gain/composite/forward"], last["amax_gain/composite/backward"]
+    return math.nan if any(map(math.isnan, gains)) else max(gains)
 
 
 def total_steps(trainer: pl.Trainer) -> int | None:

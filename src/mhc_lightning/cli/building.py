@@ -74,7 +74,18 @@ def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
             f"trainer.val_check_interval must be a whole number of optimizer steps, at least 1,"
             f" not {interval!r}; for no validation: trainer.limit_val_batches=0"
         )
+    clip = config.trainer.gradient_clip_val
+    if clip is not None and not clip >= 0:
+        raise UserError(f"trainer.gradient_clip_val must be at least 0, or null, not {clip}")
+    if str(config.trainer.precision) in ("16-mixed", "16"):
+        raise UserError(
+            f"trainer.precision={config.trainer.precision} is not supported (gradients would be"
+            " clipped at their scaled size); use bf16-mixed"
+        )
+    steps = config.trainer.max_steps
     settings = {
+        # A run shorter than an interval is still logged and validated, at its end.
+        "log_every_n_steps": min(config.trainer.log_every_n_steps, max(1, steps)),
         "strategy": strategy,
         "default_root_dir": experiment.values()["output_dir"],
         "check_val_every_n_epoch": None,
@@ -86,7 +97,7 @@ def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
     _quiet()
     try:
         return build(experiment, "trainer", **settings)
-    except (ValueError, RuntimeError) as error:  # what Lightning raises for settings it refuses
+    except _refusals() as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
@@ -98,6 +109,8 @@ def build_data(experiment: Experiment, world_size: int) -> "TextDataModule":
     """
     data = experiment.config.data
     size, micro = data.batch_size, data.micro_batch_size
+    if micro is not None and (not isinstance(micro, int) or isinstance(micro, bool)):
+        raise UserError(f"data.micro_batch_size must be a whole number or null, not {micro!r}")
     if micro is None and isinstance(size, int):
         micro, rest = divmod(size, world_size)
         if rest or not micro:
@@ -115,8 +128,8 @@ def build_model(experiment: Experiment) -> "LanguageModel":
     from mhc_lightning import LanguageModel
 
     values = experiment.values()
-    if values["recompute"] not in (False, "off"):
-        raise UserError(f"recompute={values['recompute']}: only `off` is available")
+    if not 0 <= values["seed"] < 2**32:
+        raise UserError(f"seed must be at least 0 and below 2**32, not {values['seed']}")
     pl.seed_everything(values["seed"], workers=True, verbose=False)
     return LanguageModel(
         build(experiment, "model"), build(experiment, "optimizer"), compile=values["compile"]
@@ -128,7 +141,7 @@ def count_optimizer_steps(
 ) -> None:
     """Make the trainer accumulate gradients over a batch, and validate by optimizer steps."""
     trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
-    interval = experiment.config.trainer.val_check_interval
+    interval = min(experiment.config.trainer.val_check_interval, max(1, trainer.max_steps))
     trainer.val_check_interval = interval * trainer.accumulate_grad_batches
 
 
@@ -153,6 +166,13 @@ def _cause(error: BaseException) -> BaseException:
     return seen
 
 
+def _refusals() -> tuple[type[Exception], ...]:
+    """What Lightning's Trainer raises for settings that it refuses."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return MisconfigurationException, ValueError, TypeError, RuntimeError
+
+
 def _quiet() -> None:
     """Hide what Lightning tells everybody; show warnings as one line."""
     import logging
@@ -165,6 +185,7 @@ def _quiet() -> None:
         ".*does not have many workers",
         ".*LeafSpec",
         "GPU available but not used",
+        ".*returned a view tensor",  # nothing here writes to streams in place
         r".*self.log\('step', ..., sync_dist=True",  # it is the same everywhere
     ):
         warnings.filterwarnings("ignore", message=text)

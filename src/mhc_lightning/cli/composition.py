@@ -106,7 +106,9 @@ def compose_experiment(arguments: Arguments) -> Experiment:
             )
             _place_literals(experiment)
             _require(_RUN_KEYS, experiment)
-            experiment.values()
+            recompute = experiment.values()["recompute"]
+            if recompute not in (False, "off"):
+                raise UserError(f"recompute={recompute}: only `off` is available")
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, file)) from error
     except YAMLError as error:

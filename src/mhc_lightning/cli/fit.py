@@ -45,6 +45,10 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     if checkpoint is None and values["ckpt_path"] is not None:
         print(f"warning: the run in {folder} had not saved yet; starting over", file=sys.stderr)
     starts_over = checkpoint is None
+    if checkpoint is not None and checkpoint.parent.resolve() != (folder / CHECKPOINTS).resolve():
+        # Another run's state: this folder's own run, if it holds one, would be lost.
+        claim(folder, resumes=False, overwrite=values["overwrite"])
+        starts_over = True
     trainer = build_trainer(
         experiment,
         logger=build_members(experiment, "logger"),
@@ -80,11 +84,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
 
 
 def _begin_anew(experiment: Experiment, weights: Path, trainer: "pl.Trainer") -> None:
-    """Make the run folder one whose run begins, at step 0, with the weights of a file.
-
-    Raises:
-        UserError: the folder holds another run, and `overwrite` is off.
-    """
+    """Make the run folder one whose run begins, at step 0, with the weights of a file."""
     from mhc_lightning.checkpoint_files import point_link
 
     values = experiment.values()
@@ -95,8 +95,5 @@ def _begin_anew(experiment: Experiment, weights: Path, trainer: "pl.Trainer") ->
                 logger.resume_from(0)
         if is_first_process():
             point_link(weights.parent / "last", weights.name)
-    else:
-        claim(folder, resumes=False, overwrite=values["overwrite"])
-        delete_run(folder)
     if is_first_process():
         print(f"starting at step 0 with the weights of {weights}", file=sys.stderr)

@@ -31,9 +31,11 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 def is_first_process() -> bool:
     """Whether this is the process that writes files; known before torch is imported."""
     for name in _RANK_VARIABLES:
-        if name in os.environ:
+        if name in os.environ and (name != "LOCAL_RANK" or "NODE_RANK" not in os.environ):
             return os.environ[name] == "0"
-    return True
+    # Lightning's own launcher: one process of each node starts the others of that node.
+    ranks = (os.environ.get(name, "0") for name in ("NODE_RANK", "GROUP_RANK", "LOCAL_RANK"))
+    return all(rank == "0" for rank in ranks)
 
 
 def holds_run(folder: Path) -> bool:

@@ -7,6 +7,7 @@ import sys
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.cli.run_folder import is_first_process
 from mhc_lightning.errors import UserError
 
 
@@ -20,6 +21,8 @@ def validate(experiment: Experiment, arguments: Arguments) -> None:
         raise UserError("validate needs ckpt_path=last, ckpt_path=best or a checkpoint file")
     with contextlib.redirect_stdout(sys.stderr):
         metrics = measure(experiment)
+    if not is_first_process():
+        return
     if arguments.json:
         print(json.dumps(metrics))
         return

@@ -80,6 +80,11 @@ class TextDataModule(L.LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
+        if validation_sequences is not None and validation_sequences < 1:
+            raise UserError(
+                f"data.validation_sequences is {validation_sequences}; it must be at least 1, or"
+                " null for all (for no validation: trainer.limit_val_batches=0)"
+            )
         if num_workers < 0:
             raise UserError(f"data.num_workers is {num_workers}; it must be at least 0")
         self.batch_size = batch_size

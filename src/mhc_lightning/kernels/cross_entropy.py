@@ -7,6 +7,7 @@ no more than a chunk of them exists, and its gradient is taken at once, so nothi
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Logits per chunk: 256 MiB in float32.
 _CHUNK_LOGITS = 2**26
@@ -38,6 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.cat(losses).mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes

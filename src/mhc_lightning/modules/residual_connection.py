@@ -21,7 +21,15 @@ class ResidualConnection(Connection):
         super().__init__(dim, 1, layer_index)
 
     def mappings(self, streams: Tensor) -> StreamMappings:
-        """Ones, as views of a single number."""
+        """Ones, as views of a single number.
+
+        Raises:
+            ValueError: If there is more than one stream.
+        """
+        if streams.shape[-2] != 1:
+            raise ValueError(
+                f"a residual connection takes streams [..., 1, C], not {list(streams.shape)}"
+            )
         one = streams.new_ones(1).float() if streams.dtype.itemsize < 4 else streams.new_ones(1)
         vector = one.expand(streams.shape[:-1])
         return StreamMappings(vector, vector, one.expand(*streams.shape[:-1], 1))

@@ -122,6 +122,8 @@ class Transformer(nn.Module):
         for name, value in at_least_one.items():
             if value < 1:
                 raise UserError(f"model.{name} must be at least 1, not {value}")
+        if not init_std >= 0:
+            raise UserError(f"model.init_std must be at least 0, not {init_std}")
         self.vocab_size = vocab_size
         self.init_std = init_std
         self.embedding = nn.Embedding(vocab_size, dim)

@@ -8,7 +8,7 @@ from mhc_lightning.planning.errors import NotPlannableError
 _SIZES = {
     **dict.fromkeys(("32-true", "32", "None"), (4, 4)),
     **dict.fromkeys(("64-true", "64"), (8, 8)),
-    **dict.fromkeys(("bf16-mixed", "bf16", "16-mixed", "16"), (4, 2)),
+    **dict.fromkeys(("bf16-mixed", "bf16"), (4, 2)),
     **dict.fromkeys(("bf16-true", "16-true"), (2, 2)),
 }
 
