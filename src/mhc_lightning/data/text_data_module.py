@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhc_lightning.data.loader import BatchLoader, TrainingLoader
 from mhc_lightning.data.prepared import PreparedData
@@ -300,7 +300,7 @@ class TextDataModule(L.LightningDataModule):
         for source, (first, epoch) in enumerate(zip(self._first_epochs, epochs, strict=True)):
             if epoch > first and source not in self._announced:
                 self._announced.add(source)
-                rank_zero_info(
+                rank_zero_warn(
                     f"{self.sources[source].path}: every sequence has been seen"
                     f" {epoch} time{'s' if epoch > 1 else ''}; going on in a new order"
                 )
