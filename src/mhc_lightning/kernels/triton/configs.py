@@ -1,0 +1,131 @@
+"""Block sizes of the Triton kernels: measured ones where there are any, else the kernel's own.
+
+A choice is looked up by device, kernel, streams, width and dtype in the table shipped for the device
+(``tuned/<device>.json``), then in the user's own table, which ``python -m mhc_lightning tune``
+writes. Without a GPU, under Triton's interpreter as well, every kernel runs with its default.
+"""
+
+import functools
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+SHIPPED_TABLES = Path(__file__).parent / "tuned"
+
+
+class Config(NamedTuple):
+    """How a kernel is cut into programs.
+
+    Attributes:
+        block_tokens: Tokens per program (or per step of a program that loops over them).
+        block_width: Elements of the width C that are in flight at a time.
+        num_warps: Warps per program.
+        num_stages: Depth of software pipelining.
+    """
+
+    block_tokens: int
+    block_width: int
+    num_warps: int
+    num_stages: int
+
+
+# A table: kernel -> shape_key -> Config. Its file also says what it was measured on.
+Table = dict[str, dict[str, Config]]
+
+_overrides: dict[str, Config] = {}
+
+
+def configured(kernel: str, n: int, width: int, dtype: torch.dtype, default: Config) -> Config:
+    """The block sizes to run a kernel with.
+
+    Args:
+        kernel: The kernel's name in the tables, such as ``"merge_forward"``.
+        n: Number of streams.
+        width: C, elements per stream.
+        dtype: Dtype of the streams.
+        default: What to use where nothing was measured.
+
+    Returns:
+        The choice of a surrounding `choose`, else of the device's tables, else ``default``.
+    """
+    if kernel in _overrides:
+        return _overrides[kernel]
+    device = _current_device()
+    if device is None:
+        return default
+    return _tuned(device).get(kernel, {}).get(shape_key(n, width, dtype), default)
+
+
+@contextmanager
+def choose(kernel: str, config: Config) -> Iterator[None]:
+    """Run a kernel with ``config`` whatever the tables say, in this process, until the exit."""
+    before = dict(_overrides)
+    _overrides[kernel] = config
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def shape_key(n: int, width: int, dtype: torch.dtype) -> str:
+    """A table's name for a shape: ``"n4-c2560-bfloat16"``."""
+    return f"n{n}-c{width}-{str(dtype).removeprefix('torch.')}"
+
+
+def user_table(device: str) -> Path:
+    """Where the user's own table for a device is, or would be.
+
+    Args:
+        device: The device's name, as ``torch.cuda.get_device_name`` gives it.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "mhc_lightning" / "tuned" / _file_name(device)
+
+
+def read_table(path: Path) -> Table:
+    """Read a table; one that does not exist is empty, one that is damaged too, with a warning."""
+    try:
+        choices = json.loads(path.read_text(encoding="utf-8"))["choices"]
+        return {
+            kernel: {key: Config(*map(int, values)) for key, values in shapes.items()}
+            for kernel, shapes in choices.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(f"left out {path}, which is no table of block sizes: {error}", stacklevel=2)
+        return {}
+
+
+def forget_tables() -> None:
+    """Read the tables again when they are next needed."""
+    _tuned.cache_clear()
+
+
+def _current_device() -> str | None:
+    if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
+        return None
+    return _device_name(torch.cuda.current_device())
+
+
+_device_name = functools.cache(torch.cuda.get_device_name)
+
+
+@functools.cache
+def _tuned(device: str) -> Table:
+    table = read_table(user_table(device))
+    for kernel, shapes in read_table(SHIPPED_TABLES / _file_name(device)).items():
+        table[kernel] = table.get(kernel, {}) | shapes
+    return table
+
+
+def _file_name(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json"
