@@ -2,6 +2,8 @@
 
 import os
 
+# Before any kernel is imported: they run on the CPU, in Triton's interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Before torch is imported. Two workers of pytest-xdist share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")

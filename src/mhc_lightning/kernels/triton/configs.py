@@ -1,8 +1,9 @@
 """Block sizes of the Triton kernels: measured ones where there are any, else the kernel's own.
 
-A choice is looked up by device, kernel, streams, width and dtype in the table shipped for the device
-(``tuned/<device>.json``), then in the user's own table, which ``python -m mhc_lightning tune``
-writes. Without a GPU, under Triton's interpreter as well, every kernel runs with its default.
+A choice is looked up by device, kernel, streams, width and dtype: in the user's own table, which
+``python -m mhc_lightning tune`` writes, then in the one shipped for the device
+(``tuned/<device>.json``). Without a GPU, under Triton's interpreter as well, every kernel runs with
+its default.
 """
 
 import functools
@@ -86,8 +87,8 @@ def user_table(device: str) -> Path:
     Args:
         device: The device's name, as ``torch.cuda.get_device_name`` gives it.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "mhc_lightning" / "tuned" / _file_name(device)
+    root = os.environ.get("MHC_LIGHTNING_CACHE") or Path.home() / ".cache" / "mhc_lightning"
+    return Path(root) / "tuned" / _file_name(device)
 
 
 def read_table(path: Path) -> Table:
@@ -121,8 +122,8 @@ _device_name = functools.cache(torch.cuda.get_device_name)
 
 @functools.cache
 def _tuned(device: str) -> Table:
-    table = read_table(user_table(device))
-    for kernel, shapes in read_table(SHIPPED_TABLES / _file_name(device)).items():
+    table = read_table(SHIPPED_TABLES / _file_name(device))
+    for kernel, shapes in read_table(user_table(device)).items():
         table[kernel] = table.get(kernel, {}) | shapes
     return table
 
