@@ -1,10 +1,46 @@
 """The one door through which every Triton kernel of this package is launched."""
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: A ``triton.jit`` function.
+        grid: Programs along up to three axes; none is 0.
+        args: Tensors and run-time scalars, in the order of the kernel's signature.
+        constants: The kernel's ``tl.constexpr`` parameters.
+        num_warps: Warps per program.
+        num_stages: Depth of software pipelining.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Launch it."""
+        self.kernel[self.grid](
+            *self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+_handler: Callable[[Launch], None] = Launch.run
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    num_stages: int,
+    **constants: Any,
 ) -> None:
     """Run ``kernel`` over ``grid``; a grid without programs (an empty batch) launches nothing.
 
@@ -16,6 +52,19 @@ def launch(
         num_stages: Depth of software pipelining.
         **constants: The kernel's ``tl.constexpr`` parameters.
     """
-    if 0 in grid:
-        return
-    kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+    if 0 not in grid:
+        _handler(Launch(kernel, grid, args, constants, num_warps, num_stages))
+
+
+@contextmanager
+def intercept(handler: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand every launch of this process to ``handler`` instead, which may `run` it, until the exit.
+
+    Measurements use this: to count what a launch reads, or to compile it and leave it at that.
+    """
+    global _handler
+    before, _handler = _handler, handler
+    try:
+        yield
+    finally:
+        _handler = before
