@@ -1,12 +1,15 @@
 """Sampling against the probabilities a model states."""
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.generation import generate
-from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+from mhc_lightning.generation import Sampling, generate, generate_together
+from mhc_lightning.modules import Transformer
 
 
 class Fixed(nn.Module):
@@ -19,7 +22,7 @@ class Fixed(nn.Module):
     def new_caches(self, batch_size: int, max_length: int) -> list:
         return []
 
-    def forward_cached(self, tokens: Tensor, caches: list) -> Tensor:
+    def forward_cached(self, tokens: Tensor, caches: list, counts: Tensor | None = None) -> Tensor:
         return self.logits.expand(len(tokens), -1)
 
 
@@ -33,7 +36,7 @@ class Counter(nn.Module):
     def new_caches(self, batch_size: int, max_length: int) -> list:
         return []
 
-    def forward_cached(self, tokens: Tensor, caches: list) -> Tensor:
+    def forward_cached(self, tokens: Tensor, caches: list, counts: Tensor | None = None) -> Tensor:
         return self.scale * nn.functional.one_hot((tokens[:, -1] + 1) % 10, 10)
 
 
@@ -69,42 +72,116 @@ def test_greedy_reads_what_it_wrote() -> None:
     assert list(generate(Counter(), [3], max_new_tokens=3, temperature=1e-40, seed=0)) == [4, 5, 6]
 
 
-def test_the_cache_changes_nothing() -> None:
-    """Greedy tokens and logits equal those of whole sequences read anew for every token."""
-    model = Transformer(
-        connection=ManifoldHyperConnection,
-        vocab_size=30,
-        dim=32,
-        num_layers=3,
-        num_heads=2,
-        ffn_dim=48,
-        head_dim=16,
-        rope_dim=8,
-        kv_rank=12,
-        num_experts=4,
-        num_active_experts=2,
-        num_shared_experts=1,
-    ).eval()
+@pytest.fixture
+def network(tiny_transformer: Callable[..., Transformer]) -> Transformer:
+    """A network with experts that is sure enough of itself for its choices to differ."""
+    model = tiny_transformer(num_layers=3).eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_the_cache_changes_nothing(network: Transformer) -> None:
+    """Greedy tokens and logits equal those of whole sequences read anew for every token."""
+    model = network
     prompt = [3, 1, 4, 1, 5]
     drawn = list(generate(model, prompt, max_new_tokens=12, temperature=0))
     sequence = list(prompt)
     caches = model.new_caches(1, 40)
     for token in drawn:
         logits = model(torch.tensor([sequence]))[0, -1]
-        unread = torch.tensor([sequence[caches[0].length :]])
+        unread = torch.tensor([sequence[caches[0].longest :]])
         cached = model.forward_cached(unread, caches)[0]
         assert (logits - cached).abs().max() < 1e-4 * logits.abs().max()
         assert token == int(logits.argmax())
         sequence.append(token)
     # Several new tokens at once see each other causally.
-    more = torch.randint(0, 30, (1, 4))
+    more = torch.randint(0, 40, (1, 4))
     cached = model.forward_cached(torch.cat([torch.tensor([sequence[-1:]]), more], 1), caches)
     whole = model(torch.cat([torch.tensor([sequence]), more], 1))[:, -1]
     assert (cached - whole).abs().max() < 1e-4 * whole.abs().max()
     with pytest.raises(UserError, match="the cache holds 40 tokens, not 43"):
-        model.forward_cached(torch.randint(0, 30, (1, 43 - caches[0].length)), caches)
+        model.forward_cached(torch.randint(0, 40, (1, 43 - caches[0].longest)), caches)
+
+
+def test_rows_of_different_length_share_a_batch(network: Transformer) -> None:
+    """Logits of every row equal those of the row alone, also after others have left."""
+    prompts = [torch.randint(0, 40, (length,)) for length in (9, 2, 5, 1)]
+    padded = torch.full((4, 9), 7)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    caches = network.new_caches(4, 14)
+    alone = [network.new_caches(1, 14) for _ in prompts]
+    running = [0, 1, 2, 3]
+    with torch.no_grad():
+        together = network.forward_cached(padded, caches, torch.tensor([9, 2, 5, 1]))
+        expected = [
+            network.forward_cached(prompt[None], own)
+            for prompt, own in zip(prompts, alone, strict=True)
+        ]
+        assert (together - torch.cat(expected)).abs().max() < 1e-5 * together.abs().max()
+        for leaving, counts in ((None, [1, 1, 1, 1]), (0, [2, 1, 2]), (2, [1, 1])):
+            if leaving is not None:
+                kept = torch.tensor([row for row, k in enumerate(running) if k != leaving])
+                for cache in caches:
+                    cache.keep(kept)
+                running.remove(leaving)
+            more = torch.randint(0, 40, (len(running), max(counts)))
+            together = network.forward_cached(more, caches, torch.tensor(counts))
+            for row, (k, count) in enumerate(zip(running, counts, strict=True)):
+                own = network.forward_cached(more[row : row + 1, :count], alone[k])
+                assert (together[row] - own[0]).abs().max() < 1e-5 * own.abs().max()
+    assert caches[0].lengths.tolist() == [6, 5]
+
+
+def test_prompts_together_are_continued_as_each_alone(network: Transformer) -> None:
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8], [9, 7], [1, 1]]
+    samplings = [
+        Sampling(12, temperature=0),
+        Sampling(30, temperature=0),
+        Sampling(5, temperature=0.8, top_k=20, seed=4),
+        Sampling(0),
+        Sampling(20, temperature=0),
+    ]
+    alone = [
+        list(generate(network, prompt, **dataclasses.asdict(sampling)))
+        for prompt, sampling in zip(prompts, samplings, strict=True)
+    ]
+    assert [len(tokens) for tokens in alone] == [12, 30, 5, 0, 20]
+    assert len(set(alone[1])) >= 5
+
+    lengths: list[int] = []
+
+    def read(tokens: Tensor, caches: list, counts: Tensor | None = None) -> Tensor:
+        lengths.append(tokens.numel())
+        return forward(tokens, caches, counts)
+
+    forward = network.forward_cached
+    network.forward_cached = read  # type: ignore[method-assign]
+    together: list[list[int]] = [[] for _ in prompts]
+    stop = alone[4][6]  # a text may stop anywhere
+    drawn = generate_together(
+        network,
+        prompts,
+        samplings,
+        end_token=alone[0][-1],
+        is_over=lambda k, token: k == 4 and token == stop,
+    )
+    for k, token in drawn:
+        together[k].append(token)
+
+    def until(tokens: list[int], end: int, keep: int) -> list[int]:
+        return tokens[: tokens.index(end) + keep] if end in tokens else tokens
+
+    expected = [until(tokens, alone[0][-1], 0) for tokens in alone]
+    expected[4] = until(expected[4], stop, 1)
+    assert together == expected
+    # All prompts are read once; then each that still goes on costs one token per step.
+    ends = [0 if len(tokens) == s.max_new_tokens or k == 4 else 1
+            for k, (tokens, s) in enumerate(zip(together, samplings, strict=True))]  # fmt: skip
+    draws = [len(tokens) + end for tokens, end in zip(together, ends, strict=True)]
+    going_on = [sum(count > step for count in draws) for step in range(1, max(draws))]
+    assert lengths == [4 * 8, *going_on]
 
 
 def test_seed_repeats_the_draw() -> None:

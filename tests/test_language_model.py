@@ -1,5 +1,6 @@
 """The LightningModule under a real Trainer: what it logs, and against which step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from torchmetrics.text import Perplexity
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.errors import NonFiniteLossError, UserError
-from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+from mhc_lightning.modules import Transformer
 from mhc_lightning.optimization import AdamW
 
 
@@ -31,23 +32,18 @@ class Recorder(DummyLogger):
         return {step: metrics[tag] for step, metrics in self.rows if tag in metrics}
 
 
-def make(**model: Any) -> LanguageModel:
-    torch.manual_seed(0)
-    network = Transformer(
-        connection=ManifoldHyperConnection,
-        vocab_size=40,
-        dim=16,
-        num_layers=2,
-        num_heads=2,
-        ffn_dim=24,
-        head_dim=8,
-        rope_dim=4,
-        kv_rank=8,
-        init_std=0.05,
-        num_streams=2,
-        **model,
-    )
-    return LanguageModel(network, AdamW(lr=1e-2, warmup_steps=2))
+Make = Callable[..., LanguageModel]
+
+
+@pytest.fixture
+def make(tiny_transformer: Callable[..., Transformer]) -> Make:
+    """Returns a function: a model without experts unless they are asked for."""
+
+    def build(**changes: Any) -> LanguageModel:
+        network = tiny_transformer(**{"num_experts": 0, "num_streams": 2, **changes})
+        return LanguageModel(network, AdamW(lr=1e-2, warmup_steps=2))
+
+    return build
 
 
 def trainer(**options: Any) -> pl.Trainer:
@@ -78,7 +74,7 @@ def loss_of(model: LanguageModel, batch: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
-def test_steps_count_from_one_and_loss_is_the_first_models() -> None:
+def test_steps_count_from_one_and_loss_is_the_first_models(make: Make) -> None:
     model, loader = make(), batches(4, 2)
     with torch.no_grad():
         expected = loss_of(model, next(iter(loader)))
@@ -92,7 +88,7 @@ def test_steps_count_from_one_and_loss_is_the_first_models() -> None:
     assert [rates[s] for s in (1, 2, 3, 4)] == pytest.approx([0.005, 0.01, 0.01, 0.01])
 
 
-def test_accumulation_logs_the_mean_loss_and_the_norm_of_the_whole_step() -> None:
+def test_accumulation_logs_the_mean_loss_and_the_norm_of_the_whole_step(make: Make) -> None:
     one, two = make(), make()
     run_one, run_two = trainer(), trainer(accumulate_grad_batches=2)
     run_one.fit(one, batches(4, 4))
@@ -106,7 +102,7 @@ def test_accumulation_logs_the_mean_loss_and_the_norm_of_the_whole_step() -> Non
             assert halves[step] == pytest.approx(whole[step], rel=1e-4)
 
 
-def test_validation_metrics_cover_all_tokens_and_share_the_axis() -> None:
+def test_validation_metrics_cover_all_tokens_and_share_the_axis(make: Make) -> None:
     model, run = make(), trainer(val_check_interval=2, check_val_every_n_epoch=None)
     validation = batches(3, 2)
     run.fit(model, batches(4, 2), validation)
@@ -125,7 +121,7 @@ def test_validation_metrics_cover_all_tokens_and_share_the_axis() -> None:
     assert perplexity == pytest.approx(reference.compute().item(), rel=1e-5)
 
 
-def test_gradient_norm_is_before_clipping() -> None:
+def test_gradient_norm_is_before_clipping(make: Make) -> None:
     model, run = make(), trainer(max_steps=1, gradient_clip_val=1e-3)
     loader = batches(1, 2)
     batch = next(iter(loader))
@@ -137,7 +133,7 @@ def test_gradient_norm_is_before_clipping() -> None:
     assert run.logger.series("train/grad_norm")[1] == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_non_finite_loss_stops_before_the_step() -> None:
+def test_non_finite_loss_stops_before_the_step(make: Make) -> None:
     model = make()
     with torch.no_grad():
         model.model.output.weight[0, 0] = float("nan")
@@ -149,7 +145,7 @@ def test_non_finite_loss_stops_before_the_step() -> None:
         assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
 
 
-def test_experts_are_rebalanced_once_per_optimizer_step() -> None:
+def test_experts_are_rebalanced_once_per_optimizer_step(make: Make) -> None:
     model = make(num_experts=4, num_active_experts=1, num_shared_experts=1)
     balance = model.model.blocks[1].feed_forward.body.balance
     run = trainer(max_steps=3, accumulate_grad_batches=2)
@@ -165,6 +161,6 @@ def test_experts_are_rebalanced_once_per_optimizer_step() -> None:
     assert (speeds - speeds.round()).abs().max() < 1e-3
 
 
-def test_max_steps_is_needed() -> None:
+def test_max_steps_is_needed(make: Make) -> None:
     with pytest.raises(UserError, match=r"trainer.max_steps must be at least 1"):
         trainer(max_steps=-1, max_epochs=1).fit(make(), batches(2, 2))

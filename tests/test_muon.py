@@ -1,12 +1,13 @@
 """Muon: orthogonal updates of the promised size, and AdamW beside it unchanged."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+from mhc_lightning.modules import Transformer
 from mhc_lightning.muon import MuonAdamW, orthogonalise
 from mhc_lightning.optimization import AdamW, Muon
 
@@ -21,31 +22,13 @@ def test_orthogonalise_is_close_to_the_polar_factor(shape: tuple[int, ...]) -> N
     assert orthogonalise(torch.zeros(3, 4)).abs().max() == 0
 
 
-def tiny() -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(
-        connection=ManifoldHyperConnection,
-        vocab_size=40,
-        dim=16,
-        num_layers=2,
-        num_heads=2,
-        ffn_dim=20,  # gate and up together have the embedding's shape
-        head_dim=8,
-        rope_dim=4,
-        kv_rank=8,
-        num_experts=4,
-        num_active_experts=2,
-        num_shared_experts=1,
-    )
-
-
 def loss_of(model: Transformer) -> torch.Tensor:
     tokens = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(3))
     return model.loss(tokens[:, :-1], tokens[:, 1:])
 
 
-def test_groups_are_the_papers() -> None:
-    model = tiny()
+def test_groups_are_the_papers(tiny_transformer: Callable[..., Transformer]) -> None:
+    model = tiny_transformer()
     optimizer = Muon(lr=1e-3).build_optimizer(model)
     names = {id(p): name for name, p in model.named_parameters()}
     muon, tables, vectors = [
@@ -59,8 +42,10 @@ def test_groups_are_the_papers() -> None:
     assert len(muon) + len(tables) + len(vectors) == len(names)
 
 
-def test_updates_have_the_promised_size_and_adamw_is_torchs() -> None:
-    model, reference = tiny(), tiny()
+def test_updates_have_the_promised_size_and_adamw_is_torchs(
+    tiny_transformer: Callable[..., Transformer],
+) -> None:
+    model, reference = tiny_transformer(), tiny_transformer()
     recipe = {"lr": 1e-3, "weight_decay": 0.0}
     optimizer = Muon(**recipe).build_optimizer(model)  # type: ignore[arg-type]
     adamw = AdamW(**recipe).build_optimizer(reference)  # type: ignore[arg-type]
@@ -87,8 +72,10 @@ def test_decay_shrinks_matrices() -> None:
     assert torch.allclose(layer.weight, 0.95 * before)
 
 
-def test_state_survives_saving_and_schedules_reach_both_parts() -> None:
-    models = [tiny(), tiny()]
+def test_state_survives_saving_and_schedules_reach_both_parts(
+    tiny_transformer: Callable[..., Transformer],
+) -> None:
+    models = [tiny_transformer(), tiny_transformer()]
     pairs = [Muon(lr=1e-2, warmup_steps=4).build(model, 10) for model in models]
     for step in range(6):
         if step == 3:  # carry on with a fresh optimizer from the first one's state
@@ -106,8 +93,8 @@ def test_state_survives_saving_and_schedules_reach_both_parts() -> None:
         assert torch.equal(parameter, models[1].get_parameter(name)), name
 
 
-def test_it_learns() -> None:
-    model = tiny()
+def test_it_learns(tiny_transformer: Callable[..., Transformer]) -> None:
+    model = tiny_transformer()
     optimizer = Muon(lr=2e-3).build_optimizer(model)
     first = loss_of(model).item()
     for _ in range(30):
@@ -118,8 +105,8 @@ def test_it_learns() -> None:
     assert loss.item() < 0.8 * first
 
 
-def test_state_is_as_large_as_the_recipe_says() -> None:
-    model, recipe = tiny(), Muon(lr=1e-3)
+def test_state_is_as_large_as_the_recipe_says(tiny_transformer: Callable[..., Transformer]) -> None:
+    model, recipe = tiny_transformer(), Muon(lr=1e-3)
     optimizer = recipe.build_optimizer(model)
     loss_of(model).backward()
     optimizer.step()

@@ -1,15 +1,48 @@
-"""Sampling tokens from a language model."""
+"""Sampling tokens from a language model, for one prompt or several at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How a prompt is continued.
+
+    Args:
+        max_new_tokens: When to stop at the latest.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Keep the k likeliest tokens.
+        top_p: Keep the likeliest tokens whose probabilities add up to at least p.
+        seed: Makes the draw repeatable.
+
+    Raises:
+        UserError: If an argument is out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise UserError(f"max_new_tokens must be at least 0, not {self.max_new_tokens}")
+        if not self.temperature >= 0:
+            raise UserError(f"temperature must be at least 0, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, not {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+
+
 def generate(
     model: Transformer,
     prompt: Sequence[int],
@@ -26,58 +59,111 @@ def generate(
     Args:
         model: The network, in evaluation mode.
         prompt: At least one token.
-        max_new_tokens: When to stop at the latest.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Keep the k likeliest tokens.
-        top_p: Keep the likeliest tokens whose probabilities add up to at least p.
-        seed: Makes the draw repeatable.
+        max_new_tokens: When to stop at the latest; see ``Sampling`` for the rest.
+        temperature: Divides the logits.
+        top_k: How many of the likeliest tokens are kept.
+        top_p: How much probability is kept.
+        seed: Of the draw.
         end_token: Stop when it is drawn; it is not yielded.
 
     Raises:
         UserError: If an argument is out of range.
     """
-    if not prompt:
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    for _, token in generate_together(model, [prompt], [sampling], end_token=end_token):
+        yield token
+
+
+@torch.no_grad()
+def generate_together(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    *,
+    end_token: int | None = None,
+    is_over: Callable[[int, int], bool] = lambda prompt, token: False,
+) -> Iterator[tuple[int, int]]:
+    """Continue several prompts at once, of any lengths, each as it would be on its own.
+
+    Each prompt is read once; a new token then costs one token's work and attention to those before
+    it (see ``Transformer.forward_cached``). A prompt whose continuation ended takes no more part.
+
+    Args:
+        model: The network, in evaluation mode.
+        prompts: At least one token each.
+        samplings: How each of them is continued.
+        end_token: Ends a continuation when it is drawn; it is not yielded.
+        is_over: Called with a prompt's index and a token after it was yielded; whether that was
+            the continuation's last.
+
+    Yields:
+        (index of the prompt, token), each prompt's tokens in their order.
+
+    Raises:
+        UserError: A prompt is empty.
+    """
+    if not all(prompts):
         raise UserError('the prompt is empty: give at least one character, prompt="…"')
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    if not temperature >= 0:
-        raise UserError(f"temperature must be at least 0, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
+    # Those without a continuation to draw would only be read.
+    running = [k for k, sampling in enumerate(samplings) if sampling.max_new_tokens > 0]
+    if not running:
+        return
     device = next(model.parameters()).device
+    generators = {k: _generator(samplings[k], device) for k in running}
+    left = {k: samplings[k].max_new_tokens for k in running}
+    tokens = pad_sequence([torch.tensor(list(prompts[k])) for k in running], batch_first=True)
+    counts = torch.tensor([len(prompts[k]) for k in running], device=device)
+    caches = model.new_caches(len(running), max(len(prompts[k]) + left[k] for k in running))
+    logits = model.forward_cached(tokens.to(device), caches, counts).float()
+    while True:
+        drawn = _draw(logits, [samplings[k] for k in running], [generators[k] for k in running])
+        going_on = []
+        for row, (k, token) in enumerate(zip(running, drawn, strict=True)):
+            if token == end_token:
+                continue
+            yield k, token
+            left[k] -= 1
+            if left[k] and not is_over(k, token):
+                going_on.append(row)
+        if not going_on:
+            return
+        if len(going_on) < len(running):
+            kept = torch.tensor(going_on, device=device)
+            for cache in caches:
+                cache.keep(kept)
+        running = [running[row] for row in going_on]
+        last = torch.tensor([[drawn[row]] for row in going_on], device=device)
+        logits = model.forward_cached(last, caches).float()
+
+
+def _generator(sampling: Sampling, device: torch.device) -> torch.Generator:
     generator = torch.Generator(device=device)
-    if seed is None:
+    if sampling.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
-    caches = model.new_caches(1, len(prompt) + max_new_tokens)
-    tokens = torch.tensor([list(prompt)], device=device)
-    for _ in range(max_new_tokens):
-        logits = model.forward_cached(tokens, caches)[0].float()
-        token = _sample(logits, temperature, top_k, top_p, generator)
-        if token == end_token:
-            return
-        yield token
-        tokens = tokens.new_tensor([[token]])
+        generator.manual_seed(sampling.seed)
+    return generator
 
 
-def _sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator,
-) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
+def _draw(
+    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """A token for each row of logits [B, V]."""
+    tokens = logits.argmax(-1)
+    for row, (sampling, generator) in enumerate(zip(samplings, generators, strict=True)):
+        if sampling.temperature > 0:
+            tokens[row] = _sample(logits[row], sampling, generator)
+    return [int(token) for token in tokens.tolist()]
+
+
+def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """A token drawn from the distribution that logits [V] and the settings make."""
     # The largest becomes zero first: no temperature, however low, makes them overflow.
-    scaled = (logits - logits.max()) / temperature
+    scaled = (logits - logits.max()) / sampling.temperature
     probabilities, tokens = scaled.softmax(-1).sort(descending=True)
-    if top_k is not None:
-        probabilities[top_k:] = 0
-    if top_p is not None:
+    if sampling.top_k is not None:
+        probabilities[sampling.top_k :] = 0
+    if sampling.top_p is not None:
         before = probabilities.cumsum(0) - probabilities
-        probabilities[before >= top_p] = 0
-    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+        probabilities[before >= sampling.top_p] = 0
+    return tokens[torch.multinomial(probabilities, 1, generator=generator)].squeeze()

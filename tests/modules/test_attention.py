@@ -73,7 +73,7 @@ def test_causal() -> None:
 
 
 def test_rotation_depends_on_distance_only() -> None:
-    cos, sin = rotary_angles(0, 32, 16, 10000.0, torch.device("cpu"))
+    cos, sin = rotary_angles(torch.arange(32), 16, 10000.0)
     query, key = torch.randn(2, 16)
     scores = torch.stack(
         [

@@ -9,10 +9,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mhc_lightning.data.tokenizers import Tokenizer
+from mhc_lightning.data.tokenizers import TextStream, Tokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.evaluation.scoring import score_continuations
-from mhc_lightning.generation import generate
+from mhc_lightning.generation import Sampling, generate_together
 from mhc_lightning.modules import Transformer
 
 _DEFAULT_NEW_TOKENS = 256  # for tasks that don't say, as in the harness
@@ -26,7 +26,7 @@ class HarnessModel(TemplateLM):
     Args:
         model: The network, in evaluation mode, where it is to run.
         tokenizer: The tokenizer that it was trained with.
-        batch_size: Sequences per forward pass when scoring.
+        batch_size: Sequences per forward pass.
         max_length: Tokens that the network sees at once.
         seed: Of what is sampled, where a task does not take the likeliest tokens.
 
@@ -110,19 +110,25 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop text, the end of the document, or the task's limit.
 
-        Each prompt is read once; a new token then costs one token's work (see
-        ``Transformer.forward_cached``).
+        Prompts of similar length are read and continued together; each gets the text that it would
+        get alone.
 
         Raises:
             UserError: A task asks for more new tokens than ``max_length`` leaves room for.
         """
-        texts = []
-        for number, request in enumerate(tqdm(requests, desc="generating", disable=disable_tqdm)):
-            context, settings = request.args
-            texts.append(self._continue(context, settings, self.seed + number))
-        return texts
+        asked = [
+            self._prepare(request.args[0], request.args[1], self.seed + number)
+            for number, request in enumerate(requests)
+        ]
+        order = sorted(range(len(asked)), key=lambda k: -len(asked[k].prompt))
+        with tqdm(total=len(asked), desc="generating", disable=disable_tqdm) as bar:
+            for start in range(0, len(order), self.batch_size):
+                batch = [asked[k] for k in order[start : start + self.batch_size]]
+                self._continue(batch)
+                bar.update(len(batch))
+        return [continuation.text for continuation in asked]
 
-    def _continue(self, context: str, settings: dict[str, Any], seed: int) -> str:
+    def _prepare(self, context: str, settings: dict[str, Any], seed: int) -> "_Continuation":
         wanted = dict(normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS))
         new_tokens = wanted["max_gen_toks"]
         room = self.max_length - new_tokens
@@ -133,25 +139,53 @@ class HarnessModel(TemplateLM):
             )
         tokens = self.tok_encode(context) or [self.eot_token_id]
         self.shortened += len(tokens) > room
-        drawn = generate(
-            self.model,
-            tokens[-room:],
-            max_new_tokens=new_tokens,
+        sampling = Sampling(
+            new_tokens,
             temperature=wanted.get("temperature", 1.0) if wanted["do_sample"] else 0.0,
             top_k=wanted.get("top_k") or None,  # 0 stands for all
             top_p=wanted.get("top_p"),
             seed=seed,
-            end_token=self.eot_token_id,
         )
         stops = [stop for stop in wanted["until"] if stop]
-        stream, text = self.text.stream(), ""
-        for token in drawn:
-            text += stream.push(token)
-            if any(stop in text for stop in stops):
-                return _before_first(text, stops)
-        return _before_first(text + stream.flush(), stops)
+        return _Continuation(tokens[-room:], sampling, stops, self.text.stream())
+
+    def _continue(self, batch: "list[_Continuation]") -> None:
+        drawn = generate_together(
+            self.model,
+            [continuation.prompt for continuation in batch],
+            [continuation.sampling for continuation in batch],
+            end_token=self.eot_token_id,
+            is_over=lambda k, token: batch[k].is_stopped,
+        )
+        for k, token in drawn:
+            batch[k].push(token)
+        for continuation in batch:
+            continuation.finish()
 
 
-def _before_first(text: str, stops: list[str]) -> str:
-    places = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(places)] if places else text
+class _Continuation:
+    """What is drawn after a prompt, as text that ends before the first of ``stops``."""
+
+    def __init__(
+        self, prompt: list[int], sampling: Sampling, stops: list[str], stream: TextStream
+    ) -> None:
+        self.prompt = prompt
+        self.sampling = sampling
+        self.text = ""
+        self._stops = stops
+        self._stream = stream
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop text has come."""
+        return any(stop in self.text for stop in self._stops)
+
+    def push(self, token: int) -> None:
+        """Take one more token."""
+        self.text += self._stream.push(token)
+
+    def finish(self) -> None:
+        """Take what the last token left incomplete, and cut the text where it stops."""
+        self.text += self._stream.flush()
+        places = [self.text.find(stop) for stop in self._stops if stop in self.text]
+        self.text = self.text[: min(places, default=None)]

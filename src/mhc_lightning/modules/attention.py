@@ -15,31 +15,62 @@ from mhc_lightning.modules.rotary import rotary_angles, rotate
 class LatentCache:
     """What attention remembers of the tokens it has read: a latent and a rotary key each.
 
+    Rows may be of different lengths. New tokens are first written behind what a row remembers;
+    ``advance`` then says how many of them are remembered, and what is behind those (padding) is
+    never looked at and written over by the next.
+
     Args:
-        latents: Room for normalised latents [B, max_length, kv_rank].
-        rope_keys: Room for rotated keys [B, max_length, rope_dim].
+        latents: Room for normalised latents [B, max_length, kv_rank], finite.
+        rope_keys: Room for rotated keys [B, max_length, rope_dim], finite.
+
+    Attributes:
+        lengths: Tokens that each row remembers [B], int64.
+        longest: What no row exceeds.
     """
 
     def __init__(self, latents: Tensor, rope_keys: Tensor) -> None:
         self._latents = latents
         self._rope_keys = rope_keys
-        self.length = 0
+        self.lengths = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
+        self.longest = 0
 
-    def append(self, latents: Tensor, rope_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember S more tokens; return everything so far, [B, T, kv_rank] and [B, T, rope_dim].
+    def positions(self, count: int) -> Tensor:
+        """Where the next ``count`` tokens of each row stand [B, count]."""
+        steps = torch.arange(count, device=self.lengths.device)
+        return self.lengths[:, None] + steps
+
+    def write(self, latents: Tensor, rope_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Write S tokens behind what each row remembers.
+
+        Returns:
+            [B, T, kv_rank] and [B, T, rope_dim] with room for the longest row; in the others,
+            what is behind the new tokens means nothing.
 
         Raises:
             UserError: If there is no room left.
         """
-        end = self.length + latents.shape[1]
+        end = self.longest + latents.shape[1]
         if end > self._latents.shape[1]:
             raise UserError(
                 f"the cache holds {self._latents.shape[1]} tokens, not {end}: ask for a longer one"
             )
-        self._latents[:, self.length : end] = latents
-        self._rope_keys[:, self.length : end] = rope_keys
-        self.length = end
+        places = self.positions(latents.shape[1])
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        self._latents[rows, places] = latents.to(self._latents.dtype)
+        self._rope_keys[rows, places] = rope_keys.to(self._rope_keys.dtype)
         return self._latents[:, :end], self._rope_keys[:, :end]
+
+    def advance(self, counts: Tensor, most: int) -> None:
+        """Remember the first of the tokens just written: ``counts`` [B], ``most`` at most."""
+        self.lengths = self.lengths + counts
+        self.longest += most
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [K] alone, and forget the others."""
+        self._latents = self._latents[rows]
+        self._rope_keys = self._rope_keys[rows]
+        self.lengths = self.lengths[rows]
+        self.longest = int(self.lengths.max())
 
 
 class LatentAttention(nn.Module):
@@ -89,18 +120,22 @@ class LatentAttention(nn.Module):
         """An empty cache for ``max_length`` tokens of each of ``batch_size`` sequences."""
         device = self.query.weight.device
         return LatentCache(
-            torch.empty(batch_size, max_length, self.kv_rank, dtype=dtype, device=device),
-            torch.empty(batch_size, max_length, self.rope_dim, dtype=dtype, device=device),
+            torch.zeros(batch_size, max_length, self.kv_rank, dtype=dtype, device=device),
+            torch.zeros(batch_size, max_length, self.rope_dim, dtype=dtype, device=device),
         )
 
     def forward(self, x: Tensor, cache: LatentCache | None = None) -> Tensor:
         """Attend causally: [B, S, C] -> [B, S, C].
 
-        With a cache, ``x`` continues the tokens that it remembers, and is remembered.
+        With a cache, ``x`` continues the tokens that it remembers, and is written to it. Padding
+        stands behind the tokens of a row, where no token sees it.
         """
         batch, length, _ = x.shape
-        start = 0 if cache is None else cache.length
-        cos, sin = rotary_angles(start, length, self.rope_dim, self.rope_theta, x.device)
+        if cache is None:
+            positions = torch.arange(length, device=x.device)
+        else:
+            positions = cache.positions(length).unsqueeze(1)  # [B, 1, S]: the same for all heads
+        cos, sin = rotary_angles(positions, self.rope_dim, self.rope_theta)
 
         query = self.query(x).view(batch, length, self.num_heads, -1).transpose(1, 2)
         query, rope_query = query.split([self.head_dim, self.rope_dim], dim=-1)
@@ -108,12 +143,12 @@ class LatentAttention(nn.Module):
 
         latents, rope_keys = self.latent(x).split([self.kv_rank, self.rope_dim], dim=-1)
         latents = self.latent_norm(latents)
-        rope_keys = rotate(rope_keys, cos, sin)
-        if cache is not None:
-            latents, rope_keys = cache.append(latents, rope_keys)
-
-        attend = self._attend_all if start == 0 else self._attend_latents
-        mixed = attend(query, rope_query, latents, rope_keys)
+        rope_keys = rotate(rope_keys.unsqueeze(1), cos, sin).squeeze(1)
+        known = None if cache is None else cache.write(latents, rope_keys)
+        if cache is None or known is None or cache.longest == 0:
+            mixed = self._attend_all(query, rope_query, latents, rope_keys)
+        else:
+            mixed = self._attend_latents(query, rope_query, *known, positions)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
 
     def _attend_all(
@@ -133,12 +168,18 @@ class LatentAttention(nn.Module):
         return mixed[..., : self.head_dim]
 
     def _attend_latents(
-        self, query: Tensor, rope_query: Tensor, latents: Tensor, rope_keys: Tensor
+        self,
+        query: Tensor,
+        rope_query: Tensor,
+        latents: Tensor,
+        rope_keys: Tensor,
+        positions: Tensor,
     ) -> Tensor:
         """The same for few new tokens and many old ones, without building their keys and values.
 
-        The key projection moves to the query and the value projection behind the mixture, so the
-        old tokens are touched by the attention products alone.
+        A query sees the keys up to its own position [B, 1, S]. The key projection moves to the
+        query and the value projection behind the mixture, so the old tokens are touched by the
+        attention products alone.
         """
         weight = self.key_value.weight.view(self.num_heads, 2, self.head_dim, self.kv_rank)
         key_weight, value_weight = weight.to(query.dtype).unbind(1)
@@ -146,10 +187,7 @@ class LatentAttention(nn.Module):
         scores = torch.einsum("bhsr,btr->bhst", latent_query, latents)
         scores = scores + torch.einsum("bhsd,btd->bhst", rope_query, rope_keys)
         scores = scores.float() / (self.head_dim + self.rope_dim) ** 0.5
-        new, total = scores.shape[-2:]
-        future = torch.ones(new, total, dtype=torch.bool, device=scores.device).triu(
-            total - new + 1
-        )
+        future = torch.arange(latents.shape[1], device=scores.device) > positions.unsqueeze(-1)
         weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(query.dtype)
         mixed = torch.einsum("bhst,btr->bhsr", weights, latents)
         return torch.einsum("bhsr,hdr->bhsd", mixed, value_weight)

@@ -4,17 +4,15 @@ import torch
 from torch import Tensor
 
 
-def rotary_angles(
-    start: int, length: int, dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, dim] of the rotation from position ``start`` on, float32.
+def rotary_angles(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., length, dim] of the rotation at ``positions`` [..., length], float32.
 
     Computed from constants at each use: a stored table would be rounded by ``.bfloat16()`` and
     lost by materialisation from the meta device.
     """
-    exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, theta**-exponents).repeat(1, 2)
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    angles = positions.float().unsqueeze(-1) * theta**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 

@@ -222,16 +222,27 @@ class Transformer(nn.Module):
             if isinstance(module, LatentAttention)
         ]
 
-    def forward_cached(self, tokens: Tensor, caches: list[LatentCache]) -> Tensor:
+    def forward_cached(
+        self, tokens: Tensor, caches: list[LatentCache], counts: Tensor | None = None
+    ) -> Tensor:
         """Continue the sequences that ``caches`` remember by tokens [B, S].
 
+        Args:
+            tokens: New tokens; a row that has fewer than S is padded behind them, with any token.
+            caches: One per block.
+            counts: New tokens of each row [B], at least 1 and S at most; S where left out.
+
         Returns:
-            Logits [B, V] for the token after the last.
+            Logits [B, V] for the token after the last of each row.
         """
+        batch, most = tokens.shape
+        if counts is None:
+            counts = torch.full((batch,), most, device=tokens.device)
         streams = self.embed(tokens)
         for block, cache in zip(self.blocks, caches, strict=True):
             streams = block(streams, cache)
-        return self.head(streams[:, -1:]).squeeze(1)
+            cache.advance(counts, most)
+        return self.head(streams[torch.arange(batch, device=tokens.device), counts - 1])
 
     def compile_sublayers(self) -> None:
         """Compile attention and feed-forward in place, one region each.
