@@ -1,1 +1,1 @@
-"""Triton kernels of the stream operations, on plain tensors; ``kernels/`` makes operators of them."""
+"""Triton kernels of the stream operations on plain tensors, without autograd."""

@@ -1,0 +1,15 @@
+"""How exact the kernels' matrix products are, by the dtype of the streams."""
+
+import torch
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """Triton's ``input_precision`` for products with float32 parameters.
+
+    16-bit streams take TF32, as in arXiv 2512.24880 (eq. 10): their own rounding is coarser.
+    float32 streams take three TF32 products, which is float32 to rounding; AMD's chips have plain
+    float32 products instead.
+    """
+    if dtype.itemsize < 4:
+        return "tf32"
+    return "ieee" if torch.version.hip else "tf32x3"

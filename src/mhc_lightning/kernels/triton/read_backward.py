@@ -1,0 +1,229 @@
+"""Backward of reading: everything that reaches the streams, and phi's gradient, in one pass.
+
+    grad x[i] = kept_grad[i] + pre[i] · read_grad + raw_grad · phi[i]ᵀ + scale · x[i]
+    grad phi[i] = Σ_tokens x[i]ᵀ · raw_grad
+
+A program owns a block of channels of all streams and walks over a range of tokens, so that its
+part of phi and of phi's gradient stays on the chip.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mhc_lightning.kernels.triton.configs import Config, configured
+from mhc_lightning.kernels.triton.launch import launch
+from mhc_lightning.kernels.triton.precision import product_precision
+
+_PROGRAMS = 264
+# Below this many tokens a range's partial sum of phi's gradient costs more than it parallelises.
+_LEAST_TOKENS = 512
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_per_range"])
+def _read_backward(
+    streams,
+    phi,
+    raw_grad,
+    scale,
+    pre,
+    read_grad,
+    kept_grad,
+    streams_grad,
+    phi_grad,
+    tokens,
+    tokens_per_range,
+    stride_token,
+    stride_stream,
+    stride_channel,
+    read_stride_token,
+    read_stride_channel,
+    kept_stride_token,
+    kept_stride_stream,
+    kept_stride_channel,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    PER_STREAM: tl.constexpr,
+    HAS_READ: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    NEED_STREAMS: tl.constexpr,
+    NEED_PHI: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    token_range = tl.program_id(1)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, PADDED_K)
+    in_c = c < C
+    in_k = k < K
+    in_phi = in_c[:, None] & in_k[None, :]
+    raw_rows: tl.constexpr = N if PER_STREAM else 1
+
+    weights = ()
+    phi_sums = ()
+    for i in tl.static_range(1 if PER_STREAM else N):
+        if NEED_STREAMS:
+            row = phi + (i * C + c)[:, None] * K + k[None, :]
+            weights = weights + (tl.load(row, mask=in_phi, other=0.0),)
+        phi_sums = phi_sums + (tl.zeros((BLOCK_C, PADDED_K), tl.float32),)
+
+    first = token_range * tokens_per_range
+    last = tl.minimum(first + tokens_per_range, tokens)
+    for start in tl.range(first, last, BLOCK_TOKENS):
+        t = start + tl.arange(0, BLOCK_TOKENS)
+        in_t = t < last
+        in_tile = in_t[:, None] & in_c[None, :]
+        t = t.to(tl.int64)
+        if HAS_READ:
+            outer = tl.load(
+                read_grad + t[:, None] * read_stride_token + (c * read_stride_channel)[None, :],
+                mask=in_tile,
+                other=0.0,
+            ).to(tl.float32)
+        sums = ()
+        for i in tl.static_range(N):
+            row_of_raw = t * raw_rows + (i if PER_STREAM else 0)
+            raw = tl.load(
+                raw_grad + k[None, :].to(tl.int64) * (tokens * raw_rows) + row_of_raw[:, None],
+                mask=in_t[:, None] & in_k[None, :],
+                other=0.0,
+            )
+            x = tl.load(
+                streams
+                + t[:, None] * stride_token
+                + i * stride_stream
+                + (c * stride_channel)[None, :],
+                mask=in_tile,
+                other=0.0,
+            ).to(tl.float32)
+            if NEED_PHI:
+                so_far = phi_sums[i] if not PER_STREAM else phi_sums[0] if i == 0 else sums[0]
+                product = tl.dot(tl.trans(x), raw, so_far, input_precision=PRECISION)
+                sums = (product,) if PER_STREAM else sums + (product,)
+            if NEED_STREAMS:
+                norm = tl.load(scale + row_of_raw, mask=in_t, other=0.0)
+                grad = norm[:, None] * x
+                if HAS_READ:
+                    grad += tl.load(pre + t * N + i, mask=in_t, other=0.0)[:, None] * outer
+                if HAS_KEPT:
+                    grad += tl.load(
+                        kept_grad
+                        + t[:, None] * kept_stride_token
+                        + i * kept_stride_stream
+                        + (c * kept_stride_channel)[None, :],
+                        mask=in_tile,
+                        other=0.0,
+                    ).to(tl.float32)
+                phi_rows = tl.trans(weights[0 if PER_STREAM else i])
+                grad += tl.dot(raw, phi_rows, input_precision=PRECISION)
+                tl.store(
+                    streams_grad + t[:, None] * (N * C) + i * C + c[None, :],
+                    grad.to(streams_grad.dtype.element_ty),
+                    mask=in_tile,
+                )
+        if NEED_PHI:
+            phi_sums = sums
+
+    if NEED_PHI:
+        phi_rows_of_range: tl.constexpr = C if PER_STREAM else N * C
+        partial = phi_grad + token_range.to(tl.int64) * (phi_rows_of_range * K)
+        for i in tl.static_range(1 if PER_STREAM else N):
+            out = partial + (i * C + c)[:, None] * K + k[None, :]
+            tl.store(out, phi_sums[i], mask=in_phi)
+
+
+def read_backward_config(n: int, width: int, itemsize: int) -> Config:
+    """As many channels as leave phi and its gradient room in the registers of a program."""
+    coefficients = max(16, triton.next_power_of_2(n * n + 2 * n))
+    block_width = max(16, min(64, 8192 // (n * coefficients)))
+    block_width = 1 << (block_width.bit_length() - 1)
+    return Config(block_tokens=32, block_width=block_width, num_warps=8, num_stages=2)
+
+
+def ranges_of_tokens(tokens: int, channel_blocks: int, block_tokens: int) -> tuple[int, int]:
+    """Split the tokens so that all multiprocessors work: (ranges, tokens per range)."""
+    ranges = max(1, min(tokens // _LEAST_TOKENS, _PROGRAMS // channel_blocks))
+    per_range = triton.cdiv(triton.cdiv(max(tokens, 1), ranges), block_tokens) * block_tokens
+    return max(1, triton.cdiv(tokens, per_range)), per_range
+
+
+def read_backward(
+    streams: Tensor,
+    phi: Tensor,
+    raw_grad: Tensor,
+    scale: Tensor,
+    pre: Tensor,
+    read_grad: Tensor | None,
+    kept_grad: Tensor | None,
+    need_streams: bool,
+    need_phi: bool,
+    per_stream: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the streams and of phi.
+
+    Args:
+        streams: [T, n, C], any strides.
+        phi: [n·C, K] float32 contiguous, or [C, K] with ``per_stream``.
+        raw_grad: Gradient of the raw coefficients [K, T], or [K, T·n] with ``per_stream``.
+        scale: What the norm adds per unit of x [T], or [T·n].
+        pre: [T, n].
+        read_grad: Gradient of the sub-layer's input [T, C], or None if there is none.
+        kept_grad: Gradient that comes from the merge [T, n, C], or None.
+        need_streams: Whether the streams' gradient is asked for.
+        need_phi: Whether phi's is.
+        per_stream: Whether each stream has coefficients of its own (HC).
+
+    Returns:
+        The streams' gradient [T, n, C] in their dtype and phi's in float32, None where not needed.
+    """
+    tokens, n, width = streams.shape
+    coefficients = phi.shape[1]
+    default = read_backward_config(n, width, streams.element_size())
+    config = configured("read_backward", n, width, streams.dtype, default)
+    channel_blocks = triton.cdiv(width, config.block_width)
+    ranges, per_range = ranges_of_tokens(tokens, channel_blocks, config.block_tokens)
+    streams_grad = torch.empty_like(streams, memory_format=torch.contiguous_format)
+    partials = streams.new_empty((ranges, *phi.shape), dtype=torch.float32)
+    outer = streams if read_grad is None else read_grad
+    kept = streams if kept_grad is None else kept_grad
+    launch(
+        _read_backward,
+        (channel_blocks, ranges),
+        streams,
+        phi,
+        raw_grad,
+        scale,
+        pre,
+        outer,
+        kept,
+        streams_grad,
+        partials,
+        tokens,
+        per_range,
+        *streams.stride(),
+        outer.stride(0),
+        outer.stride(-1),
+        *kept.stride(),
+        N=n,
+        C=width,
+        K=coefficients,
+        PADDED_K=max(16, triton.next_power_of_2(coefficients)),
+        PER_STREAM=per_stream,
+        HAS_READ=read_grad is not None,
+        HAS_KEPT=kept_grad is not None,
+        NEED_STREAMS=need_streams,
+        NEED_PHI=need_phi,
+        BLOCK_TOKENS=config.block_tokens,
+        BLOCK_C=config.block_width,
+        PRECISION=product_precision(streams.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return (
+        streams_grad if need_streams else None,
+        partials.sum(0) if need_phi else None,
+    )

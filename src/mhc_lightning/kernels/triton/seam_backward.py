@@ -1,0 +1,259 @@
+"""Backward across the seam (``seam.py``), but for what each token's coefficients need first.
+
+    G[i] = new_grad[i] + pre[i] · read_grad + raw_grad · phi[i]ᵀ + scale · new[i]
+    grad x[j] = Σ_i residual[i, j] · G[i]        grad y = Σ_i post[i] · G[i]
+    grad residual[i, j] = G[i] · x[j]            grad post[i] = G[i] · y
+    grad phi[i] = Σ_tokens new[i]ᵀ · raw_grad    (single pass: grad pre[i] = read_grad · new[i])
+
+``new`` is rebuilt from x and y. A program owns a block of channels of all streams and walks over a
+range of tokens; sums over channels are completed outside, from one partial sum per block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mhc_lightning.kernels.triton.configs import Config, configured
+from mhc_lightning.kernels.triton.launch import launch
+from mhc_lightning.kernels.triton.precision import product_precision
+from mhc_lightning.kernels.triton.read_backward import ranges_of_tokens
+from mhc_lightning.kernels.triton.seam import load_mixing, merged_stream
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_per_range"])
+def _seam_backward(
+    streams,
+    output,
+    residual,
+    post,
+    phi,
+    raw_grad,
+    scale,
+    pre,
+    read_grad,
+    new_grad,
+    streams_grad,
+    output_grad,
+    token_sums,
+    phi_grad,
+    tokens,
+    tokens_per_range,
+    stride_token,
+    stride_stream,
+    stride_channel,
+    output_stride_token,
+    output_stride_channel,
+    read_stride_token,
+    read_stride_channel,
+    new_stride_token,
+    new_stride_stream,
+    new_stride_channel,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    PADDED_K: tl.constexpr,
+    HAS_NEW: tl.constexpr,
+    HAS_READ: tl.constexpr,
+    SINGLE_PASS: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block = tl.program_id(0)
+    token_range = tl.program_id(1)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, PADDED_K)
+    in_c = c < C
+    in_k = k < K
+    in_phi = in_c[:, None] & in_k[None, :]
+    dtype: tl.constexpr = streams_grad.dtype.element_ty
+
+    weights = ()
+    phi_sums = ()
+    for i in tl.static_range(N):
+        row = phi + (i * C + c)[:, None] * K + k[None, :]
+        weights = weights + (tl.load(row, mask=in_phi, other=0.0),)
+        phi_sums = phi_sums + (tl.zeros((BLOCK_C, PADDED_K), tl.float32),)
+
+    first = token_range * tokens_per_range
+    last = tl.minimum(first + tokens_per_range, tokens)
+    for start in tl.range(first, last, BLOCK_TOKENS):
+        t = start + tl.arange(0, BLOCK_TOKENS)
+        in_t = t < last
+        in_tile = in_t[:, None] & in_c[None, :]
+        t = t.to(tl.int64)
+        mixing, posts = load_mixing(residual, post, t, in_t, N)
+        y = tl.load(
+            output + t[:, None] * output_stride_token + (c * output_stride_channel)[None, :],
+            mask=in_tile,
+            other=0.0,
+        ).to(tl.float32)
+        xs = ()
+        for j in tl.static_range(N):
+            x = tl.load(
+                streams
+                + t[:, None] * stride_token
+                + j * stride_stream
+                + (c * stride_channel)[None, :],
+                mask=in_tile,
+                other=0.0,
+            )
+            xs = xs + (x.to(tl.float32),)
+        raw = tl.load(
+            raw_grad + k[None, :].to(tl.int64) * tokens + t[:, None],
+            mask=in_t[:, None] & in_k[None, :],
+            other=0.0,
+        )
+        norm = tl.load(scale + t, mask=in_t, other=0.0)
+        if HAS_READ:
+            outer = tl.load(
+                read_grad + t[:, None] * read_stride_token + (c * read_stride_channel)[None, :],
+                mask=in_tile,
+                other=0.0,
+            ).to(tl.float32)
+        sums_of_block = token_sums + (block.to(tl.int64) * tokens + t) * SUMS
+        grads = ()
+        sums = ()
+        for i in tl.static_range(N):
+            merged = merged_stream(i, xs, y, mixing, posts, N, dtype)
+            product = tl.dot(tl.trans(merged), raw, phi_sums[i], input_precision=PRECISION)
+            sums = sums + (product,)
+            grad = norm[:, None] * merged
+            grad += tl.dot(raw, tl.trans(weights[i]), input_precision=PRECISION)
+            if HAS_READ:
+                grad += tl.load(pre + t * N + i, mask=in_t, other=0.0)[:, None] * outer
+                if SINGLE_PASS:
+                    pre_grad = tl.sum(merged * outer, 1)
+                    tl.store(sums_of_block + N * N + N + i, pre_grad, mask=in_t)
+            if HAS_NEW:
+                grad += tl.load(
+                    new_grad
+                    + t[:, None] * new_stride_token
+                    + i * new_stride_stream
+                    + (c * new_stride_channel)[None, :],
+                    mask=in_tile,
+                    other=0.0,
+                ).to(tl.float32)
+            grads = grads + (grad,)
+        phi_sums = sums
+
+        to_output = tl.zeros((BLOCK_TOKENS, BLOCK_C), tl.float32)
+        for i in tl.static_range(N):
+            to_output += posts[i][:, None] * grads[i]
+            tl.store(sums_of_block + N * N + i, tl.sum(grads[i] * y, 1), mask=in_t)
+        target = output_grad + t[:, None] * C + c[None, :]
+        tl.store(target, to_output.to(output_grad.dtype.element_ty), mask=in_tile)
+        for j in tl.static_range(N):
+            to_stream = tl.zeros((BLOCK_TOKENS, BLOCK_C), tl.float32)
+            for i in tl.static_range(N):
+                to_stream += mixing[i * N + j][:, None] * grads[i]
+                entry = tl.sum(grads[i] * xs[j], 1)
+                tl.store(sums_of_block + i * N + j, entry, mask=in_t)
+            target = streams_grad + t[:, None] * (N * C) + j * C + c[None, :]
+            tl.store(target, to_stream.to(dtype), mask=in_tile)
+
+    partial = phi_grad + token_range.to(tl.int64) * (N * C * K)
+    for i in tl.static_range(N):
+        tl.store(partial + (i * C + c)[:, None] * K + k[None, :], phi_sums[i], mask=in_phi)
+
+
+def seam_backward_config(n: int, width: int, itemsize: int) -> Config:
+    """As many channels as leave both sides of the seam and phi's gradient in registers."""
+    wide = 64 if n <= 4 else 32 if n <= 6 else 16
+    return Config(block_tokens=16 if n > 4 else 32, block_width=wide, num_warps=8, num_stages=2)
+
+
+def seam_backward(
+    streams: Tensor,
+    output: Tensor,
+    residual: Tensor,
+    post: Tensor,
+    phi: Tensor,
+    raw_grad: Tensor,
+    scale: Tensor,
+    pre: Tensor,
+    read_grad: Tensor | None,
+    new_grad: Tensor | None,
+    single_pass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of what was merged, of its mappings and of the next connection's phi.
+
+    Args:
+        streams: [T, n, C], any strides.
+        output: [T, C], any strides.
+        residual: [T, n, n] float32 contiguous.
+        post: [T, n] float32 contiguous.
+        phi: [n·C, K] float32 contiguous.
+        raw_grad: Gradient of the raw coefficients [K, T].
+        scale: What the norm adds per unit of the new streams [T].
+        pre: The weights [T, n] that the new streams were read with.
+        read_grad: Gradient of the next input [T, C], or None.
+        new_grad: Gradient of the new streams [T, n, C] from behind, or None.
+        single_pass: Whether ``pre`` was given, so that its gradient is a result.
+
+    Returns:
+        Gradients of streams, output, residual, post, phi, and of ``pre`` (None unless single pass).
+    """
+    tokens, n, width = streams.shape
+    coefficients = phi.shape[1]
+    default = seam_backward_config(n, width, streams.element_size())
+    config = configured("seam_backward", n, width, streams.dtype, default)
+    blocks = triton.cdiv(width, config.block_width)
+    ranges, per_range = ranges_of_tokens(tokens, blocks, config.block_tokens)
+    streams_grad = torch.empty_like(streams, memory_format=torch.contiguous_format)
+    output_grad = torch.empty_like(output, memory_format=torch.contiguous_format)
+    sums = n * n + (2 * n if single_pass and read_grad is not None else n)
+    token_sums = streams.new_empty((blocks, tokens, sums), dtype=torch.float32)
+    partials = streams.new_empty((ranges, *phi.shape), dtype=torch.float32)
+    outer = output if read_grad is None else read_grad
+    behind = streams if new_grad is None else new_grad
+    launch(
+        _seam_backward,
+        (blocks, ranges),
+        streams,
+        output,
+        residual,
+        post,
+        phi,
+        raw_grad,
+        scale,
+        pre,
+        outer,
+        behind,
+        streams_grad,
+        output_grad,
+        token_sums,
+        partials,
+        tokens,
+        per_range,
+        *streams.stride(),
+        *output.stride(),
+        *outer.stride(),
+        *behind.stride(),
+        N=n,
+        C=width,
+        K=coefficients,
+        PADDED_K=max(16, triton.next_power_of_2(coefficients)),
+        HAS_NEW=new_grad is not None,
+        HAS_READ=read_grad is not None,
+        SINGLE_PASS=single_pass,
+        SUMS=sums,
+        BLOCK_TOKENS=config.block_tokens,
+        BLOCK_C=config.block_width,
+        PRECISION=product_precision(streams.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    residual_grad, post_grad, *pre_grad = token_sums.sum(0).split(
+        [n * n, n, n][: 3 if sums > n * n + n else 2], dim=1
+    )
+    return (
+        streams_grad,
+        output_grad,
+        residual_grad.reshape(tokens, n, n),
+        post_grad.contiguous(),
+        partials.sum(0),
+        pre_grad[0].contiguous() if pre_grad else None,
+    )
