@@ -24,11 +24,18 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told beside the arguments; its default for fused operations changes."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
     def run(self) -> None:
         """Launch it."""
-        self.kernel[self.grid](
-            *self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](*self.args, **self.constants, **self.options)
 
 
 _handler: Callable[[Launch], None] = Launch.run

@@ -1,0 +1,79 @@
+"""Every kernel, compiled for GPUs that are not there, with its default block sizes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from compiled_kernels import REGISTER_LIMIT, SHARED_LIMIT, TARGETS
+
+PAPER_WIDTHS = ("1280", "2560", "4096", "7168")
+
+
+@pytest.fixture(scope="module")
+def compiled(repository):
+    """Returns a function: what the kernels use, compiled in a process without the interpreter."""
+
+    def run(*arguments: str) -> list[dict]:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = [sys.executable, "benchmarks/compiled_kernels.py", "--json", *arguments]
+        result = subprocess.run(
+            command, cwd=repository, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        rows = json.loads(result.stdout)
+        assert len({row["workload"] for row in rows}) >= 18
+        return rows
+
+    return run
+
+
+def problems(row: dict) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    threads = row["num_warps"] * TARGETS[row["target"]].warp_size
+    found = {
+        "spills": row["spills"] + row["stack"] > 0,
+        "registers": row["registers"] * threads > REGISTER_LIMIT[row["target"]],
+        "shared memory": row["shared"] > SHARED_LIMIT[row["target"]],
+        "atomics": row["atomics"] > 0,
+    }
+    return [name for name, is_wrong in found.items() if is_wrong]
+
+
+def narrow(row: dict) -> list[str]:
+    """Which accesses to streams of 16-bit numbers are narrower than 16 bytes."""
+    widths = {
+        kind: {int(width) for width in row[kind]} for kind in ("loads", "stores") if row[kind]
+    }
+    wrong = [f"{kind} of 2 bytes" for kind, found in widths.items() if min(found) < 4]
+    touches_streams = row["elements"] > 0
+    wrong += ["no loads of 16 bytes"] * (touches_streams and 16 not in widths["loads"])
+    writes_streams = touches_streams and not row["workload"].startswith("project")
+    return wrong + ["no stores of 16 bytes"] * (writes_streams and 16 not in widths["stores"])
+
+
+def report(wrong: list[tuple[dict, list[str]]]) -> str:
+    """One line for each kernel that something is wrong with."""
+    shape = ("workload", "n", "width", "dtype", "target")
+    lines = (
+        f"{' '.join(str(row[key]) for key in shape)}: {', '.join(what)}"
+        for row, what in wrong
+        if what
+    )
+    return "\n".join(lines)
+
+
+def test_default_kernels_for_hopper_at_the_papers_widths(compiled):
+    rows = compiled("--widths", *PAPER_WIDTHS)
+    assert report([(row, problems(row) + narrow(row)) for row in rows]) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_default_kernels_for_any_number_of_streams(compiled, target):
+    streams = ("1", "2", "3", "4", "5", "6", "7", "8")
+    rows = compiled("--targets", target, "--streams", *streams, "--widths", "2560")
+    rows += compiled("--targets", target, "--widths", "1000", "2560", "--dtypes", "float32")
+    assert report([(row, problems(row)) for row in rows]) == ""
