@@ -1,5 +1,6 @@
 """The LightningModule: loss, optimizer, schedule and the numbers every run logs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimization import AdamW
-from mhc_lightning.strategies.sharding import shard
+from mhc_lightning.strategies.sharding import load_rows, shard
 
 
 class TokenPerplexity(MeanMetric):
@@ -45,6 +46,7 @@ class LanguageModel(pl.LightningModule):
         self.optimizer = optimizer
         self.compile_sublayers = compile
         self._configured = False
+        self._weights: Mapping[str, Tensor] | None = None
         self.validation_loss = MeanMetric(nan_strategy="disable")
         self.validation_perplexity = TokenPerplexity(nan_strategy="disable")
         self._step_losses: list[Tensor] = []
@@ -69,6 +71,20 @@ class LanguageModel(pl.LightningModule):
                 self.trainer.strategy.root_device,
                 torch.bfloat16 if mixed else None,
             )
+            if self._weights is not None:
+                load_rows(self, self._weights)
+                self._weights = None
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of a whole state dict.
+
+        A network on ``meta`` takes them when it is sharded, each process its part; keep the tensors
+        as they are until then.
+        """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            self._weights = weights
+        else:
+            self.load_state_dict(weights)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one micro-batch."""

@@ -47,10 +47,19 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return train(tmp_path_factory.mktemp("single"), "single")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_equal_one(strategy: str, single: dict[str, Any], tmp_path: Path) -> None:
-    double = train(tmp_path, strategy)
+@pytest.mark.parametrize(
+    ("strategy", "init"), [("ddp", "whole"), ("fsdp", "whole"), ("fsdp", "meta")]
+)
+def test_two_processes_equal_one(
+    strategy: str, init: str, single: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also with a network on meta, which is initialised shard by shard, and never anywhere whole.
+
+    Except for a connection's parameters: they are made whole, one connection at a time.
+    """
+    double = train(tmp_path, strategy, init=init)
     assert double["sharded"] == (strategy == "fsdp")
+    assert (double["largest_allocation"] <= double["largest_parameter"] / 2) == (init == "meta")
     assert len(double["rows"]) == len(single["rows"]) == 5
     for ours, expected in zip(double["rows"], single["rows"], strict=True):
         for tag, value in expected.items():
@@ -76,10 +85,4 @@ def test_connections_stay_float32(strategy: str, precision: str, tmp_path: Path)
     assert record["dtypes"]["phi"] == ["torch.float32"]
     assert record["dtypes"]["mappings"] == ["torch.float32"]
     assert record["dtypes"]["streams"] == ["torch.bfloat16"]
-    assert_near_chance(record)
-
-
-def test_a_model_on_meta_is_initialised_shard_by_shard(tmp_path: Path) -> None:
-    record = train(tmp_path, "fsdp", init="meta")
-    assert record["sharded"]
     assert_near_chance(record)

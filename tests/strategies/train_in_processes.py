@@ -8,10 +8,17 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from mhc_lightning import LanguageModel
-from mhc_lightning.modules import Connection, ManifoldHyperConnection, Transformer
+from mhc_lightning.modules import (
+    Connection,
+    ManifoldHyperConnection,
+    Transformer,
+    initialisation,
+)
 from mhc_lightning.optimization import AdamW
 from mhc_lightning.strategies import FullyShardedStrategy
 
@@ -22,6 +29,21 @@ STRATEGIES = {
 }
 
 
+class Allocations(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, without those on meta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor):
+                self.largest = max(self.largest, 0 if tensor.is_meta else tensor.numel())
+        return out
+
+
 class Watched(LanguageModel):
     """Keeps losses, gradient norms and the dtypes that connections and blocks computed in."""
 
@@ -29,6 +51,11 @@ class Watched(LanguageModel):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.rows: list[dict[str, float]] = []
         self.dtypes: dict[str, set[str]] = {"phi": set(), "mappings": set(), "streams": set()}
+        self.allocations = Allocations()
+
+    def configure_model(self) -> None:
+        with self.allocations:
+            super().configure_model()
 
     def on_train_start(self) -> None:
         for module in self.model.modules():
@@ -50,7 +77,8 @@ class Watched(LanguageModel):
 
 def main(strategy: str, precision: str, init: str, output: str) -> None:
     pl.seed_everything(0, verbose=False)
-    with torch.device("meta" if init == "meta" else "cpu"):
+    initialisation._GROUP = 100  # values: some groups lie in both processes' parts
+    with torch.device("meta" if init == "meta" else "cpu"), Allocations() as built:
         network = Transformer(
             connection=ManifoldHyperConnection,
             vocab_size=40,
@@ -95,6 +123,8 @@ def main(strategy: str, precision: str, init: str, output: str) -> None:
             "connection_parameters": sorted(
                 {str(p.dtype) for c in connections for p in c.parameters()}
             ),
+            "largest_allocation": max(built.largest, model.allocations.largest),
+            "largest_parameter": max(p.numel() for p in network.parameters()),
             "sharded": all(isinstance(p, DTensor) for p in network.parameters()),
             "bias_of_experts": network.blocks[1].feed_forward.body.balance.bias.tolist(),
             "parameters": {

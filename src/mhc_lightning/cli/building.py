@@ -1,5 +1,6 @@
 """From a composed experiment to the objects that Lightning trains with."""
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import hydra.utils
@@ -121,9 +122,15 @@ def build_data(experiment: Experiment, world_size: int) -> "TextDataModule":
     return build(experiment, "data", micro_batch_size=micro)
 
 
-def build_model(experiment: Experiment) -> "LanguageModel":
-    """The model with its optimizer recipe, initialised from the configuration's seed."""
+def build_model(experiment: Experiment, *, on_meta: bool = False) -> "LanguageModel":
+    """The model with its optimizer recipe, initialised from the configuration's seed.
+
+    Args:
+        experiment: The experiment.
+        on_meta: Whether to build the network without memory for its weights.
+    """
     import lightning.pytorch as pl
+    import torch
 
     from mhc_lightning import LanguageModel
 
@@ -131,9 +138,14 @@ def build_model(experiment: Experiment) -> "LanguageModel":
     if not 0 <= values["seed"] < 2**32:
         raise UserError(f"seed must be at least 0 and below 2**32, not {values['seed']}")
     pl.seed_everything(values["seed"], workers=True, verbose=False)
-    return LanguageModel(
-        build(experiment, "model"), build(experiment, "optimizer"), compile=values["compile"]
-    )
+    with torch.device("meta") if on_meta else contextlib.nullcontext():
+        network = build(experiment, "model")
+    return LanguageModel(network, build(experiment, "optimizer"), compile=values["compile"])
+
+
+def build_model_for(experiment: Experiment, trainer: "pl.Trainer") -> "LanguageModel":
+    """The model, on ``meta`` if the trainer's strategy brings it to life part by part."""
+    return build_model(experiment, on_meta=getattr(trainer.strategy, "materialises_model", False))
 
 
 def count_optimizer_steps(
@@ -180,7 +192,8 @@ def _quiet() -> None:
 
     import lightning.pytorch  # noqa: F401  (it sets the level that is set here)
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers",
         ".*LeafSpec",

@@ -19,8 +19,6 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     if values["ckpt_path"] is None:
         raise UserError("export needs ckpt_path=last, ckpt_path=best or a checkpoint file")
 
-    import torch
-
     from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.tokenizer import tokenizer_of
@@ -29,8 +27,7 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
 
     check_arguments("export", export_model, values["export"])
     path = require_checkpoint(experiment)
-    with torch.device("meta"):  # for its shapes
-        module = build_model(experiment)
+    module = build_model(experiment, on_meta=True)  # for its shapes
     checkpoint = load_fitting(path, module, experiment)
     tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
     export_model(

@@ -34,7 +34,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         build,
         build_data,
         build_members,
-        build_model,
+        build_model_for,
         build_trainer,
         count_optimizer_steps,
     )
@@ -58,12 +58,12 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     count_optimizer_steps(trainer, experiment, data)
     if is_first_process():  # the others start later, or end with it
         check_room(experiment, trainer.world_size, trainer.strategy.root_device)
-    module = build_model(experiment)
+    module = build_model_for(experiment, trainer)
     data.validate_against(module.model.vocab_size)
     if checkpoint is not None:
         saved = load_fitting(checkpoint, module, experiment)
         if holds_weights_alone(saved):
-            module.load_state_dict(saved["state_dict"])
+            module.start_from(saved["state_dict"])
             _begin_anew(experiment, checkpoint, trainer)
             checkpoint = None
         elif is_first_process():

@@ -20,15 +20,12 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
     if not source or len(source) != 1:
         raise UserError("import needs input=FOLDER, one that `export` wrote")
 
-    import torch
-
     from mhc_lightning.checkpoint_files import checkpoint_name, point_link, write_checkpoint
     from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting
 
     folder = Path(values["output_dir"])
-    with torch.device("meta"):  # for its shapes
-        module = build_model(experiment)
+    module = build_model(experiment, on_meta=True)  # for its shapes
     checkpoint = load_fitting(_folder(source[0]), module, experiment)
     claim(folder, resumes=False, overwrite=values["overwrite"])
     delete_run(folder)

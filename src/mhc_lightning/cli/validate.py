@@ -34,18 +34,18 @@ def validate(experiment: Experiment, arguments: Arguments) -> None:
 
 def measure(experiment: Experiment) -> dict[str, float | int | str]:
     """The metrics by name, with the step and the file they belong to."""
-    from mhc_lightning.cli.building import build_data, build_model, build_trainer
+    from mhc_lightning.cli.building import build_data, build_model_for, build_trainer
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.tokenizer import check_tokenizer
 
     path = require_checkpoint(experiment)
     trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
     data = build_data(experiment, trainer.world_size)
-    module = build_model(experiment)
+    module = build_model_for(experiment, trainer)
     data.validate_against(module.model.vocab_size)
     checkpoint = load_fitting(path, module, experiment)
     check_tokenizer(data.tokenizer, checkpoint, path, module.model.vocab_size)
-    module.load_state_dict(checkpoint["state_dict"])
+    module.start_from(checkpoint["state_dict"])
     trainer.validate(module, datamodule=data, verbose=False)
     measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
     measured.pop("step", None)

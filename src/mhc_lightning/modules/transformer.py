@@ -15,6 +15,7 @@ from mhc_lightning.kernels import linear_cross_entropy, token_losses
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
 from mhc_lightning.modules.connection import Connection
 from mhc_lightning.modules.feed_forward import SwiGLU
+from mhc_lightning.modules.initialisation import NormalMatrices
 from mhc_lightning.modules.mixture_of_experts import LoadBalance, MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
 
@@ -82,6 +83,9 @@ class Transformer(nn.Module):
         norm_eps: Epsilon of every RMSNorm.
         init_std: Standard deviation of all weight matrices at initialisation.
 
+    Attributes:
+        init_seed: What the initial weights are drawn with, itself drawn from torch's generator.
+
     Raises:
         UserError: If a size is out of range.
     """
@@ -124,6 +128,8 @@ class Transformer(nn.Module):
                 raise UserError(f"model.{name} must be at least 1, not {value}")
         if not init_std >= 0:
             raise UserError(f"model.init_std must be at least 0, not {init_std}")
+        # Drawn before the layers draw, which on meta they do not: both builds get the same seed.
+        self.init_seed = int(torch.randint(2**32, (), device="cpu"))
         self.vocab_size = vocab_size
         self.init_std = init_std
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -159,19 +165,30 @@ class Transformer(nn.Module):
         self.output = nn.Linear(dim, vocab_size, bias=False)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw every weight matrix anew from a normal distribution; norms and balances start over.
+    @torch.no_grad()
+    def reset_parameters(
+        self, held: Callable[[Tensor], tuple[Tensor, int]] = lambda tensor: (tensor, 0)
+    ) -> None:
+        """Draw every weight matrix from a normal distribution; norms and balances start over.
 
-        Connections initialise themselves.
+        The draw depends on ``init_seed`` alone: it is the same each time, and the same for a
+        network that is spread over any number of devices. Connections initialise themselves.
+
+        Args:
+            held: Gives the rows of a parameter that are to be filled here, and the first one's
+                number; all of them by default.
         """
+        matrices = NormalMatrices(self.init_seed)
         for module in self.modules():
+            own: list[Tensor] = []
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.init_std)
+                own = [module.weight]
             elif isinstance(module, MixtureOfExperts):
-                nn.init.normal_(module.gate_up, std=self.init_std)
-                nn.init.normal_(module.down, std=self.init_std)
+                own = [module.gate_up, module.down]
             elif isinstance(module, RMSNorm | LoadBalance):
                 module.reset_parameters()
+            for parameter in own:
+                matrices.fill(*held(parameter), parameter.shape, self.init_std)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> streams [B, S, n, C], all copies of the embedding.

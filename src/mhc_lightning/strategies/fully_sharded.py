@@ -8,7 +8,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     The LightningModule shards itself over ``device_mesh["data_parallel"]``. Checkpoints are whole
     files, so that a run resumes under any strategy and number of devices.
+
+    Attributes:
+        materialises_model: A module may come with its network on ``meta``: no process ever builds
+            it whole, ``configure_model`` gives this process's part memory and values.
     """
+
+    materialises_model = True
 
     def __init__(self) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)

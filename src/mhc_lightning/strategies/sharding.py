@@ -1,12 +1,16 @@
-"""FSDP2 sharding of a Transformer: what is gathered together, and in which precision."""
+"""FSDP2 sharding of a Transformer: what is gathered together, in which precision, from where."""
+
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 
 from mhc_lightning.modules import Connection, Transformer
 
@@ -21,7 +25,8 @@ def shard(
 
     Each block is gathered for its own forward and backward pass only. Connections form groups of
     their own, because they compute in float32 whatever the rest is gathered in. A model built on
-    ``meta`` gets memory and initial values shard by shard, so it never has to fit one device.
+    ``meta`` gets memory and initial values shard by shard, so it never has to fit one device or
+    process. The values are those of a model that was built whole from the same ``init_seed``.
 
     Args:
         model: The network.
@@ -48,4 +53,27 @@ def shard(
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             if any(tensor.is_meta for tensor in own):
                 module.to_empty(device=device, recurse=False)
-        model.reset_parameters()
+        model.reset_parameters(held_rows)
+
+
+def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The rows of a tensor that this process holds, in place, and the number of the first."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    # FSDP2 gives every process but the last ones equally many rows, as torch.chunk does.
+    each = -(-tensor.shape[0] // tensor.device_mesh.size())
+    first = min(each * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    return tensor.to_local(), first
+
+
+@torch.no_grad()
+def load_rows(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a sharded module; each process reads the rows that it holds.
+
+    Args:
+        module: A module that was sharded.
+        weights: A whole state dict of it, which may be mapped from a file.
+    """
+    for name, tensor in module.state_dict().items():
+        rows, first = held_rows(tensor)
+        rows.copy_(weights[name][first : first + len(rows)])
