@@ -20,3 +20,11 @@ class StreamMappings(NamedTuple):
     pre: Tensor
     post: Tensor
     residual: Tensor
+
+
+class MappingGrads(NamedTuple):
+    """Gradients of the three mappings, shaped like them; None where nothing comes back."""
+
+    pre: Tensor | None
+    post: Tensor | None
+    residual: Tensor | None

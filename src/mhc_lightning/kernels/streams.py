@@ -1,63 +1,12 @@
-"""Reading from and writing to the residual streams, with gradients in as few passes as possible.
+"""The operators that read from and write to the residual streams with given mappings."""
 
-Products are batched small matrices per token, in float32 whatever the streams' dtype (float64 if an
-operand is): rounding a mixing matrix to bfloat16 makes the signal drift over many sub-layers.
-"""
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mhc_lightning.kernels.coefficients import compute_dtype
-
-
-def dot_per_stream(streams: Tensor, vector: Tensor) -> Tensor:
-    """``Σ_c streams[t, i, c] · vector[t, c]``: [tokens, n, C], [tokens, C] -> [tokens, n]."""
-    # As a row times a matrix: batched products with a single column are several times slower.
-    return torch.bmm(vector[:, None, :], streams.mT).squeeze(1)
-
-
-class _Aggregate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, streams, pre):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(streams, pre)
-        return torch.bmm(pre[:, None, :], streams.to(pre.dtype)).squeeze(1).to(streams.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        streams, pre = ctx.saved_tensors
-        grad = grad.to(pre.dtype)
-        streams_grad = pre_grad = None
-        if ctx.needs_input_grad[0]:
-            streams_grad = torch.bmm(pre[:, :, None], grad[:, None, :]).to(streams.dtype)
-        if ctx.needs_input_grad[1]:
-            pre_grad = dot_per_stream(streams.to(pre.dtype), grad)
-        return streams_grad, pre_grad
-
-
-class _Merge(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, streams, output, residual, post):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(streams, output, residual, post)
-        dtype = residual.dtype
-        merged = torch.bmm(residual, streams.to(dtype))
-        merged.addcmul_(post[:, :, None], output.to(dtype)[:, None, :])
-        return merged.to(streams.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        streams, output, residual, post = ctx.saved_tensors
-        need_streams, need_output, need_residual, need_post = ctx.needs_input_grad
-        grad = grad.to(residual.dtype)
-        streams_grad = output_grad = residual_grad = post_grad = None
-        if need_streams:
-            streams_grad = torch.bmm(residual.mT, grad).to(streams.dtype)
-        if need_output:
-            output_grad = torch.bmm(post[:, None, :], grad).squeeze(1).to(output.dtype)
-        if need_residual:
-            residual_grad = torch.bmm(grad, streams.to(grad.dtype).mT)
-        if need_post:
-            post_grad = dot_per_stream(grad, output.to(grad.dtype))
-        return streams_grad, output_grad, residual_grad, post_grad
+from mhc_lightning.kernels.backend import backend_of
+from mhc_lightning.kernels.operands import check_shape, compute_dtype, empty, full_precision
 
 
 def aggregate_streams(streams: Tensor, pre: Tensor) -> Tensor:
@@ -73,16 +22,13 @@ def aggregate_streams(streams: Tensor, pre: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes don't fit.
     """
-    if pre.shape != streams.shape[:-1]:
-        raise ValueError(
-            f"pre must be {list(streams.shape[:-1])} for streams {list(streams.shape)},"
-            f" not {list(pre.shape)}"
-        )
-    n, width = streams.shape[-2:]
+    *leading, n, width = streams.shape
+    check_shape("pre", pre, [*leading, n], streams)
     dtype = compute_dtype(streams, pre)
-    with torch.autocast(streams.device.type, enabled=False):
-        read = _Aggregate.apply(streams.reshape(-1, n, width), pre.reshape(-1, n).to(dtype))
-    return read.reshape(*streams.shape[:-2], width)
+    weights = pre.reshape(-1, n).to(dtype)
+    with full_precision(streams):
+        read = aggregate_op(streams.reshape(-1, n, width), weights)
+    return read.reshape(*leading, width)
 
 
 def merge_streams(streams: Tensor, output: Tensor, residual: Tensor, post: Tensor) -> Tensor:
@@ -103,22 +49,126 @@ def merge_streams(streams: Tensor, output: Tensor, residual: Tensor, post: Tenso
         ValueError: If the shapes don't fit.
     """
     *leading, n, width = streams.shape
-    for name, tensor, shape in (
-        ("output", output, [*leading, width]),
-        ("residual", residual, [*leading, n, n]),
-        ("post", post, [*leading, n]),
-    ):
-        if list(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must be {shape} for streams {list(streams.shape)},"
-                f" not {list(tensor.shape)}"
-            )
+    check_shape("output", output, [*leading, width], streams)
+    check_shape("residual", residual, [*leading, n, n], streams)
+    check_shape("post", post, [*leading, n], streams)
     dtype = compute_dtype(streams, residual, post)
-    with torch.autocast(streams.device.type, enabled=False):
-        merged = _Merge.apply(
+    with full_precision(streams):
+        merged = merge_op(
             streams.reshape(-1, n, width),
             output.reshape(-1, width),
             residual.reshape(-1, n, n).to(dtype),
             post.reshape(-1, n).to(dtype),
         )
     return merged.reshape(streams.shape)
+
+
+@torch.library.custom_op("mhc_lightning::aggregate_streams", mutates_args=())
+def aggregate_op(streams: Tensor, pre: Tensor) -> Tensor:
+    """[T, n, C], [T, n] -> [T, C]."""
+    return backend_of(streams, pre).aggregate_forward(streams, pre)
+
+
+@torch.library.custom_op("mhc_lightning::aggregate_streams_backward", mutates_args=())
+def aggregate_backward_op(
+    grad: Tensor, streams: Tensor, pre: Tensor, need_streams: bool, need_pre: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of streams and pre; an empty tensor for one that is not needed."""
+    backend = backend_of(streams, pre)
+    streams_grad, pre_grad = backend.aggregate_backward(grad, streams, pre, need_streams, need_pre)
+    return (
+        empty() if streams_grad is None else streams_grad,
+        empty() if pre_grad is None else pre_grad,
+    )
+
+
+@aggregate_op.register_fake
+def _(streams: Tensor, pre: Tensor) -> Tensor:
+    return streams.new_empty(streams.shape[0], streams.shape[2])
+
+
+@aggregate_backward_op.register_fake
+def _(
+    grad: Tensor, streams: Tensor, pre: Tensor, need_streams: bool, need_pre: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        streams.new_empty(streams.shape) if need_streams else empty(),
+        pre.new_empty(pre.shape) if need_pre else empty(),
+    )
+
+
+def _setup_aggregate(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _aggregate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    grads = aggregate_backward_op(grad, *ctx.saved_tensors, needs[0], needs[1])
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+aggregate_op.register_autograd(_aggregate_backward, setup_context=_setup_aggregate)
+
+
+@torch.library.custom_op("mhc_lightning::merge_streams", mutates_args=())
+def merge_op(streams: Tensor, output: Tensor, residual: Tensor, post: Tensor) -> Tensor:
+    """[T, n, C], [T, C], [T, n, n], [T, n] -> [T, n, C]."""
+    return backend_of(streams, residual, post).merge_forward(streams, output, residual, post)
+
+
+@torch.library.custom_op("mhc_lightning::merge_streams_backward", mutates_args=())
+def merge_backward_op(
+    grad: Tensor,
+    streams: Tensor,
+    output: Tensor,
+    residual: Tensor,
+    post: Tensor,
+    need_streams: bool,
+    need_output: bool,
+    need_coefficients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the four operands; an empty tensor for one that is not needed."""
+    grads = backend_of(streams, residual, post).merge_backward(
+        grad, streams, output, residual, post, need_streams, need_output, need_coefficients
+    )
+    streams_grad, output_grad, residual_grad, post_grad = (
+        empty() if g is None else g for g in grads
+    )
+    return streams_grad, output_grad, residual_grad, post_grad
+
+
+@merge_op.register_fake
+def _(streams: Tensor, output: Tensor, residual: Tensor, post: Tensor) -> Tensor:
+    return streams.new_empty(streams.shape)
+
+
+@merge_backward_op.register_fake
+def _(
+    grad: Tensor,
+    streams: Tensor,
+    output: Tensor,
+    residual: Tensor,
+    post: Tensor,
+    need_streams: bool,
+    need_output: bool,
+    need_coefficients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        streams.new_empty(streams.shape) if need_streams else empty(),
+        output.new_empty(output.shape) if need_output else empty(),
+        residual.new_empty(residual.shape) if need_coefficients else empty(),
+        post.new_empty(post.shape) if need_coefficients else empty(),
+    )
+
+
+def _setup_merge(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    grads = merge_backward_op(grad, *ctx.saved_tensors, needs[0], needs[1], needs[2] or needs[3])
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+merge_op.register_autograd(_merge_backward, setup_context=_setup_merge)

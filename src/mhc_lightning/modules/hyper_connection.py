@@ -5,7 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhc_lightning.kernels import StreamMappings, aggregate_streams, hyper_mappings
+from mhc_lightning.kernels import (
+    StreamMappings,
+    aggregate_streams,
+    hyper_mappings,
+    read_hyper_streams,
+)
 from mhc_lightning.modules.connection import Connection
 
 
@@ -76,6 +81,11 @@ class HyperConnection(Connection):
         )
 
     def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Aggregate the streams with the pre mapping."""
-        mappings = self.window(streams, self.mappings(streams))
-        return aggregate_streams(streams, mappings.pre), (streams, mappings)
+        """Compute mappings and the aggregated streams together."""
+        if self.phi is None or self.alpha is None:
+            mappings = self.window(streams, self.mappings(streams))
+            return aggregate_streams(streams, mappings.pre), (streams, mappings)
+        kept, u, mappings = read_hyper_streams(
+            streams, self.phi, self.alpha, self.bias, self.tanh, self.eps
+        )
+        return u, (kept, self.window(streams, mappings))

@@ -173,17 +173,11 @@ def _(connection: ManifoldHyperConnection, batch: MicroBatch) -> ConnectionBytes
 
 @connection_bytes.register
 def _(connection: HyperConnection, batch: MicroBatch) -> ConnectionBytes:
-    """``hyper_mappings`` is plain tensor code: norms, products before and after them, mappings."""
+    """Static mappings are parameters; dynamic ones keep what ``read_hyper_streams`` does."""
     if connection.phi is None:
         return _connection_bytes(connection, batch, 0)
-    n = connection.num_streams
-    kept = _connection_bytes(connection, batch, n + 3 * _num_mappings(connection))
-    coefficient = batch.precision.coefficient
-    # The product with phi wants float32, and cannot run on n views of one embedding.
-    if batch.precision.activation < coefficient or (connection.layer_index == 0 and n > 1):
-        copy = n * connection.dim * coefficient * batch.tokens
-        kept = kept._replace(streams=kept.streams + copy)
-    return kept
+    norms = connection.num_streams
+    return _connection_bytes(connection, batch, 2 * _num_mappings(connection) + norms)
 
 
 @connection_bytes.register

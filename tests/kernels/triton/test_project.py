@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhc_lightning.kernels.triton.project import project
-from mhc_lightning.kernels.triton.read_backward import read_backward
+from mhc_lightning.kernels.triton.project_backward import project_backward
 
 CASES = st.tuples(
     st.sampled_from([0, 1, 17, 40, 130]),
@@ -54,7 +54,7 @@ def test_read_backward(case: tuple, has_read: bool, has_kept: bool, needs: str) 
     pre = torch.rand(tokens, n)
     read_grad = randn(tokens, width, dtype=dtype) if has_read else None
     kept_grad = randn(tokens, n, width, dtype=dtype) if has_kept else None
-    actual = read_backward(
+    actual = project_backward(
         streams,
         phi,
         raw_grad,
@@ -91,7 +91,7 @@ def test_tokens_in_several_ranges_add_up(per_stream: bool) -> None:
     raw_grad = randn(phi.shape[1], rows)
     nothing = torch.zeros(rows)
     pre = torch.zeros(tokens, n)
-    _, phi_grad = read_backward(
+    _, phi_grad = project_backward(
         streams, phi, raw_grad, nothing, pre, None, None, False, True, per_stream
     )
     assert phi_grad is not None

@@ -1,1 +1,20 @@
-"""Triton kernels of the stream operations on plain tensors, without autograd."""
+"""The stream operations as Triton kernels, without autograd; see ``kernels.reference``."""
+
+from mhc_lightning.kernels.triton.aggregate import aggregate_backward, aggregate_forward
+from mhc_lightning.kernels.triton.merge import merge_backward, merge_forward
+from mhc_lightning.kernels.triton.reading import read_backward, read_forward
+from mhc_lightning.kernels.triton.seam import seam_backward, seam_forward
+from mhc_lightning.kernels.triton.sinkhorn import sinkhorn_backward, sinkhorn_forward
+
+__all__ = [
+    "aggregate_backward",
+    "aggregate_forward",
+    "merge_backward",
+    "merge_forward",
+    "read_backward",
+    "read_forward",
+    "seam_backward",
+    "seam_forward",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
+]

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mhc_lightning.kernels.triton.seam import seam_forward
-from mhc_lightning.kernels.triton.seam_backward import seam_backward
+from mhc_lightning.kernels.triton.merge_project import merge_project
+from mhc_lightning.kernels.triton.merge_project_backward import merge_project_backward
 
 
 def formulas(
@@ -49,7 +49,7 @@ def test_forward(case: tuple, single_pass: bool) -> None:
     alpha, bias = torch.rand(3), randn(n * n + 2 * n)
     eps = 1e-20
     given_pre = torch.rand(tokens, n) if single_pass else None
-    new, read, raw, squares = seam_forward(x, y, residual, post, phi, alpha, bias, given_pre, eps)
+    new, read, raw, squares = merge_project(x, y, residual, post, phi, alpha, bias, given_pre, eps)
 
     doubles = [t.double() for t in (x, y, residual, post, phi)]
     expected_new = formulas(*doubles, pre=torch.zeros(tokens, n).double())[0]
@@ -82,7 +82,7 @@ def test_backward(case: tuple, single_pass: bool, grads: str) -> None:
     raw_grad = randn(n * n + 2 * n, tokens)
     squares_grad = randn(tokens, scale=0.1)
 
-    actual = seam_backward(
+    actual = merge_project_backward(
         x, y, residual, post, phi, raw_grad, 2 * squares_grad, pre, read_grad, new_grad, single_pass
     )
     leaves = [t.double().requires_grad_() for t in (x, y, residual, post, phi, pre)]
@@ -112,8 +112,8 @@ def test_strided_operands(layout: str) -> None:
     alpha, bias = torch.rand(3), randn(n * n + 2 * n)
     arguments = (residual, post, phi, alpha, bias, None, 1e-20)
     for strided, contiguous in zip(
-        seam_forward(x, y, *arguments),
-        seam_forward(x.contiguous(), y.contiguous(), *arguments),
+        merge_project(x, y, *arguments),
+        merge_project(x.contiguous(), y.contiguous(), *arguments),
         strict=True,
     ):
         assert torch.equal(strided, contiguous)

@@ -22,7 +22,7 @@ _LEAST_TOKENS = 512
 
 
 @triton.jit(do_not_specialize=["tokens", "tokens_per_range"])
-def _read_backward(
+def _project_backward(
     streams,
     phi,
     raw_grad,
@@ -136,7 +136,7 @@ def _read_backward(
             tl.store(out, phi_sums[i], mask=in_phi)
 
 
-def read_backward_config(n: int, width: int, itemsize: int) -> Config:
+def project_backward_config(n: int, width: int, itemsize: int) -> Config:
     """As many channels as leave phi and its gradient room in the registers of a program."""
     coefficients = max(16, triton.next_power_of_2(n * n + 2 * n))
     block_width = max(16, min(64, 8192 // (n * coefficients)))
@@ -151,7 +151,7 @@ def ranges_of_tokens(tokens: int, channel_blocks: int, block_tokens: int) -> tup
     return max(1, triton.cdiv(tokens, per_range)), per_range
 
 
-def read_backward(
+def project_backward(
     streams: Tensor,
     phi: Tensor,
     raw_grad: Tensor,
@@ -182,8 +182,8 @@ def read_backward(
     """
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
-    default = read_backward_config(n, width, streams.element_size())
-    config = configured("read_backward", n, width, streams.dtype, default)
+    default = project_backward_config(n, width, streams.element_size())
+    config = configured("project_backward", n, width, streams.dtype, default)
     channel_blocks = triton.cdiv(width, config.block_width)
     ranges, per_range = ranges_of_tokens(tokens, channel_blocks, config.block_tokens)
     streams_grad = torch.empty_like(streams, memory_format=torch.contiguous_format)
@@ -191,7 +191,7 @@ def read_backward(
     outer = streams if read_grad is None else read_grad
     kept = streams if kept_grad is None else kept_grad
     launch(
-        _read_backward,
+        _project_backward,
         (channel_blocks, ranges),
         streams,
         phi,

@@ -1,4 +1,4 @@
-"""Backward across the seam (``seam.py``), but for what each token's coefficients need first.
+"""Backward across the seam (``merge_project.py``), but for what the coefficients need first.
 
     G[i] = new_grad[i] + pre[i] · read_grad + raw_grad · phi[i]ᵀ + scale · new[i]
     grad x[j] = Σ_i residual[i, j] · G[i]        grad y = Σ_i post[i] · G[i]
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from mhc_lightning.kernels.triton.configs import Config, configured
 from mhc_lightning.kernels.triton.launch import launch
+from mhc_lightning.kernels.triton.merge_project import load_mixing, merged_stream
 from mhc_lightning.kernels.triton.precision import product_precision
-from mhc_lightning.kernels.triton.read_backward import ranges_of_tokens
-from mhc_lightning.kernels.triton.seam import load_mixing, merged_stream
+from mhc_lightning.kernels.triton.project_backward import ranges_of_tokens
 
 
 @triton.jit(do_not_specialize=["tokens", "tokens_per_range"])
-def _seam_backward(
+def _merge_project_backward(
     streams,
     output,
     residual,
@@ -159,13 +159,13 @@ def _seam_backward(
         tl.store(partial + (i * C + c)[:, None] * K + k[None, :], phi_sums[i], mask=in_phi)
 
 
-def seam_backward_config(n: int, width: int, itemsize: int) -> Config:
+def merge_project_backward_config(n: int, width: int, itemsize: int) -> Config:
     """As many channels as leave both sides of the seam and phi's gradient in registers."""
     wide = 64 if n <= 4 else 32 if n <= 6 else 16
     return Config(block_tokens=16 if n > 4 else 32, block_width=wide, num_warps=8, num_stages=2)
 
 
-def seam_backward(
+def merge_project_backward(
     streams: Tensor,
     output: Tensor,
     residual: Tensor,
@@ -183,9 +183,9 @@ def seam_backward(
     Args:
         streams: [T, n, C], any strides.
         output: [T, C], any strides.
-        residual: [T, n, n] float32 contiguous.
-        post: [T, n] float32 contiguous.
-        phi: [n·C, K] float32 contiguous.
+        residual: [T, n, n] float32.
+        post: [T, n] float32.
+        phi: [n·C, K] float32.
         raw_grad: Gradient of the raw coefficients [K, T].
         scale: What the norm adds per unit of the new streams [T].
         pre: The weights [T, n] that the new streams were read with.
@@ -198,8 +198,8 @@ def seam_backward(
     """
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
-    default = seam_backward_config(n, width, streams.element_size())
-    config = configured("seam_backward", n, width, streams.dtype, default)
+    default = merge_project_backward_config(n, width, streams.element_size())
+    config = configured("merge_project_backward", n, width, streams.dtype, default)
     blocks = triton.cdiv(width, config.block_width)
     ranges, per_range = ranges_of_tokens(tokens, blocks, config.block_tokens)
     streams_grad = torch.empty_like(streams, memory_format=torch.contiguous_format)
@@ -210,16 +210,16 @@ def seam_backward(
     outer = output if read_grad is None else read_grad
     behind = streams if new_grad is None else new_grad
     launch(
-        _seam_backward,
+        _merge_project_backward,
         (blocks, ranges),
         streams,
         output,
-        residual,
-        post,
-        phi,
+        residual.contiguous(),
+        post.contiguous(),
+        phi.contiguous(),
         raw_grad,
         scale,
-        pre,
+        pre.contiguous(),
         outer,
         behind,
         streams_grad,

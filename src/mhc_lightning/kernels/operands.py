@@ -1,0 +1,35 @@
+"""What the public functions check of their operands, and the dtype they compute in."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def check_shape(name: str, tensor: Tensor, shape: list[int], streams: Tensor) -> None:
+    """Raise ValueError unless ``tensor`` has the shape that the streams ask for."""
+    if list(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} must be {shape} for streams {list(streams.shape)}, not {list(tensor.shape)}"
+        )
+
+
+def check_iterations(num_iterations: int) -> None:
+    """Raise ValueError unless ``num_iterations`` is at least 1."""
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, not {num_iterations}")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any operand is, float32 otherwise: coefficients are never of lower precision."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def full_precision(streams: Tensor) -> AbstractContextManager:
+    """Keep autocast away from the arithmetic of an operator."""
+    return torch.autocast(streams.device.type, enabled=False)
+
+
+def empty() -> Tensor:
+    """What an operator returns in place of a result that was not asked for."""
+    return torch.empty(0)

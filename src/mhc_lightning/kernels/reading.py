@@ -1,0 +1,323 @@
+"""The operators that compute a connection's mappings and read its sub-layer's input.
+
+Reading also hands the streams on: the gradient that comes back through the merge is then added
+inside the kernel that finishes the streams' gradient, and autograd never adds stream-sized tensors.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_lightning.kernels.backend import backend_of
+from mhc_lightning.kernels.operands import (
+    check_iterations,
+    check_shape,
+    compute_dtype,
+    empty,
+    full_precision,
+)
+from mhc_lightning.kernels.record import MappingGrads, StreamMappings
+from mhc_lightning.kernels.rule import Rule
+
+
+def stream_mappings(
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    num_iterations: int = 20,
+    eps: float = 1e-20,
+) -> StreamMappings:
+    """Compute one connection's mappings for every token (arXiv 2512.24880, eqs. 7–9 and 14–19).
+
+    The n streams of a token are normalised together, ``x / sqrt(mean(x²) + eps)``, projected by
+    ``phi``, scaled by ``alpha``, shifted by ``bias`` (order: pre | post | residual, row-major), and
+    passed through σ, 2σ and Sinkhorn-Knopp.
+
+    Args:
+        streams: [..., n, C].
+        phi: [n·C, n² + 2n].
+        alpha: [3], the gates of pre, post and residual.
+        bias: [n² + 2n].
+        num_iterations: Sinkhorn iterations, at least 1.
+        eps: Added to the mean square, inside the square root.
+
+    Returns:
+        Mappings of leading shape ``streams.shape[:-2]``, float32 (float64 if any operand is).
+
+    Raises:
+        ValueError: If the shapes don't fit or ``num_iterations`` < 1.
+    """
+    rule = manifold_rule(streams, phi, alpha, bias, num_iterations, eps)
+    return _read(streams, phi, alpha, bias, rule, want_read=False)[2]
+
+
+def read_streams(
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    num_iterations: int = 20,
+    eps: float = 1e-20,
+) -> tuple[Tensor, Tensor, StreamMappings]:
+    """``stream_mappings`` and ``aggregate_streams`` in one step.
+
+    Args:
+        streams: [..., n, C].
+        phi: [n·C, n² + 2n].
+        alpha: [3].
+        bias: [n² + 2n].
+        num_iterations: Sinkhorn iterations, at least 1.
+        eps: Added to the mean square, inside the square root.
+
+    Returns:
+        The streams to merge into (the same values; use these, so that gradients accumulate here),
+        the sub-layer's input [..., C], and the mappings.
+
+    Raises:
+        ValueError: If the shapes don't fit or ``num_iterations`` < 1.
+    """
+    rule = manifold_rule(streams, phi, alpha, bias, num_iterations, eps)
+    return _read(streams, phi, alpha, bias, rule, want_read=True)
+
+
+def hyper_mappings(
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, tanh: bool = True, eps: float = 1e-20
+) -> StreamMappings:
+    """Compute the dynamic mappings of Hyper-Connections for every token (arXiv 2409.19606).
+
+    Each stream is normalised by itself and yields its own coefficients: with
+    ``z[j] = act(streams[j] / rms(streams[j]) · phi)``,
+    ``pre[j] = alpha[0] · z[j, 0] + b``, ``post[j] = alpha[1] · z[j, 1] + b`` and
+    ``residual[i, j] = alpha[0] · z[j, 2 + i] + b`` (eq. 5 of arXiv 2512.24880).
+
+    Args:
+        streams: [..., n, C].
+        phi: [C, n + 2], columns in the order pre | post | residual.
+        alpha: [2]: the scale of pre and residual, and the scale of post.
+        bias: The static mappings [n² + 2n] in the order pre | post | residual (row-major).
+        tanh: Whether ``act`` is tanh or the identity.
+        eps: Added to the mean square, inside the square root.
+
+    Returns:
+        Mappings of leading shape ``streams.shape[:-2]``, float32 (float64 if any operand is).
+
+    Raises:
+        ValueError: If the shapes don't fit.
+    """
+    rule = _hyper_rule(streams, phi, alpha, bias, tanh, eps)
+    return _read(streams, phi, alpha, bias, rule, want_read=False)[2]
+
+
+def read_hyper_streams(
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, tanh: bool = True, eps: float = 1e-20
+) -> tuple[Tensor, Tensor, StreamMappings]:
+    """``hyper_mappings`` and ``aggregate_streams`` in one step; returns what ``read_streams`` does.
+
+    Args:
+        streams: [..., n, C].
+        phi: [C, n + 2].
+        alpha: [2].
+        bias: [n² + 2n].
+        tanh: Whether the dynamic part is bounded by tanh.
+        eps: Added to the mean square, inside the square root.
+
+    Raises:
+        ValueError: If the shapes don't fit.
+    """
+    rule = _hyper_rule(streams, phi, alpha, bias, tanh, eps)
+    return _read(streams, phi, alpha, bias, rule, want_read=True)
+
+
+def manifold_rule(
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, num_iterations: int, eps: float
+) -> Rule:
+    """MHC's rule, for operands that fit each other; ValueError otherwise."""
+    n, width = streams.shape[-2:]
+    check_shape("phi", phi, [n * width, n * n + 2 * n], streams)
+    check_shape("alpha", alpha, [3], streams)
+    check_shape("bias", bias, [n * n + 2 * n], streams)
+    check_iterations(num_iterations)
+    return Rule("sinkhorn", num_iterations, eps)
+
+
+def _hyper_rule(
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, tanh: bool, eps: float
+) -> Rule:
+    n, width = streams.shape[-2:]
+    check_shape("phi", phi, [width, n + 2], streams)
+    check_shape("alpha", alpha, [2], streams)
+    check_shape("bias", bias, [n * n + 2 * n], streams)
+    return Rule("tanh" if tanh else "linear", 1, eps)
+
+
+def _read(
+    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: Rule, want_read: bool
+) -> tuple[Tensor, Tensor, StreamMappings]:
+    *leading, n, width = streams.shape
+    dtype = compute_dtype(streams, phi, alpha, bias)
+    with full_precision(streams):
+        kept, read, pre, post, residual = _Read.apply(
+            streams.reshape(-1, n, width),
+            *(parameter.to(dtype).contiguous() for parameter in (phi, alpha, bias)),
+            *rule,
+            want_read,
+        )
+    mappings = StreamMappings(
+        pre.reshape(*leading, n), post.reshape(*leading, n), residual.reshape(*leading, n, n)
+    )
+    if want_read:
+        read = read.reshape(*leading, width)
+    return kept.reshape(streams.shape), read, mappings
+
+
+class _Read(torch.autograd.Function):
+    """``read_op`` with the streams as a further output."""
+
+    @staticmethod
+    def forward(ctx, streams, phi, alpha, bias, rule, num_iterations, eps, want_read):  # type: ignore[no-untyped-def]
+        ctx.set_materialize_grads(False)
+        ctx.rule = (rule, num_iterations, eps)
+        read, pre, post, residual, raw, inverse_rms = read_op(
+            streams, phi, alpha, bias, *ctx.rule, want_read
+        )
+        ctx.save_for_backward(streams, phi, alpha, bias, pre, raw, inverse_rms)
+        return streams.view_as(streams), read, pre, post, residual
+
+    @staticmethod
+    def backward(ctx, kept_grad, read_grad, *grads):  # type: ignore[no-untyped-def]
+        need_streams, need_phi = ctx.needs_input_grad[:2]
+        saved = ctx.saved_tensors
+        results = read_backward_op(
+            *saved, kept_grad, read_grad, *grads, *ctx.rule, need_streams, need_phi
+        )
+        needs = ctx.needs_input_grad
+        return *(g if need else None for g, need in zip(results, needs[:4], strict=True)), *[
+            None
+        ] * 4
+
+
+@torch.library.custom_op("mhc_lightning::read_streams", mutates_args=())
+def read_op(
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    rule: str,
+    num_iterations: int,
+    eps: float,
+    want_read: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Input [T, C] (empty unless wanted), pre, post, residual, raw coefficients, inverse norms."""
+    read, mappings, raw, inverse_rms = backend_of(streams, phi).read_forward(
+        streams, phi, alpha, bias, Rule(rule, num_iterations, eps), want_read
+    )
+    return read, *mappings, raw, inverse_rms
+
+
+@torch.library.custom_op("mhc_lightning::read_streams_backward", mutates_args=())
+def read_backward_op(
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    pre: Tensor,
+    raw: Tensor,
+    inverse_rms: Tensor,
+    kept_grad: Tensor | None,
+    read_grad: Tensor | None,
+    pre_grad: Tensor | None,
+    post_grad: Tensor | None,
+    residual_grad: Tensor | None,
+    rule: str,
+    num_iterations: int,
+    eps: float,
+    need_streams: bool,
+    need_phi: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of streams, phi, alpha and bias; an empty tensor for one that is not needed."""
+    streams_grad, phi_grad, alpha_grad, bias_grad = backend_of(streams, phi).read_backward(
+        *(streams, phi, alpha, bias, pre, raw, inverse_rms, kept_grad, read_grad),
+        MappingGrads(pre_grad, post_grad, residual_grad),
+        Rule(rule, num_iterations, eps),
+        need_streams,
+        need_phi,
+    )
+    return (
+        empty() if streams_grad is None else streams_grad,
+        empty() if phi_grad is None else phi_grad,
+        alpha_grad,
+        bias_grad,
+    )
+
+
+@read_op.register_fake
+def _(
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    rule: str,
+    num_iterations: int,
+    eps: float,
+    want_read: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens, n, width = streams.shape
+    rows = tokens if rule == "sinkhorn" else tokens * n
+    return (
+        streams.new_empty(tokens, width) if want_read else streams.new_empty(0),
+        phi.new_empty(tokens, n),
+        phi.new_empty(tokens, n),
+        phi.new_empty(tokens, n, n),
+        phi.new_empty(phi.shape[1], rows),
+        phi.new_empty(rows),
+    )
+
+
+@read_backward_op.register_fake
+def _(
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    pre: Tensor,
+    raw: Tensor,
+    inverse_rms: Tensor,
+    kept_grad: Tensor | None,
+    read_grad: Tensor | None,
+    pre_grad: Tensor | None,
+    post_grad: Tensor | None,
+    residual_grad: Tensor | None,
+    rule: str,
+    num_iterations: int,
+    eps: float,
+    need_streams: bool,
+    need_phi: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        streams.new_empty(streams.shape) if need_streams else empty(),
+        phi.new_empty(phi.shape) if need_phi else empty(),
+        torch.empty_like(alpha),
+        torch.empty_like(bias),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    streams, phi, alpha, bias, *rule, _ = inputs
+    _, pre, _, _, raw, inverse_rms = output
+    ctx.rule = tuple(rule)
+    ctx.save_for_backward(streams, phi, alpha, bias, pre, raw, inverse_rms)
+
+
+def _backward(ctx: Any, read_grad: Tensor | None, *grads: Tensor | None) -> tuple:
+    needs = ctx.needs_input_grad[:4]
+    if read_grad is not None and read_grad.numel() == 0 and ctx.saved_tensors[0].numel() > 0:
+        read_grad = None
+    results = read_backward_op(
+        *ctx.saved_tensors, None, read_grad, *grads[:3], *ctx.rule, needs[0], needs[1]
+    )
+    return *(g if need else None for g, need in zip(results, needs, strict=True)), *[None] * 4
+
+
+read_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,27 @@
+"""The stream operations in plain torch, forward and backward by hand, without autograd.
+
+They run wherever torch does, in float64 too, and say what the Triton kernels have to compute.
+"""
+
+from mhc_lightning.kernels.reference.reading import read_backward, read_forward
+from mhc_lightning.kernels.reference.seam import seam_backward, seam_forward
+from mhc_lightning.kernels.reference.sinkhorn import sinkhorn_backward, sinkhorn_forward
+from mhc_lightning.kernels.reference.streams import (
+    aggregate_backward,
+    aggregate_forward,
+    merge_backward,
+    merge_forward,
+)
+
+__all__ = [
+    "aggregate_backward",
+    "aggregate_forward",
+    "merge_backward",
+    "merge_forward",
+    "read_backward",
+    "read_forward",
+    "seam_backward",
+    "seam_forward",
+    "sinkhorn_backward",
+    "sinkhorn_forward",
+]

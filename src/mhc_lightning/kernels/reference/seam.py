@@ -1,0 +1,76 @@
+"""Across the seam of two sub-layers: merge the one's output, then read for the other."""
+
+from torch import Tensor
+
+from mhc_lightning.kernels.record import MappingGrads, StreamMappings
+from mhc_lightning.kernels.reference.reading import read_backward, read_forward
+from mhc_lightning.kernels.reference.streams import (
+    aggregate_backward,
+    aggregate_forward,
+    merge_backward,
+    merge_forward,
+)
+from mhc_lightning.kernels.rule import Rule
+
+
+def seam_forward(
+    streams: Tensor,
+    output: Tensor,
+    residual: Tensor,
+    post: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    carry: Tensor | None,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, StreamMappings, Tensor, Tensor]:
+    """New streams, the next input, the next mappings, raw coefficients and inverse norms.
+
+    ``carry`` [T, n] are weights to read the new streams with; None reads with the new ones.
+    """
+    new = merge_forward(streams, output, residual, post)
+    read, mappings, raw, inverse_rms = read_forward(new, phi, alpha, bias, rule, carry is None)
+    if carry is not None:
+        read = aggregate_forward(new, carry)
+    return new, read, mappings, raw, inverse_rms
+
+
+def seam_backward(
+    streams: Tensor,
+    output: Tensor,
+    residual: Tensor,
+    post: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    carry: Tensor | None,
+    new: Tensor,
+    pre: Tensor,
+    raw: Tensor,
+    inverse_rms: Tensor,
+    new_grad: Tensor | None,
+    read_grad: Tensor | None,
+    grads: MappingGrads,
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of streams, output, residual, post, phi, alpha, bias and carry."""
+    carry_grad = None
+    if carry is not None and read_grad is not None:
+        through_read, carry_grad = aggregate_backward(read_grad, new, carry, True, True)
+        assert through_read is not None
+        new_grad = through_read if new_grad is None else new_grad + through_read
+        read_grad = None
+    total, phi_grad, alpha_grad, bias_grad = read_backward(
+        *(new, phi, alpha, bias, pre, raw, inverse_rms, new_grad, read_grad, grads, rule),
+        need_streams=True,
+        need_phi=True,
+    )
+    assert total is not None and phi_grad is not None
+    merged = merge_backward(total, streams, output, residual, post, True, True, True)
+    streams_grad, output_grad, residual_grad, post_grad = merged
+    assert streams_grad is not None and output_grad is not None
+    assert residual_grad is not None and post_grad is not None
+    return (
+        *(streams_grad, output_grad, residual_grad, post_grad),
+        *(phi_grad, alpha_grad, bias_grad, carry_grad),
+    )
