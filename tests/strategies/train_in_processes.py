@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -60,13 +61,10 @@ class Watched(LanguageModel):
     def on_train_start(self) -> None:
         for module in self.model.modules():
             if isinstance(module, Connection):
-                module.register_forward_pre_hook(self._see_phi)
-                module.window.register_forward_hook(self._see_mappings)
+                module.window.register_forward_hook(partial(self._see, module))
 
-    def _see_phi(self, module: Connection, args: tuple) -> None:
-        self.dtypes["phi"].add(str(module.phi.dtype))
-
-    def _see_mappings(self, module: object, args: tuple, out: tuple) -> None:
+    def _see(self, connection: Connection, window: object, args: tuple, out: tuple) -> None:
+        self.dtypes["phi"].add(str(connection.phi.dtype))
         self.dtypes["streams"].add(str(args[0].dtype))
         self.dtypes["mappings"].update(str(t.dtype) for t in out)
 

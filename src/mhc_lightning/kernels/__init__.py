@@ -2,6 +2,7 @@
 
 from mhc_lightning.kernels.backend import fuses_seams
 from mhc_lightning.kernels.cross_entropy import linear_cross_entropy, token_losses
+from mhc_lightning.kernels.ends import expand_streams, mean_streams
 from mhc_lightning.kernels.reading import (
     hyper_mappings,
     read_hyper_streams,
@@ -16,9 +17,11 @@ from mhc_lightning.kernels.streams import aggregate_streams, merge_streams
 __all__ = [
     "StreamMappings",
     "aggregate_streams",
+    "expand_streams",
     "fuses_seams",
     "hyper_mappings",
     "linear_cross_entropy",
+    "mean_streams",
     "merge_and_read",
     "merge_streams",
     "read_hyper_streams",

@@ -2,12 +2,13 @@
 
 from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.modules.attention import LatentAttention
-from mhc_lightning.modules.connection import Connection, MappingsWindow
+from mhc_lightning.modules.connection import Connection, MappingsWindow, Unmerged
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.hyper_connection import HyperConnection
 from mhc_lightning.modules.manifold_hyper_connection import ManifoldHyperConnection
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 from mhc_lightning.modules.residual_connection import ResidualConnection
+from mhc_lightning.modules.single_pass_hyper_connection import SinglePassHyperConnection
 from mhc_lightning.modules.transformer import Transformer
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "MappingsWindow",
     "MixtureOfExperts",
     "ResidualConnection",
+    "SinglePassHyperConnection",
     "StreamMappings",
     "SwiGLU",
     "Transformer",
+    "Unmerged",
 ]

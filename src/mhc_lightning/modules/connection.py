@@ -1,7 +1,7 @@
 """What every residual connection is: a way to read from n streams and a way to write to them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,31 @@ class MappingsWindow(nn.Module):
         return mappings
 
 
+class Unmerged(NamedTuple):
+    """A sub-layer's output before it is merged: the next connection may merge while it reads.
+
+    Attributes:
+        connection: The connection whose ``write`` is due.
+        streams: [..., n, C], as they were read.
+        output: The sub-layer's output [..., C].
+        state: What ``read`` returned for ``write``.
+    """
+
+    connection: "Connection"
+    streams: Tensor
+    output: Tensor
+    state: Any
+
+    def merge(self) -> tuple[Tensor, Tensor | None]:
+        """The new streams, and the carry for the next ``read``."""
+        return self.connection.write(self.streams, self.output, self.state)
+
+
 class Connection(KeepsFloat32):
     """Base of all connections: ``streams = connection(streams, sublayer)``.
 
-    A new variant implements ``mappings`` and ``read`` (and ``write`` if it merges differently).
+    A new variant implements ``mappings`` and ``read`` (and ``write`` if it merges differently, and
+    ``follow`` if merging and reading can be one step).
     Its parameters stay float32 when a model is cast to a lower precision, and become float64 with
     ``.double()``.
 
@@ -82,6 +103,17 @@ class Connection(KeepsFloat32):
         """
         kept, mappings = state
         return merge_streams(kept, output, mappings.residual, mappings.post), None
+
+    def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
+        """Merge what the sub-layer before left and read, across the seam of the two.
+
+        Returns:
+            The merged streams [..., n, C], this sub-layer's input [..., C], and the state that
+            ``write`` needs.
+        """
+        streams, carry = before.merge()
+        u, state = self.read(streams, carry)
+        return streams, u, state
 
     def forward(self, streams: Tensor, sublayer: SubLayer) -> Tensor:
         """Read, apply ``sublayer`` ([..., C] -> [..., C], its pre-norm included), write."""

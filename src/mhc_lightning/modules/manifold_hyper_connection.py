@@ -6,8 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.kernels import StreamMappings, read_streams, stream_mappings
-from mhc_lightning.modules.connection import Connection
+from mhc_lightning.kernels import (
+    StreamMappings,
+    fuses_seams,
+    merge_and_read,
+    read_streams,
+    stream_mappings,
+)
+from mhc_lightning.modules.connection import Connection, Unmerged
 
 # The paper gives no initialisation but alpha's. These logits are this package's choice: reading
 # prefers stream k mod n in sub-layer k, which breaks the symmetry between streams; mixing starts
@@ -82,3 +88,19 @@ class ManifoldHyperConnection(Connection):
             streams, self.phi, self.alpha, self.bias, self.sinkhorn_iterations, self.eps
         )
         return u, (kept, self.window(streams, mappings))
+
+    def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
+        """One step across the seam where both sides are mHC and the kernels can fuse it."""
+        if type(before.connection) is not type(self) or not fuses_seams(before.streams, self.phi):
+            return super().follow(before)
+        kept, mappings = before.state
+        streams, u, following = merge_and_read(
+            kept,
+            before.output,
+            mappings.residual,
+            mappings.post,
+            *(self.phi, self.alpha, self.bias),
+            num_iterations=self.sinkhorn_iterations,
+            eps=self.eps,
+        )
+        return streams, u, (streams, self.window(streams, following))

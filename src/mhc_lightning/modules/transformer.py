@@ -4,16 +4,21 @@ Shapes: B batch, S sequence, n streams, C width, V vocabulary.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.kernels import linear_cross_entropy, token_losses
+from mhc_lightning.kernels import (
+    aggregate_streams,
+    expand_streams,
+    linear_cross_entropy,
+    mean_streams,
+    token_losses,
+)
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
-from mhc_lightning.modules.connection import Connection
+from mhc_lightning.modules.connection import Connection, Unmerged
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.initialisation import NormalMatrices
 from mhc_lightning.modules.mixture_of_experts import LoadBalance, MixtureOfExperts
@@ -49,11 +54,33 @@ class Block(nn.Module):
         self.feed_forward_connection = feed_forward_connection
         self.feed_forward = feed_forward
 
-    def forward(self, streams: Tensor, cache: LatentCache | None = None) -> Tensor:
-        """[B, S, n, C] -> [B, S, n, C]."""
-        attention = self.attention if cache is None else partial(self.attention, cache=cache)
-        streams = self.attention_connection(streams, attention)
-        return self.feed_forward_connection(streams, self.feed_forward)
+    def forward(
+        self,
+        streams: Tensor | Unmerged,
+        carry: Tensor | None = None,
+        cache: LatentCache | None = None,
+        merge: bool = True,
+    ) -> tuple[Tensor, Tensor | None] | Unmerged:
+        """Run both sub-layers.
+
+        Args:
+            streams: [B, S, n, C], or what the block before left unmerged.
+            carry: What the block before returned beside its streams.
+            cache: Keys and values of earlier tokens.
+            merge: Whether to merge the last output; the next block can do it while it reads.
+
+        Returns:
+            Streams [B, S, n, C] and their carry, or an ``Unmerged`` for the next block.
+        """
+        if isinstance(streams, Unmerged):
+            streams, u, state = self.attention_connection.follow(streams)
+        else:
+            u, state = self.attention_connection.read(streams, carry)
+        y = self.attention(u) if cache is None else self.attention(u, cache=cache)
+        before = Unmerged(self.attention_connection, streams, y, state)
+        streams, u, state = self.feed_forward_connection.follow(before)
+        last = Unmerged(self.feed_forward_connection, streams, self.feed_forward(u), state)
+        return last.merge() if merge else last
 
 
 class Transformer(nn.Module):
@@ -198,35 +225,38 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return x.unsqueeze(-2).expand(*x.shape[:-1], self.num_streams, -1)
+        return expand_streams(x, self.num_streams)
 
-    def read_out(self, streams: Tensor) -> Tensor:
-        """Streams [B, S, n, C] -> normalised mean [B, S, C]."""
-        return self.norm(streams.mean(-2))
+    def read_out(self, streams: Tensor, carry: Tensor | None = None) -> Tensor:
+        """Streams [..., n, C] -> their normalised mean, or sum weighted by ``carry``, [..., C]."""
+        if carry is not None:
+            return self.norm(aggregate_streams(streams, carry))
+        return self.norm(mean_streams(streams))
 
-    def head(self, streams: Tensor) -> Tensor:
-        """Streams [B, S, n, C] -> logits [B, S, V]."""
-        return self.output(self.read_out(streams))
+    def head(self, streams: Tensor, carry: Tensor | None = None) -> Tensor:
+        """Streams [..., n, C] and their carry -> logits [..., V]."""
+        return self.output(self.read_out(streams, carry))
 
-    def run_blocks(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, S] -> streams [B, S, n, C] behind the last block."""
+    def run_blocks(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, S] -> streams [B, S, n, C] behind the last block, and their carry."""
         streams = self.embed(tokens)
-        for block in self.blocks:
-            streams = block(streams)
-        return streams
+        *blocks, last = self.blocks
+        for block in blocks:
+            streams = block(streams, merge=False)
+        return last(streams)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> logits [B, S, V]."""
-        return self.head(self.run_blocks(tokens))
+        return self.head(*self.run_blocks(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets [B, S], a float32 scalar; never all logits at once."""
-        hidden = self.read_out(self.run_blocks(tokens))
+        hidden = self.read_out(*self.run_blocks(tokens))
         return linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten())
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each target [B, S], float32, without a gradient."""
-        hidden = self.read_out(self.run_blocks(tokens))
+        hidden = self.read_out(*self.run_blocks(tokens))
         losses = token_losses(hidden.flatten(0, 1), self.output.weight, targets.flatten())
         return losses.view(targets.shape)
 
@@ -255,11 +285,12 @@ class Transformer(nn.Module):
         batch, most = tokens.shape
         if counts is None:
             counts = torch.full((batch,), most, device=tokens.device)
-        streams = self.embed(tokens)
+        streams, carry = self.embed(tokens), None
         for block, cache in zip(self.blocks, caches, strict=True):
-            streams = block(streams, cache)
+            streams, carry = block(streams, carry, cache)
             cache.advance(counts, most)
-        return self.head(streams[torch.arange(batch, device=tokens.device), counts - 1])
+        last = torch.arange(batch, device=tokens.device), counts - 1
+        return self.head(streams[last], None if carry is None else carry[last])
 
     def compile_sublayers(self) -> None:
         """Compile attention and feed-forward in place, one region each.

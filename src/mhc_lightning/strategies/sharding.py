@@ -36,7 +36,10 @@ def shard(
             float32 either way.
     """
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    # Blocks hand float32 mappings to each other: nothing that enters them may be cast.
+    policy = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in model.blocks:
         for module in block.modules():
             if isinstance(module, Connection) and next(module.parameters(), None) is not None:
@@ -44,6 +47,8 @@ def shard(
                     module.to_empty(device=device)
                     module.reset_parameters()
                 fully_shard(module, mesh=mesh)
+                for method in ("read", "follow"):
+                    register_fsdp_forward_method(module, method)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for method in ("loss", "token_losses", "forward_cached"):

@@ -9,6 +9,8 @@ from mhc_lightning.kernels.reference.sinkhorn import sinkhorn_backward, sinkhorn
 from mhc_lightning.kernels.reference.streams import (
     aggregate_backward,
     aggregate_forward,
+    expand_backward,
+    mean_forward,
     merge_backward,
     merge_forward,
 )
@@ -16,6 +18,8 @@ from mhc_lightning.kernels.reference.streams import (
 __all__ = [
     "aggregate_backward",
     "aggregate_forward",
+    "expand_backward",
+    "mean_forward",
     "merge_backward",
     "merge_forward",
     "read_backward",

@@ -33,6 +33,16 @@ def aggregate_backward(
     return streams_grad, pre_grad
 
 
+def mean_forward(streams: Tensor) -> Tensor:
+    """The mean of the streams [T, C], in their dtype."""
+    return streams.mean(1)
+
+
+def expand_backward(grad: Tensor) -> Tensor:
+    """What comes back to the one tensor that all streams are views of, their sum [T, C]."""
+    return grad.sum(1)
+
+
 def merge_forward(streams: Tensor, output: Tensor, residual: Tensor, post: Tensor) -> Tensor:
     """``new[i] = Σ_j residual[i, j] · streams[j] + post[i] · output`` in the streams' dtype."""
     dtype = residual.dtype

@@ -1,6 +1,11 @@
 """The stream operations as Triton kernels, without autograd; see ``kernels.reference``."""
 
-from mhc_lightning.kernels.triton.aggregate import aggregate_backward, aggregate_forward
+from mhc_lightning.kernels.triton.aggregate import (
+    aggregate_backward,
+    aggregate_forward,
+    expand_backward,
+    mean_forward,
+)
 from mhc_lightning.kernels.triton.merge import merge_backward, merge_forward
 from mhc_lightning.kernels.triton.reading import read_backward, read_forward
 from mhc_lightning.kernels.triton.seam import seam_backward, seam_forward
@@ -9,6 +14,8 @@ from mhc_lightning.kernels.triton.sinkhorn import sinkhorn_backward, sinkhorn_fo
 __all__ = [
     "aggregate_backward",
     "aggregate_forward",
+    "expand_backward",
+    "mean_forward",
     "merge_backward",
     "merge_forward",
     "read_backward",

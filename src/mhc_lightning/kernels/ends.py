@@ -1,0 +1,72 @@
+"""The two ends of the streams: n views of one tensor at first, their mean at last.
+
+The wide tensor is never written for their sake: expanding is a view, and so is the gradient of the
+mean.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_lightning.kernels.backend import backend_of
+from mhc_lightning.kernels.operands import full_precision
+
+
+def expand_streams(x: Tensor, num_streams: int) -> Tensor:
+    """[..., C] -> [..., n, C], every stream a view of ``x``; the gradient is the streams' sum."""
+    return _Expand.apply(x, num_streams)
+
+
+def mean_streams(streams: Tensor) -> Tensor:
+    """[..., n, C] -> [..., C] in the dtype of ``streams``, accumulated in float32."""
+    *leading, n, width = streams.shape
+    if n == 1:
+        return streams.squeeze(-2)
+    with full_precision(streams):
+        mean = mean_op(streams.reshape(-1, n, width))
+    return mean.reshape(*leading, width)
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, num_streams):  # type: ignore[no-untyped-def]
+        return x.unsqueeze(-2).expand(*x.shape[:-1], num_streams, -1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        *leading, n, width = grad.shape
+        return sum_op(grad.reshape(-1, n, width)).reshape(*leading, width), None
+
+
+@torch.library.custom_op("mhc_lightning::mean_streams", mutates_args=())
+def mean_op(streams: Tensor) -> Tensor:
+    """[T, n, C] -> [T, C]."""
+    return backend_of(streams).mean_forward(streams)
+
+
+@torch.library.custom_op("mhc_lightning::sum_streams", mutates_args=())
+def sum_op(streams: Tensor) -> Tensor:
+    """[T, n, C] -> [T, C], without a gradient of its own."""
+    return backend_of(streams).expand_backward(streams)
+
+
+@mean_op.register_fake
+def _(streams: Tensor) -> Tensor:
+    return streams.new_empty(streams.shape[0], streams.shape[2])
+
+
+@sum_op.register_fake
+def _(streams: Tensor) -> Tensor:
+    return streams.new_empty(streams.shape[0], streams.shape[2])
+
+
+def _setup_mean(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.num_streams = inputs[0].shape[1]
+
+
+def _mean_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return (grad / ctx.num_streams).unsqueeze(1).expand(-1, ctx.num_streams, -1)
+
+
+mean_op.register_autograd(_mean_backward, setup_context=_setup_mean)

@@ -1,0 +1,81 @@
+"""Single-pass mHC (arXiv 2609.19969): streams are read with what the sub-layer before computed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_lightning.kernels import (
+    aggregate_streams,
+    fuses_seams,
+    merge_and_read,
+    merge_streams,
+)
+from mhc_lightning.modules.connection import Unmerged
+from mhc_lightning.modules.manifold_hyper_connection import ManifoldHyperConnection
+
+
+class SinglePassHyperConnection(ManifoldHyperConnection):
+    """mHC whose pre mapping is for the next sub-layer, so that one pass merges and reads.
+
+    ``new = residual · streams + post · F(carry · streams)``, where ``carry`` is the pre mapping of
+    the connection before; the first sub-layer reads stream 0, and the network is read out with the
+    pre mapping of its last connection. The carry travels with the streams, so call ``read`` and
+    ``write`` (or ``follow``) in order; only the first connection can be called by itself.
+
+    At initialisation the network is the pre-norm residual network, as with
+    ``ManifoldHyperConnection``, of which the arguments are those.
+    """
+
+    def reset_parameters(self) -> None:
+        """As the base class does, with the pre mapping of the next sub-layer."""
+        super().reset_parameters()
+        with torch.no_grad():
+            pre = self.bias[: self.num_streams]
+            pre.copy_(pre.roll(1))
+
+    def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Aggregate with ``carry`` [..., n] and compute the mappings.
+
+        Raises:
+            ValueError: If there is no carry behind the first sub-layer.
+        """
+        if carry is None:
+            carry = self._first_carry(streams)
+        mappings = self.mappings(streams)
+        shown = self.window(streams, mappings._replace(pre=carry))
+        return aggregate_streams(streams, carry), (streams, shown, mappings.pre)
+
+    def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
+        """Merge, and hand the pre mapping on."""
+        kept, mappings, carry = state
+        return merge_streams(kept, output, mappings.residual, mappings.post), carry
+
+    def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
+        """One pass across the seam where both sides are single-pass and the kernels can fuse it."""
+        if type(before.connection) is not type(self) or not fuses_seams(before.streams, self.phi):
+            return super(ManifoldHyperConnection, self).follow(before)
+        kept, mappings, carry = before.state
+        streams, u, following = merge_and_read(
+            kept,
+            before.output,
+            mappings.residual,
+            mappings.post,
+            *(self.phi, self.alpha, self.bias),
+            carry=carry,
+            num_iterations=self.sinkhorn_iterations,
+            eps=self.eps,
+        )
+        shown = self.window(streams, following._replace(pre=carry))
+        return streams, u, (streams, shown, following.pre)
+
+    def _first_carry(self, streams: Tensor) -> Tensor:
+        if self.layer_index > 0:
+            raise ValueError(
+                f"sub-layer {self.layer_index} of a single-pass network needs the carry that the "
+                "write of the one before returned"
+            )
+        dtype = torch.float64 if streams.dtype == torch.float64 else torch.float32
+        carry = torch.zeros(streams.shape[:-1], dtype=dtype, device=streams.device)
+        carry[..., 0] = 1
+        return carry
