@@ -1,7 +1,8 @@
 """Every kernel at work on one shape, to be tuned, compiled ahead of time, counted or timed."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +15,28 @@ from mhc_lightning.kernels.triton.aggregate import (
     mean_forward,
 )
 from mhc_lightning.kernels.triton.coefficients import coefficients_backward, coefficients_forward
+from mhc_lightning.kernels.triton.hyper_coefficients import (
+    hyper_coefficients_backward,
+    hyper_coefficients_forward,
+)
 from mhc_lightning.kernels.triton.merge import merge_backward, merge_forward
+from mhc_lightning.kernels.triton.merge_project import merge_project
+from mhc_lightning.kernels.triton.merge_project_backward import merge_project_backward
 from mhc_lightning.kernels.triton.project import project
-from mhc_lightning.kernels.triton.read_backward import read_backward
-from mhc_lightning.kernels.triton.seam import seam_forward
-from mhc_lightning.kernels.triton.seam_backward import seam_backward
+from mhc_lightning.kernels.triton.project_backward import project_backward
 from mhc_lightning.kernels.triton.sinkhorn import sinkhorn_backward, sinkhorn_forward
 
 ITERATIONS, EPS = 20, 1e-20
+# Whose block sizes a workload runs with, where that is not its own name.
+_KERNELS = {
+    "mean_forward": "aggregate_forward",
+    "mean_backward": "aggregate_backward",
+    "expand_backward": "aggregate_forward",
+    "project_per_stream": "project",
+    "project_backward_per_stream": "project_backward",
+    "merge_project_single_pass": "merge_project",
+    "merge_project_backward_single_pass": "merge_project_backward",
+}
 
 
 class Workload(NamedTuple):
@@ -67,74 +82,62 @@ def workloads(
     y, read_grad = tensor(tokens, width, kind=dtype), tensor(tokens, width, kind=dtype)
     pre, post, residual = tensor(tokens, n), tensor(tokens, n), tensor(tokens, n, n)
     phi, alpha, bias = tensor(n * width, count), tensor(3), tensor(count)
-    raw_grad, scale = tensor(count, tokens), tensor(tokens)
-    stream_phi, stream_raw_grad = tensor(width, n + 2), tensor(n + 2, tokens * n)
-    stream_scale = tensor(tokens * n)
-    partials, squares, inverse_rms = tensor(2, count, tokens), tensor(2, tokens), tensor(tokens)
+    products, squares = tensor(2, count, tokens), tensor(2, tokens).square()
+    raw, inverse_rms = tensor(count, tokens), tensor(tokens)
+    # The same for Hyper-Connections, where each stream is projected by itself.
+    rows = tokens * n
+    phi_1, alpha_1 = tensor(width, n + 2), tensor(2)
+    products_1, squares_1 = tensor(2, n + 2, rows), tensor(2, rows).square()
+    raw_1, inverse_rms_1 = tensor(n + 2, rows), tensor(rows)
     logits, logits_grad = tensor(n, n, tokens), tensor(n, n, tokens)
+
     gates = (alpha, bias, n, n * width, ITERATIONS)
-
-    def seam(given: Tensor | None) -> Callable[[], object]:
-        return lambda: seam_forward(x, y, residual, post, phi, alpha, bias, given, EPS)
-
-    def seam_back(single_pass: bool) -> Callable[[], object]:
-        return lambda: seam_backward(
-            *(x, y, residual, post, phi, raw_grad, scale, pre, read_grad, grad), single_pass
-        )
-
+    gates_1 = (alpha_1, bias, n, width, True)
+    grads = (pre, post, residual)
+    merged = (x, y, residual, post)
+    behind = (raw, inverse_rms, pre, read_grad, grad)
+    calls: dict[str, tuple[int, Callable[..., object], tuple[Any, ...]]] = {
+        "aggregate_forward": (n + 1, aggregate_forward, (x, pre)),
+        "aggregate_backward": (2 * n + 1, aggregate_backward, (read_grad, x, pre, True, True)),
+        "mean_forward": (n + 1, mean_forward, (x,)),
+        "mean_backward": (n + 1, mean_backward, (y, n)),
+        "expand_backward": (n + 1, expand_backward, (x,)),
+        "merge_forward": (2 * n + 1, merge_forward, merged),
+        "merge_backward": (3 * n + 2, merge_backward, (grad, *merged, True, True, True)),
+        "project": (n, project, (x, phi)),
+        "project_per_stream": (n, project, (x, phi_1, True)),
+        "project_backward": (3 * n + 1, project_backward, (x, phi, *behind, True, True)),
+        "project_backward_per_stream": (
+            *(3 * n + 1, project_backward),
+            (x, phi_1, raw_1, inverse_rms_1, *behind[2:], True, True, True),
+        ),
+        "merge_project": (3 * n + 2, merge_project, (*merged, phi, alpha, bias, None, EPS)),
+        "merge_project_single_pass": (
+            *(2 * n + 2, merge_project),
+            (*merged, phi, alpha, bias, pre, EPS),
+        ),
+        "merge_project_backward": (
+            *(3 * n + 3, merge_project_backward),
+            (*merged, phi, *behind, False),
+        ),
+        "merge_project_backward_single_pass": (
+            *(3 * n + 3, merge_project_backward),
+            (*merged, phi, *behind, True),
+        ),
+        "coefficients_forward": (0, coefficients_forward, (products, squares, *gates, EPS)),
+        "coefficients_backward": (0, coefficients_backward, (grads, raw, inverse_rms, *gates)),
+        "hyper_coefficients_forward": (
+            *(0, hyper_coefficients_forward),
+            (products_1, squares_1, *gates_1, EPS),
+        ),
+        "hyper_coefficients_backward": (
+            *(0, hyper_coefficients_backward),
+            (grads, raw_1, inverse_rms_1, *gates_1),
+        ),
+        "sinkhorn_forward": (0, sinkhorn_forward, (logits, ITERATIONS)),
+        "sinkhorn_backward": (0, sinkhorn_backward, (logits_grad, logits, ITERATIONS)),
+    }
     return {
-        "aggregate_forward": Workload(
-            "aggregate_forward", n + 1, lambda: aggregate_forward(x, pre)
-        ),
-        "aggregate_backward": Workload(
-            "aggregate_backward",
-            2 * n + 1,
-            lambda: aggregate_backward(read_grad, x, pre, True, True),
-        ),
-        "merge_forward": Workload(
-            "merge_forward", 2 * n + 1, lambda: merge_forward(x, y, residual, post)
-        ),
-        "merge_backward": Workload(
-            "merge_backward",
-            3 * n + 2,
-            lambda: merge_backward(grad, x, y, residual, post, True, True, True),
-        ),
-        "mean_forward": Workload("aggregate_forward", n + 1, lambda: mean_forward(x)),
-        "mean_backward": Workload("aggregate_backward", n + 1, lambda: mean_backward(y, n)),
-        "expand_backward": Workload("aggregate_forward", n + 1, lambda: expand_backward(x)),
-        "project": Workload("project", n, lambda: project(x, phi)),
-        "project_per_stream": Workload("project", n, lambda: project(x, stream_phi, True)),
-        "read_backward": Workload(
-            "read_backward",
-            3 * n + 1,
-            lambda: read_backward(x, phi, raw_grad, scale, pre, read_grad, grad, True, True),
-        ),
-        "read_backward_per_stream": Workload(
-            "read_backward",
-            3 * n + 1,
-            lambda: read_backward(
-                *(x, stream_phi, stream_raw_grad, stream_scale, pre, read_grad, grad),
-                *(True, True, True),
-            ),
-        ),
-        "coefficients_forward": Workload(
-            "coefficients_forward",
-            0,
-            lambda: coefficients_forward(partials, squares, *gates, EPS),
-        ),
-        "coefficients_backward": Workload(
-            "coefficients_backward",
-            0,
-            lambda: coefficients_backward((pre, post, residual), raw_grad, inverse_rms, *gates),
-        ),
-        "sinkhorn_forward": Workload(
-            "sinkhorn_forward", 0, lambda: sinkhorn_forward(logits, ITERATIONS)
-        ),
-        "sinkhorn_backward": Workload(
-            "sinkhorn_backward", 0, lambda: sinkhorn_backward(logits_grad, logits, ITERATIONS)
-        ),
-        "seam_forward": Workload("seam_forward", 3 * n + 2, seam(None)),
-        "seam_forward_single_pass": Workload("seam_forward", 2 * n + 2, seam(pre)),
-        "seam_backward": Workload("seam_backward", 3 * n + 3, seam_back(False)),
-        "seam_backward_single_pass": Workload("seam_backward", 3 * n + 3, seam_back(True)),
+        name: Workload(_KERNELS.get(name, name), elements, partial(function, *arguments))
+        for name, (elements, function, arguments) in calls.items()
     }

@@ -1,0 +1,172 @@
+"""Bytes that each kernel, and a whole connection, moves per token, beside the least it has to move.
+
+Counted in Triton's interpreter on the CPU (see `traffic_counter.py`), so it takes a while:
+
+    TRITON_INTERPRET=1 python benchmarks/kernel_traffic.py --tokens 4096 --width 1280
+
+The ideal counts every stream-sized operand once, in the streams' dtype, and nothing else.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mhc_lightning.kernels.triton.aggregate import (
+    aggregate_backward_config,
+    aggregate_forward_config,
+)
+from mhc_lightning.kernels.triton.configs import choose
+from mhc_lightning.kernels.triton.merge import merge_backward_config, merge_forward_config
+from mhc_lightning.kernels.triton.merge_project import merge_project_config
+from mhc_lightning.kernels.triton.merge_project_backward import merge_project_backward_config
+from mhc_lightning.kernels.triton.project_backward import project_backward_config
+from mhc_lightning.kernels.triton.workloads import workloads
+from mhc_lightning.modules import ManifoldHyperConnection
+from traffic_counter import TrafficCounter
+
+
+def least_of_a_connection(n: int) -> int:
+    """The fewest elements per token, in units of C, that separate kernels have to move in total.
+
+    Forward: project (n), aggregate (n + 1), merge (2n + 1). Backward: project (2n), aggregate
+    (2n + 1), merge (3n + 2). The sum of the streams' gradients is not in it.
+    """
+    return 11 * n + 5
+
+
+@dataclass
+class Moved:
+    """What one piece of work moved, in bytes per token.
+
+    Attributes:
+        name: Of the work.
+        ideal: The least it has to move of stream-sized tensors; 0 if it touches none.
+        streams: What it moved of stream-sized tensors.
+        other: Of coefficients, parameters and partial sums, each element once per launch.
+        repeated: Further accesses to those.
+        launches: Kernels launched.
+        table: Every operand.
+    """
+
+    name: str
+    ideal: int
+    streams: float
+    other: float
+    repeated: float
+    launches: int
+    table: str
+
+    @property
+    def ratio(self) -> float:
+        """What counts over the ideal."""
+        return (self.streams + self.other) / self.ideal if self.ideal else float("nan")
+
+
+def kernel_traffic(
+    tokens: int, n: int, width: int, dtype: torch.dtype = torch.bfloat16, only: str = ""
+) -> Iterator[Moved]:
+    """Run every kernel once and count.
+
+    Args:
+        tokens: Number of tokens.
+        n: Number of streams.
+        width: C.
+        dtype: Dtype of the streams.
+        only: Part of the names to keep.
+    """
+    for name, workload in workloads(tokens, n, width, dtype).items():
+        if only in name:
+            ideal = workload.elements * width * dtype.itemsize
+            yield _count(name, ideal, tokens, width, workload.run)
+
+
+def connection_traffic(
+    tokens: int, n: int, width: int, dtype: torch.dtype = torch.bfloat16
+) -> Moved:
+    """Count a whole connection, forward and backward, without its sub-layer.
+
+    Everything that runs counts: gradients that are added up, casts and copies of torch as well.
+    """
+    connection = ManifoldHyperConnection(width, n, 0)
+    streams = torch.randn(tokens, n, width).to(dtype).requires_grad_()
+    grad = torch.randn(tokens, n, width).to(dtype)
+    output, read_grad = (torch.randn(tokens, width).to(dtype) for _ in range(2))
+
+    class Sublayer(torch.autograd.Function):
+        """Moves nothing: output and gradient are there already."""
+
+        @staticmethod
+        def forward(ctx, u):  # type: ignore[no-untyped-def]
+            return output
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            return read_grad
+
+    def run() -> None:
+        merged = connection(streams, Sublayer.apply)
+        torch.autograd.grad(merged, [streams, *connection.parameters()], grad)
+
+    ideal = least_of_a_connection(n) * width * dtype.itemsize
+    return _count("connection", ideal, tokens, width, run)
+
+
+def _count(name: str, ideal: int, tokens: int, width: int, run: Callable[[], object]) -> Moved:
+    with TrafficCounter(tokens, width) as counter:
+        run()
+    moved = (counter.stream_bytes, counter.other_bytes, counter.repeated_bytes)
+    return Moved(name, ideal, *moved, counter.launches, counter.table())
+
+
+@contextmanager
+def many_tokens_per_program(n: int, width: int, itemsize: int) -> Iterator[None]:
+    """Default blocks but for their tokens: faster to interpret, and the streams move the same."""
+    defaults = {
+        "aggregate_forward": aggregate_forward_config,
+        "aggregate_backward": aggregate_backward_config,
+        "merge_forward": merge_forward_config,
+        "merge_backward": merge_backward_config,
+        "project_backward": project_backward_config,
+        "merge_project": merge_project_config,
+        "merge_project_backward": merge_project_backward_config,
+    }
+    with ExitStack() as stack:
+        for kernel, default in defaults.items():
+            config = default(n, width, itemsize)._replace(block_tokens=512)
+            stack.enter_context(choose(kernel, config))
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--operands", action="store_true", help="every operand of every kernel")
+    args = parser.parse_args()
+    os.environ["MHC_LIGHTNING_KERNELS"] = "triton"
+
+    def all_of_them() -> Iterator[Moved]:
+        yield from kernel_traffic(args.tokens, args.streams, args.width, only=args.only)
+        if args.only in "connection":
+            yield connection_traffic(args.tokens, args.streams, args.width)
+
+    print("| bytes per token | launches | ideal | streams | ratio | coefficients | repeated |")
+    print("|---|---|---|---|---|---|---|")
+    with many_tokens_per_program(args.streams, args.width, 2):
+        for moved in all_of_them():
+            ratio = f"{moved.ratio:.3f}" if moved.ideal else ""
+            numbers = f"{moved.ideal:,} | {moved.streams:,.0f} | {ratio}"
+            numbers += f" | {moved.other:,.0f} | {moved.repeated:,.0f}"
+            print(f"| {moved.name} | {moved.launches} | {numbers} |", flush=True)
+            if args.operands:
+                print(f"\n{moved.table}\n")
+
+
+if __name__ == "__main__":
+    main()
