@@ -45,7 +45,7 @@ def exact_gradients(
     ]
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(**CASES, output_dtype=DTYPES)
 def test_forward(
     tokens: int,
@@ -65,7 +65,7 @@ def test_forward(
     assert_close_to_float64(merged, exact_merge(streams, output, residual, post))
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(
     **CASES,
     output_dtype=DTYPES,

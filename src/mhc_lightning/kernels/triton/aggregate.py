@@ -14,6 +14,7 @@ from mhc_lightning.kernels.triton.tiles import (
     WARP_BYTES,
     inside,
     load_streams,
+    pointers,
     row_block,
     store_sums,
     strides_in,
@@ -170,7 +171,7 @@ def aggregate_forward_kernel(
     column = ((program % chunks) * block_width + tl.arange(0, block_width))[None, :]
     row = token[:, None]
     mask = inside(row, column, tokens, width, block_width)
-    at = streams_ptr + row * token_stride * vector + column.to(tl.int64) * width_stride
+    at = pointers(streams_ptr, row, column, token_stride, width_stride, vector)
     tiles = load_streams(at, stream_stride, mask, n, vector)
     weights = ()
     for j in tl.static_range(n):
@@ -223,14 +224,10 @@ def aggregate_backward_kernel(
     for start in range(0, width, step):
         column = start + lane
         mask = inside(row, column, tokens, width, step)
-        from_grad = (
-            grad_ptr + row * grad_token_stride * vector + column.to(tl.int64) * grad_width_stride
-        )
+        from_grad = pointers(grad_ptr, row, column, grad_token_stride, grad_width_stride, vector)
         grad = tl.load(from_grad, mask=mask, other=0.0)
         if pre_grad_ptr is not None:
-            from_streams = (
-                streams_ptr + row * token_stride * vector + column.to(tl.int64) * width_stride
-            )
+            from_streams = pointers(streams_ptr, row, column, token_stride, width_stride, vector)
             tiles = load_streams(from_streams, stream_stride, mask, n, vector)
         grad = grad.to(tl.float32)
         if streams_grad_ptr is not None:

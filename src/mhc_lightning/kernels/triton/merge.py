@@ -12,6 +12,7 @@ from mhc_lightning.kernels.triton.tiles import (
     WARP_BYTES,
     inside,
     load_streams,
+    pointers,
     row_block,
     store_sums,
     strides_in,
@@ -159,9 +160,9 @@ def merge_forward_kernel(
     there = token < tokens
     row = token[:, None]
     mask = inside(row, column, tokens, width, block_width)
-    at = streams_ptr + row * token_stride * vector + column.to(tl.int64) * width_stride
+    at = pointers(streams_ptr, row, column, token_stride, width_stride, vector)
     tiles = load_streams(at, stream_stride, mask, n, vector)
-    at = output_ptr + row * output_token_stride * vector + column.to(tl.int64) * output_width_stride
+    at = pointers(output_ptr, row, column, output_token_stride, output_width_stride, vector)
     output = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     # All weights before the first store: what follows a store cannot be loaded ahead of it.
     post = ()
@@ -227,7 +228,7 @@ def merge_backward_kernel(
     lane = tl.arange(0, lanes)[None, :, None] * vector + tl.arange(0, vector)[None, None, :]
     residual = ()
     post = ()
-    residual_sums = ()
+    residual_sums = ()  # by columns
     post_sums = ()
     for i in tl.static_range(n):
         if output_grad_ptr is not None:
@@ -244,20 +245,14 @@ def merge_backward_kernel(
     for start in range(0, width, step):
         column = start + lane
         mask = inside(row, column, tokens, width, step)
-        from_grad = (
-            grad_ptr + row * grad_token_stride * vector + column.to(tl.int64) * grad_width_stride
-        )
+        from_grad = pointers(grad_ptr, row, column, grad_token_stride, grad_width_stride, vector)
         grads = load_streams(from_grad, grad_stream_stride, mask, n, vector)
         if residual_grad_ptr is not None:
-            from_output = (
-                output_ptr
-                + row * output_token_stride * vector
-                + column.to(tl.int64) * output_width_stride
+            from_output = pointers(
+                output_ptr, row, column, output_token_stride, output_width_stride, vector
             )
             output = tl.load(from_output, mask=mask, other=0.0)
-            from_streams = (
-                streams_ptr + row * token_stride * vector + column.to(tl.int64) * width_stride
-            )
+            from_streams = pointers(streams_ptr, row, column, token_stride, width_stride, vector)
             if not crowded:
                 tiles = load_streams(from_streams, stream_stride, mask, n, vector)
         if output_grad_ptr is not None:
@@ -279,19 +274,26 @@ def merge_backward_kernel(
                 to_stream = streams_grad_ptr + row * (n * width) + j * width + column
                 tl.store(to_stream, total.to(streams_grad_ptr.dtype.element_ty), mask=mask)
         if residual_grad_ptr is not None:
-            if crowded:
-                tiles = load_streams(from_streams, stream_stride, mask, n, vector)
-            more_residual = ()
             more_post = ()
+            more_residual = ()
             for i in tl.static_range(n):
-                grad = grads[i].to(tl.float32)
-                more = tl.sum(grad * output.to(tl.float32), axis=2)
+                more = tl.sum(grads[i].to(tl.float32) * output.to(tl.float32), axis=2)
                 more_post = more_post + (post_sums[i] + more,)
-                for j in tl.static_range(n):
-                    more = tl.sum(grad * tiles[j].to(tl.float32), axis=2)
-                    more_residual = more_residual + (residual_sums[i * n + j] + more,)
-            residual_sums = more_residual
+            for j in tl.static_range(n):
+                if crowded:
+                    offset = j * stream_stride.to(tl.int64) * vector
+                    tile = tl.load(from_streams + offset, mask=mask, other=0.0)
+                else:
+                    tile = tiles[j]
+                for i in tl.static_range(n):
+                    more = tl.sum(grads[i].to(tl.float32) * tile.to(tl.float32), axis=2)
+                    more_residual = more_residual + (residual_sums[j * n + i] + more,)
             post_sums = more_post
+            residual_sums = more_residual
     if residual_grad_ptr is not None:
-        store_sums(residual_grad_ptr, residual_sums, token, tokens, n * n)
+        rows = ()
+        for i in tl.static_range(n):
+            for j in tl.static_range(n):
+                rows = rows + (residual_sums[j * n + i],)
+        store_sums(residual_grad_ptr, rows, token, tokens, n * n)
         store_sums(post_grad_ptr, post_sums, token, tokens, n)

@@ -63,6 +63,12 @@ def inside(row, column, tokens, width: tl.constexpr, step: tl.constexpr):
 
 
 @triton.jit
+def pointers(ptr, row, column, token_stride, width_stride, vector: tl.constexpr):
+    """To a tile's elements; the stride of tokens in units of ``vector``."""
+    return ptr + row * token_stride * vector + column.to(tl.int64) * width_stride
+
+
+@triton.jit
 def load_streams(first, stride, mask, n: tl.constexpr, vector: tl.constexpr):
     """The n tiles of the streams, of which the pointers ``first`` point to stream 0's."""
     tiles = ()
