@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from mhc_lightning.cli.main import main
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "recipes/README.md", "recipes/quickstart/README.md"]
 TINY = [
@@ -19,7 +23,18 @@ OVERRIDES = {
     "fit": TINY,
     "validate": TINY,
     "generate": [*TINY, "max_new_tokens=20"],
+    "export": TINY,
+    "import": TINY,
+    "evaluate": [*TINY, "tasks=local", "include_path=tasks"],
 }
+TESTED = ("Use it on your text", "Exchange and evaluate models", "The paper's models")
+
+
+def python_in(repository: Path, section: str) -> str:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    (example,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return example
 
 
 def run(command: list[str], cwd: Path, **environment: str) -> str:
@@ -37,7 +52,31 @@ def workplace(tmp_path) -> Path:
     for number in range(40):
         text = f"Once upon a time there were {number} streams.\n" * 40
         (tmp_path / "my_texts" / f"{number}.txt").write_text(text)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "questions.jsonl").write_text('{"q": "Once upon a", "a": " time"}\n' * 3)
+    task = {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "questions.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"max_gen_toks": 8, "until": []},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "tasks/local.yaml").write_text(yaml.safe_dump(task))
     return tmp_path
+
+
+def run_command(line: str, workplace: Path, *more: str) -> str:
+    """Run one of README's commands, made small; what it prints."""
+    program, *words = shlex.split(line)
+    assert [program, *words[:2]] == ["python", "-m", "mhc_lightning"], line
+    return run([sys.executable, *words, *OVERRIDES[words[2]], *more], workplace)
 
 
 def test_commands_on_ones_own_text(workplace, commands_in):
@@ -49,11 +88,10 @@ def test_commands_on_ones_own_text(workplace, commands_in):
             assert len(list(workplace.glob("runs/*/events.out.tfevents.*"))) >= 2
             run([str(Path(sys.executable).with_name(program)), *words, "--inspect"], workplace)
             continue
-        assert [program, *words[:2]] == ["python", "-m", "mhc_lightning"], line
         command = words[2]
         fits += command == "fit"
         length = [f"trainer.max_steps={2 * fits}"] if command == "fit" else []
-        printed = run([sys.executable, *words, *OVERRIDES[command], *length], workplace)
+        printed = run_command(line, workplace, *length)
         if command == "generate":
             assert printed.startswith("Once upon")
         if command == "validate":
@@ -62,6 +100,22 @@ def test_commands_on_ones_own_text(workplace, commands_in):
     for name, steps in (("mine", 4), ("mine_hc", 6)):
         last = (workplace / "runs" / name / "checkpoints" / "last").resolve().name
         assert last.startswith(f"step_{steps:08}")
+
+
+@pytest.mark.slow
+def test_commands_on_exchange_and_evaluation(workplace, commands_in, repository):
+    prepare, fit, *_ = commands_in("README.md", "Use it on your text")
+    run_command(prepare, workplace)
+    run_command(fit, workplace, "trainer.max_steps=2")
+    export, again, evaluate = commands_in("README.md", "Exchange and evaluate models")
+    run_command(export, workplace)
+    run_command(again, workplace)
+    assert (workplace / "runs/more/checkpoints/last").resolve().name == "step_00000000.ckpt"
+    assert "exact_match" in run_command(evaluate, workplace)
+    example = python_in(repository, "Exchange and evaluate models")
+    show = "print(settings, sorted(tensors)[0])"
+    printed = run([sys.executable, "-c", example + show], workplace)
+    assert "hc_mult=4" in printed and "hc_head_base" in printed
 
 
 def test_commands_on_the_papers_models(tmp_path, commands_in):
@@ -74,14 +128,47 @@ def test_commands_on_the_papers_models(tmp_path, commands_in):
         assert "tokens/s" in printed or json.loads(printed)["parameters"]["total"] == 2972931976
 
 
-def test_python_examples(repository):
+def rounded(value: float, shown: str) -> str:
+    """``value`` to as many significant digits as ``shown`` has, zeros before the point not."""
+    digits = shown.replace(",", "").replace(".", "").lstrip("0")
+    digits = digits if "." in shown else digits.rstrip("0")
+    return f"{float(f'{value:.{len(digits)}g}'):,.{len(shown.partition('.')[2])}f}"
+
+
+def test_the_table_is_what_plan_predicts(repository, capsys, tmp_path):
+    def planned(name: str, machine: str, *words: str) -> dict:
+        given = ["plan", "--config", name, f"machine={machine}", "--json", *words]
+        with contextlib.chdir(tmp_path):
+            assert main(given) == 0
+        return json.loads(capsys.readouterr().out)
+
     text = (repository / "README.md").read_text(encoding="utf-8")
-    examples = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    assert examples
-    for example in examples:
-        names: dict = {}
-        exec(example, names)
-        assert names["residual"].shape == (2, 10, 4, 4)
+    rows = re.findall(r"^\| `mhc_(\w+)` \| (.*) \|$", text, flags=re.MULTILINE)
+    assert len(rows) == 8
+    units = {"B": 1e9, "M": 1e6, "days": 1, "hours": 1 / 24, "minutes": 1 / 24 / 60}
+    for size, row in rows:
+        total, active, machine, memory, speed, time = row.split(" | ")
+        count, kind = re.match(r"(\d) × (H\d+)", machine).groups()
+        strategy = ["strategy=fsdp"] if "FSDP2" in machine else []
+        plans = [
+            planned(f"{family}_{size}", f"{count}x{kind.lower()}", *strategy)
+            for family in ("mhc", "hc", "baseline")
+        ]
+        for shown, key in ((total, "total"), (active, "active")):
+            number, unit = shown[:-1], shown[-1]
+            assert rounded(plans[0]["parameters"][key] / units[unit], number) == number, row
+        one, baseline = memory.split(", ")
+        for shown, plan in zip((one, one, baseline), plans, strict=True):
+            assert rounded(plan["memory_bytes_per_device"]["total"] / 2**30, shown) == shown, row
+        assert rounded(plans[0]["tokens_per_second"], speed) == speed, row
+        number, unit = time.split()
+        assert rounded(plans[0]["days"] / units[unit], number) == number, row
+
+
+def test_python_example(repository):
+    names: dict = {}
+    exec(python_in(repository, "Use its parts in your own code"), names)
+    assert names["residual"].shape == (2, 10, 4, 4)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -97,8 +184,7 @@ def test_every_command_is_of_a_kind_that_is_tested(document, commands_in):
         program = line.split()[0]
         assert program in ("make", "python", "tensorboard", ".ci/run"), line
         if program == "python" and "mhc_lightning " in line.replace("dist/", ""):
-            tested = ("Use it on your text", "The paper's models")
-            assert any(line in commands_in("README.md", section) for section in tested), line
+            assert any(line in commands_in("README.md", section) for section in TESTED), line
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
