@@ -108,5 +108,5 @@ def read_backward(
         if read_grad is not None:
             grad.addcmul_(pre[:, :, None], read_grad[:, None, :])
         streams_grad = grad.to(streams.dtype)
-    phi_grad = (raw_grad @ flat).t() if need_phi else None
+    phi_grad = (raw_grad @ flat).t().contiguous() if need_phi else None
     return streams_grad, phi_grad, alpha_grad, bias_grad

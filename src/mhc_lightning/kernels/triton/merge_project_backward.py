@@ -246,14 +246,12 @@ def merge_project_backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    residual_grad, post_grad, *pre_grad = token_sums.sum(0).split(
-        [n * n, n, n][: 3 if sums > n * n + n else 2], dim=1
-    )
+    has_pre = sums > n * n + n
     return (
         streams_grad,
         output_grad,
-        residual_grad.reshape(tokens, n, n),
-        post_grad.contiguous(),
+        token_sums[..., : n * n].sum(0).view(tokens, n, n),
+        token_sums[..., n * n : n * n + n].sum(0),
         partials.sum(0),
-        pre_grad[0].contiguous() if pre_grad else None,
+        token_sums[..., n * n + n :].sum(0) if has_pre else None,
     )

@@ -1,0 +1,262 @@
+"""The operators as torch sees them, on both backends: registration, autograd, compilation."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_close_to_float64, randn
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.kernels import (
+    aggregate_streams,
+    backend,
+    expand_streams,
+    mean_streams,
+    merge_and_read,
+    merge_streams,
+    read_hyper_streams,
+    read_streams,
+    sinkhorn_knopp,
+)
+
+N, WIDTH = 3, 20
+K = N * N + 2 * N
+
+
+@pytest.fixture(params=["torch", "triton"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(backend.VARIABLE, request.param)
+    return request.param
+
+
+def operands(tokens: int = 5) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        "streams": randn(tokens, N, WIDTH),
+        "output": randn(tokens, WIDTH),
+        "residual": torch.rand(tokens, N, N),
+        "post": torch.rand(tokens, N),
+        "phi": randn(N * WIDTH, K, scale=0.3),
+        "alpha": torch.rand(3) + 0.5,
+        "bias": randn(K),
+        "carry": torch.rand(tokens, N),
+    }
+
+
+def connection_step(
+    streams: Tensor,
+    output: Tensor,
+    residual: Tensor,
+    post: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    carry: Tensor | None = None,
+    *,
+    fused: bool = True,
+) -> tuple[Tensor, ...]:
+    """Merge and read, in one step or in two."""
+    if fused:
+        new, read, mappings = merge_and_read(
+            streams, output, residual, post, phi, alpha, bias, carry
+        )
+    else:
+        merged = merge_streams(streams, output, residual, post)
+        new, read, mappings = read_streams(merged, phi, alpha, bias)
+        if carry is not None:
+            read = aggregate_streams(new, carry)
+    return new, read, *mappings
+
+
+@pytest.mark.parametrize("single_pass", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_seam_against_float64(fused: bool, single_pass: bool) -> None:
+    given = operands()
+    if not single_pass:
+        given.pop("carry")
+    leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
+    doubles = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    actual = connection_step(**leaves, fused=fused)
+    expected = connection_step(**doubles, fused=False)
+    weights = [torch.randn_like(t) for t in expected]
+    for ours, reference in zip(actual, expected, strict=True):
+        assert_close_to_float64(ours.detach(), reference.detach())
+    ours = torch.autograd.grad(actual, list(leaves.values()), [w.float() for w in weights])
+    reference = torch.autograd.grad(expected, list(doubles.values()), weights)
+    for a, b in zip(ours, reference, strict=True):
+        assert_close_to_float64(a, b)
+
+
+@pytest.mark.parametrize("output_index", range(5))
+def test_each_output_of_the_seam_alone(output_index: int) -> None:
+    leaves = {name: t.requires_grad_() for name, t in operands().items() if name != "carry"}
+    doubles = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    actual = connection_step(**leaves)[output_index].square().sum()
+    expected = connection_step(**doubles, fused=False)[output_index].square().sum()
+    ours = torch.autograd.grad(actual, list(leaves.values()), allow_unused=True)
+    reference = torch.autograd.grad(
+        expected, list(doubles.values()), allow_unused=True, materialize_grads=True
+    )
+    for a, b in zip(ours, reference, strict=True):
+        assert_close_to_float64(torch.zeros_like(b).float() if a is None else a, b)
+
+
+def calls() -> dict[str, tuple[Any, tuple]]:
+    o = {name: t.requires_grad_() for name, t in operands().items()}
+    parameters = (o["phi"], o["alpha"], o["bias"])
+    rule = ("sinkhorn", 20, 1e-20)
+    ops = torch.ops.mhc_lightning
+    detached = [t.detach() for t in parameters]
+    x, pre = o["streams"].detach(), o["carry"].detach()
+    _, *_, raw, inverse = ops.read_streams(x, *detached, *rule, True)
+    wide, narrow = torch.randn_like(x), torch.randn(5, WIDTH)
+    merge = (o["streams"], o["output"], o["residual"], o["post"])
+    plain_merge = tuple(t.detach() for t in merge)
+    hyper = (o["phi"][:WIDTH, : N + 2], o["alpha"][:2], o["bias"])
+    kept = (None, x, pre, raw, inverse)
+    return {
+        "aggregate": (ops.aggregate_streams, (o["streams"], o["carry"])),
+        "aggregate_backward": (ops.aggregate_streams_backward, (narrow, x, pre, True, False)),
+        "merge": (ops.merge_streams, merge),
+        "merge_backward": (ops.merge_streams_backward, (wide, *plain_merge, True, True, True)),
+        "mean": (ops.mean_streams, (o["streams"],)),
+        "sum": (ops.sum_streams, (x,)),
+        "read": (ops.read_streams, (o["streams"], *parameters, *rule, True)),
+        "mappings": (ops.read_streams, (o["streams"], *parameters, *rule, False)),
+        "hyper": (
+            ops.read_streams,
+            (o["streams"], *hyper, "tanh", 1, 1e-20, True),
+        ),
+        "read_backward": (
+            ops.read_streams_backward,
+            (x, *detached, pre, raw, inverse, wide, narrow, pre, None, None, *rule, True, True),
+        ),
+        "seam": (ops.merge_and_read, (*merge, *parameters, None, *rule)),
+        "single_pass": (ops.merge_and_read, (*merge, *parameters, o["carry"], *rule)),
+        "seam_backward": (
+            ops.merge_and_read_backward,
+            (*plain_merge, *detached, *kept, wide, narrow, None, pre, None, *rule),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(calls()))
+def test_registration(name: str) -> None:
+    operator, arguments = calls()[name]
+    torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.parametrize("read", [read_streams, read_hyper_streams])
+def test_compiles_without_a_break_and_agrees(read: Callable) -> None:
+    """Gradients of ordinary and of large size: compiled and eager ones are the same numbers."""
+    o = operands()
+    if read is read_hyper_streams:
+        o["phi"], o["alpha"] = o["phi"][:WIDTH, : N + 2].clone(), o["alpha"][:2].clone()
+
+    def two_sub_layers(x: Tensor, output: Tensor, *parameters: Tensor) -> Tensor:
+        streams, u, mappings = read(expand_streams(x, N), *parameters)
+        if read is read_streams:
+            streams, u, mappings = merge_and_read(
+                streams, u.tanh(), mappings.residual, mappings.post, *parameters
+            )
+        merged = merge_streams(streams, u * output, mappings.residual, mappings.post)
+        return mean_streams(merged)
+
+    for scale in (1.0, 1e4):
+        results = []
+        for function in (two_sub_layers, torch.compile(two_sub_layers, fullgraph=True)):
+            leaves = [
+                t.detach().clone().requires_grad_()
+                for t in (o["output"], o["post"][:, :1] * scale, o["phi"], o["alpha"], o["bias"])
+            ]
+            value = function(*leaves)
+            results.append((value.detach(), *torch.autograd.grad(value.sum(), leaves)))
+        for eager, compiled in zip(*results, strict=True):
+            assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_selective_checkpointing_names_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what merging returns, recompute the rest: the same gradients, and one merge."""
+    o = {name: t.requires_grad_() for name, t in operands().items() if name != "carry"}
+    counts = {"merge": 0, "read": 0}
+
+    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator is torch.ops.mhc_lightning.merge_streams.default:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    plain = connection_step(**o, fused=False)[1].square().sum()
+    kernels = backend.backend_of(o["streams"])
+    for name in counts:
+        run = getattr(kernels, f"{name}_forward")
+
+        def counted(*args: Any, name: str = name, run: Callable = run) -> Any:
+            counts[name] += 1
+            return run(*args)
+
+        monkeypatch.setattr(kernels, f"{name}_forward", counted)
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    saved = checkpoint(
+        lambda: connection_step(**o, fused=False)[1].square().sum(),
+        use_reentrant=False,
+        context_fn=contexts,
+    )
+    expected = torch.autograd.grad(plain, list(o.values()))
+    actual = torch.autograd.grad(saved, list(o.values()))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert counts == {"merge": 1, "read": 2}
+
+
+def test_frozen_parameters_and_streams_used_twice() -> None:
+    o = {name: t for name, t in operands().items() if name != "carry"}
+    x = o["streams"].requires_grad_()
+    o["alpha"].requires_grad_()
+
+    def twice(streams: Tensor, **others: Tensor) -> Tensor:
+        new, read, *_ = connection_step(streams, **others)
+        return (read * others["output"]).sum() + (new * streams).sum() + streams.square().sum()
+
+    others = {name: t for name, t in o.items() if name != "streams"}
+    ours = torch.autograd.grad(twice(x, **others), (x, o["alpha"]))
+    doubles = {name: t.detach().double() for name, t in o.items()}
+    x64, alpha = doubles.pop("streams").requires_grad_(), doubles["alpha"].requires_grad_()
+    expected = torch.autograd.grad(twice(x64, **doubles), (x64, alpha))
+    for a, b in zip(ours, expected, strict=True):
+        assert_close_to_float64(a, b)
+
+
+def test_an_empty_batch() -> None:
+    o = {name: t.requires_grad_() for name, t in operands(tokens=0).items() if name != "carry"}
+    new, read, *mappings = connection_step(**o)
+    total = new.sum() + read.sum() + sum(m.sum() for m in mappings)
+    grads = torch.autograd.grad(total, list(o.values()))
+    assert [g.shape for g in grads] == [t.shape for t in o.values()]
+    assert all(g.eq(0).all() for g in grads)
+    assert sinkhorn_knopp(torch.empty(0, N, N)).shape == (0, N, N)
+
+
+def test_gradients_are_the_same_bits_every_time() -> None:
+    o = {name: t.requires_grad_() for name, t in operands(tokens=70).items() if name != "carry"}
+    runs = []
+    for _ in range(2):
+        total = sum(t.square().sum() for t in connection_step(**o))
+        runs.append(torch.autograd.grad(total, list(o.values())))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_wrong_choice_of_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.VARIABLE, "cuda")
+    with pytest.raises(UserError, match="set it to auto, triton or torch"):
+        sinkhorn_knopp(torch.zeros(2, 2))
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="streams are on cpu"):
+        sinkhorn_knopp(torch.zeros(2, 2))
