@@ -123,6 +123,8 @@ def _backward_part(
     grad = tl.load(grad + per_token, mask=exists, other=0.0)
     shift = tl.load(bias + PART * N + k, mask=in_part, other=0.0)
     offsets = (PART * N + k).to(tl.int64) * tokens + token[:, None, None]
+    # Loaded last: Triton lays the tile out as its last load does, and here tokens are contiguous,
+    # so that a matrix lies in one thread or a few, and its sums cross few threads or none.
     product = tl.load(raw + offsets, mask=exists, other=0.0)
     logits = product * inverse_rms[:, None, None] * tl.load(alpha + PART) + shift
     if PART == 2:
