@@ -17,6 +17,8 @@ from mhc_lightning.modules import (
     ManifoldHyperConnection,
     MappingsWindow,
     ResidualConnection,
+    SinglePassHyperConnection,
+    Unmerged,
 )
 
 STATIC_HC = functools.partial(HyperConnection, dynamic=False)
@@ -151,6 +153,39 @@ def test_manifold_starts_as_the_residual_connection(layer_index: int) -> None:
     new = connection(streams, lambda u: torch.sin(u / u.norm(dim=-1, keepdim=True)))
     expected = x + torch.sin(x / x.norm(dim=-1, keepdim=True))
     assert (new - expected[:, None]).abs().max() < 1e-6
+
+
+def test_single_pass_reads_with_what_the_sub_layer_before_computed() -> None:
+    """X_{l+1} = B_l X_l + C_l F(A_{l-1} X_l); the first read is of stream 0 (2609.19969)."""
+    n, width = 3, 16
+    connections = [
+        scrambled(SinglePassHyperConnection, dim=width, num_streams=n, layer_index=k).double()
+        for k in range(3)
+    ]
+    streams = torch.randn(2, 5, n, width, dtype=torch.float64)
+    expected = streams
+    weights = torch.eye(n, dtype=torch.float64)[0].expand(2, 5, n)
+    for connection in connections:
+        pre, post, residual = connection.mappings(expected)
+        output = torch.sin((weights[..., None] * expected).sum(-2))
+        expected = residual @ expected + post[..., None] * output[..., None, :]
+        weights = pre
+
+    u, state = connections[0].read(streams)
+    unmerged = Unmerged(connections[0], streams, torch.sin(u), state)
+    for connection in connections[1:]:
+        merged, u, state = connection.follow(unmerged)
+        unmerged = Unmerged(connection, merged, torch.sin(u), state)
+    actual, carry = unmerged.merge()
+    assert carry is not None
+    assert (actual - expected).abs().max() < 1e-12
+    assert (carry - weights).abs().max() < 1e-12
+
+
+def test_a_single_pass_connection_without_its_carry() -> None:
+    connection = SinglePassHyperConnection(16, 4, layer_index=2)
+    with pytest.raises(ValueError, match=r"sub-layer 2 .* needs the carry"):
+        connection(torch.randn(3, 4, 16), torch.sin)
 
 
 def test_manifold_initialisation_breaks_the_symmetry() -> None:

@@ -13,6 +13,7 @@ from mhc_lightning.modules import (
     HyperConnection,
     ManifoldHyperConnection,
     ResidualConnection,
+    SinglePassHyperConnection,
     Transformer,
 )
 
@@ -28,7 +29,12 @@ SMALL: dict[str, Any] = {
     "init_std": 0.05,
 }
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1}
-VARIANTS = [ResidualConnection, HyperConnection, ManifoldHyperConnection]
+VARIANTS = [
+    ResidualConnection,
+    HyperConnection,
+    ManifoldHyperConnection,
+    SinglePassHyperConnection,
+]
 STATIC_HC = functools.partial(HyperConnection, dynamic=False)
 
 
@@ -47,20 +53,21 @@ def test_hyper_connections_start_exactly_as_the_baseline(
     assert torch.equal(make(connection, num_streams=num_streams)(tokens), expected)
 
 
+@pytest.mark.parametrize("connection", [ManifoldHyperConnection, SinglePassHyperConnection])
 @pytest.mark.parametrize("num_streams", [1, 2, 3, 4, 8])
-def test_manifold_hyper_connections_start_as_the_baseline(num_streams: int) -> None:
+def test_manifold_hyper_connections_start_as_the_baseline(
+    num_streams: int, connection: Callable[..., Connection]
+) -> None:
     """Equal in exact arithmetic; what is left is rounding, 1e-15 in float64 (README)."""
     tokens = torch.randint(0, 50, (2, 11))
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
         expected = make(ResidualConnection).to(dtype)(tokens)
-        actual = make(ManifoldHyperConnection, num_streams=num_streams).to(dtype)(tokens)
+        actual = make(connection, num_streams=num_streams).to(dtype)(tokens)
         assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("experts", [{}, EXPERTS])
-@pytest.mark.parametrize(
-    "connection", [ResidualConnection, HyperConnection, ManifoldHyperConnection]
-)
+@pytest.mark.parametrize("connection", VARIANTS)
 def test_every_parameter_learns(
     connection: Callable[..., Connection], experts: dict[str, Any]
 ) -> None:
@@ -81,9 +88,7 @@ def test_every_parameter_learns(
     assert all((p != before[name]).any() for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize(
-    "connection", [ResidualConnection, HyperConnection, ManifoldHyperConnection]
-)
+@pytest.mark.parametrize("connection", VARIANTS)
 def test_causal(connection: Callable[..., Connection]) -> None:
     model = make(connection)
     for parameter in model.parameters():
@@ -94,6 +99,29 @@ def test_causal(connection: Callable[..., Connection]) -> None:
     difference = (model(tokens) - model(changed)).abs().amax(-1)[0]
     assert difference[:8].max() == 0
     assert difference[8:].min() > 0
+
+
+@pytest.mark.parametrize("connection", VARIANTS[1:])
+def test_triton_kernels_and_fused_seams_give_the_same_gradients(
+    connection: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.randint(0, 50, (2, 9))
+    results = []
+    for kernels in ("torch", "triton"):
+        monkeypatch.setenv("MHC_LIGHTNING_KERNELS", kernels)
+        model = make(connection)
+        for module in model.modules():
+            if isinstance(module, Connection):
+                for parameter in module.parameters():
+                    parameter.data.add_(0.2 * torch.randn_like(parameter))
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        results.append((loss.detach(), grads))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
+    for name, expected in results[0][1].items():
+        error = (results[1][1][name] - expected).abs().max()
+        assert error <= 1e-4 * expected.abs().max() + 1e-9, name
 
 
 def test_compiled_sublayers_give_the_same_gradients() -> None:

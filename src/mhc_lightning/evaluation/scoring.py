@@ -86,7 +86,7 @@ def _score_batch(
     targets = torch.cat([s[a:b] for s, (a, b) in zip(sequences, spans, strict=True)]).to(device)
     rows = torch.arange(len(pairs)).repeat_interleave(torch.tensor(counts)).to(device)
     predictors = torch.cat([torch.arange(a - 1, b - 1) for a, b in spans]).to(device)
-    hidden = model.read_out(*model.run_blocks(inputs.to(device)))
+    hidden = model.read_out(*model.run_blocks(model.embed(inputs.to(device))))
     log_likelihoods, greedy = _score_tokens(model, hidden[rows, predictors], targets)
     return [
         Score(float(part.double().sum()), bool(best.all()))

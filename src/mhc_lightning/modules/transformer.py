@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, n streams, C width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -237,26 +237,28 @@ class Transformer(nn.Module):
         """Streams [..., n, C] and their carry -> logits [..., V]."""
         return self.output(self.read_out(streams, carry))
 
-    def run_blocks(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, S] -> streams [B, S, n, C] behind the last block, and their carry."""
-        streams = self.embed(tokens)
-        *blocks, last = self.blocks
-        for block in blocks:
-            streams = block(streams, merge=False)
-        return last(streams)
+    def run_blocks(
+        self, streams: Tensor, carry: Tensor | None = None, blocks: Sequence[nn.Module] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Streams [B, S, n, C] and their carry, taken through ``blocks`` (all by default)."""
+        *others, last = blocks or self.blocks
+        flow: tuple = (streams, carry)
+        for block in others:
+            flow = (block(*flow, merge=False),)
+        return last(*flow)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> logits [B, S, V]."""
-        return self.head(*self.run_blocks(tokens))
+        return self.head(*self.run_blocks(self.embed(tokens)))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets [B, S], a float32 scalar; never all logits at once."""
-        hidden = self.read_out(*self.run_blocks(tokens))
+        hidden = self.read_out(*self.run_blocks(self.embed(tokens)))
         return linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten())
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each target [B, S], float32, without a gradient."""
-        hidden = self.read_out(*self.run_blocks(tokens))
+        hidden = self.read_out(*self.run_blocks(self.embed(tokens)))
         losses = token_losses(hidden.flatten(0, 1), self.output.weight, targets.flatten())
         return losses.view(targets.shape)
 
