@@ -1,4 +1,4 @@
-"""`strategy=fsdp` on the command line: a process builds its shards alone, all else stays the same."""
+"""`strategy=fsdp` on the command line: shards are built alone, and all else stays the same."""
 
 import json
 
