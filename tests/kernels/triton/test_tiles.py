@@ -31,7 +31,8 @@ def test_strides_decide_too_but_not_those_of_a_single_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "block"), [(4096, (1, 1024)), (2560, (2, 512)), (1280, (4, 256)), (1001, (4, 256))]
+    ("width", "block"),
+    [(4096, (1, 1024)), (2560, (2, 512)), (1280, (4, 256)), (1001, (4, 32)), (1004, (4, 128))],
 )
 def test_blocks_span_a_row_as_far_as_it_divides(width: int, block: tuple[int, int]) -> None:
     assert row_block(width, itemsize=2, warps=4) == block

@@ -1,5 +1,7 @@
 """Masks and alignments that the kernels over [tokens, n, C] streams share."""
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,7 +39,9 @@ def strides_in(vector: int, tensor: Tensor) -> tuple[int, ...]:
 
 def row_block(width: int, itemsize: int, warps: int) -> tuple[int, int]:
     """Tokens and elements of a block of a vector per thread, over as few rows as fit the width."""
-    elements = WARP_BYTES // itemsize
+    # Of an odd width a thread takes one element: were it more, warps would lie along the row, and
+    # every thread would hold the weights of all the block's tokens.
+    elements = 32 * math.gcd(width, VECTOR_BYTES // itemsize)
     tokens = warps
     while tokens > 1 and width % (2 * elements) == 0:
         tokens //= 2
