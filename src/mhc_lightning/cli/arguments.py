@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 
 from mhc_lightning.errors import UserError
 
-COMMANDS = ("plan", "fit", "validate", "generate", "prepare", "export", "import", "evaluate")
+COMMANDS = (
+    *("plan", "fit", "validate", "generate", "prepare", "export", "import", "evaluate"),
+    "tune",
+)
 _WITH_JSON = ("plan", "validate", "evaluate")
 _FLAGS = {"--print-config": "print_config", "--json": "json", "--help": "help", "-h": "help"}
 

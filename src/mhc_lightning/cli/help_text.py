@@ -18,6 +18,7 @@ commands:
   evaluate    run benchmarks on a checkpoint
   export      a checkpoint as safetensors, for other programs
   import      an exported model as a checkpoint to start from
+  tune        make the kernels fit this machine's GPU and an experiment's shape
 
 options:
   --config PATH_OR_NAME   an experiment: a .yaml file, or the name of a shipped one (below)
@@ -187,6 +188,22 @@ of the data. The other commands also take the exported folder itself as ckpt_pat
 example:
   {_PROGRAM} import --config mhc_quickstart input=my_model output_dir=runs/more
   {_PROGRAM} fit    --config mhc_quickstart output_dir=runs/more ckpt_path=last""",
+    "tune": f"""\
+Find the kernels' best block sizes for an experiment's shape, by measuring them on this GPU.
+
+usage: {_PROGRAM} tune --config PATH_OR_NAME [key=value ...]
+
+  connection=…, model.num_streams=N, model.dim=N, trainer.precision=…
+                       the shape, if it is to be another than the experiment's
+  data.micro_batch_size=N, data.sequence_length=N  tokens to measure with
+
+Prints each kernel's time before and after, and enters the choices in a table of your own
+(~/.cache/mhc_lightning/tuned, or $MHC_LIGHTNING_CACHE/tuned) that every later run on a GPU of this
+name looks at first. The results of the kernels do not change, but for rounding. Takes minutes, most
+of them compiling; shapes that were not tuned run with block sizes that suit most GPUs.
+
+example:
+  {_PROGRAM} tune --config mhc_3b""",
     "prepare": f"""\
 Turn text into token chunks for training: documents, a held-out validation split, a summary.
 

@@ -71,6 +71,8 @@ def _command(name: str) -> Callable[..., None]:
         from mhc_lightning.cli.export import export as command
     elif name == "import":
         from mhc_lightning.cli.import_model import import_model as command
+    elif name == "tune":
+        from mhc_lightning.cli.tune import tune as command
     else:
         from mhc_lightning.cli.prepare import prepare as command
     return command

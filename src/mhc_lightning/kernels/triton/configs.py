@@ -40,7 +40,17 @@ class Config(NamedTuple):
 # A table: kernel -> shape_key -> Config. Its file also says what it was measured on.
 Table = dict[str, dict[str, Config]]
 
+
+class Lookup(NamedTuple):
+    """A kernel that asked for its block sizes, for which shape, and what it got."""
+
+    kernel: str
+    key: str
+    config: Config
+
+
 _overrides: dict[str, Config] = {}
+_lookups: list[Lookup] | None = None
 
 
 def configured(kernel: str, n: int, width: int, dtype: torch.dtype, default: Config) -> Config:
@@ -56,12 +66,15 @@ def configured(kernel: str, n: int, width: int, dtype: torch.dtype, default: Con
     Returns:
         The choice of a surrounding `choose`, else of the device's tables, else ``default``.
     """
+    device, key = _current_device(), shape_key(n, width, dtype)
+    config = default
     if kernel in _overrides:
-        return _overrides[kernel]
-    device = _current_device()
-    if device is None:
-        return default
-    return _tuned(device).get(kernel, {}).get(shape_key(n, width, dtype), default)
+        config = _overrides[kernel]
+    elif device is not None:
+        config = _tuned(device).get(kernel, {}).get(key, default)
+    if _lookups is not None:
+        _lookups.append(Lookup(kernel, key, config))
+    return config
 
 
 @contextmanager
@@ -74,6 +87,17 @@ def choose(kernel: str, config: Config) -> Iterator[None]:
     finally:
         _overrides.clear()
         _overrides.update(before)
+
+
+@contextmanager
+def noted_lookups() -> Iterator[list[Lookup]]:
+    """Gives a list that takes every lookup of this process until the exit."""
+    global _lookups
+    before, _lookups = _lookups, []
+    try:
+        yield _lookups
+    finally:
+        _lookups = before
 
 
 def shape_key(n: int, width: int, dtype: torch.dtype) -> str:
@@ -104,6 +128,24 @@ def read_table(path: Path) -> Table:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"left out {path}, which is no table of block sizes: {error}", stacklevel=2)
         return {}
+
+
+def add_to_table(path: Path, kernel: str, key: str, config: Config, measured_on: dict) -> None:
+    """Enter a choice in a table's file, made if need be; it is never half written.
+
+    Args:
+        path: The file.
+        kernel: The kernel's name.
+        key: The shape's `shape_key`.
+        config: The choice.
+        measured_on: What the file says of the measurement.
+    """
+    table = read_table(path)
+    table.setdefault(kernel, {})[key] = config
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps({**measured_on, "choices": table}, indent=1), encoding="utf-8")
+    beside.replace(path)
 
 
 def forget_tables() -> None:

@@ -1,0 +1,102 @@
+"""`tune`: finds the kernels' best block sizes for an experiment's shape on this machine's GPU."""
+
+from typing import TYPE_CHECKING, Any
+
+from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from mhc_lightning.kernels.triton.tuning import Choice
+    from mhc_lightning.modules import Connection
+
+_STREAMS = ["aggregate_forward", "aggregate_backward", "merge_forward", "merge_backward"]
+
+
+def tune(experiment: Experiment, arguments: Arguments) -> None:
+    """Measure, print times before and after, and enter the choices in the user's table.
+
+    Raises:
+        UserError: there is no GPU, or the experiment runs none of the kernels.
+    """
+    import torch
+
+    from mhc_lightning.cli.building import build
+    from mhc_lightning.modules import ResidualConnection
+    from mhc_lightning.planning import ShapesOnly, precision_of
+    from mhc_lightning.planning.activations import sub_layers
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "tune measures on a GPU, and torch finds none on this machine; run it where you train"
+        )
+    values = experiment.values()
+    with ShapesOnly():
+        connection = sub_layers(build(experiment, "model"))[0][0]
+    if isinstance(connection, ResidualConnection):
+        raise UserError(
+            "connection=residual runs none of the kernels, so there is nothing to tune;"
+            " say connection=mhc, or take another experiment"
+        )
+    setting = values["trainer"].get("precision")
+    low = torch.float16 if setting == "16-true" else torch.bfloat16
+    dtype = low if precision_of(setting).activation == 2 else torch.float32
+    data = values["data"]
+    tokens = (data["micro_batch_size"] or data["batch_size"]) * data["sequence_length"]
+    try:
+        _tune(connection, tokens, dtype)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"this GPU cannot hold the streams of {tokens:,} tokens several times over;"
+            " say data.micro_batch_size=1, or a smaller data.sequence_length"
+        ) from error
+
+
+def _tune(connection: "Connection", tokens: int, dtype: Any) -> None:
+    import torch
+    import triton
+    from triton.testing import do_bench
+
+    from mhc_lightning.kernels.triton.configs import add_to_table, forget_tables, user_table
+    from mhc_lightning.kernels.triton.tuning import tune as tune_kernels
+    from mhc_lightning.kernels.triton.workloads import workloads
+
+    device = torch.cuda.get_device_name()
+    path = user_table(device)
+    measured_on = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+    n, width = connection.num_streams, connection.dim
+    kind = str(dtype).removeprefix("torch.")
+    print(f"{device}: n = {n}, C = {width}, {kind}, {tokens:,} tokens")
+    work = workloads(tokens, n, width, dtype, "cuda")
+    for choice in tune_kernels(
+        work,
+        workloads_of(connection),
+        lambda call: do_bench(call, return_mode="median") / 1e3,
+    ):
+        print(line(choice), flush=True)
+        lookup = choice.lookup
+        add_to_table(path, lookup.kernel, lookup.key, choice.config, measured_on)
+    forget_tables()
+    print(f"written to {path}, where every run on this machine finds it")
+
+
+def workloads_of(connection: "Connection") -> list[str]:
+    """Names of the workloads that a connection's kernels do."""
+    from mhc_lightning.modules import HyperConnection, SinglePassHyperConnection
+
+    if isinstance(connection, HyperConnection):
+        reading = ["project_per_stream", "project_backward_per_stream"]
+        return _STREAMS + reading + ["hyper_coefficients_forward", "hyper_coefficients_backward"]
+    end = "_single_pass" if isinstance(connection, SinglePassHyperConnection) else ""
+    reading = ["project", "project_backward", "coefficients_forward", "coefficients_backward"]
+    return _STREAMS + reading + [f"merge_project{end}", f"merge_project_backward{end}"]
+
+
+def line(choice: "Choice") -> str:
+    """One kernel's times, and what was chosen."""
+    before, after = choice.before * 1e6, choice.after * 1e6
+    name, config = choice.lookup.kernel, choice.config
+    blocks = f"{config.block_tokens} tokens x {config.block_width}"
+    how = f"{blocks}, {config.num_warps} warps, {config.num_stages} stages"
+    kept = "kept" if config == choice.lookup.config else how
+    return f"{name:<28} {before:9.1f} us -> {after:9.1f} us  {kept} ({choice.tried} tried)"
