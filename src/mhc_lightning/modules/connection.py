@@ -104,6 +104,10 @@ class Connection(KeepsFloat32):
         kept, mappings = state
         return merge_streams(kept, output, mappings.residual, mappings.post), None
 
+    def carry_like(self, streams: Tensor) -> Tensor | None:
+        """An uninitialised carry as ``write`` returns it beside streams [..., n, C], or None."""
+        return None
+
     def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
         """Merge what the sub-layer before left and read, across the seam of the two.
 

@@ -69,13 +69,17 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         shown = self.window(streams, following._replace(pre=carry))
         return streams, u, (streams, shown, following.pre)
 
+    def carry_like(self, streams: Tensor) -> Tensor:
+        """An uninitialised carry [..., n]."""
+        dtype = torch.float64 if streams.dtype == torch.float64 else torch.float32
+        return streams.new_empty(streams.shape[:-1], dtype=dtype)
+
     def _first_carry(self, streams: Tensor) -> Tensor:
         if self.layer_index > 0:
             raise ValueError(
                 f"sub-layer {self.layer_index} of a single-pass network needs the carry that the "
                 "write of the one before returned"
             )
-        dtype = torch.float64 if streams.dtype == torch.float64 else torch.float32
-        carry = torch.zeros(streams.shape[:-1], dtype=dtype, device=streams.device)
+        carry = self.carry_like(streams).zero_()
         carry[..., 0] = 1
         return carry

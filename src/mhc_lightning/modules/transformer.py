@@ -4,7 +4,7 @@ Shapes: B batch, S sequence, n streams, C width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,9 @@ class Transformer(nn.Module):
         UserError: If a size is out of range.
     """
 
+    parts_before_blocks: ClassVar = ("embedding",)
+    parts_behind_blocks: ClassVar = ("norm", "output")
+
     def __init__(
         self,
         *,
@@ -227,6 +230,11 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return expand_streams(x, self.num_streams)
 
+    def carry_like(self, streams: Tensor) -> Tensor | None:
+        """An uninitialised carry as blocks hand it on beside streams [B, S, n, C], or None."""
+        first = next(m for m in self.blocks.modules() if isinstance(m, Connection))
+        return first.carry_like(streams)
+
     def read_out(self, streams: Tensor, carry: Tensor | None = None) -> Tensor:
         """Streams [..., n, C] -> their normalised mean, or sum weighted by ``carry``, [..., C]."""
         if carry is not None:
@@ -253,12 +261,20 @@ class Transformer(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of targets [B, S], a float32 scalar; never all logits at once."""
-        hidden = self.read_out(*self.run_blocks(self.embed(tokens)))
+        return self.head_loss(*self.run_blocks(self.embed(tokens)), targets)
+
+    def head_loss(self, streams: Tensor, carry: Tensor | None, targets: Tensor) -> Tensor:
+        """What ``loss`` does behind the blocks."""
+        hidden = self.read_out(streams, carry)
         return linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten())
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each target [B, S], float32, without a gradient."""
-        hidden = self.read_out(*self.run_blocks(self.embed(tokens)))
+        return self.head_token_losses(*self.run_blocks(self.embed(tokens)), targets)
+
+    def head_token_losses(self, streams: Tensor, carry: Tensor | None, targets: Tensor) -> Tensor:
+        """What ``token_losses`` does behind the blocks."""
+        hidden = self.read_out(streams, carry)
         losses = token_losses(hidden.flatten(0, 1), self.output.weight, targets.flatten())
         return losses.view(targets.shape)
 
