@@ -10,6 +10,7 @@ from mhc_lightning.kernels.reading import (
     stream_mappings,
 )
 from mhc_lightning.kernels.record import StreamMappings
+from mhc_lightning.kernels.replay import replay_streams
 from mhc_lightning.kernels.seam import merge_and_read
 from mhc_lightning.kernels.sinkhorn import sinkhorn_knopp
 from mhc_lightning.kernels.streams import aggregate_streams, merge_streams
@@ -26,6 +27,7 @@ __all__ = [
     "merge_streams",
     "read_hyper_streams",
     "read_streams",
+    "replay_streams",
     "sinkhorn_knopp",
     "stream_mappings",
     "token_losses",

@@ -1,7 +1,7 @@
 """What every residual connection is: a way to read from n streams and a way to write to them."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import StreamMappings, merge_streams
 from mhc_lightning.modules.precision import KeepsFloat32
+from mhc_lightning.modules.recompute import note_output, note_read
 
 SubLayer = Callable[[Tensor], Tensor]
 
@@ -58,9 +59,23 @@ class Connection(KeepsFloat32):
         num_streams: Number of streams n, at least 1.
         layer_index: Which sub-layer of the network this connects, from 0.
 
+    Attributes:
+        replays: Whether ``aggregate_streams`` and ``merge_streams`` with the record that is second
+            in ``read``'s state repeat what this connection reads and writes. Recomputation then
+            rebuilds its streams; it keeps those of other connections. Not inherited by a class
+            that reads or writes in its own way.
+
     Raises:
         UserError: If an argument is out of range.
     """
+
+    replays: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A read or write of its own may not be what is replayed, unless the class says so."""
+        super().__init_subclass__(**kwargs)
+        if not vars(cls).keys().isdisjoint({"read", "write", "follow"}):
+            cls.replays = vars(cls).get("replays", False)
 
     def __init__(self, dim: int, num_streams: int, layer_index: int) -> None:
         super().__init__()
@@ -119,10 +134,29 @@ class Connection(KeepsFloat32):
         u, state = self.read(streams, carry)
         return streams, u, state
 
+    def run(
+        self, before: Tensor | Unmerged, sublayer: SubLayer, carry: Tensor | None = None
+    ) -> Unmerged:
+        """Read and apply a sub-layer; its output is still to be merged.
+
+        Args:
+            before: Streams [..., n, C], or what the sub-layer before left unmerged.
+            sublayer: [..., C] -> [..., C], its pre-norm included.
+            carry: What the ``write`` of the sub-layer before handed on, beside streams.
+        """
+        if isinstance(before, Unmerged):
+            streams, u, state = self.follow(before)
+        else:
+            streams = before
+            u, state = self.read(streams, carry)
+        note_read(streams, u, state[1] if self.replays else None)
+        output = sublayer(u)
+        note_output(output)
+        return Unmerged(self, streams, output, state)
+
     def forward(self, streams: Tensor, sublayer: SubLayer) -> Tensor:
         """Read, apply ``sublayer`` ([..., C] -> [..., C], its pre-norm included), write."""
-        u, state = self.read(streams)
-        return self.write(streams, sublayer(u), state)[0]
+        return self.run(streams, sublayer).merge()[0]
 
     def extra_repr(self) -> str:
         """Show what distinguishes this connection in a printed model."""

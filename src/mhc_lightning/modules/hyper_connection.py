@@ -35,6 +35,8 @@ class HyperConnection(Connection):
         bias: Static mappings [n² + 2n] (pre | post | residual, row-major).
     """
 
+    replays = True
+
     def __init__(
         self,
         dim: int,

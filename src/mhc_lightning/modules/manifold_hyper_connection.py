@@ -43,6 +43,8 @@ class ManifoldHyperConnection(Connection):
         bias: [n² + 2n].
     """
 
+    replays = True
+
     def __init__(
         self,
         dim: int,

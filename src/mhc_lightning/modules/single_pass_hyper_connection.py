@@ -27,6 +27,8 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
     ``ManifoldHyperConnection``, of which the arguments are those.
     """
 
+    replays = True
+
     def reset_parameters(self) -> None:
         """As the base class does, with the pre mapping of the next sub-layer."""
         super().reset_parameters()

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, n streams, C width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.initialisation import NormalMatrices
 from mhc_lightning.modules.mixture_of_experts import LoadBalance, MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
+from mhc_lightning.modules.recompute import normalise, recomputing
 
 
 class PreNorm(nn.Module):
@@ -35,7 +37,7 @@ class PreNorm(nn.Module):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """[..., C] -> [..., C]."""
-        return self.body(self.norm(x), **kwargs)
+        return self.body(normalise(self.norm, x), **kwargs)
 
 
 class Block(nn.Module):
@@ -72,14 +74,9 @@ class Block(nn.Module):
         Returns:
             Streams [B, S, n, C] and their carry, or an ``Unmerged`` for the next block.
         """
-        if isinstance(streams, Unmerged):
-            streams, u, state = self.attention_connection.follow(streams)
-        else:
-            u, state = self.attention_connection.read(streams, carry)
-        y = self.attention(u) if cache is None else self.attention(u, cache=cache)
-        before = Unmerged(self.attention_connection, streams, y, state)
-        streams, u, state = self.feed_forward_connection.follow(before)
-        last = Unmerged(self.feed_forward_connection, streams, self.feed_forward(u), state)
+        attention = self.attention if cache is None else partial(self.attention, cache=cache)
+        between = self.attention_connection.run(streams, attention, carry)
+        last = self.feed_forward_connection.run(between, self.feed_forward)
         return last.merge() if merge else last
 
 
@@ -112,6 +109,7 @@ class Transformer(nn.Module):
 
     Attributes:
         init_seed: What the initial weights are drawn with, itself drawn from torch's generator.
+        recompute_block: Sub-layers per recompute block, 0 at first: backward keeps all streams.
 
     Raises:
         UserError: If a size is out of range.
@@ -189,6 +187,7 @@ class Transformer(nn.Module):
                     PreNorm(dim, norm_eps, feed_forward),
                 )
             )
+        self.recompute_block = 0
         self.num_streams = blocks[0].attention_connection.num_streams
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(dim, eps=norm_eps)
@@ -248,12 +247,16 @@ class Transformer(nn.Module):
     def run_blocks(
         self, streams: Tensor, carry: Tensor | None = None, blocks: Sequence[nn.Module] = ()
     ) -> tuple[Tensor, Tensor | None]:
-        """Streams [B, S, n, C] and their carry, taken through ``blocks`` (all by default)."""
+        """Streams [B, S, n, C] and their carry, taken through ``blocks`` (all by default).
+
+        Recompute blocks begin here, and end here.
+        """
         *others, last = blocks or self.blocks
         flow: tuple = (streams, carry)
-        for block in others:
-            flow = (block(*flow, merge=False),)
-        return last(*flow)
+        with recomputing(self.recompute_block):
+            for block in others:
+                flow = (block(*flow, merge=False),)
+            return last(*flow)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> logits [B, S, V]."""

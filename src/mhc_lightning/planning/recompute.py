@@ -5,6 +5,7 @@ aggregates and normalised inputs are rebuilt one block at a time.
 """
 
 from mhc_lightning.modules import Transformer
+from mhc_lightning.modules.recompute_size import recompute_block
 from mhc_lightning.planning.activations import (
     MicroBatch,
     connection_bytes,
@@ -13,19 +14,7 @@ from mhc_lightning.planning.activations import (
     sub_layers,
 )
 
-
-def recompute_block(num_sub_layers: int, num_streams: int) -> int:
-    """The L_r that minimises ``n·⌈L / L_r⌉ + (n + 2)·L_r`` (eq. 20), the smallest if several do.
-
-    Args:
-        num_sub_layers: L, two per block.
-        num_streams: n.
-    """
-
-    def widths_kept(size: int) -> int:
-        return num_streams * -(-num_sub_layers // size) + (num_streams + 2) * size
-
-    return min(range(1, num_sub_layers + 1), key=widths_kept)
+__all__ = ["recompute_block", "saved_with_recompute"]
 
 
 def saved_with_recompute(

@@ -4,7 +4,7 @@ They run wherever torch does, in float64 too, and say what the Triton kernels ha
 """
 
 from mhc_lightning.kernels.reference.reading import read_backward, read_forward
-from mhc_lightning.kernels.reference.seam import seam_backward, seam_forward
+from mhc_lightning.kernels.reference.replay import replay_forward
 from mhc_lightning.kernels.reference.sinkhorn import sinkhorn_backward, sinkhorn_forward
 from mhc_lightning.kernels.reference.streams import (
     aggregate_backward,
@@ -24,8 +24,7 @@ __all__ = [
     "merge_forward",
     "read_backward",
     "read_forward",
-    "seam_backward",
-    "seam_forward",
+    "replay_forward",
     "sinkhorn_backward",
     "sinkhorn_forward",
 ]

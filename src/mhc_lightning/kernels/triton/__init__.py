@@ -8,6 +8,7 @@ from mhc_lightning.kernels.triton.aggregate import (
 )
 from mhc_lightning.kernels.triton.merge import merge_backward, merge_forward
 from mhc_lightning.kernels.triton.reading import read_backward, read_forward
+from mhc_lightning.kernels.triton.replay import replay_forward
 from mhc_lightning.kernels.triton.seam import seam_backward, seam_forward
 from mhc_lightning.kernels.triton.sinkhorn import sinkhorn_backward, sinkhorn_forward
 
@@ -20,6 +21,7 @@ __all__ = [
     "merge_forward",
     "read_backward",
     "read_forward",
+    "replay_forward",
     "seam_backward",
     "seam_forward",
     "sinkhorn_backward",

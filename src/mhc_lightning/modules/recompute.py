@@ -1,0 +1,230 @@
+"""Recomputing streams in backward, a block of sub-layers at a time (arXiv 2512.24880, section 4.3).
+
+What autograd keeps of a sub-layer's streams, of its input and of the normalised input is replaced
+by a handle. The first handle that backward opens redoes the stream operations of its block from
+the streams that entered it, the outputs of its sub-layers and their mappings, which are kept
+anyway. Attention and feed-forward are not run again, nor are projections and Sinkhorn-Knopp.
+
+Autograd asks the innermost saved-tensor hooks alone, so what is kept is passed on to those that
+were there before. Handles know tensors by their storage: views cost nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from mhc_lightning.kernels import StreamMappings
+from mhc_lightning.modules.recompute_block import (
+    NORMED,
+    READ,
+    STREAMS,
+    Block,
+    Handle,
+    Key,
+    Norm,
+    NormHandle,
+)
+
+
+@contextmanager
+def recomputing(size: int) -> Iterator[None]:
+    """Keep streams only every ``size`` sub-layers within, where gradients are recorded.
+
+    Args:
+        size: Sub-layers per block; 0 keeps everything. A block never reaches beyond the context.
+    """
+    if size == 0 or not torch.is_grad_enabled():
+        yield
+        return
+    recording = _Recording(size)
+    token = _active.set(recording)
+    try:
+        with saved_tensors_hooks(recording.pack, _unpack):
+            yield
+            recording.settle()
+    finally:
+        _active.reset(token)
+        recording.forget()
+
+
+def note_read(streams: Tensor, read: Tensor, mappings: StreamMappings | None) -> None:
+    """Tell a surrounding `recomputing` what a sub-layer read.
+
+    Args:
+        streams: [..., n, C], merged in full.
+        read: The sub-layer's input [..., C].
+        mappings: What ``aggregate_streams`` and ``merge_streams`` redo this sub-layer with; None if
+            they cannot, and its streams have to be kept.
+    """
+    recording = _active.get()
+    if recording is not None:
+        recording.read(streams, read, mappings)
+
+
+def note_output(output: Tensor) -> None:
+    """Tell a surrounding `recomputing` what the sub-layer returned, before it is merged."""
+    recording = _active.get()
+    if recording is not None:
+        recording.ran(output)
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)``; within `recomputing`, what it keeps and returns is rebuilt if ``x`` is."""
+    if torch.compiler.is_compiling():
+        return norm(x)
+    recording = _active.get()
+    return norm(x) if recording is None else recording.normalise(norm, x)
+
+
+class _Pending:
+    """A tensor of which it is not known yet whether it can be rebuilt."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.content: Any = tensor
+
+
+class _Foreign(NamedTuple):
+    """A tensor in the keeping of the hooks around ours."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+
+class _Known(NamedTuple):
+    tensor: Tensor  # kept alive, so that its address is its own
+    block: Block
+    key: Key
+
+
+class _Recording:
+    """One forward pass through a number of sub-layers."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self._block: Block | None = None
+        self._known: dict[int, _Known] = {}
+        self._pending: list[_Pending] = []
+        self._reading = True  # or else a sub-layer is at work
+        self._output: Tensor | None = None
+        self._norm: tuple[Block, int, int] | None = None  # at work, on how many elements
+        self._norm_packs = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        """What autograd is to keep in place of a tensor."""
+        # An operator's own output would hold the operator, which holds it.
+        tensor = tensor.detach()
+        number = self._norm_packs
+        self._norm_packs += 1
+        handle = self._handle(tensor)
+        if handle is not None:
+            return handle
+        if self._norm is not None:
+            block, index, elements = self._norm
+            if tensor.numel() >= elements:
+                block.count((index, NORMED))
+                return NormHandle(block, (index, NORMED), number)
+        if self._reading:
+            # Merging and reading may be one operator: its streams are known when it has returned.
+            pending = _Pending(tensor)
+            self._pending.append(pending)
+            return pending
+        return self._keep(tensor)
+
+    def read(self, streams: Tensor, read: Tensor, mappings: StreamMappings | None) -> None:
+        """A sub-layer has read: its streams and its input are known now."""
+        streams, before = streams.detach(), self._known
+        if mappings is None:
+            self._block, self._known = None, {}
+        elif self._block is None or len(self._block) == self._size:
+            self._block, self._known = Block(streams), {}
+            self._block.add(mappings, None)
+        else:
+            self._known = {}
+            self._know(streams, self._block, (len(self._block), STREAMS))
+            self._block.add(mappings, self._output)
+        if self._block is not None:
+            self._know(read.detach(), self._block, (len(self._block) - 1, READ))
+        self._output, now = None, self._known
+        self._known = before | now
+        self.settle()
+        self._known, self._reading = now, False
+
+    def ran(self, output: Tensor) -> None:
+        """The sub-layer has returned: only its streams are still to be seen, in the merge."""
+        self._output, self._reading = output, True
+        self._known = {at: known for at, known in self._known.items() if known.key[1] == STREAMS}
+
+    def normalise(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """``norm(x)``, to be rebuilt if ``x`` is the input of the sub-layer at work."""
+        known = self._known.get(_address(x))
+        if known is None or known.key[1] != READ or x.numel() != known.tensor.numel():
+            return norm(x)
+        block, (index, _) = known.block, known.key
+        if block.has_norm(index):
+            return norm(x)
+        self._norm, self._norm_packs = (block, index, x.numel()), 0
+        try:
+            output = norm(x)
+        finally:
+            self._norm = None
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        block.add_norm(index, Norm(norm.forward, x.requires_grad, autocast))
+        self._know(output.detach(), block, (index, NORMED))
+        return output
+
+    def settle(self) -> None:
+        """Decide about the tensors that autograd has kept so far."""
+        for pending in self._pending:
+            tensor = pending.content
+            pending.content = self._handle(tensor) or self._keep(tensor)
+        self._pending.clear()
+
+    def forget(self) -> None:
+        """Let go of everything; what autograd keeps lives on by itself."""
+        self._block = self._output = None
+        self._known.clear()
+        self._pending.clear()
+
+    def _know(self, tensor: Tensor, block: Block, key: Key) -> None:
+        address = _address(tensor)
+        whole = tensor.is_contiguous() and tensor.storage_offset() == 0
+        if whole and tensor.numel() > 0 and address not in self._known:
+            self._known[address] = _Known(tensor, block, key)
+
+    def _handle(self, tensor: Tensor) -> Handle | None:
+        known = self._known.get(_address(tensor))
+        if known is None or known.tensor.dtype != tensor.dtype:
+            return None
+        known.block.count(known.key)
+        size, stride, offset = tensor.size(), tensor.stride(), int(tensor.storage_offset())
+        return Handle(known.block, known.key, size, stride, offset)
+
+    def _keep(self, tensor: Tensor) -> Any:
+        if self._outer is None:
+            return tensor
+        pack, unpack = self._outer
+        return _Foreign(pack(tensor), unpack)
+
+
+_active: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, _Pending):
+        packed = packed.content
+    if isinstance(packed, Handle | NormHandle):
+        return packed.open()
+    return packed.unpack(packed.packed) if isinstance(packed, _Foreign) else packed
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

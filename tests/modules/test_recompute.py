@@ -1,0 +1,387 @@
+"""Recomputation: the same gradients bit for bit, from what Table 3 of the paper says is kept."""
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from live_storages import LiveStorages
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.kernels import expand_streams
+from mhc_lightning.modules import (
+    Connection,
+    HyperConnection,
+    ManifoldHyperConnection,
+    ResidualConnection,
+    SinglePassHyperConnection,
+    Transformer,
+)
+from mhc_lightning.modules.recompute import recomputing
+from mhc_lightning.modules.recompute_size import recompute_block, recompute_size
+from mhc_lightning.modules.transformer import PreNorm
+
+VARIANTS: dict[str, Callable[..., Connection]] = {
+    "mhc": ManifoldHyperConnection,
+    "single_pass": SinglePassHyperConnection,
+    "hc": HyperConnection,
+    "hc_static": partial(HyperConnection, dynamic=False),
+    "residual": ResidualConnection,
+}
+EXPERTS = {"num_experts": 8, "num_active_experts": 2, "num_shared_experts": 1}
+TOKENS = torch.randint(0, 40, (2, 10), generator=torch.Generator().manual_seed(1))
+
+
+def make(connection: str = "mhc", **sizes: int) -> Transformer:
+    """Three blocks whose parameters are all at work."""
+    torch.manual_seed(0)
+    settings = {"dim": 32, "num_heads": 2, "ffn_dim": 24, "head_dim": 8, "rope_dim": 4}
+    model = Transformer(
+        connection=VARIANTS[connection],
+        vocab_size=40,
+        kv_rank=8,
+        **{"num_layers": 3, **settings, **sizes},
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def gradients(model: Transformer, size: int, mixed: bool = False) -> list[Tensor]:
+    """Of two micro-batches, and their losses."""
+    model.recompute_block = size
+    model.zero_grad()
+    losses = []
+    for tokens in (TOKENS, TOKENS.flip(0, 1)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        losses.append(loss.detach())
+    return [p.grad for p in model.parameters() if p.grad is not None] + losses
+
+
+def equal(ours: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(ours) == len(expected) and all(map(torch.equal, ours, expected))
+
+
+@pytest.mark.parametrize("sizes", [{}, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("connection", VARIANTS)
+def test_gradients_are_the_same_bits(connection: str, sizes: dict[str, int]) -> None:
+    for precision in ("32-true", "bf16-mixed", "bf16-true"):
+        model, mixed = make(connection, **sizes), precision == "bf16-mixed"
+        if precision == "bf16-true":
+            model.bfloat16()
+        expected = gradients(model, 0, mixed)
+        # One per sub-layer, within a Transformer block, all, and more than there are.
+        for size in (1, 3, 4, 6, 7):
+            assert equal(gradients(model, size, mixed), expected), (precision, size)
+
+
+@pytest.mark.parametrize("connection", ["mhc", "single_pass"])
+def test_by_kernels_with_fused_seams(connection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MHC_LIGHTNING_KERNELS", "triton")
+    model = make(connection, dim=16, num_layers=2)
+    results = []
+    for size in (0, 3):
+        model.recompute_block = size
+        model.zero_grad()
+        model.loss(TOKENS[:1, :5], TOKENS[:1, 1:6]).backward()
+        results.append([p.grad for p in model.parameters()])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_attention_and_feed_forward_run_once_and_nobody_sees_a_replay() -> None:
+    model = make(**EXPERTS)
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model.recompute_block = 4
+    loss = model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
+    seen = list(calls)
+    loss.backward()
+    assert calls == seen
+    assert sum(name.endswith("window") for name in seen) == 6
+    for block in range(3):
+        for part in ("attention", "feed_forward"):
+            assert seen.count(f"blocks.{block}.{part}.body") == 1
+            assert seen.count(f"blocks.{block}.{part}.norm") == 1
+
+
+class Kept(torch.autograd.Function):
+    """Halves its input and keeps nothing, or the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: bool) -> Tensor:
+        if keep:
+            ctx.save_for_backward(x)
+        return x * 0.5
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * 0.5 + sum(0 * x for x in ctx.saved_tensors), None
+
+
+def keeps_nothing(u: Tensor) -> Tensor:
+    return Kept.apply(u, False)
+
+
+class Norm(nn.Module):
+    """A norm that keeps its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Kept.apply(x, True)
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., tuple[LiveStorages, Tensor]]]:
+    """Returns a function: sub-layers in recompute blocks; live storages, and a loss to go back."""
+
+    def run(
+        layers: list[Connection], sub_layer: Callable[[Tensor], Tensor], size: int, tokens: int
+    ) -> tuple[LiveStorages, Tensor]:
+        n, width = layers[0].num_streams, layers[0].dim
+        parameters = [p for layer in layers for p in layer.parameters()]
+        start = torch.randn(tokens, width, requires_grad=True)
+        live = LiveStorages([*parameters, start])
+        with live:
+            # Not as copies of one tensor: that is what the first stage alone starts with.
+            flow: Any = expand_streams(start, n) * 1
+            with recomputing(size):
+                for layer in layers:
+                    flow = layer.run(flow, sub_layer)
+                streams, carry = flow.merge()
+            del flow
+            # A learned read-out keeps the streams, whatever it is.
+            loss = streams.square().sum() if carry is not None else streams.sum()
+            del streams, carry
+        gc.collect()
+        return live, loss
+
+    yield run
+
+
+@pytest.mark.parametrize("connection", ["mhc", "single_pass"])
+@pytest.mark.parametrize(("n", "layers", "size"), [(4, 12, 4), (4, 12, 1), (2, 7, 3), (3, 5, 9)])
+def test_bytes_kept_between_forward_and_backward(
+    connection: str, n: int, layers: int, size: int, run: Callable[..., Any]
+) -> None:
+    width, tokens = 64, 50
+    stack = [VARIANTS[connection](width, n, index) for index in range(layers)]
+    learned = connection == "single_pass"
+    before, _other = run(stack, keeps_nothing, 0, tokens)
+    off = before.bytes()
+    live, loss = run(stack, keeps_nothing, size, tokens)
+    kept = live.bytes() - loss.nbytes
+    entries = n * width * -(-layers // size)
+    elements = entries + width * layers + (n * width if learned else 0)
+    allowed = (4 * 1.02 * elements + (2 * n * n + 4 * n + 1) * 4 * layers) * tokens
+    assert kept <= allowed
+    # Off keeps the streams of every sub-layer (its u is kept by nobody here), and so are these.
+    assert off - live.bytes() == 4 * tokens * n * width * (layers - -(-layers // size))
+    loss.backward()
+    del loss
+    gc.collect()
+    assert live.bytes() == 0
+
+
+def test_bytes_at_the_peak_of_a_replay(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a norm and a body that keep their inputs: streams, aggregates and normed inputs."""
+    from mhc_lightning.modules import recompute_block as rebuilding
+
+    n, width, layers, size, tokens = 4, 64, 12, 4, 50
+    stack = [ManifoldHyperConnection(width, n, index) for index in range(layers)]
+    sub_layer = PreNorm(width, 1e-20, nn.Identity())
+    sub_layer.norm, sub_layer.body = Norm(), Norm()  # type: ignore[assignment]
+    live, loss = run(stack, sub_layer, size, tokens)
+    kept, grown = live.bytes(), []
+    replay = rebuilding.replay_streams
+
+    def measured(*args: Any) -> Any:
+        live.peak, before = 0, live.bytes()
+        result = replay(*args)
+        grown.append(live.peak - before)
+        return result
+
+    monkeypatch.setattr(rebuilding, "replay_streams", measured)
+    with live:
+        loss.backward()
+    vector = 4 * width * tokens
+    assert len(grown) == layers // size
+    # A norm's output is rebuilt when its sub-layer is reached: it is not among these.
+    assert max(grown) == ((size - 1) * n + size) * vector
+    assert max(grown) + size * vector <= (n + 2) * size * vector
+    off, _other = run(stack, sub_layer, 0, tokens)
+    assert off.bytes() - kept == (layers * (n + 2) - layers // size * n) * vector
+
+
+def test_a_sub_layer_without_parts_keeps_what_it_makes_of_its_input(run: Callable) -> None:
+    """Its input is rebuilt; anything else that it keeps is its own."""
+    n, width, layers, tokens = 2, 32, 6, 20
+    stack = [ManifoldHyperConnection(width, n, index) for index in range(layers)]
+    runs = [
+        run(stack, sub_layer, 3, tokens)
+        for sub_layer in (
+            keeps_nothing,
+            lambda u: Kept.apply(u, True),
+            lambda u: Kept.apply(2 * u, True),
+        )
+    ]
+    nothing, its_input, doubled = (live.bytes() for live, _ in runs)
+    assert its_input == nothing
+    assert doubled - nothing == 4 * layers * width * tokens
+    for _live, loss in runs:
+        torch.autograd.grad(loss, [p for layer in stack for p in layer.parameters()])
+
+
+def test_a_graph_that_is_dropped_is_gone() -> None:
+    model, left = make(), []
+    for size in (0, 4):
+        model.recompute_block = size
+        with LiveStorages(model.parameters()) as live:
+            loss = model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
+            kept = live.bytes()
+            del loss
+            left.append(live.bytes())  # cosines and sines, or the like
+    assert left[0] == left[1] < kept / 100
+
+
+def test_what_a_connection_does_not_replay_is_kept(run: Callable[..., Any]) -> None:
+    class Other(ManifoldHyperConnection):
+        def write(self, *args: Any) -> tuple[Tensor, None]:
+            return 2 * super().write(*args)[0], None
+
+    def stack(*others: int) -> list[Connection]:
+        return [
+            (Other if index in others else ManifoldHyperConnection)(32, 2, index)
+            for index in range(6)
+        ]
+
+    runs = [run(stack(*others), keeps_nothing, 3, 20) for others in ((), (1,), (0, 5))]
+    parts = [live.bytes() for live, _ in runs]
+    # Blocks {0,1,2} {3,4,5}, then {0} 1 {2,3,4} {5}, then 0 {1,2,3} {4} 5.
+    for _live, loss in runs:
+        loss.backward()
+    assert [(part - parts[0]) // (4 * 20 * 2 * 32) for part in parts] == [0, 2, 2]
+
+
+def test_compiled_sub_layers() -> None:
+    """Compiled in their first forward pass, under recomputation, and the same without it."""
+    model = make(num_layers=1)
+    eager = gradients(model, 0)
+    model.compile_sublayers()
+    ours = gradients(model, 2)
+    assert equal(gradients(model, 0), ours)
+    for compiled, value in zip(ours, eager, strict=True):
+        assert torch.allclose(compiled, value, rtol=1e-3, atol=1e-5)
+
+
+def test_ordinary_checkpointing_of_sub_layers_composes() -> None:
+    """Attention and feed-forward then run twice, and keep their input's handle alone."""
+    plain, model = make(**EXPERTS), make(**EXPERTS)
+    for block in model.blocks:
+        for name in ("attention", "feed_forward"):
+            part = block.get_submodule(name)
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+    expected = gradients(plain, 0)
+    assert equal(gradients(model, 4), expected)
+    parts = []
+    for network, size in ((model, 0), (plain, 4), (model, 4)):
+        network.recompute_block = size
+        with LiveStorages(network.parameters()) as live:
+            loss = network.loss(TOKENS[:, :-1], TOKENS[:, 1:])
+            gc.collect()
+            parts.append(live.bytes())
+            del loss
+    assert parts[2] < min(parts[:2])
+
+
+def test_within_checkpointing_of_everything() -> None:
+    plain, model = make(), make()
+    model.run_blocks = partial(checkpoint, model.run_blocks, use_reentrant=False)  # type: ignore[method-assign]
+    assert equal(gradients(model, 4), gradients(plain, 0))
+
+
+def test_other_saved_tensor_hooks_get_what_is_kept() -> None:
+    """Autograd asks the innermost hooks alone; those around recomputation are asked by it."""
+    model, packed = make(), []
+    expected = gradients(model, 0)
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor.detach())
+        return len(packed) - 1
+
+    counts = []
+    for size in (0, 4):
+        packed.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda number: packed[number]):
+            assert equal(gradients(model, size), expected)
+        counts.append(len(packed))
+    assert 0 < counts[1] < counts[0]
+
+
+def test_a_retained_graph_is_rebuilt_again() -> None:
+    model = make()
+    model.recompute_block = 4
+    loss = model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    assert equal(list(torch.autograd.grad(loss, list(model.parameters()))), list(first))
+
+
+def test_without_gradients_nothing_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mhc_lightning.modules import recompute
+
+    monkeypatch.setattr(recompute, "_Recording", None)
+    model = make()
+    model.recompute_block = 4
+    with torch.no_grad():
+        model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
+
+
+def test_frozen_parameters() -> None:
+    model = make()
+    for frozen in (model.embedding, *model.blocks[:1], model.blocks[2].attention.norm):
+        frozen.requires_grad_(False)
+    assert equal(gradients(model, 4), gradients(model, 0))
+
+
+def test_a_failed_forward_pass_leaves_nothing_behind() -> None:
+    model = make()
+    expected = gradients(model, 0)
+    handle = model.blocks[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gradients(model, 4)
+    handle.remove()
+    assert equal(gradients(model, 4), expected)
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def test_size_of_a_block() -> None:
+    assert recompute_size("off", 24, 4) == recompute_size(False, 24, 4) == 0
+    assert recompute_size(None, 24, 4) == 0
+    assert recompute_size(7, 24, 4) == 7
+    assert recompute_size("auto", 24, 4) == recompute_block(24, 4) == 4
+    # Stages of two sub-layers: blocks of two, although four would be best without stages.
+    assert recompute_size("auto", [2] * 12, 4) == 2
+    for wrong in ("banana", 0, -1, True, 2.0):
+        with pytest.raises(UserError, match=f"recompute={wrong}"):
+            recompute_size(wrong, 24, 4)  # type: ignore[arg-type]
+
+
+def test_the_best_block_under_stage_boundaries() -> None:
+    for stages in ([6, 6], [2, 6, 4], [10, 2], [5, 7, 9, 3]):
+        for n in (1, 2, 4, 8):
+            cost = {
+                size: n * sum(-(-stage // size) for stage in stages) + (n + 2) * size
+                for size in range(1, sum(stages) + 1)
+            }
+            best = min(cost.values())
+            assert recompute_block(stages, n) == min(s for s in cost if cost[s] == best)
