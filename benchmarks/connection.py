@@ -11,46 +11,12 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from hyper_connections.mHCv2 import ManifoldConstrainedHyperConnections
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
 from mhc_lightning.modules import ManifoldHyperConnection
+from peers import HyperConnectionsV2, TransformersConnection
 from timing import interleaved_seconds, report
-
-
-class TransformersConnection(nn.Module):
-    """Reads, applies the sub-layer and merges as transformers' decoder layer does."""
-
-    def __init__(self, dim: int, num_streams: int) -> None:
-        super().__init__()
-        config = DeepseekV4Config(hidden_size=dim, hc_mult=num_streams)
-        self.mix = DeepseekV4HyperConnection(config)
-        nn.init.normal_(self.mix.fn, std=0.02)
-        nn.init.zeros_(self.mix.base)
-        nn.init.ones_(self.mix.scale)
-
-    def forward(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """[..., n, C] -> [..., n, C]."""
-        post, comb, collapsed = self.mix(streams)
-        output = sublayer(collapsed)
-        mixed = torch.matmul(comb.to(streams.dtype).transpose(-1, -2), streams)
-        return post.to(streams.dtype).unsqueeze(-1) * output.unsqueeze(-2) + mixed
-
-
-class HyperConnectionsV2(nn.Module):
-    """mHCv2 as its package uses it."""
-
-    def __init__(self, dim: int, num_streams: int) -> None:
-        super().__init__()
-        self.wrapped = ManifoldConstrainedHyperConnections(num_streams, dim=dim, layer_index=0)
-
-    def forward(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """[..., n, C] -> [..., n, C]."""
-        u, add_residual = self.wrapped(streams)
-        return add_residual(sublayer(u))
 
 
 def scale(x: Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCa
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
-from mhc_lightning.cli.arguments import parse_arguments
+from members import experiment_of
 from mhc_lightning.cli.building import build
-from mhc_lightning.cli.composition import compose_experiment
 from timing import interleaved_seconds, report
 
 
@@ -86,15 +85,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
 
-    def ours(connection: str) -> nn.Module:
-        experiment = compose_experiment(
-            parse_arguments(["fit", "--config", f"{connection}_{args.size}"])
-        )
-        return build(experiment, "model")
-
-    models = {"baseline": ours("baseline"), "mhc": ours("mhc")}
-    experiment = compose_experiment(parse_arguments(["fit", "--config", f"mhc_{args.size}"]))
-    sizes = experiment.values()["model"]
+    models = {
+        name: build(experiment_of(f"{name}_{args.size}"), "model") for name in ("baseline", "mhc")
+    }
+    sizes = experiment_of(f"mhc_{args.size}").values()["model"]
 
     def theirs() -> DeepseekV3ForCausalLM:
         config = DeepseekV3Config(

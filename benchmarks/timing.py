@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -25,21 +26,35 @@ def interleaved_seconds(
             start = time.perf_counter()
             case()
             seconds[name].append(time.perf_counter() - start)
-    return {name: _summary(values) for name, values in seconds.items()}
+    return {name: summary(values) for name, values in seconds.items()}
 
 
-def _summary(values: list[float]) -> dict[str, float]:
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, minimum and quartiles."""
+    if len(values) < 2:
+        values = values * 2
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "minimum": min(values), "quartile_1": low, "quartile_3": high}
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions and commit of a measurement."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Device, versions and commit of a measurement on the CPU, or on the GPU (``"cuda"``)."""
+    gpu = {}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "cuda": torch.version.cuda,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }
     return {
-        "device": _cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        **gpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "commit": _commit(),
         "load_average": os.getloadavg()[0],
@@ -63,6 +78,20 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return _output("git", "describe", "--always", "--dirty", "--exclude=*")
+
+
+def _output(*command: str) -> str:
+    """What a command says, or "unknown" if there is no such command or it fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return result.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

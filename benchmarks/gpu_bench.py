@@ -1,0 +1,95 @@
+"""Where and how the GPU suite measures: on a GPU with its clock, or at toy size without any."""
+
+import gc
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from timing import summary
+
+
+class Bench:
+    """The device, its clock, and the time there is.
+
+    Args:
+        toy: Whether to run tiny shapes on the CPU, in Triton's interpreter, without a clock.
+        minutes: After how many nothing new is to be begun.
+    """
+
+    def __init__(self, toy: bool, minutes: float) -> None:
+        self.toy = toy
+        self.device = "cpu" if toy else "cuda"
+        self._end = time.monotonic() + 60 * minutes
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self._end
+
+    @property
+    def slug(self) -> str:
+        """The device's name in file names."""
+        name = "toy" if self.toy else torch.cuda.get_device_name()
+        return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+    def seconds(self, call: Callable[[], object]) -> dict[str, float] | None:
+        """Quartiles of the time of a call by CUDA events, the L2 cache cleared before each run.
+
+        None at toy size: the call is made once, and an interpreter's time says nothing.
+        """
+        if self.toy:
+            call()
+            return None
+        from triton.testing import do_bench
+
+        milliseconds = do_bench(call, warmup=50, rep=200, return_mode="all")
+        return summary([value / 1e3 for value in milliseconds])
+
+    def graph_seconds(self, call: Callable[[], object]) -> dict[str, float] | None:
+        """The same, replayed from a CUDA graph: what is left without the cost of launching."""
+        if self.toy:
+            return None
+        from triton.testing import do_bench_cudagraph
+
+        milliseconds = do_bench_cudagraph(call, rep=100, return_mode="all")
+        return summary([value / 1e3 for value in milliseconds])
+
+    def copy_bandwidth(self) -> float | None:
+        """Bytes per second of a copy of 4 GiB on the device, bytes read and written counted."""
+        size = 2**10 if self.toy else 2**32
+        source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        taken = self.seconds(lambda: target.copy_(source))
+        return None if taken is None else 2 * size / taken["median"]
+
+
+@contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """Run the stream operations with ``triton`` or with ``torch``."""
+    before = os.environ.get("MHC_LIGHTNING_KERNELS")
+    os.environ["MHC_LIGHTNING_KERNELS"] = choice
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MHC_LIGHTNING_KERNELS"]
+        else:
+            os.environ["MHC_LIGHTNING_KERNELS"] = before
+
+
+def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a measurement yields, or ``{"error": …}``: one failure does not end the others."""
+    try:
+        return measure()
+    except Exception as error:  # whatever a peer or a compiler raises is a result here
+        line = " ".join(str(error).split())[:300]
+        return {"error": f"{type(error).__name__}: {line}"}
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,206 @@
+"""Part `kernels`: time of every kernel and operation, forward and backward, and its bandwidth.
+
+The bytes are the fewest that an operation has to move (every stream-sized operand once), so a
+share of the copy's bandwidth below 100% is time lost to whatever reason, further traffic included.
+"""
+
+import itertools
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_bench import Bench, attempt
+from gpu_results import Results
+from mhc_lightning.kernels import reference
+from mhc_lightning.kernels import triton as ours
+from mhc_lightning.kernels.record import MappingGrads
+from mhc_lightning.kernels.rule import Rule
+from mhc_lightning.kernels.triton.workloads import workloads
+from peers import LigerConnection, importable_peers
+
+
+class Operation(NamedTuple):
+    """One operation in one direction.
+
+    Attributes:
+        elements: The fewest stream-sized elements per token it moves, in units of C.
+        calls: By implementation, what runs it; built anew for each shape.
+    """
+
+    elements: int
+    calls: dict[str, Callable[[], object]]
+
+
+def measure_kernels(
+    bench: Bench, results: Results, streams: list[int], widths: list[int], jobs: int
+) -> None:
+    """Fill ``results`` for every shape.
+
+    Args:
+        bench: The device.
+        results: Where the rows go.
+        streams: Values of n.
+        widths: Values of C.
+        jobs: Processes that compile our kernels beforehand.
+    """
+    shapes = list(itertools.product(streams, widths))
+    if not bench.toy:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(_compile_ahead, shapes))
+    _measure_copy(bench, results, "before")
+    for n, width in shapes:
+        _measure_shape(bench, results, n, width, ("triton", "torch", "liger"))
+    if not bench.toy:  # last, since compiling takes longer than all else; where we make our claims
+        for n, width in shapes:
+            if n == 4:
+                _measure_shape(bench, results, n, width, ("torch.compile",))
+    _measure_copy(bench, results, "after")
+
+
+def _measure_copy(bench: Bench, results: Results, turn: str) -> None:
+    if results.wants(operation="copy", turn=turn):
+        results.add(operation="copy", turn=turn, bytes_per_second=bench.copy_bandwidth())
+
+
+def _measure_shape(
+    bench: Bench, results: Results, n: int, width: int, implementations: tuple[str, ...]
+) -> None:
+    tokens = 4 if bench.toy else 32768
+    torch._dynamo.reset()  # or the compiler gives up on a function after some shapes
+    shape = {"n": n, "width": width, "dtype": "bfloat16", "tokens": tokens}
+    for name, operation in operations(bench.device, tokens, n, width).items():
+        size = operation.elements * width * tokens * torch.bfloat16.itemsize
+        for implementation in implementations:
+            key = {"operation": name, "implementation": implementation, **shape}
+            call = operation.calls.get(implementation)
+            if call is not None and results.wants(**key):
+                found = attempt(lambda call=call: {"seconds": bench.seconds(call)})
+                results.add(**key, bytes=size, **found)
+
+
+def _compile_ahead(shape: tuple[int, int]) -> None:
+    """Run everything of ours once, on a few tokens: Triton keeps on disk what it compiled."""
+    for operation in operations("cuda", 256, *shape).values():
+        attempt(lambda call=operation.calls["triton"]: {"value": call()})
+
+
+def operations(device: str, tokens: int, n: int, width: int) -> dict[str, Operation]:
+    """Single kernels, and the compositions that a connection calls, on bfloat16 streams."""
+    work = workloads(tokens, n, width, torch.bfloat16, device)
+    found = {}
+    for name, workload in work.items():
+        calls: dict[str, Callable[[], object]] = {"triton": workload.run}
+        plain = getattr(reference, name, None)
+        if plain is not None:
+            calls |= _in_torch(plain, workload.run.args)
+        found[name] = Operation(workload.elements, calls)
+    for name, (elements, arguments) in _compositions(device, tokens, n, width).items():
+        function = name.replace("single_pass", "seam").replace("mappings", "read")
+        calls = {"triton": partial(getattr(ours, function), *arguments)}
+        calls |= _in_torch(getattr(reference, function), arguments)
+        found[name] = Operation(elements, calls)
+    if "liger" in importable_peers() and n & (n - 1) == 0:
+        for name, call in _liger(device, tokens, n, width).items():
+            found[name].calls["liger"] = call
+    return found
+
+
+def _in_torch(function: Callable, arguments: tuple[Any, ...]) -> dict[str, Callable[[], object]]:
+    compiled = torch.compile(function, dynamic=False)
+    return {
+        "torch": partial(function, *arguments),
+        "torch.compile": partial(compiled, *arguments),
+    }
+
+
+def _compositions(
+    device: str, tokens: int, n: int, width: int
+) -> dict[str, tuple[int, tuple[Any, ...]]]:
+    """Elements and arguments of reading and of the seam, which both backends have."""
+    count = n * n + 2 * n
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    x, kept_grad = (randn(tokens, n, width, dtype=torch.bfloat16) for _ in range(2))
+    y, read_grad = (randn(tokens, width, dtype=torch.bfloat16) for _ in range(2))
+    pre, post, residual = randn(tokens, n), randn(tokens, n), randn(tokens, n, n)
+    parameters = (randn(n * width, count) * width**-0.5, randn(3), randn(count))
+    raw, inverse_rms = randn(count, tokens), randn(tokens)
+    rule, grads = Rule("sinkhorn", 20, 1e-20), MappingGrads(pre, post, residual)
+    kept = (pre, raw, inverse_rms)
+    merged = (x, y, residual, post, *parameters)
+    return {
+        "mappings_forward": (n, (x, *parameters, rule, False)),
+        "mappings_backward": (
+            *(2 * n,),
+            (x, *parameters, *kept, None, None, grads, rule, True, True),
+        ),
+        "read_forward": (2 * n + 1, (x, *parameters, rule, True)),
+        "read_backward": (
+            *(4 * n + 2,),
+            (x, *parameters, *kept, kept_grad, read_grad, grads, rule, True, True),
+        ),
+        "seam_forward": (3 * n + 2, (*merged, None, rule)),
+        "seam_backward": (
+            *(4 * n + 4,),
+            (*merged, None, x, *kept, kept_grad, read_grad, grads, rule),
+        ),
+        "single_pass_forward": (2 * n + 2, (*merged, pre, rule)),
+        "single_pass_backward": (
+            *(3 * n + 3,),
+            (*merged, pre, x, *kept, kept_grad, read_grad, grads, rule),
+        ),
+    }
+
+
+def _liger(device: str, tokens: int, n: int, width: int) -> dict[str, Callable[[], object]]:
+    """Liger's three operations, both directions; backward through autograd, as it is used."""
+    connection = LigerConnection(width, n).to(device)
+    functional = connection.functional
+    x = torch.randn(tokens, n, width, dtype=torch.bfloat16, device=device)
+    y = torch.randn(tokens, width, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        pre, post, residual = connection.mappings(x)
+    cases: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+        "aggregate": (functional.liger_mhc_pre, (x, pre)),
+        "merge": (functional.liger_mhc_post_res, (x, y, post, residual)),
+        "mappings": (lambda x, *_: connection.mappings(x), (x, *connection.parameters())),
+    }
+    calls: dict[str, Callable[[], object]] = {}
+    for name, (function, operands) in cases.items():
+        leaves = list(operands)
+        for index, tensor in enumerate(operands):
+            if not isinstance(tensor, torch.nn.Parameter):
+                leaves[index] = tensor.detach().requires_grad_()
+        calls[f"{name}_forward"] = _without_grad(function, operands)
+        calls[f"{name}_backward"] = _Backward(function, leaves)
+    return calls
+
+
+def _without_grad(function: Callable[..., Any], operands: tuple[Tensor, ...]) -> Callable:
+    def forward() -> object:
+        with torch.no_grad():
+            return function(*operands)
+
+    return forward
+
+
+class _Backward:
+    """Walks a graph back, again and again; the first call makes it."""
+
+    def __init__(self, function: Callable[..., Any], leaves: list[Tensor]) -> None:
+        self.function, self.leaves = function, leaves
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self) -> object:
+        if not self.outputs:
+            value = self.function(*self.leaves)
+            self.outputs = value if isinstance(value, tuple) else (value,)
+            self.grads = [torch.randn_like(t) for t in self.outputs]
+        return torch.autograd.grad(self.outputs, self.leaves, self.grads, retain_graph=True)
