@@ -1,5 +1,6 @@
 """The LightningModule: loss, optimizer, schedule and the numbers every run logs."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,13 +8,13 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimization import AdamW
+from mhc_lightning.strategies.gradient_norm import global_norm
 from mhc_lightning.strategies.sharding import load_rows, shard
 
 
@@ -71,9 +72,7 @@ class LanguageModel(pl.LightningModule):
                 self.trainer.strategy.root_device,
                 torch.bfloat16 if mixed else None,
             )
-            if self._weights is not None:
-                load_rows(self, self._weights)
-                self._weights = None
+            self._take_weights()
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take the weights of a whole state dict.
@@ -85,6 +84,19 @@ class LanguageModel(pl.LightningModule):
             self._weights = weights
         else:
             self.load_state_dict(weights)
+
+    def _take_weights(self) -> None:
+        if self._weights is not None:
+            load_rows(self, self._weights)
+            self._weights = None
+
+    def on_fit_start(self) -> None:
+        """Load given weights, now that every strategy has brought the network to life."""
+        self._take_weights()
+
+    def on_validation_start(self) -> None:
+        """Load given weights, now that every strategy has brought the network to life."""
+        self._take_weights()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one micro-batch."""
@@ -138,9 +150,7 @@ class LanguageModel(pl.LightningModule):
             NonFiniteLossError: Before anything is changed by the step.
         """
         trained = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = global_norm(trained, self._group("pipeline_group"))
         self._check_finite(norm)
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
@@ -164,11 +174,22 @@ class LanguageModel(pl.LightningModule):
         violations = []
         for balance in self._balances():
             if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(balance.load)
+                dist.all_reduce(balance.load, group=self._group("data_parallel_group"))
             violations.append(balance.load.max() / balance.load.mean() - 1)
-        if violations:
-            self.log("experts/max_violation", torch.stack(violations).max())
-            self.log("experts/mean_violation", torch.stack(violations).mean())
+        found = torch.stack(violations) if violations else torch.zeros(0, device=self.device)
+        worst = found.max() if violations else torch.full((), -math.inf, device=self.device)
+        total = torch.stack([found.sum(), torch.full_like(worst, len(violations))])
+        pipeline = self._group("pipeline_group")
+        if pipeline is not None:
+            dist.all_reduce(worst, dist.ReduceOp.MAX, group=pipeline)
+            dist.all_reduce(total, group=pipeline)
+        if violations or (pipeline is not None and total[1] > 0):
+            self.log("experts/max_violation", worst)
+            self.log("experts/mean_violation", total[0] / total[1])
+
+    def _group(self, name: str) -> dist.ProcessGroup | None:
+        """A group of the strategy's processes, where its layout has such groups."""
+        return getattr(self.trainer.strategy, name, None)
 
     def _check_finite(self, grad_norm: Tensor) -> None:
         loss = torch.stack(self._step_losses).sum()

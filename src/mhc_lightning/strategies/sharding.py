@@ -1,6 +1,7 @@
 """FSDP2 sharding of a Transformer: what is gathered together, in which precision, from where."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from mhc_lightning.modules import Connection, Transformer
+from mhc_lightning.modules.connection import Unmerged
 
 
 def shard(
@@ -35,30 +37,93 @@ def shard(
         param_dtype: What parameters are gathered in; None keeps theirs. Gradients are reduced in
             float32 either way.
     """
-    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    shard_parts(model, model.blocks, mesh, device, param_dtype)
+    for method in ("loss", "token_losses", "forward_cached"):
+        register_fsdp_forward_method(model, method)
+    bring_to_life(model, [model], device)
+
+
+def shard_parts(
+    root: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    device: torch.device,
+    param_dtype: torch.dtype | None = None,
+    *,
+    reshard_after_forward: bool = True,
+) -> None:
+    """Shard the parameters below ``root``: connections, blocks, and what is left at the root.
+
+    Args:
+        root: What is called.
+        blocks: The blocks below it.
+        mesh: One-dimensional.
+        device: Where connections on ``meta`` come to life; all else stays there.
+        param_dtype: What parameters are gathered in; None keeps theirs.
+        reshard_after_forward: Whether to let go of gathered parameters until the backward pass.
+    """
     # Blocks hand float32 mappings to each other: nothing that enters them may be cast.
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in model.blocks:
+    keep: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
+    for block in blocks:
         for module in block.modules():
             if isinstance(module, Connection) and next(module.parameters(), None) is not None:
-                if on_meta:
-                    module.to_empty(device=device)
-                    module.reset_parameters()
-                fully_shard(module, mesh=mesh)
-                for method in ("read", "follow"):
-                    register_fsdp_forward_method(module, method)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for method in ("loss", "token_losses", "forward_cached"):
-        register_fsdp_forward_method(model, method)
-    if on_meta:
-        for module in model.modules():
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            if any(tensor.is_meta for tensor in own):
+                _make_connection(module, device)
+                fully_shard(module, **keep)
+                _gather_around_calls(module)
+        fully_shard(block, mp_policy=policy, **keep)
+    fully_shard(root, mp_policy=policy, **keep)
+
+
+def bring_to_life(model: nn.Module, roots: Iterable[nn.Module], device: torch.device) -> None:
+    """Give what is on ``meta`` below ``roots`` memory and initial values.
+
+    Args:
+        model: The whole network that the roots belong to, whose ``reset_parameters(held_rows)``
+            leaves alone what stays on ``meta``.
+        roots: Modules, sharded or not.
+        device: Where they come to life.
+    """
+    on_meta = False
+    for module in (module for root in roots for module in root.modules()):
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in own):
+            on_meta = True
+            if isinstance(module, Connection) and not isinstance(own[0], DTensor):
+                _make_connection(module, device)
+            else:
                 module.to_empty(device=device, recurse=False)
-        model.reset_parameters(held_rows)
+    if on_meta:
+        model.reset_parameters(held_rows)  # type: ignore[operator]
+
+
+def _gather_around_calls(connection: Connection) -> None:
+    """Have ``read`` and ``follow`` gather the parameters, once where one calls the other.
+
+    FSDP2 takes the end of an inner call for that of the outer one, and lets go of parameters that
+    were to be kept.
+    """
+    plain_read, plain_follow = connection.read, connection.follow
+
+    def follow(before: Unmerged) -> Any:
+        connection.read = plain_read  # type: ignore[method-assign]
+        try:
+            return plain_follow(before)
+        finally:
+            connection.read = gathering_read  # type: ignore[method-assign]
+
+    register_fsdp_forward_method(connection, "read")
+    gathering_read = connection.read
+    connection.follow = follow  # type: ignore[method-assign]
+    register_fsdp_forward_method(connection, "follow")
+
+
+def _make_connection(connection: Connection, device: torch.device) -> None:
+    if any(parameter.is_meta for parameter in connection.parameters()):
+        connection.to_empty(device=device)
+        connection.reset_parameters()
 
 
 def held_rows(tensor: Tensor) -> tuple[Tensor, int]:

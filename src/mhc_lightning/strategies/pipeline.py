@@ -1,0 +1,337 @@
+"""Pipeline parallelism for Lightning, on torch.distributed.pipelining."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loops.optimization.automatic import (
+    Closure,
+    ClosureResult,
+    _AutomaticOptimization,
+)
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
+from mhc_lightning.strategies.pipeline_engine import PipelineEngine
+from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
+from mhc_lightning.strategies.sharding import bring_to_life, shard_parts
+from mhc_lightning.strategies.stages import (
+    SCHEDULES,
+    StagePlan,
+    block_cost,
+    pipeline_size_of,
+    plan_stages,
+)
+from mhc_lightning.strategies.whole_state import WholeState
+
+
+class PipelineStrategy(ModelParallelStrategy):
+    """Cuts a network into stages on different devices; what is left of them is data-parallel.
+
+    The LightningModule stays as it is: it has one network that is a `PipelinedNetwork` (as
+    ``Transformer`` is), returns ``network.loss(tokens, targets)`` from ``training_step``, and
+    everything around it works as with other strategies. The loss is the same on every process. In
+    `training_step` the backward pass has run by the time ``network.loss`` returns: what is
+    computed from the loss afterwards has no gradient, and a step that returns anything but that
+    loss is refused.
+
+    Several pipelines share the batch, and shard each stage's parameters, gradients and optimizer
+    state among them (FSDP2). Checkpoints are whole files, so that a run resumes under any strategy
+    and number of devices.
+
+    Args:
+        schedule: ``gpipe``, ``1f1b``, ``interleaved_1f1b``, ``zbv`` or ``dualpipev``.
+        microbatches: Parts that each forward pass's sequences are cut into; None cuts them into
+            single sequences.
+        pipeline_size: Devices of one pipeline; None takes all devices for one.
+        blocks_per_stage: Blocks of each stage; None balances their predicted cost, with that of
+            the embedding and the head.
+
+    Attributes:
+        materialises_model: A module may come with its network on ``meta``: each process gives only
+            its stages memory and values.
+
+    Raises:
+        UserError: There is no such schedule.
+    """
+
+    materialises_model = True
+
+    def __init__(
+        self,
+        schedule: str = "1f1b",
+        microbatches: int | None = None,
+        pipeline_size: int | None = None,
+        blocks_per_stage: list[int] | None = None,
+    ) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        if schedule not in SCHEDULES:
+            raise UserError(
+                f"strategy.schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}"
+            )
+        self.schedule = schedule
+        self.micro_batches = microbatches
+        self.pipeline_size = pipeline_size
+        self.blocks_per_stage = blocks_per_stage
+        self._engine: PipelineEngine | None = None
+        self._whole: WholeState | None = None
+
+    # ---- the layout
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Pipelines that share a batch; known before any process group is.
+
+        Raises:
+            UserError: The devices cannot be shared out.
+        """
+        devices = self.num_nodes * self.num_processes
+        return devices // pipeline_size_of(devices, self.pipeline_size)
+
+    @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        """The processes of this one's pipeline."""
+        return self._mesh["pipeline"].get_group()
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup:
+        """The processes that hold the same stages as this one."""
+        return self._mesh["data_parallel"].get_group()
+
+    @property
+    def place_in_pipeline(self) -> tuple[int, int] | None:
+        """(stage, micro-batch) of the forward pass that is running in this process, or None."""
+        return None if self._engine is None else self._engine.place
+
+    @property
+    def _mesh(self) -> DeviceMesh:
+        return self.device_mesh
+
+    def plan(self, network: Any) -> StagePlan:
+        """The stages of a network, which may be on ``meta``.
+
+        Raises:
+            UserError: The network or the devices do not fit the schedule.
+        """
+        devices = self.num_nodes * self.num_processes
+
+        def cost(names: Any) -> float:
+            return sum(block_cost(getattr(network, name)) for name in names)
+
+        return plan_stages(
+            [block_cost(block) for block in network.blocks],
+            schedule=self.schedule,
+            devices=pipeline_size_of(devices, self.pipeline_size),
+            before=cost(network.parts_before_blocks),
+            after=cost(network.parts_behind_blocks),
+            blocks_per_stage=self.blocks_per_stage,
+        )
+
+    def check(self, module: pl.LightningModule, batch: int | None = None) -> None:
+        """Refuse what cannot run, before any process group is there.
+
+        Args:
+            module: What is to be trained.
+            batch: Sequences of one forward pass, where known.
+
+        Raises:
+            UserError: Says what is wrong and what would do.
+        """
+        network = find_network(module)
+        plan = self.plan(network)
+        if str(self.precision_plugin.precision).startswith("16"):
+            raise UserError(
+                f"trainer.precision={self.precision_plugin.precision} is not supported by"
+                " strategy=pipeline, which cannot scale losses; use bf16-mixed"
+            )
+        if plan.kind.splits_backward and (
+            getattr(module, "compile_sublayers", False) or _is_compiled(network)
+        ):
+            others = [name for name, kind in SCHEDULES.items() if not kind.splits_backward]
+            raise UserError(
+                f"strategy.schedule={self.schedule} takes gradients of inputs and weights at"
+                " different times, which compiled code cannot; use compile=false, or one of"
+                f" {', '.join(others)}"
+            )
+        if batch is not None:
+            plan.check_micro_batches(self.micro_batches or batch, batch)
+
+    # ---- what Lightning calls
+
+    def setup_environment(self) -> None:
+        """Check the layout, then start the process group and its mesh."""
+        assert self.lightning_module is not None
+        if self._engine is None:
+            trainer = self.lightning_module.trainer
+            loaded = getattr(trainer, "datamodule", None)
+            training = trainer.state.fn == TrainerFn.FITTING
+            batch = getattr(loaded, "micro_batch_size", None) if training else None
+            self.check(self.lightning_module, batch)
+        self._setup_distributed()
+        replicas = self.data_parallel_size
+        self._device_mesh = init_device_mesh(
+            self.root_device.type,
+            (self.world_size // replicas, replicas),
+            mesh_dim_names=("pipeline", "data_parallel"),
+        )
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Keep this process's stages of the network, shard them, and set up optimizers."""
+        assert self.model is not None and self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        if self._engine is None:
+            self._split()
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+            _run_backward_within_loss(trainer)
+        self.setup_precision_plugin()
+        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's ``training_step``, in which the network's loss runs the schedule.
+
+        Raises:
+            UserError: It returned something else than that loss.
+        """
+        assert self._engine is not None
+        self._engine.last_loss = None
+        out = super().training_step(*args, **kwargs)
+        loss = out.get("loss") if isinstance(out, Mapping) else out
+        if loss is None or loss is not self._engine.last_loss:
+            raise UserError(
+                "under strategy=pipeline training_step must return what the network's loss"
+                " returned, unchanged: its gradients have been computed by then"
+            )
+        return out
+
+    # ---- checkpoints: whole files
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole module's state on rank zero, nothing elsewhere."""
+        assert self._whole is not None
+        return self._whole.gather_module()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole optimizer's state on rank zero, as one process would have it; else nothing."""
+        assert self._whole is not None
+        return self._whole.gather_optimizer(getattr(optimizer, "_optimizer", optimizer))
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load this process's part of a whole checkpoint file."""
+        assert self._whole is not None
+        path = self.broadcast(checkpoint_path)
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        self._whole.load_module(checkpoint["state_dict"])
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            states = checkpoint.get("optimizer_states", [])
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                self._whole.load_optimizer(optimizer, state)
+        return checkpoint
+
+    # ---- parts of the above
+
+    def _split(self) -> None:
+        assert self.model is not None
+        network: Any = find_network(self.model)
+        plan = self.plan(network)
+        self._whole = WholeState(self.model, self.device_mesh, self.root_device)
+        own = plan.stages_of(self.device_mesh["pipeline"].get_local_rank())
+        count = len(plan.blocks)
+        stages = [Stage(network, plan.blocks[index], index, count) for index in own]
+        _keep_counting_flops(network)
+        for stage in stages:
+            if any(parameter.is_meta for parameter in stage.parameters()):
+                _require_reset(network)
+            else:
+                stage.to(self.root_device)
+        if self.device_mesh["data_parallel"].size() > 1:
+            mixed = "bf16" in str(self.precision_plugin.precision)
+            for stage in stages:
+                shard_parts(
+                    stage,
+                    stage.blocks.values(),
+                    self.device_mesh["data_parallel"],
+                    self.root_device,
+                    torch.bfloat16 if mixed else None,
+                    reshard_after_forward=False,
+                )
+        bring_to_life(network, stages, self.root_device)
+        leave_out(network, stages)
+        self.model_to_device()
+        trainer = self.lightning_module.trainer  # type: ignore[union-attr]
+        self._engine = PipelineEngine(
+            stages,
+            plan,
+            self.pipeline_group,
+            self.root_device,
+            self.micro_batches,
+            lambda: 1 / trainer.accumulate_grad_batches,
+        )
+        network.loss = self._engine.loss
+        network.token_losses = self._engine.token_losses
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        clip_by_global_norm(parameters, clip_val, self.pipeline_group)
+
+
+class _OptimizationAroundSchedule(_AutomaticOptimization):
+    """Lightning's automatic optimization, for training steps that run backward themselves.
+
+    Its order is step, zero_grad, backward; a step that has run backward needs zero_grad first.
+    """
+
+    def _make_closure(self, kwargs: Any, optimizer: Optimizer, batch_idx: int) -> Closure:
+        zero_grad = self._make_zero_grad_fn(batch_idx, optimizer)
+        step = self._make_step_fn(kwargs)
+        return Closure(step_fn=lambda: self._step(zero_grad, step))
+
+    def _step(
+        self, zero_grad: Callable[[], None] | None, step: Callable[[], ClosureResult]
+    ) -> ClosureResult:
+        if zero_grad is not None:
+            zero_grad()
+        result = step()
+        call._call_callback_hooks(self.trainer, "on_after_backward")
+        call._call_lightning_module_hook(self.trainer, "on_after_backward")
+        return result
+
+
+def _run_backward_within_loss(trainer: pl.Trainer) -> None:
+    loop = trainer.fit_loop.epoch_loop
+    ours = _OptimizationAroundSchedule(trainer)
+    ours.optim_progress = loop.automatic_optimization.optim_progress
+    loop.automatic_optimization = ours
+
+
+def _is_compiled(network: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None for module in network.modules())
+
+
+def _require_reset(network: nn.Module) -> None:
+    if not hasattr(network, "reset_parameters"):
+        raise UserError(
+            f"{type(network).__name__} is on meta but has no reset_parameters(held) that could"
+            " initialise it; build it with memory"
+        )
+
+
+def _keep_counting_flops(network: Any) -> None:
+    """Let ``flops_per_token`` go on to speak of the whole network: it is linear in the length."""
+    if hasattr(network, "flops_per_token"):
+        fixed = network.flops_per_token(0)
+        each = network.flops_per_token(1) - fixed
+        network.flops_per_token = lambda sequence_length: fixed + each * sequence_length

@@ -1,0 +1,127 @@
+"""Trains a tiny model once per case and saves what it saw; started by torchrun or alone."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from mhc_lightning import LanguageModel
+from mhc_lightning.modules import (
+    ManifoldHyperConnection,
+    SinglePassHyperConnection,
+    Transformer,
+)
+from mhc_lightning.optimization import AdamW
+from mhc_lightning.strategies import PipelineStrategy
+
+SEQUENCES = 16  # per optimizer step
+
+
+class Sgd(AdamW):
+    """Parameters under Adam cannot be compared: it divides by gradients that are all rounding."""
+
+    def build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameter_groups(module.parameters()), lr=self.lr)
+
+
+class Watched(LanguageModel):
+    """Keeps losses and gradient norms of every step, and all gradients of the first."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows: list[dict[str, float]] = []
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        if not self.gradients:
+            for name, parameter in self.named_parameters():
+                grad = parameter.grad
+                whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                self.gradients[name] = whole.clone()
+        super().configure_gradient_clipping(*args, **kwargs)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        metrics = self.trainer.callback_metrics
+        if self.trainer.global_step > len(self.rows):
+            tags = [t for t in metrics if t.startswith(("train/", "experts/"))]
+            self.rows.append({tag: float(metrics[tag]) for tag in tags})
+
+    def on_validation_end(self) -> None:
+        metrics = self.trainer.callback_metrics
+        self.rows[-1]["val/loss"] = float(metrics["val/loss"])
+
+
+def build(case: dict[str, Any]) -> Watched:
+    pl.seed_everything(0, verbose=False)
+    with torch.device("meta" if case.get("meta") else "cpu"):
+        network = Transformer(
+            connection=SinglePassHyperConnection
+            if case.get("single_pass")
+            else ManifoldHyperConnection,
+            vocab_size=40,
+            dim=16,
+            num_layers=8,
+            num_heads=2,
+            ffn_dim=24,
+            head_dim=8,
+            rope_dim=4,
+            kv_rank=8,
+            init_std=0.1,
+            num_experts=4 if case.get("experts") else 0,
+            num_active_experts=2,
+            num_shared_experts=1,
+        )
+    network.double()  # rounding hides nothing
+    return Watched(network, Sgd(lr=0.1, weight_decay=0.0, schedule="constant"))
+
+
+def run(case: dict[str, Any], output: Path) -> None:
+    model = build(case)
+    layout = case.get("strategy")
+    strategy = PipelineStrategy(**layout) if layout else SingleDeviceStrategy(torch.device("cpu"))
+    accumulate = 2
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=case.get("devices", 1),
+        strategy=strategy,
+        max_steps=5,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+    )
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 40, (5 * accumulate, SEQUENCES // accumulate, 9), generator=generator)
+    # Frequent tokens come first, so that there is something to learn and gradients are clipped.
+    tokens = (tokens * torch.rand(tokens.shape, generator=generator) ** 2).long()
+    replicas = getattr(strategy, "data_parallel_size", 1)
+    rank = trainer.global_rank % replicas
+    share = tokens.unflatten(1, (replicas, -1))[:, rank].flatten(0, 1)
+    size = SEQUENCES // accumulate // replicas
+    loaders = [DataLoader(share, batch_size=size) for _ in range(2)]
+    trainer.fit(model, loaders[0], DataLoader(share[: 2 * size], batch_size=size))
+    state = trainer.strategy.lightning_module_state_dict()
+    gradients = [model.gradients]
+    if layout:
+        gradients = [{} for _ in range(trainer.world_size)]
+        torch.distributed.all_gather_object(gradients, model.gradients)
+    if trainer.is_global_zero:
+        every = {name: grad for part in gradients for name, grad in part.items()}
+        torch.save({"rows": model.rows, "state": state, "gradients": every}, output)
+
+
+if __name__ == "__main__":
+    for name, case in json.loads(sys.argv[1]).items():
+        run(case, Path(sys.argv[2]) / f"{name}.pt")

@@ -1,0 +1,128 @@
+"""The pipeline in two and four processes against one process, and what is refused without any."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from mhc_lightning import LanguageModel
+from mhc_lightning.errors import UserError
+from mhc_lightning.optimization import AdamW
+from mhc_lightning.strategies import PipelineStrategy
+
+SCRIPT = Path(__file__).with_name("pipeline_in_processes.py")
+
+
+def case(schedule: str, devices: int, **changes: Any) -> dict[str, Any]:
+    layout = {"schedule": schedule, **changes.pop("strategy", {})}
+    return {"devices": devices, "experts": True, **changes, "strategy": layout}
+
+
+def train(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Run all cases in one launch of so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    result = subprocess.run(
+        [
+            sys.executable,
+            *(launcher if processes > 1 else []),
+            str(SCRIPT),
+            json.dumps(cases),
+            str(folder),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in cases}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    cases = {"experts": {"experts": True}, "single_pass": {"single_pass": True}}
+    return train(tmp_path_factory.mktemp("single"), 1, cases)
+
+
+def assert_same_training(ours: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    """Losses, norms and loads of five steps, the first step's gradients, the final parameters."""
+    assert len(ours["rows"]) == 5 and "val/loss" in expected["rows"][1]
+    assert expected["rows"][0]["train/grad_norm"] > 1, "gradients must be clipped"
+    for row, wanted in zip(ours["rows"], expected["rows"], strict=True):
+        assert row == pytest.approx(wanted, rel=1e-6), name
+    for part in ("gradients", "state"):
+        assert sorted(ours[part]) == sorted(expected[part]), name
+        for key, wanted in expected[part].items():
+            difference = torch.linalg.vector_norm(ours[part][key] - wanted)
+            assert difference <= 1e-6 * torch.linalg.vector_norm(wanted), (name, part, key)
+    assert list(ours["state"]) == list(expected["state"])
+
+
+@pytest.mark.slow
+def test_every_schedule_trains_as_one_process_does(single: Any, tmp_path: Path) -> None:
+    """With experts, accumulation over two batches, clipping and validation; from meta or built."""
+    cases = {
+        "gpipe": case("gpipe", 2, strategy={"microbatches": 2}),
+        "1f1b": case("1f1b", 2, meta=True, strategy={"blocks_per_stage": [3, 5]}),
+        "interleaved_1f1b": case("interleaved_1f1b", 2),
+        "zbv": case("zbv", 2),
+        "dualpipev": case("dualpipev", 2),
+        "single_pass": case("zbv", 2, experts=False, single_pass=True),
+    }
+    for name, ours in train(tmp_path, 2, cases).items():
+        kind = "single_pass" if name == "single_pass" else "experts"
+        assert_same_training(ours, single[kind], name)
+
+
+@pytest.mark.slow
+def test_sharded_stages_and_long_pipelines_train_as_one_process_does(
+    single: Any, tmp_path: Path
+) -> None:
+    two = {"pipeline_size": 2}
+    cases = {
+        "1f1b, sharded": case("1f1b", 4, meta=True, strategy=two),
+        "interleaved_1f1b, sharded": case("interleaved_1f1b", 4, strategy=two),
+        "zbv, sharded": case("zbv", 4, strategy=two),
+        "dualpipev, sharded": case("dualpipev", 4, strategy=two),
+        "zbv, long": case("zbv", 4),
+    }
+    for name, ours in train(tmp_path, 4, cases).items():
+        assert_same_training(ours, single["experts"], name)
+
+
+def test_what_cannot_run_is_refused_without_processes(tiny_transformer) -> None:
+    def refusal(precision: str = "32-true", compile: bool = False, batch: int = 4, **changes: Any):
+        strategy = PipelineStrategy(**changes)
+        pl.Trainer(
+            accelerator="cpu", devices=2, strategy=strategy, precision=precision, logger=False
+        )
+        model = LanguageModel(tiny_transformer(), AdamW(lr=1.0), compile=compile)
+        with pytest.raises(UserError) as caught:
+            strategy.check(model, batch)
+        assert not torch.distributed.is_initialized()
+        return str(caught.value)
+
+    with pytest.raises(UserError, match="one of gpipe"):
+        PipelineStrategy("chimera")
+    assert "makes 4 stages" in refusal(schedule="zbv")
+    assert "bf16-mixed" in refusal(precision="16-true")
+    assert "at least 2 micro-batches" in refusal(microbatches=1)
+    assert "divisor of 4" in refusal(microbatches=3)
+    assert "divisor of 2" in refusal(pipeline_size=3)
+    tiny = tiny_transformer
+    tiny_transformer = lambda: tiny(num_layers=4)  # noqa: E731
+    assert "compile=false" in refusal(schedule="dualpipev", compile=True)
+
+
+def test_a_module_without_stages_is_refused() -> None:
+    strategy = PipelineStrategy()
+    pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    with pytest.raises(UserError, match="PipelinedNetwork"):
+        strategy.check(pl.LightningModule())
