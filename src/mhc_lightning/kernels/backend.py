@@ -14,6 +14,7 @@ from mhc_lightning.kernels import reference
 
 VARIABLE = "MHC_LIGHTNING_KERNELS"
 _MOST_STREAMS = 8
+MOST_FUSED_STREAMS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,8 +56,12 @@ def backend_of(streams: Tensor, *coefficients: Tensor) -> ModuleType:
 
 
 def fuses_seams(streams: Tensor, *coefficients: Tensor) -> bool:
-    """Whether merging and reading in one step moves less than one after the other."""
-    return backend_of(streams, *coefficients) is not reference
+    """Whether merging and reading run as one kernel, and so move less than one after the other.
+
+    They do for Triton and up to 4 streams; more would not fit the registers of a program.
+    """
+    fits = streams.shape[-2] <= MOST_FUSED_STREAMS
+    return fits and backend_of(streams, *coefficients) is not reference
 
 
 def _fits(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:

@@ -1,11 +1,14 @@
 """The operator across the seam of two sub-layers: merge the one's output, read for the other."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mhc_lightning.kernels.backend import backend_of
+from mhc_lightning.kernels import unfused_seam
+from mhc_lightning.kernels.backend import backend_of, fuses_seams
 from mhc_lightning.kernels.operands import check_shape, compute_dtype, full_precision
 from mhc_lightning.kernels.reading import manifold_rule
 from mhc_lightning.kernels.record import MappingGrads, StreamMappings
@@ -74,6 +77,14 @@ def merge_and_read(
     return new.reshape(streams.shape), read.reshape(*leading, width), mappings
 
 
+def _kernels(streams: Tensor, *coefficients: Tensor) -> tuple[Callable, Callable]:
+    backend = backend_of(streams, *coefficients)
+    if fuses_seams(streams, *coefficients):
+        return backend.seam_forward, backend.seam_backward
+    parts = unfused_seam.seam_forward, unfused_seam.seam_backward
+    return partial(parts[0], backend), partial(parts[1], backend)
+
+
 @torch.library.custom_op("mhc_lightning::merge_and_read", mutates_args=())
 def merge_and_read_op(
     streams: Tensor,
@@ -89,7 +100,8 @@ def merge_and_read_op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """New streams, input, pre, post, residual, raw coefficients, inverse norms."""
-    new, read, mappings, raw, inverse_rms = backend_of(streams, phi, residual).seam_forward(
+    seam_forward, _ = _kernels(streams, phi, residual)
+    new, read, mappings, raw, inverse_rms = seam_forward(
         *(streams, output, residual, post, phi, alpha, bias, carry),
         Rule(rule, num_iterations, eps),
     )
@@ -120,7 +132,8 @@ def merge_and_read_backward_op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the eight operands; that of a carry without gradient is zero, or empty."""
-    *grads, carry_grad = backend_of(streams, phi, residual).seam_backward(
+    _, seam_backward = _kernels(streams, phi, residual)
+    *grads, carry_grad = seam_backward(
         *(streams, output, residual, post, phi, alpha, bias, carry, new, pre, raw, inverse_rms),
         *(new_grad, read_grad),
         MappingGrads(pre_grad, post_grad, residual_grad),

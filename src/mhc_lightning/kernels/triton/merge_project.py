@@ -21,25 +21,17 @@ from mhc_lightning.kernels.triton.precision import product_precision
 
 
 @triton.jit
-def merged_stream(i: tl.constexpr, xs, y, mixing, posts, N: tl.constexpr, dtype: tl.constexpr):
-    """Stream i behind the merge, rounded as it is stored, in float32."""
-    merged = posts[i][:, None] * y
-    for j in tl.static_range(N):
-        merged += mixing[i * N + j][:, None] * xs[j]
+def merged_stream(i: tl.constexpr, xs, y, residual, post, t, in_t, dtype: tl.constexpr):
+    """Stream i behind the merge, rounded as it is stored, in float32.
+
+    Weights are loaded where they are used: they come from the cache, and registers are scarce.
+    """
+    n: tl.constexpr = len(xs)
+    merged = tl.load(post + t * n + i, mask=in_t, other=0.0)[:, None] * y.to(tl.float32)
+    for j in tl.static_range(n):
+        weight = tl.load(residual + t * (n * n) + i * n + j, mask=in_t, other=0.0)
+        merged += weight[:, None] * xs[j].to(tl.float32)
     return merged.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def load_mixing(residual, post, t, in_t, N: tl.constexpr):
-    """Rows of n² and n weights per token, as tuples of vectors [tokens]."""
-    mixing = ()
-    posts = ()
-    for i in tl.static_range(N):
-        posts = posts + (tl.load(post + t * N + i, mask=in_t, other=0.0),)
-        for j in tl.static_range(N):
-            entry = tl.load(residual + t * (N * N) + i * N + j, mask=in_t, other=0.0)
-            mixing = mixing + (entry,)
-    return mixing, posts
 
 
 @triton.jit(do_not_specialize=["tokens", "eps"])
@@ -79,7 +71,6 @@ def _merge_project(
     k = tl.arange(0, PADDED_K)
     in_k = k < K
     dtype: tl.constexpr = new.dtype.element_ty
-    mixing, posts = load_mixing(residual, post, t, in_t, N)
     weights = ()
     if SINGLE_PASS:
         for i in tl.static_range(N):
@@ -95,7 +86,7 @@ def _merge_project(
             output + t[:, None] * output_stride_token + (c * output_stride_channel)[None, :],
             mask=in_tile,
             other=0.0,
-        ).to(tl.float32)
+        )
         xs = ()
         for j in tl.static_range(N):
             x = tl.load(
@@ -106,10 +97,10 @@ def _merge_project(
                 mask=in_tile,
                 other=0.0,
             )
-            xs = xs + (x.to(tl.float32),)
+            xs = xs + (x,)
         total = tl.zeros((BLOCK_TOKENS, BLOCK_C), tl.float32)
         for i in tl.static_range(N):
-            merged = merged_stream(i, xs, y, mixing, posts, N, dtype)
+            merged = merged_stream(i, xs, y, residual, post, t, in_t, dtype)
             target = new + t[:, None] * (N * C) + i * C + c[None, :]
             tl.store(target, merged.to(dtype), mask=in_tile)
             phi_rows = tl.load(
@@ -146,8 +137,8 @@ def _merge_project(
 
 
 def merge_project_config(n: int, width: int, itemsize: int) -> Config:
-    """Tiles whose n + 1 operands, mixing weights and products stay in registers."""
-    return Config(block_tokens=32, block_width=64 if n <= 4 else 32, num_warps=8, num_stages=3)
+    """Tiles whose n + 1 operands and products stay in registers; phi is read per 64 tokens."""
+    return Config(block_tokens=64, block_width=32, num_warps=8, num_stages=3)
 
 
 def merge_project(

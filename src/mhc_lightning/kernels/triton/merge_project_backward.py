@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mhc_lightning.kernels.triton.configs import Config, configured
 from mhc_lightning.kernels.triton.launch import launch
-from mhc_lightning.kernels.triton.merge_project import load_mixing, merged_stream
+from mhc_lightning.kernels.triton.merge_project import merged_stream
 from mhc_lightning.kernels.triton.precision import product_precision
 from mhc_lightning.kernels.triton.project_backward import ranges_of_tokens
 
@@ -84,12 +84,11 @@ def _merge_project_backward(
         in_t = t < last
         in_tile = in_t[:, None] & in_c[None, :]
         t = t.to(tl.int64)
-        mixing, posts = load_mixing(residual, post, t, in_t, N)
         y = tl.load(
             output + t[:, None] * output_stride_token + (c * output_stride_channel)[None, :],
             mask=in_tile,
             other=0.0,
-        ).to(tl.float32)
+        )
         xs = ()
         for j in tl.static_range(N):
             x = tl.load(
@@ -100,7 +99,7 @@ def _merge_project_backward(
                 mask=in_tile,
                 other=0.0,
             )
-            xs = xs + (x.to(tl.float32),)
+            xs = xs + (x,)
         raw = tl.load(
             raw_grad + k[None, :].to(tl.int64) * tokens + t[:, None],
             mask=in_t[:, None] & in_k[None, :],
@@ -112,20 +111,24 @@ def _merge_project_backward(
                 read_grad + t[:, None] * read_stride_token + (c * read_stride_channel)[None, :],
                 mask=in_tile,
                 other=0.0,
-            ).to(tl.float32)
+            )
         sums_of_block = token_sums + (block.to(tl.int64) * tokens + t) * SUMS
-        grads = ()
+        to_output = tl.zeros((BLOCK_TOKENS, BLOCK_C), tl.float32)
+        to_streams = ()
+        for _ in tl.static_range(N):
+            to_streams = to_streams + (tl.zeros((BLOCK_TOKENS, BLOCK_C), tl.float32),)
         sums = ()
         for i in tl.static_range(N):
-            merged = merged_stream(i, xs, y, mixing, posts, N, dtype)
+            merged = merged_stream(i, xs, y, residual, post, t, in_t, dtype)
             product = tl.dot(tl.trans(merged), raw, phi_sums[i], input_precision=PRECISION)
             sums = sums + (product,)
             grad = norm[:, None] * merged
             grad += tl.dot(raw, tl.trans(weights[i]), input_precision=PRECISION)
             if HAS_READ:
-                grad += tl.load(pre + t * N + i, mask=in_t, other=0.0)[:, None] * outer
+                weight = tl.load(pre + t * N + i, mask=in_t, other=0.0)
+                grad += weight[:, None] * outer.to(tl.float32)
                 if SINGLE_PASS:
-                    pre_grad = tl.sum(merged * outer, 1)
+                    pre_grad = tl.sum(merged * outer.to(tl.float32), 1)
                     tl.store(sums_of_block + N * N + N + i, pre_grad, mask=in_t)
             if HAS_NEW:
                 grad += tl.load(
@@ -136,23 +139,21 @@ def _merge_project_backward(
                     mask=in_tile,
                     other=0.0,
                 ).to(tl.float32)
-            grads = grads + (grad,)
+            to_output += tl.load(post + t * N + i, mask=in_t, other=0.0)[:, None] * grad
+            tl.store(sums_of_block + N * N + i, tl.sum(grad * y.to(tl.float32), 1), mask=in_t)
+            so_far = to_streams
+            to_streams = ()
+            for j in tl.static_range(N):
+                weight = tl.load(residual + t * (N * N) + i * N + j, mask=in_t, other=0.0)
+                to_streams = to_streams + (so_far[j] + weight[:, None] * grad,)
+                entry = tl.sum(grad * xs[j].to(tl.float32), 1)
+                tl.store(sums_of_block + i * N + j, entry, mask=in_t)
         phi_sums = sums
-
-        to_output = tl.zeros((BLOCK_TOKENS, BLOCK_C), tl.float32)
-        for i in tl.static_range(N):
-            to_output += posts[i][:, None] * grads[i]
-            tl.store(sums_of_block + N * N + i, tl.sum(grads[i] * y, 1), mask=in_t)
         target = output_grad + t[:, None] * C + c[None, :]
         tl.store(target, to_output.to(output_grad.dtype.element_ty), mask=in_tile)
         for j in tl.static_range(N):
-            to_stream = tl.zeros((BLOCK_TOKENS, BLOCK_C), tl.float32)
-            for i in tl.static_range(N):
-                to_stream += mixing[i * N + j][:, None] * grads[i]
-                entry = tl.sum(grads[i] * xs[j], 1)
-                tl.store(sums_of_block + i * N + j, entry, mask=in_t)
             target = streams_grad + t[:, None] * (N * C) + j * C + c[None, :]
-            tl.store(target, to_stream.to(dtype), mask=in_tile)
+            tl.store(target, to_streams[j].to(dtype), mask=in_tile)
 
     partial = phi_grad + token_range.to(tl.int64) * (N * C * K)
     for i in tl.static_range(N):
@@ -161,8 +162,8 @@ def _merge_project_backward(
 
 def merge_project_backward_config(n: int, width: int, itemsize: int) -> Config:
     """As many channels as leave both sides of the seam and phi's gradient in registers."""
-    wide = 64 if n <= 4 else 32 if n <= 6 else 16
-    return Config(block_tokens=16 if n > 4 else 32, block_width=wide, num_warps=8, num_stages=2)
+    wide = 128 if n <= 3 and itemsize == 2 else 64
+    return Config(block_tokens=16, block_width=wide, num_warps=8, num_stages=2)
 
 
 def merge_project_backward(

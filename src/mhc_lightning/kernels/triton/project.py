@@ -10,8 +10,9 @@ from mhc_lightning.kernels.triton.launch import launch
 from mhc_lightning.kernels.triton.precision import product_precision
 
 # Enough programs for two on each multiprocessor of the largest chips; short batches are split
-# along C until there are that many.
+# along C until there are that many, or until partial sums are this share of what is read.
 _PROGRAMS = 264
+_SHARE_OF_PARTIALS = 1 / 32
 
 
 @triton.jit(do_not_specialize=["rows", "chunks_per_split"])
@@ -102,7 +103,9 @@ def project(streams: Tensor, phi: Tensor, per_stream: bool = False) -> tuple[Ten
     block_width = min(config.block_width, max(16, triton.next_power_of_2(width)))
     row_blocks = triton.cdiv(rows, config.block_tokens)
     chunks = streams_per_row * triton.cdiv(width, block_width)
-    splits = max(1, min(chunks // 8, _PROGRAMS // max(row_blocks, 1)))
+    row_bytes = streams_per_row * width * streams.element_size()
+    most_splits = int(_SHARE_OF_PARTIALS * row_bytes / (4 * (coefficients + 1)))
+    splits = max(1, min(most_splits, _PROGRAMS // max(row_blocks, 1)))
     chunks_per_split = triton.cdiv(chunks, splits)
     splits = triton.cdiv(chunks, chunks_per_split)
     raw = streams.new_empty((splits, coefficients, rows), dtype=torch.float32)

@@ -18,7 +18,7 @@ from mhc_lightning.kernels.triton.precision import product_precision
 
 _PROGRAMS = 264
 # Below this many tokens a range's partial sum of phi's gradient costs more than it parallelises.
-_LEAST_TOKENS = 512
+_LEAST_TOKENS = 1024
 
 
 @triton.jit(do_not_specialize=["tokens", "tokens_per_range"])
@@ -141,7 +141,8 @@ def project_backward_config(n: int, width: int, itemsize: int) -> Config:
     coefficients = max(16, triton.next_power_of_2(n * n + 2 * n))
     block_width = max(16, min(64, 8192 // (n * coefficients)))
     block_width = 1 << (block_width.bit_length() - 1)
-    return Config(block_tokens=32, block_width=block_width, num_warps=8, num_stages=2)
+    warps = 4 if n <= 4 else 8
+    return Config(block_tokens=16, block_width=block_width, num_warps=warps, num_stages=2)
 
 
 def ranges_of_tokens(tokens: int, channel_blocks: int, block_tokens: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
 from mhc_lightning.kernels.triton.aggregate import (
     aggregate_backward,
     aggregate_forward,
@@ -140,4 +141,5 @@ def workloads(
     return {
         name: Workload(_KERNELS.get(name, name), elements, partial(function, *arguments))
         for name, (elements, function, arguments) in calls.items()
+        if n <= MOST_FUSED_STREAMS or not name.startswith("merge_project")
     }

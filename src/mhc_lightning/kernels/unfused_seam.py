@@ -1,19 +1,15 @@
-"""Across the seam of two sub-layers: merge the one's output, then read for the other."""
+"""Across the seam of two sub-layers by parts: merge the one's output, then read for the other."""
+
+from types import ModuleType
 
 from torch import Tensor
 
 from mhc_lightning.kernels.record import MappingGrads, StreamMappings
-from mhc_lightning.kernels.reference.reading import read_backward, read_forward
-from mhc_lightning.kernels.reference.streams import (
-    aggregate_backward,
-    aggregate_forward,
-    merge_backward,
-    merge_forward,
-)
 from mhc_lightning.kernels.rule import Rule
 
 
 def seam_forward(
+    kernels: ModuleType,
     streams: Tensor,
     output: Tensor,
     residual: Tensor,
@@ -26,16 +22,20 @@ def seam_forward(
 ) -> tuple[Tensor, Tensor, StreamMappings, Tensor, Tensor]:
     """New streams, the next input, the next mappings, raw coefficients and inverse norms.
 
+    ``kernels`` is the backend, ``kernels.reference`` or ``kernels.triton``.
     ``carry`` [T, n] are weights to read the new streams with; None reads with the new ones.
     """
-    new = merge_forward(streams, output, residual, post)
-    read, mappings, raw, inverse_rms = read_forward(new, phi, alpha, bias, rule, carry is None)
+    new = kernels.merge_forward(streams, output, residual, post)
+    read, mappings, raw, inverse_rms = kernels.read_forward(
+        new, phi, alpha, bias, rule, carry is None
+    )
     if carry is not None:
-        read = aggregate_forward(new, carry)
+        read = kernels.aggregate_forward(new, carry)
     return new, read, mappings, raw, inverse_rms
 
 
 def seam_backward(
+    kernels: ModuleType,
     streams: Tensor,
     output: Tensor,
     residual: Tensor,
@@ -56,17 +56,17 @@ def seam_backward(
     """Gradients of streams, output, residual, post, phi, alpha, bias and carry."""
     carry_grad = None
     if carry is not None and read_grad is not None:
-        through_read, carry_grad = aggregate_backward(read_grad, new, carry, True, True)
+        through_read, carry_grad = kernels.aggregate_backward(read_grad, new, carry, True, True)
         assert through_read is not None
         new_grad = through_read if new_grad is None else new_grad + through_read
         read_grad = None
-    total, phi_grad, alpha_grad, bias_grad = read_backward(
+    total, phi_grad, alpha_grad, bias_grad = kernels.read_backward(
         *(new, phi, alpha, bias, pre, raw, inverse_rms, new_grad, read_grad, grads, rule),
         need_streams=True,
         need_phi=True,
     )
     assert total is not None and phi_grad is not None
-    merged = merge_backward(total, streams, output, residual, post, True, True, True)
+    merged = kernels.merge_backward(total, streams, output, residual, post, True, True, True)
     streams_grad, output_grad, residual_grad, post_grad = merged
     assert streams_grad is not None and output_grad is not None
     assert residual_grad is not None and post_grad is not None
