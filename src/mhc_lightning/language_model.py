@@ -39,11 +39,20 @@ class LanguageModel(pl.LightningModule):
         model: The network.
         optimizer: The optimizer recipe, AdamW's or Muon's.
         compile: Whether to compile the network's sub-layers.
+        recompute: ``"auto"``, ``"off"`` (False or None), or the number of sub-layers per block in
+            which backward rebuilds streams.
     """
 
-    def __init__(self, model: Transformer, optimizer: AdamW, compile: bool = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: AdamW,
+        compile: bool = False,
+        recompute: str | int | None = "off",
+    ) -> None:
         super().__init__()
         self.model = model
+        self.model.set_recompute(recompute)
         self.optimizer = optimizer
         self.compile_sublayers = compile
         self._configured = False

@@ -66,6 +66,19 @@ def test_a_run_leaves_everything_in_its_folder_and_is_not_overwritten(command):
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
 
 
+def test_recompute_changes_nothing_but_memory(command):
+    """All instruments watch: rebuilt streams are no passes of their own."""
+    tables = []
+    for setting in ("off", "auto", "3"):
+        words = (f"output_dir={setting}", f"recompute={setting}", "trainer.max_steps=3")
+        assert command.inside("fit", *words) == 0
+        config = yaml.safe_load((command.folder / setting / "config.yaml").read_text())
+        assert config["recompute"] == (3 if setting == "3" else setting)
+        tables.append(command.metrics(command.folder / setting))
+    assert tables[0] == tables[1] == tables[2]
+    assert {"amax_gain/composite/backward", "stream_diversity/mean"} <= set(tables[0][1])
+
+
 def wait_for_step(folder, step, process, seconds=120):
     """Wait until metrics.csv has a row for `step`."""
     deadline = time.monotonic() + seconds

@@ -52,10 +52,23 @@ def test_every_model_of_the_paper_is_planned_in_seconds(name, capsys):
         assert record["recompute_block"] == BLOCKS[size]
     memory = dict(record["memory_bytes_per_device"])
     assert memory.pop("total") == sum(memory.values())
-    assert {"weights", "gradients", "optimizer", "activations", "logits", "communication"} == set(
-        memory
-    )
+    kinds = "weights gradients optimizer activations logits rebuilt communication"
+    assert set(memory) == set(kinds.split())
     assert record["fits"] and record["tokens_per_second"] > 0
+
+
+def test_recompute_is_planned(capsys):
+    off, on, two = (
+        planned(capsys, "mhc_3b", "machine=8xh200", f"recompute={setting}")
+        for setting in ("off", "auto", 2)
+    )
+    assert (off["recompute_block"], on["recompute_block"], two["recompute_block"]) == (4, 4, 2)
+    memory = [record["memory_bytes_per_device"]["total"] for record in (on, two, off)]
+    assert memory[0] < memory[1] < memory[2]
+    kept = on["activation_bytes_per_device"]
+    assert kept["without_recompute"] == off["memory_bytes_per_device"]["activations"]
+    residual = planned(capsys, "baseline_3b", "machine=8xh200", "recompute=auto")
+    assert residual["recompute_block"] == 0
 
 
 @pytest.mark.parametrize("name", sorted(set(shipped_experiments()) - set(PAPER)))

@@ -376,6 +376,14 @@ def test_size_of_a_block() -> None:
             recompute_size(wrong, 24, 4)  # type: ignore[arg-type]
 
 
+def test_a_network_is_told_of_its_stages() -> None:
+    model = make(num_layers=6)
+    assert model.set_recompute("auto") == model.recompute_block == 3
+    assert model.set_recompute("auto", [2, 2, 2]) == model.recompute_block == 4
+    assert model.set_recompute("off", [2, 2, 2]) == model.recompute_block == 0
+    assert make("residual").set_recompute("auto") == 0
+
+
 def test_the_best_block_under_stage_boundaries() -> None:
     for stages in ([6, 6], [2, 6, 4], [10, 2], [5, 7, 9, 3]):
         for n in (1, 2, 4, 8):

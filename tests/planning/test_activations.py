@@ -47,13 +47,14 @@ def kept_storages(model, forward):
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("block", [0, 3])
 @pytest.mark.parametrize(("connection", "precision", "sequences", "length", "sizes"), CASES)
 def test_the_bytes_kept_for_backward_are_those_predicted(
-    connection, precision, sequences, length, sizes, build, loss
+    connection, precision, sequences, length, sizes, block, build, loss
 ):
     model = build(connection, precision, **sizes)
     sizes = precision_of(precision)
-    batch = MicroBatch(sequences, length, sizes, fused_norm=False)
+    batch = MicroBatch(sequences, length, sizes, False, model.set_recompute(block or "off"))
     predicted = saved_for_backward(model, batch, copies_weights=sizes.is_mixed)
     kept = kept_storages(model, lambda: loss(model, sequences, length, precision))
     # 10% is what is promised; as the prediction is read off the code, it can do better.

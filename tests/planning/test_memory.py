@@ -35,6 +35,12 @@ CASES = [
     ("mhc", "bf16-mixed", 1, 2, {**MOE, "vocab_size": 20000}),
     ("mhc", "bf16-true", 2, 1, MOE),
 ]
+# The same, and sub-layers per recompute block.
+RECOMPUTED = [
+    ("hc", "bf16-mixed", 2, 2, MOE, 3),
+    ("mhc", "32-true", 4, 2, {"num_streams": 2}, 6),
+    ("mhc", "bf16-true", 2, 1, {"num_layers": 6}, "auto"),
+]
 # Large enough for a GPU's workspaces not to matter.
 LARGE = {**SIZES, "dim": 1024, "num_heads": 8, "head_dim": 128, "rope_dim": 64, "kv_rank": 256}
 DEVICES = {"cpu": (SIZES, 256)}
@@ -55,6 +61,21 @@ def test_the_fullest_moment_of_training_is_predicted(
     assert memory.weights == weights
     two_steps = training(model, batch, precision, micro_batches)
     assert memory.total == pytest.approx(weights + peak(device, two_steps), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("connection", "precision", "sequences", "micro_batches", "sizes", "recompute"), RECOMPUTED
+)
+def test_the_fullest_moment_with_recompute_is_predicted(
+    connection, precision, sequences, micro_batches, sizes, recompute, build, training, peak
+):
+    model = build(connection, precision, **{**SIZES, **sizes})
+    weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    block = model.set_recompute(recompute)
+    batch = MicroBatch(sequences, 256, precision_of(precision), False, block)
+    memory = device_memory(model, batch, Layout(), adam)
+    two_steps = training(model, batch, precision, micro_batches)
+    assert memory.total == pytest.approx(weights + peak("cpu", two_steps), rel=0.1)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
-from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.activations import MicroBatch, places_in_blocks, saved_for_backward
 from mhc_lightning.planning.precision import precision_of
-from mhc_lightning.planning.recompute import recompute_block, saved_with_recompute
+from mhc_lightning.planning.recompute import best_block, rebuilt_bytes, recompute_block
 
 
 @pytest.mark.parametrize(
@@ -22,25 +24,34 @@ def test_every_block_size_is_a_minimum():
 
 
 def test_recompute_keeps_what_table_3_says(build):
-    """Per sub-layer (n + 3)·C becomes C, plus n·C per block and (n + 2)·C within one."""
+    """Per sub-layer (n + 3)·C becomes C, plus n·C per block, and (n + 2)·C within one at most."""
     n, width, layers, block, tokens = 4, 32, 12, 3, 64
     model = build("mhc", num_layers=layers // 2)
     batch = MicroBatch(1, tokens, precision_of("bf16-true"), fused_norm=True)
+    blocks = replace(batch, recompute_block=block)
     before = sum(saved_for_backward(model, batch, copies_weights=False).values())
-    after = saved_with_recompute(model, batch, copies_weights=False, block=block)
-    vector, statistic = 2 * width * tokens, 4 * tokens
-    # The first sub-layer's streams are one embedding.
-    dropped = (layers * (n + 2) - (n - 1)) * vector + layers * statistic
-    again = (layers // block * n + block * (n + 2)) * vector + block * statistic
-    assert after == before - dropped + again
+    after = sum(saved_for_backward(model, blocks, copies_weights=False).values())
+    vector = 2 * width * tokens
+    # The first sub-layer's streams are one embedding; norms keep their one number per token.
+    assert before - after == (layers * (n + 2) - layers // block * n) * vector
+    # One norm's output at a time.
+    assert rebuilt_bytes(model, blocks) == ((block - 1) * n + block + 1) * vector
+    assert rebuilt_bytes(model, batch) == 0
 
 
-def test_a_residual_network_has_to_keep_outputs_it_did_not_keep(build):
+def test_a_residual_network_has_nothing_to_win(build):
     model = build("residual", num_layers=6)
+    assert best_block(model) == model.set_recompute("auto") == model.set_recompute(3) == 0
     batch = MicroBatch(1, 64, precision_of("bf16-true"), fused_norm=True)
-    before = sum(saved_for_backward(model, batch, copies_weights=False).values())
-    vector, statistic = 2 * 32 * 64, 4 * 64
-    dropped = 12 * (2 * vector + statistic)
-    again = 12 * vector + 4 * vector + 3 * (2 * vector + statistic)
-    after = saved_with_recompute(model, batch, copies_weights=False, block=3)
-    assert after == before - dropped + again
+    blocks = replace(batch, recompute_block=3)
+    assert saved_for_backward(model, batch, False) == saved_for_backward(model, blocks, False)
+    assert rebuilt_bytes(model, blocks) == 0
+
+
+def test_a_block_ends_at_what_cannot_be_replayed(build):
+    model = build("mhc", num_layers=4)
+    assert places_in_blocks(model, 3) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert places_in_blocks(model, 0) == 8 * [None]
+    model.blocks[1].feed_forward_connection = build("residual").blocks[0].feed_forward_connection
+    assert places_in_blocks(model, 3) == [0, 1, 2, None, 0, 1, 2, 0]
+    assert best_block(model) == recompute_block(7, 4)

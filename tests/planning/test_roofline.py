@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from mhc_lightning.planning import Layout, Run, machine_of, make_plan, precision_of
+from mhc_lightning.planning.recompute import replayed_bytes
 
 
 def planned(model, machine="h200", **changes):
@@ -55,9 +56,27 @@ def test_the_record_adds_up(build):
     memory = dict(record["memory_bytes_per_device"])
     assert memory.pop("total") == sum(memory.values())
     kinds = dict(record["activation_bytes_per_device"])
-    kinds.pop("with_recompute")
+    assert kinds.pop("with_recompute") < kinds["without_recompute"]
     assert kinds.pop("without_recompute") == sum(kinds.values()) == memory["activations"]
+    assert memory["rebuilt"] == 0 < record["recompute_block"]
     assert record["fits"] is True
+
+
+def test_a_plan_with_recompute_has_the_memory_of_its_blocks(build):
+    model = build("mhc", num_layers=6)
+    off, on = planned(model), planned(model, recompute_block=4)
+    assert on.recompute_block == 4 and off.recompute_block == 3
+    assert on.activations_without_recompute == off.memory.activations > on.memory.activations
+    assert sum(on.activations.values()) == on.memory.activations
+    assert on.activations_with_recompute > on.memory.activations
+    assert on.memory.total == off.memory.total - off.memory.activations + (
+        on.memory.activations + on.memory.rebuilt
+    )
+    batch = on.run.micro_batch(on.machine)
+    n, layers, blocks = 4, 12, 3
+    vector = 32 * 2 * batch.tokens
+    assert replayed_bytes(model, batch) == vector * (layers * (n + 3) + layers - blocks)
+    assert on.step_seconds.compute == off.step_seconds.compute
 
 
 def test_a_plan_fits_up_to_the_last_byte(build):

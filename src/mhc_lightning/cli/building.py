@@ -140,7 +140,12 @@ def build_model(experiment: Experiment, *, on_meta: bool = False) -> "LanguageMo
     pl.seed_everything(values["seed"], workers=True, verbose=False)
     with torch.device("meta") if on_meta else contextlib.nullcontext():
         network = build(experiment, "model")
-    return LanguageModel(network, build(experiment, "optimizer"), compile=values["compile"])
+    return LanguageModel(
+        network,
+        build(experiment, "optimizer"),
+        compile=values["compile"],
+        recompute=values["recompute"],
+    )
 
 
 def build_model_for(experiment: Experiment, trainer: "pl.Trainer") -> "LanguageModel":

@@ -106,9 +106,7 @@ def compose_experiment(arguments: Arguments) -> Experiment:
             )
             _place_literals(experiment)
             _require(_RUN_KEYS, experiment)
-            recompute = experiment.values()["recompute"]
-            if recompute not in (False, "off"):
-                raise UserError(f"recompute={recompute}: only `off` is available")
+            _check_recompute(experiment.values()["recompute"])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, file)) from error
     except YAMLError as error:
@@ -225,6 +223,16 @@ def _require(keys: Iterable[str], experiment: Experiment) -> None:
                 f"config {experiment.file.name} has no `{key}`; begin its `defaults:` with"
                 " `- run: default`, as the shipped experiments do"
             )
+
+
+def _check_recompute(setting: Any) -> None:
+    """What the modules refuse, too; here it is refused without importing them."""
+    number = isinstance(setting, int) and setting >= (0 if setting is False else 1)
+    if setting is True or not (number or setting in ("off", "auto")):
+        raise UserError(
+            f"recompute={setting}: it is auto, off, or the number of sub-layers per block, at"
+            " least 1"
+        )
 
 
 def _merged_files(file: Path, overrides: list[str]) -> list[tuple[Path, str]]:

@@ -100,6 +100,7 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
         precision=precision_of(trainer.get("precision")),
         layout=_layout(values["strategy"], machine.devices),
         state_per_value=optimizer.state_per_value,
+        recompute_block=model.set_recompute(values["recompute"]),
     )
     return model, make_plan(model, run, machine)
 

@@ -11,6 +11,7 @@ _ABOUT = {
     "optimizer": "its state",
     "activations": "kept by a forward pass for its backward pass",
     "logits": "for a moment, a chunk of tokens at a time",
+    "rebuilt": "for a moment in backward, where it is more than the logits were",
     "communication": "gathered parameters and buffers of collectives",
 }
 
@@ -63,18 +64,23 @@ def _parameters(plan: "Plan") -> str:
 
 def _memory(plan: "Plan") -> str:
     memory, kind = plan.memory, plan.machine.kind
-    rows = [(name, in_units(size), _ABOUT[name]) for name, size in vars(memory).items()]
+    rows = [
+        (name, in_units(size), _ABOUT[name])
+        for name, size in vars(memory).items()
+        if size or name != "rebuilt"
+    ]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     rows.append(("total", in_units(memory.total), f"{verdict} in {in_units(kind.memory)}"))
     parts = [(name, in_units(size), "") for name, size in plan.activations.items() if size]
-    parts += [
-        ("together", in_units(memory.activations), "recompute=off, which is what runs"),
-        (
-            "recomputed",
-            in_units(plan.activations_with_recompute),
-            f"predicted: stream operations redone in blocks of {plan.recompute_block} sub-layers",
-        ),
-    ]
+    parts.append(("together", in_units(memory.activations), ""))
+    if block := plan.recompute_block:
+        without, within = plan.activations_without_recompute, plan.activations_with_recompute
+        on, off = ("this run", "") if plan.run.recompute_block else ("predicted", "this run")
+        about = f"{on}: streams rebuilt in blocks of {block} sub-layers, one block included"
+        parts += [
+            ("recompute=off", in_units(without), off),
+            (f"recompute={block}", in_units(within), about),
+        ]
     return "\n".join(
         (
             _table("memory per device, at the fullest moment of a step", rows),

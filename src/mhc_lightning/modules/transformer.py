@@ -25,6 +25,7 @@ from mhc_lightning.modules.initialisation import NormalMatrices
 from mhc_lightning.modules.mixture_of_experts import LoadBalance, MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
 from mhc_lightning.modules.recompute import normalise, recomputing
+from mhc_lightning.modules.recompute_size import recompute_size
 
 
 class PreNorm(nn.Module):
@@ -109,6 +110,7 @@ class Transformer(nn.Module):
 
     Attributes:
         init_seed: What the initial weights are drawn with, itself drawn from torch's generator.
+        recompute: As `set_recompute` was told.
         recompute_block: Sub-layers per recompute block, 0 at first: backward keeps all streams.
 
     Raises:
@@ -187,6 +189,7 @@ class Transformer(nn.Module):
                     PreNorm(dim, norm_eps, feed_forward),
                 )
             )
+        self.recompute: str | int | None = "off"
         self.recompute_block = 0
         self.num_streams = blocks[0].attention_connection.num_streams
         self.blocks = nn.ModuleList(blocks)
@@ -312,6 +315,28 @@ class Transformer(nn.Module):
             cache.advance(counts, most)
         last = torch.arange(batch, device=tokens.device), counts - 1
         return self.head(streams[last], None if carry is None else carry[last])
+
+    def set_recompute(self, setting: str | int | None, blocks_per_stage: Sequence[int] = ()) -> int:
+        """Have backward rebuild streams from what enters each recompute block, or keep them all.
+
+        Args:
+            setting: ``"auto"`` for the best size, ``"off"`` (False or None), or sub-layers per
+                block.
+            blocks_per_stage: Blocks of each pipeline stage; all of them in one by default.
+
+        Returns:
+            Sub-layers per recompute block; 0 if nothing is recomputed, as with connections that
+            cannot be replayed (an ordinary residual has nothing to win).
+
+        Raises:
+            UserError: If the setting is none of these.
+        """
+        stages = [2 * blocks for blocks in blocks_per_stage or [len(self.blocks)]]
+        size = recompute_size(setting, stages, self.num_streams)
+        replays = any(m.replays for m in self.modules() if isinstance(m, Connection))
+        self.recompute = setting
+        self.recompute_block = size if replays else 0
+        return self.recompute_block
 
     def compile_sublayers(self) -> None:
         """Compile attention and feed-forward in place, one region each.

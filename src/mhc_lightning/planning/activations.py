@@ -1,7 +1,8 @@
 """The bytes that one micro-batch's forward pass leaves behind for its backward pass.
 
 Read off the code, module by module: what each operator and each ``autograd.Function`` keeps, in
-eager execution. Tensors that several operators keep count once. The test of this file counts the
+eager execution. Tensors that several operators keep count once. With recompute blocks, streams,
+sub-layers' inputs and normalised inputs are rebuilt and not kept. The test of this file counts the
 storages that are really kept, so a change to a module that changes them shows there.
 
 Symbols: T tokens of a micro-batch, C width, n streams, H heads, f feed-forward width, E experts of
@@ -45,12 +46,14 @@ class MicroBatch:
         precision: Sizes of what is computed.
         fused_norm: Whether RMSNorm is one operator, as on a GPU; on the CPU it is composed of
             several, which keep more.
+        recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
     """
 
     sequences: int
     length: int
     precision: Precision
     fused_norm: bool
+    recompute_block: int = 0
 
     @property
     def tokens(self) -> int:
@@ -78,9 +81,15 @@ def saved_for_backward(
     width = model.embedding.embedding_dim
     saved = Counter(dict.fromkeys(KINDS, 0))
     saved["tokens"] = batch.sequences * (batch.length + 1) * _INDEX
-    for connection, body in sub_layers(model):
-        saved["connections"] += sum(connection_bytes(connection, batch))
-        saved["norms"] += norm_bytes(width, batch, keeps_output=True)
+    places = places_in_blocks(model, batch.recompute_block)
+    for (connection, body), place in zip(sub_layers(model), places, strict=True):
+        streams, output, coefficients = connection_bytes(connection, batch)
+        norm = norm_bytes(width, batch, keeps_output=True)
+        if place is not None:
+            streams = 0 if place > 0 else streams
+            norm = norm_statistic_bytes(batch)
+        saved["connections"] += streams + output + coefficients
+        saved["norms"] += norm
         saved.update(body_bytes(body, batch))
     saved["norms"] += norm_bytes(width, batch, keeps_output=False)
     # The loss keeps gradients instead of its inputs.
@@ -100,6 +109,18 @@ def sub_layers(model: Transformer) -> list[tuple[Connection, nn.Module]]:
             assert isinstance(connection, Connection)
             found.append((connection, block.get_submodule(f"{name}.body")))
     return found
+
+
+def places_in_blocks(model: Transformer, size: int) -> list[int | None]:
+    """Each sub-layer's place in its recompute block; None where nothing is recomputed."""
+    places: list[int | None] = []
+    for connection, _ in sub_layers(model):
+        before = places[-1] if places else None
+        if size == 0 or not connection.replays:
+            places.append(None)
+        else:
+            places.append(0 if before is None else (before + 1) % size)
+    return places
 
 
 def copied_weights(model: Transformer) -> int:
@@ -136,7 +157,13 @@ def norm_bytes(width: int, batch: MicroBatch, keeps_output: bool, input_width: i
         kept = 2 * width * wide  # the input taken to float32, and the same normalised
     else:
         kept = ((input_width or width) + width) * value
-    return (kept + wide + (width * value if keeps_output else 0)) * batch.tokens
+    kept += width * value if keeps_output else 0
+    return kept * batch.tokens + norm_statistic_bytes(batch)
+
+
+def norm_statistic_bytes(batch: MicroBatch) -> int:
+    """Bytes of what an RMSNorm divides by, one number per token."""
+    return max(4, batch.precision.activation) * batch.tokens
 
 
 class ConnectionBytes(NamedTuple):

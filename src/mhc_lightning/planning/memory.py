@@ -1,7 +1,8 @@
 """Bytes that one device holds at the fullest moment of a training step.
 
 That moment is the end of a forward pass, when the loss is computed: nothing saved has been used up,
-and the gradients of the step so far (or of the step before) are still there.
+and the gradients of the step so far (or of the step before) are still there. Where backward
+rebuilds more than the loss needed, it is the moment when the last recompute block is rebuilt.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import nn
 from mhc_lightning.kernels.cross_entropy import tokens_per_chunk
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.recompute import rebuilt_bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class DeviceMemory:
         activations: What the forward pass keeps for the backward pass, lower-precision copies of
             weights included.
         logits: What computing the loss needs for a moment.
+        rebuilt: What a recompute block needs for a moment, as far as it is more than that.
         communication: Gathered parameters and buffers of collectives.
     """
 
@@ -50,6 +53,7 @@ class DeviceMemory:
     optimizer: int
     activations: int
     logits: int
+    rebuilt: int
     communication: int
 
     @property
@@ -78,12 +82,14 @@ def device_memory(
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     share = layout.devices if layout.sharded else 1
     saved = saved_for_backward(model, batch, copies_weights(batch, layout))
+    logits = _loss_bytes(model, batch, layout)
     return DeviceMemory(
         weights=-(-weights // share) + buffers,
         gradients=-(-weights // share),
         optimizer=-(-optimizer // share),
         activations=sum(saved.values()),
-        logits=_loss_bytes(model, batch, layout),
+        logits=logits,
+        rebuilt=max(0, rebuilt_bytes(model, batch) - logits),
         communication=_communication_bytes(model, batch, layout, weights),
     )
 

@@ -1,18 +1,18 @@
 """Everything that can be known of a run before it runs."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from mhc_lightning.modules import Transformer
-from mhc_lightning.planning.activations import MicroBatch, saved_for_backward, sub_layers
+from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.memory import DeviceMemory, Layout, copies_weights, device_memory
 from mhc_lightning.planning.parameters import ParameterCounts, count_parameters
 from mhc_lightning.planning.precision import Precision
-from mhc_lightning.planning.recompute import recompute_block, saved_with_recompute
+from mhc_lightning.planning.recompute import best_block, rebuilt_bytes
 from mhc_lightning.planning.roofline import StepTime, step_time
 from mhc_lightning.planning.traffic import StreamTraffic, stream_traffic
 
@@ -29,6 +29,7 @@ class Run:
         precision: Sizes of weights and activations.
         layout: Devices, and what each holds.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
+        recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
     """
 
     batch_size: int
@@ -38,6 +39,7 @@ class Run:
     precision: Precision
     layout: Layout
     state_per_value: Callable[[nn.Module, nn.Parameter], int]
+    recompute_block: int = 0
 
     @property
     def micro_batches(self) -> int:
@@ -47,7 +49,11 @@ class Run:
     def micro_batch(self, machine: Machine) -> MicroBatch:
         """What one device of ``machine`` takes at a time."""
         return MicroBatch(
-            self.micro_batch_size, self.sequence_length, self.precision, machine.kind.is_gpu
+            self.micro_batch_size,
+            self.sequence_length,
+            self.precision,
+            machine.kind.is_gpu,
+            self.recompute_block,
         )
 
 
@@ -61,8 +67,11 @@ class Plan:
         parameters: Counts.
         memory: Bytes per device.
         activations: Bytes kept for backward per device, by kind.
-        activations_with_recompute: The same in sum, were stream operations recomputed.
-        recompute_block: The best number of sub-layers per recompute block (eq. 20).
+        activations_without_recompute: The same in sum, were nothing recomputed.
+        activations_with_recompute: The same in sum, were stream operations recomputed, with what
+            backward rebuilds at a time.
+        recompute_block: Sub-layers per recompute block: the run's, or the best number (eq. 20) if
+            it has none; 0 if no connection can be replayed.
         flops_per_token: Forward and backward.
         stream_bytes_per_token: Moved by stream operations.
         step_seconds: Of one optimizer step.
@@ -73,6 +82,7 @@ class Plan:
     parameters: ParameterCounts
     memory: DeviceMemory
     activations: dict[str, int]
+    activations_without_recompute: int
     activations_with_recompute: int
     recompute_block: int
     flops_per_token: int
@@ -111,7 +121,7 @@ class Plan:
             "fits": self.fits,
             "activation_bytes_per_device": {
                 **self.activations,
-                "without_recompute": self.memory.activations,
+                "without_recompute": self.activations_without_recompute,
                 "with_recompute": self.activations_with_recompute,
             },
             "recompute_block": self.recompute_block,
@@ -136,15 +146,17 @@ def make_plan(model: Transformer, run: Run, machine: Machine) -> Plan:
     batch = run.micro_batch(machine)
     copies = copies_weights(batch, run.layout)
     memory = device_memory(model, batch, run.layout, run.state_per_value)
-    layers = sub_layers(model)
-    block = recompute_block(len(layers), layers[0][0].num_streams)
+    block = run.recompute_block or best_block(model)
+    without, within = replace(batch, recompute_block=0), replace(batch, recompute_block=block)
+    kept = saved_for_backward(model, within, copies)
     return Plan(
         machine=machine,
         run=run,
         parameters=count_parameters(model),
         memory=memory,
         activations=saved_for_backward(model, batch, copies),
-        activations_with_recompute=saved_with_recompute(model, batch, copies, block),
+        activations_without_recompute=sum(saved_for_backward(model, without, copies).values()),
+        activations_with_recompute=sum(kept.values()) + rebuilt_bytes(model, within),
         recompute_block=block,
         flops_per_token=model.flops_per_token(run.sequence_length),
         stream_bytes_per_token=stream_traffic(model, run.precision),

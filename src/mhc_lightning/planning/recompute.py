@@ -1,4 +1,4 @@
-"""What recomputing the stream operations in backward would save (arXiv 2512.24880, section 4.3).
+"""What recomputing the stream operations in backward needs (arXiv 2512.24880, section 4.3).
 
 Blocks of L_r sub-layers keep the streams at their entry and each sub-layer's output; streams,
 aggregates and normalised inputs are rebuilt one block at a time.
@@ -8,27 +8,45 @@ from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.recompute_size import recompute_block
 from mhc_lightning.planning.activations import (
     MicroBatch,
-    connection_bytes,
     norm_bytes,
-    saved_for_backward,
+    norm_statistic_bytes,
+    places_in_blocks,
     sub_layers,
 )
 
-__all__ = ["recompute_block", "saved_with_recompute"]
+__all__ = ["best_block", "rebuilt_bytes", "recompute_block", "replayed_bytes"]
 
 
-def saved_with_recompute(
-    model: Transformer, batch: MicroBatch, copies_weights: bool, block: int
-) -> int:
-    """Bytes alive at most between forward and backward with recompute blocks of ``block``."""
-    layers = sub_layers(model)
+def best_block(model: Transformer) -> int:
+    """The L_r of eq. 20 for a model; 0 if its connections cannot be replayed."""
+    replayed = [connection for connection, _ in sub_layers(model) if connection.replays]
+    return recompute_block(len(replayed), replayed[0].num_streams) if replayed else 0
+
+
+def rebuilt_bytes(model: Transformer, batch: MicroBatch) -> int:
+    """Bytes that backward rebuilds for the last recompute block, when nothing of it is used up.
+
+    Streams but for those at the entry, the inputs of all sub-layers, and what one norm keeps and
+    returns: norms are rebuilt one at a time.
+    """
+    places = places_in_blocks(model, batch.recompute_block)
+    if places[-1] is None:
+        return 0
+    size = places[-1] + 1
     width = model.embedding.embedding_dim
     vector = width * batch.precision.activation * batch.tokens
-    norm = norm_bytes(width, batch, keeps_output=True)
-    rebuilt = [connection_bytes(connection, batch).streams + norm for connection, _ in layers]
-    kept = sum(saved_for_backward(model, batch, copies_weights).values()) - sum(rebuilt)
-    # A connection that keeps no output of its own needs it now, to rebuild what follows.
-    kept += sum(vector for connection, _ in layers if connection_bytes(connection, batch)[1] == 0)
-    starts = range(0, len(layers), block)
-    entries = sum(layers[start][0].num_streams * vector for start in starts)
-    return kept + entries + max(sum(rebuilt[start : start + block]) for start in starts)
+    streams = (size - 1) * model.num_streams * vector
+    one_norm = norm_bytes(width, batch, keeps_output=True) - norm_statistic_bytes(batch)
+    already = vector if batch.fused_norm or batch.precision.activation >= 4 else 0
+    return streams + size * vector + one_norm - already
+
+
+def replayed_bytes(model: Transformer, batch: MicroBatch) -> int:
+    """Bytes that rebuilding moves: each block's entry and outputs are read once, by one kernel."""
+    value = batch.precision.activation
+    widths = 0
+    for place in places_in_blocks(model, batch.recompute_block):
+        if place is not None:
+            # The entry, or an output and the streams that it makes; the input, and its norm.
+            widths += model.num_streams + (place > 0) + 1 + 2
+    return widths * model.embedding.embedding_dim * value * batch.tokens

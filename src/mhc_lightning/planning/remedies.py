@@ -8,6 +8,7 @@ from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.memory import Layout, device_memory
 from mhc_lightning.planning.plan import Run
 from mhc_lightning.planning.precision import precision_of
+from mhc_lightning.planning.recompute import best_block
 
 _MOST_DEVICES = 1024
 _SHORTEST_SEQUENCE = 128
@@ -35,9 +36,10 @@ def remedies(model: Transformer, run: Run, machine: Machine) -> list[str]:
     shorter = ((f"data.sequence_length={r.sequence_length}", r) for r in _shorter(run))
     lower = ((f"trainer.precision={name}", r) for name, r in _lower(run))
     sharded = ((_sharding(r, machine), r) for r in _sharded(run, machine))
+    recomputing = (("recompute=auto", r) for r in _recomputing(run, model))
     found = [
         next((text for text, changed in candidates if fits(changed)), None)
-        for candidates in (smaller, shorter, lower, sharded)
+        for candidates in (recomputing, smaller, shorter, lower, sharded)
     ]
     if not any(found):
         least = replace(run, micro_batch_size=1)
@@ -52,6 +54,11 @@ def remedies(model: Transformer, run: Run, machine: Machine) -> list[str]:
             )
         ]
     return [text for text in found if text is not None]
+
+
+def _recomputing(run: Run, model: Transformer) -> Iterator[Run]:
+    if run.recompute_block == 0 < best_block(model):
+        yield replace(run, recompute_block=best_block(model))
 
 
 def _smaller(run: Run) -> Iterator[Run]:

@@ -11,6 +11,7 @@ from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.memory import DeviceMemory, Layout, copies_weights
+from mhc_lightning.planning.recompute import replayed_bytes
 from mhc_lightning.planning.traffic import stream_traffic
 
 
@@ -60,6 +61,7 @@ def step_time(
     # Written once and read once; the connections' part is in the stream operations already.
     activations = 2 * (sum(saved.values()) - saved["connections"] - saved["weight_copies"])
     streams = stream_traffic(model, precision).training_fused * batch.tokens
+    streams += replayed_bytes(model, batch)
     parameters = sum(p.numel() for p in model.parameters())
     # Forward, gradient of the input, gradient of the weight.
     weights = 3 * parameters * precision.activation
