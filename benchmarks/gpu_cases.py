@@ -99,6 +99,8 @@ def check_case(case: Case, device: str) -> list[dict[str, Any]]:
     Returns:
         For each operation its largest error (relative to the largest entry of the same tensor),
         the limit, the tensor with the error, and whether the gradients were the same bits twice.
+        Beyond the limit it passes only if plain torch, in the same dtype, errs half as much or more
+        (``as_torch``).
     """
     rows = []
     for name in OPERATIONS:
@@ -122,13 +124,16 @@ def _check(name: str, case: Case, device: str) -> dict[str, Any]:
     errors = {key: _error(ours[key], expected[key]) for key in expected}
     worst = max(errors, key=lambda key: errors[key])
     same = all(torch.equal(ours[key], again[key]) for key in ours)
-    passed = errors[worst] <= limit and same
-    row = {"passed": passed, "error_found": errors[worst], "limit": limit, "tensor": worst}
-    if not passed:
+    within = errors[worst] <= limit
+    row = {"error_found": errors[worst], "limit": limit, "tensor": worst, "same_bits": same}
+    if not within:  # a sum that cancels is beyond any such limit: plain torch then shows the same
         with kernels("torch"):
             plain = _run(function, [given[key] for key in names], case.layout, names)
         row["error_of_torch"] = _error(plain[worst], expected[worst])
-    return {**row, "same_bits": same}
+        row["as_torch"] = all(
+            errors[key] <= max(limit, 2 * _error(plain[key], expected[key])) for key in errors
+        )
+    return {"passed": same and (within or row["as_torch"]), **row}
 
 
 def operands(case: Case, device: str) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from gpu_bench import Bench, attempt
 from gpu_results import Results
-from mhc_lightning.kernels import reference
+from mhc_lightning.kernels import reference, unfused_seam
 from mhc_lightning.kernels import triton as ours
+from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
 from mhc_lightning.kernels.record import MappingGrads
 from mhc_lightning.kernels.rule import Rule
 from mhc_lightning.kernels.triton.workloads import workloads
@@ -102,8 +103,13 @@ def operations(device: str, tokens: int, n: int, width: int) -> dict[str, Operat
     for name, (elements, arguments) in _compositions(device, tokens, n, width).items():
         function = name.replace("single_pass", "seam").replace("mappings", "read")
         calls = {"triton": partial(getattr(ours, function), *arguments)}
-        calls |= _in_torch(getattr(reference, function), arguments)
-        found[name] = Operation(elements, calls)
+        if function.startswith("seam"):
+            if n > MOST_FUSED_STREAMS:
+                continue
+            plain = partial(getattr(unfused_seam, function), reference)
+        else:
+            plain = getattr(reference, function)
+        found[name] = Operation(elements, calls | _in_torch(plain, arguments))
     if "liger" in importable_peers() and n & (n - 1) == 0:
         for name, call in _liger(device, tokens, n, width).items():
             found[name].calls["liger"] = call
