@@ -379,7 +379,7 @@ def test_size_of_a_block() -> None:
 def test_a_network_is_told_of_its_stages() -> None:
     model = make(num_layers=6)
     assert model.set_recompute("auto") == model.recompute_block == 3
-    assert model.set_recompute("auto", [2, 2, 2]) == model.recompute_block == 4
+    assert model.set_recompute("auto", [2, 2, 2]) == model.recompute_block == 2
     assert model.set_recompute("off", [2, 2, 2]) == model.recompute_block == 0
     assert make("residual").set_recompute("auto") == 0
 
