@@ -14,7 +14,10 @@ import torch
 
 
 def interleaved_seconds(
-    cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 3
+    cases: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Time every case in turn, ``repeats`` times; median, minimum and quartiles in seconds."""
     for case in cases.values():
@@ -23,9 +26,9 @@ def interleaved_seconds(
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
-            start = time.perf_counter()
+            start = clock()
             case()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: summary(values) for name, values in seconds.items()}
 
 
