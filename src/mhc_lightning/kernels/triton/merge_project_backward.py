@@ -162,7 +162,7 @@ def _merge_project_backward(
 
 def merge_project_backward_config(n: int, width: int, itemsize: int) -> Config:
     """As many channels as leave both sides of the seam and phi's gradient in registers."""
-    wide = 128 if n <= 3 and itemsize == 2 else 64
+    wide = 128 if n <= 2 and itemsize == 2 else 64
     return Config(block_tokens=16, block_width=wide, num_warps=8, num_stages=2)
 
 

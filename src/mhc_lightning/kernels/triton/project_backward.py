@@ -87,11 +87,12 @@ def _project_backward(
         sums = ()
         for i in tl.static_range(N):
             row_of_raw = t * raw_rows + (i if PER_STREAM else 0)
-            raw = tl.load(
-                raw_grad + k[None, :].to(tl.int64) * (tokens * raw_rows) + row_of_raw[:, None],
-                mask=in_t[:, None] & in_k[None, :],
-                other=0.0,
-            )
+            if PER_STREAM or i == 0:
+                raw = tl.load(
+                    raw_grad + k[None, :].to(tl.int64) * (tokens * raw_rows) + row_of_raw[:, None],
+                    mask=in_t[:, None] & in_k[None, :],
+                    other=0.0,
+                )
             x = tl.load(
                 streams
                 + t[:, None] * stride_token
@@ -138,11 +139,9 @@ def _project_backward(
 
 def project_backward_config(n: int, width: int, itemsize: int) -> Config:
     """As many channels as leave phi and its gradient room in the registers of a program."""
-    coefficients = max(16, triton.next_power_of_2(n * n + 2 * n))
-    block_width = max(16, min(64, 8192 // (n * coefficients)))
-    block_width = 1 << (block_width.bit_length() - 1)
-    warps = 4 if n <= 4 else 8
-    return Config(block_tokens=16, block_width=block_width, num_warps=warps, num_stages=2)
+    if n > 4 or itemsize == 4:
+        return Config(block_tokens=16, block_width=32, num_warps=8, num_stages=1)
+    return Config(block_tokens=16, block_width=64, num_warps=4, num_stages=2)
 
 
 def ranges_of_tokens(tokens: int, channel_blocks: int, block_tokens: int) -> tuple[int, int]:
