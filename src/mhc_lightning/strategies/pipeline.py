@@ -232,14 +232,7 @@ class PipelineStrategy(ModelParallelStrategy):
         """Load this process's part of a whole checkpoint file."""
         assert self._whole is not None
         path = self.broadcast(checkpoint_path)
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        self._whole.load_module(checkpoint["state_dict"])
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            states = checkpoint.get("optimizer_states", [])
-            for optimizer, state in zip(self.optimizers, states, strict=True):
-                self._whole.load_optimizer(optimizer, state)
-        return checkpoint
+        return self._whole.load_file(path, self.optimizers, weights_only)
 
     # ---- parts of the above
 
@@ -247,7 +240,10 @@ class PipelineStrategy(ModelParallelStrategy):
         assert self.model is not None
         network: Any = find_network(self.model)
         plan = self.plan(network)
-        self._whole = WholeState(self.model, self.device_mesh, self.root_device)
+        mesh = self.device_mesh
+        self._whole = WholeState(
+            self.model, self.root_device, mesh["data_parallel"], mesh["pipeline"]
+        )
         own = plan.stages_of(self.device_mesh["pipeline"].get_local_rank())
         count = len(plan.blocks)
         stages = [Stage(network, plan.blocks[index], index, count) for index in own]

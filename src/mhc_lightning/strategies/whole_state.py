@@ -4,7 +4,8 @@ What is gathered is what a single device would save, and any layout loads its pa
 are those of the whole module, and an optimizer's parameters are numbered as in the whole one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +23,22 @@ class WholeState:
 
     Args:
         module: While it is still whole; it may be on ``meta``. It becomes this process's part.
-        mesh: With the dimensions ``pipeline`` and ``data_parallel``.
         device: What this process sends from and receives to.
+        shards: The processes that hold the shards of the same tensors.
+        stages: The processes of a pipeline; None if each process has a part of every tensor.
     """
 
-    def __init__(self, module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        shards: DeviceMesh,
+        stages: DeviceMesh | None = None,
+    ) -> None:
         self._module = module
-        self._mesh = mesh
         self._device = device
+        self._shards = shards
+        self._stages = stages
         self._state_order = list(module.state_dict())
         self._parameter_order = {name: k for k, (name, _) in enumerate(module.named_parameters())}
 
@@ -43,6 +52,23 @@ class WholeState:
     def load_module(self, weights: Mapping[str, Tensor]) -> None:
         """Copy this process's part of a whole state dict into the module."""
         load_rows(self._module, weights)
+
+    def load_file(
+        self, path: str | Path, optimizers: Sequence[Optimizer], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load this process's part of a checkpoint file, and return all of it.
+
+        Args:
+            path: As one process would have saved it, or any layout of ours.
+            optimizers: Those whose state to load; none for a run that does not train.
+            weights_only: ``torch.load``'s.
+        """
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        self.load_module(checkpoint["state_dict"])
+        if optimizers:
+            for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+                self.load_optimizer(optimizer, state)
+        return checkpoint
 
     # ---- optimizers
 
@@ -105,8 +131,10 @@ class WholeState:
         """The names in each parameter group of the whole optimizer, in its order."""
         names = self._names()
         own = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-        everybody: list[Any] = [None] * self._mesh["pipeline"].size()
-        dist.all_gather_object(everybody, own, group=self._mesh["pipeline"].get_group())
+        everybody: list[Any] = [own]
+        if self._stages is not None:
+            everybody = [None] * self._stages.size()
+            dist.all_gather_object(everybody, own, group=self._stages.get_group())
         return [
             sorted((name for part in parts for name in part), key=self._parameter_order.__getitem__)
             for parts in zip(*everybody, strict=True)
@@ -116,10 +144,12 @@ class WholeState:
 
     def _gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every stage's tensors, whole and on the CPU, on rank zero; elsewhere nothing."""
-        group = self._mesh["pipeline"].get_group()
-        place = self._mesh["pipeline"].get_local_rank()
+        group = None if self._stages is None else self._stages.get_group()
+        place, count = 0, 1
+        if self._stages is not None:
+            place, count = self._stages.get_local_rank(), self._stages.size()
         # Every process of a stage helps to make its tensors whole; the first one moves them.
-        moves = self._mesh["data_parallel"].get_local_rank() == 0
+        moves = self._shards.get_local_rank() == 0
         gathered: dict[str, Tensor] = {}
         if place > 0:
             listing: list[Any] = [[(n, t.shape, t.dtype) for n, t in tensors.items()]]
@@ -132,7 +162,7 @@ class WholeState:
         for name, whole in _whole_tensors(tensors):
             if moves:
                 gathered[name] = whole.cpu().clone()
-        for stage in range(1, self._mesh["pipeline"].size() if moves else 1):
+        for stage in range(1, count if moves else 1):
             listing = [None]
             dist.recv_object_list(listing, group=group, group_src=stage, device=self._device)
             for name, shape, dtype in listing[0]:
