@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from mhc_lightning import LanguageModel
+from mhc_lightning.callbacks import AmaxGain, StreamDiversity
+from mhc_lightning.callbacks.stream_sampler import StreamSampler
 from mhc_lightning.modules import (
     ManifoldHyperConnection,
     SinglePassHyperConnection,
@@ -51,6 +53,9 @@ class Watched(LanguageModel):
         if self.trainer.global_step > len(self.rows):
             tags = [t for t in metrics if t.startswith(("train/", "experts/"))]
             self.rows.append({tag: float(metrics[tag]) for tag in tags})
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, StreamSampler):
+                    self.rows[-1].update(callback.last)
 
     def on_validation_end(self) -> None:
         metrics = self.trainer.callback_metrics
@@ -78,6 +83,7 @@ def build(case: dict[str, Any]) -> Watched:
             num_shared_experts=1,
         )
     network.double()  # rounding hides nothing
+    network.recompute_block = case.get("recompute", 0)
     return Watched(network, Sgd(lr=0.1, weight_decay=0.0, schedule="constant"))
 
 
@@ -86,7 +92,9 @@ def run(case: dict[str, Any], output: Path) -> None:
     layout = case.get("strategy")
     strategy = PipelineStrategy(**layout) if layout else SingleDeviceStrategy(torch.device("cpu"))
     accumulate = 2
+    watching = [AmaxGain(1), StreamDiversity(1)] if case.get("watched") else []
     trainer = pl.Trainer(
+        callbacks=watching,
         accelerator="cpu",
         devices=case.get("devices", 1),
         strategy=strategy,

@@ -47,7 +47,11 @@ def train(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> dic
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cases = {"experts": {"experts": True}, "single_pass": {"single_pass": True}}
+    cases = {
+        "experts": {"experts": True},
+        "single_pass": {"single_pass": True},
+        "watched": {"watched": True},
+    }
     return train(tmp_path_factory.mktemp("single"), 1, cases)
 
 
@@ -67,18 +71,23 @@ def assert_same_training(ours: dict[str, Any], expected: dict[str, Any], name: s
 
 @pytest.mark.slow
 def test_every_schedule_trains_as_one_process_does(single: Any, tmp_path: Path) -> None:
-    """With experts, accumulation over two batches, clipping and validation; from meta or built."""
+    """With experts, accumulation over two batches, clipping and validation; from meta or built.
+
+    Also with recomputation, and with instruments, which see the same tokens where there is but one
+    micro-batch.
+    """
     cases = {
         "gpipe": case("gpipe", 2, strategy={"microbatches": 2}),
         "1f1b": case("1f1b", 2, meta=True, strategy={"blocks_per_stage": [3, 5]}),
-        "interleaved_1f1b": case("interleaved_1f1b", 2),
+        "interleaved_1f1b": case("interleaved_1f1b", 2, recompute=3),
         "zbv": case("zbv", 2),
-        "dualpipev": case("dualpipev", 2),
+        "dualpipev": case("dualpipev", 2, recompute=3),
         "single_pass": case("zbv", 2, experts=False, single_pass=True),
+        "watched": case("zbv", 2, experts=False, watched=True, strategy={"microbatches": 1}),
     }
     for name, ours in train(tmp_path, 2, cases).items():
-        kind = "single_pass" if name == "single_pass" else "experts"
-        assert_same_training(ours, single[kind], name)
+        assert_same_training(ours, single[name if name in single else "experts"], name)
+    assert "amax_gain/composite/backward/layer_15" in single["watched"]["rows"][0]
 
 
 @pytest.mark.slow
@@ -89,7 +98,7 @@ def test_sharded_stages_and_long_pipelines_train_as_one_process_does(
     cases = {
         "1f1b, sharded": case("1f1b", 4, meta=True, strategy=two),
         "interleaved_1f1b, sharded": case("interleaved_1f1b", 4, strategy=two),
-        "zbv, sharded": case("zbv", 4, strategy=two),
+        "zbv, sharded": case("zbv", 4, recompute=3, strategy=two),
         "dualpipev, sharded": case("dualpipev", 4, strategy=two),
         "zbv, long": case("zbv", 4),
     }

@@ -1,6 +1,7 @@
 """The common base of callbacks that sample a model's stream mappings now and then."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from mhc_lightning.callbacks.cadence import Cadence
+from mhc_lightning.callbacks.pipeline_stages import across_stages
 from mhc_lightning.callbacks.watcher import Extract, Observation, StreamWatcher
 from mhc_lightning.kernels import StreamMappings
 
@@ -24,6 +26,9 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
     the device before the backward pass and read once the optimizer step is complete, so that its
     step is the one that loggers show for the training loss. Every rank samples its own
     micro-batch; what is logged is rank zero's.
+
+    Under a pipeline the micro-batch is the first that its stages pass on to each other, and every
+    process has the sample of all stages.
 
     All forward passes of that one training step count as one chain of sub-layers. Where a step
     calls several models, choose among them by `extract`.
@@ -97,13 +102,15 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         step = trainer.global_step + 1
         if self.cadence.is_due(trainer, step):
             self._step, self._reduced = step, None
-            self._watcher.open(pl_module)
+            piped = hasattr(trainer.strategy, "place_in_pipeline")
+            place = partial(getattr, trainer.strategy, "place_in_pipeline") if piped else None
+            self._watcher.open(pl_module, place)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         """Close the window: the backward pass may replay forwards."""
-        self._take()
+        self._take(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -114,7 +121,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         batch_idx: int,
     ) -> None:
         """Log the sample once its optimizer step is complete."""
-        self._take()
+        self._take(trainer, pl_module)
         if self._reduced is not None and trainer.global_step >= self._step:
             reduced, self._reduced = self._reduced, None
             values = self.report(trainer, pl_module, self._step, reduced)
@@ -130,10 +137,10 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         """Leave no hook behind."""
         self._watcher.release()
 
-    def _take(self) -> None:
+    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._watcher.is_open:
             return
-        observations = self._watcher.close()
+        observations = across_stages(trainer, self._watcher.close(), pl_module.device)
         if observations:
             with torch.no_grad():
                 self._reduced = self.reduce(observations)

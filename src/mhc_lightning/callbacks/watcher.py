@@ -31,11 +31,13 @@ class Observation(NamedTuple):
         name: Qualified name of the module that yielded the record.
         mappings: The record, detached.
         note: What the watcher's `note` function made of the call, or None.
+        stage: The pipeline stage that the sub-layer is on; 0 without a pipeline.
     """
 
     name: str
     mappings: StreamMappings
     note: Any
+    stage: int = 0
 
 
 class _Sighting(NamedTuple):
@@ -43,6 +45,7 @@ class _Sighting(NamedTuple):
     name: str
     mappings: StreamMappings  # as it came, for identity
     note: Any
+    stage: int = 0
 
 
 def record_in_output(
@@ -90,6 +93,7 @@ class StreamWatcher:
         # A tensor, because a compiled program repeats what happens to tensors, not to numbers.
         self._clock = torch.zeros((), dtype=torch.int64)
         self._open = False
+        self._place: Callable[[], tuple[int, int] | None] | None = None
 
     @property
     def is_open(self) -> bool:
@@ -106,17 +110,26 @@ class StreamWatcher:
         if self._candidates(root, modules_in_compiled_regions(root)):
             self._guards.enable()
 
-    def open(self, root: nn.Module) -> None:
-        """Install the hooks on every module of `root`."""
+    def open(
+        self, root: nn.Module, place: Callable[[], tuple[int, int] | None] | None = None
+    ) -> None:
+        """Install the hooks on every module of `root`.
+
+        Args:
+            root: What to watch.
+            place: Tells (stage, micro-batch) of the forward pass that is running, under a pipeline.
+                Only the first micro-batch of each stage is watched then, and no compiled code.
+        """
         self.close()
         self._open = True
+        self._place = place
         self._clock.zero_()
         inside = modules_in_compiled_regions(root)
         for name, module in root.named_modules():
             if module not in inside:
                 hook = partial(self._see, name)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        self._compiled = self._candidates(root, inside)
+        self._compiled = {} if place is not None else self._candidates(root, inside)
         for module in self._compiled:
             setattr(module, self._slot, [])
             if module in self._switches:
@@ -143,7 +156,7 @@ class StreamWatcher:
             delattr(module, self._slot)
         sightings, self._sightings = sorted(self._sightings, key=lambda s: s.order), []
         return [
-            Observation(s.name, _checked(s), s.note)
+            Observation(s.name, _checked(s), s.note, s.stage)
             for index, s in enumerate(sightings)
             if not any(_hands_on(s, earlier) for earlier in sightings[:index])
         ]
@@ -171,11 +184,14 @@ class StreamWatcher:
     ) -> None:
         if torch.compiler.is_compiling() or _in_backward():
             return
+        stage, micro_batch = (self._place and self._place()) or (0, 0)
+        if micro_batch > 0:
+            return
         args = (*args, *kwargs.values())
         mappings = self._extract(module, args, output)
         if mappings is not None:
             note = self._take_note(module, args, output, mappings)
-            self._sightings.append(_Sighting(int(self._clock), name, mappings, note))
+            self._sightings.append(_Sighting(int(self._clock), name, mappings, note, stage))
             self._clock += 1
 
     def _see_compiled(
