@@ -102,6 +102,28 @@ def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
+def replicas(trainer: "pl.Trainer") -> int:
+    """How many shares a batch is cut into: pipeline devices have theirs in common."""
+    return int(getattr(trainer.strategy, "data_parallel_size", trainer.world_size))
+
+
+def check_layout(
+    trainer: "pl.Trainer", module: "LanguageModel", data: "TextDataModule | None" = None
+) -> None:
+    """Refuse what the strategy cannot run, before any process group is there.
+
+    Args:
+        trainer: With the strategy.
+        module: What it is to run.
+        data: What to train on, if that is to be done.
+
+    Raises:
+        UserError: the strategy's own.
+    """
+    if hasattr(trainer.strategy, "check"):
+        trainer.strategy.check(module, None if data is None else data.micro_batch_size)
+
+
 def build_data(experiment: Experiment, world_size: int) -> "TextDataModule":
     """The data module; a `micro_batch_size` of null becomes a process's whole share of the batch.
 
@@ -157,7 +179,7 @@ def count_optimizer_steps(
     trainer: "pl.Trainer", experiment: Experiment, data: "TextDataModule"
 ) -> None:
     """Make the trainer accumulate gradients over a batch, and validate by optimizer steps."""
-    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+    trainer.accumulate_grad_batches = data.accumulation(replicas(trainer))
     interval = min(experiment.config.trainer.val_check_interval, max(1, trainer.max_steps))
     trainer.val_check_interval = interval * trainer.accumulate_grad_batches
 

@@ -36,7 +36,9 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         build_members,
         build_model_for,
         build_trainer,
+        check_layout,
         count_optimizer_steps,
+        replicas,
     )
     from mhc_lightning.cli.checkpoints import find_checkpoint, holds_weights_alone, load_fitting
     from mhc_lightning.cli.plan import check_room
@@ -54,11 +56,12 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         logger=build_members(experiment, "logger"),
         callbacks=[*build_members(experiment, "callbacks"), build(experiment, "checkpoint")],
     )
-    data = build_data(experiment, trainer.world_size)
+    data = build_data(experiment, replicas(trainer))
     count_optimizer_steps(trainer, experiment, data)
     if is_first_process():  # the others start later, or end with it
         check_room(experiment, trainer.world_size, trainer.strategy.root_device)
     module = build_model_for(experiment, trainer)
+    check_layout(trainer, module, data)
     data.validate_against(module.model.vocab_size)
     if checkpoint is not None:
         saved = load_fitting(checkpoint, module, experiment)

@@ -83,6 +83,11 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
 
     values = experiment.values()
     data, trainer = values["data"], values["trainer"]
+    if _strategy_name(values["strategy"]) == "pipelinestrategy":
+        raise NotPlannableError(
+            "strategy=pipeline: what each stage needs is not predicted; plan with strategy=fsdp for"
+            " the sums over all devices"
+        )
     with ShapesOnly():
         model = build(experiment, "model")
     optimizer = build(experiment, "optimizer")
@@ -126,10 +131,14 @@ def _layout(strategy: dict[str, Any], devices: int) -> "Layout":
     """What each device holds under a strategy; by its name, so that Lightning is not imported."""
     from mhc_lightning.planning import Layout
 
-    name = str(strategy.get("name") or strategy.get("_target_")).rpartition(".")[2].lower()
+    name = _strategy_name(strategy)
     sharded = any(word in name for word in ("shard", "fsdp", "modelparallel"))
     views = bool(strategy.get("gradient_as_bucket_view", False))
     return Layout(devices, sharded=sharded, copies_gradients=not sharded and not views)
+
+
+def _strategy_name(strategy: dict[str, Any]) -> str:
+    return str(strategy.get("name") or strategy.get("_target_")).rpartition(".")[2].lower()
 
 
 def _configured_devices(trainer: dict[str, Any], device: "torch.device") -> int:

@@ -34,14 +34,21 @@ def validate(experiment: Experiment, arguments: Arguments) -> None:
 
 def measure(experiment: Experiment) -> dict[str, float | int | str]:
     """The metrics by name, with the step and the file they belong to."""
-    from mhc_lightning.cli.building import build_data, build_model_for, build_trainer
+    from mhc_lightning.cli.building import (
+        build_data,
+        build_model_for,
+        build_trainer,
+        check_layout,
+        replicas,
+    )
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.tokenizer import check_tokenizer
 
     path = require_checkpoint(experiment)
     trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
-    data = build_data(experiment, trainer.world_size)
+    data = build_data(experiment, replicas(trainer))
     module = build_model_for(experiment, trainer)
+    check_layout(trainer, module)
     data.validate_against(module.model.vocab_size)
     checkpoint = load_fitting(path, module, experiment)
     check_tokenizer(data.tokenizer, checkpoint, path, module.model.vocab_size)
