@@ -78,7 +78,7 @@ class PipelineEngine:
         schedule = self._schedule("train", parts, tokens)
         losses: list[Tensor] = []
         self._run(schedule, "head_loss", tokens, targets, losses=losses, return_outputs=False)
-        mean = torch.zeros((), device=self._device)
+        mean = torch.zeros((), dtype=torch.float32, device=self._device)
         if losses:
             mean = torch.stack(losses).detach().sum().float() / self._share()
         self._broadcast(mean)
@@ -97,7 +97,7 @@ class PipelineEngine:
         losses = self._run(schedule, task, tokens, targets)
         if losses is None:
             shape = (parts,) if task == "head_loss" else targets.shape
-            losses = torch.zeros(shape, device=self._device)
+            losses = torch.zeros(shape, dtype=torch.float32, device=self._device)
         losses = losses.detach().float().contiguous()
         self._broadcast(losses)
         return losses
