@@ -29,9 +29,13 @@ def test_kernel_moves_what_it_has_to(name):
     assert moved.ratio <= LIMITS.get(name, 1.05), moved.table
 
 
-@pytest.mark.parametrize(("n", "width", "dtype"), [(3, 100, torch.float16), (7, 268, torch.float32)])
-def test_odd_shapes_move_nothing_twice(n, width, dtype):
-    moved = {moved.name: moved for moved in kernel_traffic(50, n, width, dtype)}
+# Enough tokens for phi not to be taken for streams.
+@pytest.mark.parametrize(
+    ("tokens", "n", "width", "dtype"), [(50, 3, 100, torch.float16), (450, 7, 68, torch.float32)]
+)
+def test_odd_shapes_move_nothing_twice(tokens, n, width, dtype):
+    with many_tokens_per_program(n, width, dtype.itemsize):
+        moved = {moved.name: moved for moved in kernel_traffic(tokens, n, width, dtype)}
     ratios = {name: m.streams / m.ideal for name, m in moved.items() if m.ideal and name in NAMES}
     assert ratios == dict.fromkeys(ratios, 1.0)
     assert len(ratios) >= 11
