@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
+from mhc_lightning.kernels.record import StreamMappings
 from mhc_lightning.kernels.triton.aggregate import (
     aggregate_backward,
     aggregate_forward,
@@ -25,6 +26,7 @@ from mhc_lightning.kernels.triton.merge_project import merge_project
 from mhc_lightning.kernels.triton.merge_project_backward import merge_project_backward
 from mhc_lightning.kernels.triton.project import project
 from mhc_lightning.kernels.triton.project_backward import project_backward
+from mhc_lightning.kernels.triton.replay import replay_forward
 from mhc_lightning.kernels.triton.sinkhorn import sinkhorn_backward, sinkhorn_forward
 
 ITERATIONS, EPS = 20, 1e-20
@@ -95,6 +97,8 @@ def workloads(
     gates = (alpha, bias, n, n * width, ITERATIONS)
     gates_1 = (alpha_1, bias, n, width, True)
     grads = (pre, post, residual)
+    mappings = StreamMappings(pre, post, residual)
+    outputs = [tensor(tokens, width, kind=dtype) for _ in range(3)]
     merged = (x, y, residual, post)
     behind = (raw, inverse_rms, pre, read_grad, grad)
     calls: dict[str, tuple[int, Callable[..., object], tuple[Any, ...]]] = {
@@ -105,6 +109,11 @@ def workloads(
         "expand_backward": (n + 1, expand_backward, (x,)),
         "merge_forward": (2 * n + 1, merge_forward, merged),
         "merge_backward": (3 * n + 2, merge_backward, (grad, *merged, True, True, True)),
+        # Four sub-layers: reads their entry and three outputs, writes three streams, four inputs.
+        "replay_forward": (
+            *(4 * n + 7, replay_forward),
+            (x, outputs, [mappings] * 4, [False, True, True, True], [True] * 4),
+        ),
         "project": (n, project, (x, phi)),
         "project_per_stream": (n, project, (x, phi_1, True)),
         "project_backward": (3 * n + 1, project_backward, (x, phi, *behind, True, True)),
