@@ -1,6 +1,8 @@
 """Trains a tiny model once per case and saves what it saw; started by torchrun or alone."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ class Watched(LanguageModel):
         super().__init__(*args, **kwargs)
         self.rows: list[dict[str, float]] = []
         self.gradients: dict[str, torch.Tensor] = {}
+        self.fault: str | None = None
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         if not self.gradients:
@@ -56,6 +59,12 @@ class Watched(LanguageModel):
             for callback in self.trainer.callbacks:
                 if isinstance(callback, StreamSampler):
                     self.rows[-1].update(callback.last)
+
+    def on_train_batch_start(self, *_: object) -> None:
+        if self.fault and self.trainer.global_step == 2 and self.trainer.global_rank == 1:
+            if self.fault == "raise":
+                raise ArithmeticError("out of luck")
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_validation_end(self) -> None:
         metrics = self.trainer.callback_metrics
@@ -89,6 +98,7 @@ def build(case: dict[str, Any]) -> Watched:
 
 def run(case: dict[str, Any], output: Path) -> None:
     model = build(case)
+    model.fault = case.get("fault")
     layout = case.get("strategy")
     strategy = PipelineStrategy(**layout) if layout else SingleDeviceStrategy(torch.device("cpu"))
     accumulate = 2

@@ -24,10 +24,10 @@ def case(schedule: str, devices: int, **changes: Any) -> dict[str, Any]:
     return {"devices": devices, "experts": True, **changes, "strategy": layout}
 
 
-def train(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def launch(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> Any:
     """Run all cases in one launch of so many processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    result = subprocess.run(
+    return subprocess.run(
         [
             sys.executable,
             *(launcher if processes > 1 else []),
@@ -41,6 +41,11 @@ def train(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> dic
         timeout=400,
         check=False,
     )
+
+
+def train(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the processes saw in each case."""
+    result = launch(folder, processes, cases)
     assert result.returncode == 0, result.stderr[-5000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in cases}
 
@@ -104,6 +109,27 @@ def test_sharded_stages_and_long_pipelines_train_as_one_process_does(
     }
     for name, ours in train(tmp_path, 4, cases).items():
         assert_same_training(ours, single["experts"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        ("raise", "failed: ArithmeticError: out of luck"),
+        ("kill", "gives no sign of life: it was killed or cut off"),
+    ],
+)
+def test_the_cause_of_a_fault_is_named_by_the_survivors(
+    fault: str, cause: str, tmp_path: Path
+) -> None:
+    """The run ends by itself, in far less than the time that processes wait for each other.
+
+    Lightning starts the second process here.
+    """
+    result = launch(tmp_path, 1, {"fault": case("zbv", 2, fault=fault)})
+    assert result.returncode != 0
+    assert f"error: rank 1 (pipeline stage 1, 2) {cause}" in result.stderr
+    assert result.stderr.count("error: rank") == 1, "each process prints the other's fault alone"
 
 
 def test_what_cannot_run_is_refused_without_processes(tiny_transformer) -> None:

@@ -1,6 +1,7 @@
 """Pipeline parallelism for Lightning, on torch.distributed.pipelining."""
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,11 +15,13 @@ from lightning.pytorch.loops.optimization.automatic import (
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.strategies.fault_watch import FaultWatch
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
@@ -54,10 +57,13 @@ class PipelineStrategy(ModelParallelStrategy):
         pipeline_size: Devices of one pipeline; None takes all devices for one.
         blocks_per_stage: Blocks of each stage; None balances their predicted cost, with that of
             the embedding and the head.
+        timeout_seconds: How long a process waits for another that hangs.
 
     Attributes:
         materialises_model: A module may come with its network on ``meta``: each process gives only
             its stages memory and values.
+
+    If a process fails, every other one prints which (its rank and stages) and why, and ends.
 
     Raises:
         UserError: There is no such schedule.
@@ -71,8 +77,13 @@ class PipelineStrategy(ModelParallelStrategy):
         microbatches: int | None = None,
         pipeline_size: int | None = None,
         blocks_per_stage: list[int] | None = None,
+        timeout_seconds: float = 1800,
     ) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
         if schedule not in SCHEDULES:
             raise UserError(
                 f"strategy.schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}"
@@ -83,6 +94,7 @@ class PipelineStrategy(ModelParallelStrategy):
         self.blocks_per_stage = blocks_per_stage
         self._engine: PipelineEngine | None = None
         self._whole: WholeState | None = None
+        self._watch: FaultWatch | None = None
 
     # ---- the layout
 
@@ -190,6 +202,7 @@ class PipelineStrategy(ModelParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         if self._engine is None:
             self._split()
+        self._start_watch()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -213,6 +226,20 @@ class PipelineStrategy(ModelParallelStrategy):
                 " returned, unchanged: its gradients have been computed by then"
             )
         return out
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other processes, or learn from them what the cause was."""
+        super().on_exception(exception)
+        # A run that is told to stop does so everywhere, and has nothing to blame.
+        if self._watch is not None and not isinstance(exception, SIGTERMException):
+            self._watch.report(exception)
+
+    def teardown(self) -> None:
+        """Stop watching."""
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
+        super().teardown()
 
     # ---- checkpoints: whole files
 
@@ -278,6 +305,16 @@ class PipelineStrategy(ModelParallelStrategy):
         )
         network.loss = self._engine.loss
         network.token_losses = self._engine.token_losses
+
+    def _start_watch(self) -> None:
+        if self._watch is not None or self.world_size == 1:
+            return
+        assert self._engine is not None
+        stages = ", ".join(map(str, self._engine.stage_numbers))
+        name = f"rank {self.global_rank} (pipeline stage {stages})"
+        store = dist.distributed_c10d._get_default_store()
+        self._watch = FaultWatch(store, self.global_rank, self.world_size, name)
+        self._watch.start()
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -61,6 +61,11 @@ class PipelineEngine:
         self.last_loss: Tensor | None = None
 
     @property
+    def stage_numbers(self) -> list[int]:
+        """The stages of this process."""
+        return [stage.index for stage in self._stages]
+
+    @property
     def place(self) -> tuple[int, int] | None:
         """(stage, micro-batch) of the forward pass that is running in this process, or None."""
         places = [stage.place for stage in self._stages if stage.place is not None]
