@@ -11,7 +11,6 @@ from mhc_lightning.kernels.triton.aggregate import (
     aggregate_backward,
     aggregate_forward,
     expand_backward,
-    mean_backward,
     mean_forward,
 )
 from mhc_lightning.kernels.triton.configs import Config, choose
@@ -69,9 +68,6 @@ def test_backward(
         assert pre_grad.dtype == torch.float32
         expected = torch.einsum("tc,tnc->tn", grad.double(), streams.double())
         assert_close_to_float64(pre_grad, expected)
-    spread = mean_backward(grad, n)
-    assert spread.dtype == dtype and spread.is_contiguous()
-    assert_close_to_float64(spread, grad.double()[:, None].expand(tokens, n, width) / n)
 
 
 def test_nothing_needed_is_nothing_done() -> None:

@@ -1,7 +1,5 @@
 """Weighted sums of the streams in one pass, and their gradients; the mean and the plain sum too."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -53,21 +51,36 @@ def aggregate_backward(
     streams_grad = streams.new_empty(streams.shape) if need_streams else None
     pre_grad = torch.empty_like(pre, memory_format=torch.contiguous_format) if need_pre else None
     if need_streams or need_pre:
-        _spread(grad, streams if need_pre else None, pre, 1.0, streams_grad, pre_grad)
+        tokens, n, width = streams.shape
+        itemsize = streams.element_size()
+        default = aggregate_backward_config(n, width, itemsize)
+        config = configured("aggregate_backward", n, width, streams.dtype, default)
+        vector = vector_width(width, grad, streams)
+        launch(
+            aggregate_backward_kernel,
+            (triton.cdiv(tokens, config.block_tokens),),
+            grad,
+            streams if need_pre else None,
+            pre.contiguous() if need_streams else None,
+            streams_grad,
+            pre_grad,
+            tokens,
+            *strides_in(vector, grad),
+            *strides_in(vector, streams),
+            n=n,
+            width=width,
+            vector=vector,
+            block_tokens=config.block_tokens,
+            lanes=config.block_width * itemsize // VECTOR_BYTES,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return streams_grad, pre_grad
 
 
 def mean_forward(streams: Tensor) -> Tensor:
     """The mean of the streams: [tokens, n, C], any strides -> [tokens, C], contiguous."""
     return _weighted_sum(streams, None, 1 / streams.shape[1])
-
-
-def mean_backward(grad: Tensor, n: int) -> Tensor:
-    """Gradient of `mean_forward`: [tokens, C], any strides -> [tokens, n, C], contiguous."""
-    tokens, width = grad.shape
-    streams_grad = grad.new_empty(tokens, n, width)
-    _spread(grad, None, None, 1 / n, streams_grad, None)
-    return streams_grad
 
 
 def expand_backward(grad: Tensor) -> Tensor:
@@ -109,43 +122,6 @@ def _weighted_sum(streams: Tensor, pre: Tensor | None, scale: float) -> Tensor:
         num_stages=config.num_stages,
     )
     return read
-
-
-def _spread(
-    grad: Tensor,
-    streams: Tensor | None,
-    pre: Tensor | None,
-    scale: float,
-    streams_grad: Tensor | None,
-    pre_grad: Tensor | None,
-) -> None:
-    """Fill those of the two gradients that are not None."""
-    shaped: Any = streams if streams_grad is None else streams_grad
-    tokens, n, width = shaped.shape
-    default = aggregate_backward_config(n, width, shaped.element_size())
-    config = configured("aggregate_backward", n, width, shaped.dtype, default)
-    operands = [tensor for tensor in (shaped, grad, streams) if tensor is not None]
-    vector = vector_width(width, *operands)
-    launch(
-        aggregate_backward_kernel,
-        (triton.cdiv(tokens, config.block_tokens),),
-        grad,
-        streams,
-        None if pre is None or streams_grad is None else pre.contiguous(),
-        streams_grad,
-        pre_grad,
-        tokens,
-        *strides_in(vector, grad),
-        *((0, 0, 0) if streams is None else strides_in(vector, streams)),
-        scale=scale,
-        n=n,
-        width=width,
-        vector=vector,
-        block_tokens=config.block_tokens,
-        lanes=config.block_width * shaped.element_size() // VECTOR_BYTES,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
 
 
 @triton.jit(do_not_specialize=["tokens", "token_stride", "stream_stride"])
@@ -190,7 +166,7 @@ def aggregate_forward_kernel(
 def aggregate_backward_kernel(
     grad_ptr,
     streams_ptr,  # None unless pre_grad_ptr
-    pre_ptr,  # None: every stream weighed `scale`
+    pre_ptr,  # None unless streams_grad_ptr
     streams_grad_ptr,  # None: not wanted
     pre_grad_ptr,  # None: not wanted
     tokens,
@@ -199,7 +175,6 @@ def aggregate_backward_kernel(
     token_stride,
     stream_stride,
     width_stride,
-    scale: tl.constexpr,
     n: tl.constexpr,
     width: tl.constexpr,
     vector: tl.constexpr,
@@ -215,11 +190,9 @@ def aggregate_backward_kernel(
     weights = ()
     sums = ()
     for j in tl.static_range(n):
-        if pre_ptr is not None:
+        if streams_grad_ptr is not None:
             weight = tl.load(pre_ptr + token * n + j, mask=token < tokens, other=0.0)
             weights = weights + (weight[:, None, None],)
-        else:
-            weights = weights + (scale,)
         sums = sums + (tl.zeros((block_tokens, lanes), tl.float32),)
     for start in range(0, width, step):
         column = start + lane

@@ -13,7 +13,6 @@ from mhc_lightning.kernels.triton.aggregate import (
     aggregate_backward,
     aggregate_forward,
     expand_backward,
-    mean_backward,
     mean_forward,
 )
 from mhc_lightning.kernels.triton.coefficients import coefficients_backward, coefficients_forward
@@ -33,7 +32,6 @@ ITERATIONS, EPS = 20, 1e-20
 # Whose block sizes a workload runs with, where that is not its own name.
 _KERNELS = {
     "mean_forward": "aggregate_forward",
-    "mean_backward": "aggregate_backward",
     "expand_backward": "aggregate_forward",
     "project_per_stream": "project",
     "project_backward_per_stream": "project_backward",
@@ -105,7 +103,6 @@ def workloads(
         "aggregate_forward": (n + 1, aggregate_forward, (x, pre)),
         "aggregate_backward": (2 * n + 1, aggregate_backward, (read_grad, x, pre, True, True)),
         "mean_forward": (n + 1, mean_forward, (x,)),
-        "mean_backward": (n + 1, mean_backward, (y, n)),
         "expand_backward": (n + 1, expand_backward, (x,)),
         "merge_forward": (2 * n + 1, merge_forward, merged),
         "merge_backward": (3 * n + 2, merge_backward, (grad, *merged, True, True, True)),
