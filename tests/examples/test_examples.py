@@ -51,6 +51,18 @@ def test_watching_deepseek_v4(tmp_path: Path) -> None:
     assert "step 20/20" in stdout
 
 
+def test_a_pipeline_of_ones_own() -> None:
+    """Two stages on each of two devices, whose gradients are clipped by their common norm."""
+    losses = []
+    for options in ((), ("--devices", "2", "--schedule", "zbv")):
+        command = [sys.executable, str(EXAMPLES / "pipeline_your_own.py"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        losses.append([float(line.split()[-1]) for line in done.stdout.splitlines()])
+    assert len(losses[0]) == 9 and losses[0][-1] < 0.7 * losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5)
+
+
 @pytest.mark.parametrize("name", ["vision_transformer.py", "watch_deepseek_v4.py"])
 def test_help_says_what_one_sees(name: str) -> None:
     command = [sys.executable, str(EXAMPLES / name), "--help"]
