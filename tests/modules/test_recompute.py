@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from live_storages import LiveStorages
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from live_storages import LiveStorages
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import expand_streams
 from mhc_lightning.modules import (
