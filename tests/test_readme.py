@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -27,6 +28,7 @@ OVERRIDES = {
     "import": TINY,
     "evaluate": [*TINY, "tasks=local", "include_path=tasks"],
 }
+SCALED = "Train on many devices"
 TESTED = ("Use it on your text", "Exchange and evaluate models", "The paper's models")
 
 
@@ -178,10 +180,37 @@ def test_make_targets_exist(document, commands_in, repository):
         run(["bash", "-c", line.replace("make ", "make --dry-run ", 1)], repository)
 
 
+def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
+    """All but starting the processes."""
+    from mhc_lightning.cli.arguments import parse_arguments
+    from mhc_lightning.cli.building import build_model_for, build_trainer, check_layout, replicas
+    from mhc_lightning.cli.composition import compose_experiment
+
+    layouts, module = [], None
+    for line in commands_in("README.md", SCALED):
+        words = shlex.split(line.partition("mhc_lightning ")[2])
+        experiment = compose_experiment(parse_arguments([*words, "trainer.accelerator=cpu"]))
+        trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
+        module = module or build_model_for(experiment, trainer)
+        data = experiment.config.data
+        size = data.micro_batch_size or data.batch_size // replicas(trainer)
+        check_layout(trainer, module, SimpleNamespace(micro_batch_size=size))
+        assert data.batch_size % (size * replicas(trainer)) == 0, line
+        layouts.append((type(trainer.strategy).__name__, trainer.world_size, replicas(trainer)))
+    assert layouts == [
+        ("FullyShardedStrategy", 8, 8),
+        ("PipelineStrategy", 8, 1),
+        ("PipelineStrategy", 8, 1),
+        ("PipelineStrategy", 32, 4),
+    ]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_is_of_a_kind_that_is_tested(document, commands_in):
     for line in commands_in(document):
         program = line.split()[0]
+        if document == "README.md" and line in commands_in("README.md", SCALED):
+            continue
         assert program in ("make", "python", "tensorboard", ".ci/run"), line
         if program == "python" and "mhc_lightning " in line.replace("dist/", ""):
             assert any(line in commands_in("README.md", section) for section in TESTED), line
