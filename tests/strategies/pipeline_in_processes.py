@@ -92,8 +92,8 @@ def build(case: dict[str, Any]) -> Watched:
             num_shared_experts=1,
         )
     network.double()  # rounding hides nothing
-    network.recompute_block = case.get("recompute", 0)
-    return Watched(network, Sgd(lr=0.1, weight_decay=0.0, schedule="constant"))
+    optimizer = Sgd(lr=0.1, weight_decay=0.0, schedule="constant")
+    return Watched(network, optimizer, recompute=case.get("recompute", "off"))
 
 
 def run(case: dict[str, Any], output: Path) -> None:

@@ -273,6 +273,8 @@ class PipelineStrategy(ModelParallelStrategy):
         )
         own = plan.stages_of(self.device_mesh["pipeline"].get_local_rank())
         count = len(plan.blocks)
+        if hasattr(network, "set_recompute"):
+            network.set_recompute(network.recompute, [len(blocks) for blocks in plan.blocks])
         stages = [Stage(network, plan.blocks[index], index, count) for index in own]
         _keep_counting_flops(network)
         for stage in stages:
