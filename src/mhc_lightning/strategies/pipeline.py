@@ -1,19 +1,12 @@
 """Pipeline parallelism for Lightning, on torch.distributed.pipelining."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loops.optimization.automatic import (
-    Closure,
-    ClosureResult,
-    _AutomaticOptimization,
-)
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
@@ -21,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.strategies.backward_within_step import run_backward_within_step
 from mhc_lightning.strategies.fault_watch import FaultWatch
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
@@ -33,10 +27,11 @@ from mhc_lightning.strategies.stages import (
     pipeline_size_of,
     plan_stages,
 )
+from mhc_lightning.strategies.whole_files import WholeFileStrategy
 from mhc_lightning.strategies.whole_state import WholeState
 
 
-class PipelineStrategy(ModelParallelStrategy):
+class PipelineStrategy(WholeFileStrategy):
     """Cuts a network into stages on different devices; what is left of them is data-parallel.
 
     The LightningModule stays as it is: it has one network that is a `PipelinedNetwork` (as
@@ -68,8 +63,6 @@ class PipelineStrategy(ModelParallelStrategy):
     Raises:
         UserError: There is no such schedule.
     """
-
-    materialises_model = True
 
     def __init__(
         self,
@@ -206,7 +199,7 @@ class PipelineStrategy(ModelParallelStrategy):
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
-            _run_backward_within_loss(trainer)
+            run_backward_within_step(trainer)
         self.setup_precision_plugin()
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
 
@@ -241,25 +234,10 @@ class PipelineStrategy(ModelParallelStrategy):
             self._watch = None
         super().teardown()
 
-    # ---- checkpoints: whole files
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole module's state on rank zero, nothing elsewhere."""
+    def whole_state(self) -> WholeState:
+        """Every process has its stages, or shards of them."""
         assert self._whole is not None
-        return self._whole.gather_module()
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole optimizer's state on rank zero, as one process would have it; else nothing."""
-        assert self._whole is not None
-        return self._whole.gather_optimizer(getattr(optimizer, "_optimizer", optimizer))
-
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load this process's part of a whole checkpoint file."""
-        assert self._whole is not None
-        path = self.broadcast(checkpoint_path)
-        return self._whole.load_file(path, self.optimizers, weights_only)
+        return self._whole
 
     # ---- parts of the above
 
@@ -321,35 +299,6 @@ class PipelineStrategy(ModelParallelStrategy):
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         clip_by_global_norm(parameters, clip_val, self.pipeline_group)
-
-
-class _OptimizationAroundSchedule(_AutomaticOptimization):
-    """Lightning's automatic optimization, for training steps that run backward themselves.
-
-    Its order is step, zero_grad, backward; a step that has run backward needs zero_grad first.
-    """
-
-    def _make_closure(self, kwargs: Any, optimizer: Optimizer, batch_idx: int) -> Closure:
-        zero_grad = self._make_zero_grad_fn(batch_idx, optimizer)
-        step = self._make_step_fn(kwargs)
-        return Closure(step_fn=lambda: self._step(zero_grad, step))
-
-    def _step(
-        self, zero_grad: Callable[[], None] | None, step: Callable[[], ClosureResult]
-    ) -> ClosureResult:
-        if zero_grad is not None:
-            zero_grad()
-        result = step()
-        call._call_callback_hooks(self.trainer, "on_after_backward")
-        call._call_lightning_module_hook(self.trainer, "on_after_backward")
-        return result
-
-
-def _run_backward_within_loss(trainer: pl.Trainer) -> None:
-    loop = trainer.fit_loop.epoch_loop
-    ours = _OptimizationAroundSchedule(trainer)
-    ours.optim_progress = loop.automatic_optimization.optim_progress
-    loop.automatic_optimization = ours
 
 
 def _is_compiled(network: nn.Module) -> bool:
