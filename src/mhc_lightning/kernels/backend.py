@@ -58,10 +58,12 @@ def backend_of(streams: Tensor, *coefficients: Tensor) -> ModuleType:
 def fuses_seams(streams: Tensor, *coefficients: Tensor) -> bool:
     """Whether merging and reading run as one kernel, and so move less than one after the other.
 
-    They do for Triton on NVIDIA's chips and up to 4 streams; more would not fit the registers of
-    a program, nor its tiles the shared memory of AMD's.
+    They do for Triton on NVIDIA's chips of compute capability 8.0 or more and up to 4 streams; more
+    would not fit the registers of a program, nor its tiles the shared memory of AMD's.
     """
     fits = streams.shape[-2] <= MOST_FUSED_STREAMS and torch.version.hip is None
+    if streams.is_cuda:
+        fits = fits and torch.cuda.get_device_capability(streams.device) >= (8, 0)
     return fits and backend_of(streams, *coefficients) is not reference
 
 

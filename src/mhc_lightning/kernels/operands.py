@@ -30,6 +30,6 @@ def full_precision(streams: Tensor) -> AbstractContextManager:
     return torch.autocast(streams.device.type, enabled=False)
 
 
-def empty() -> Tensor:
+def empty(like: Tensor) -> Tensor:
     """What an operator returns in place of a result that was not asked for."""
-    return torch.empty(0)
+    return like.new_empty(0)

@@ -245,8 +245,8 @@ def read_backward_op(
         need_phi,
     )
     return (
-        empty() if streams_grad is None else streams_grad,
-        empty() if phi_grad is None else phi_grad,
+        empty(streams) if streams_grad is None else streams_grad,
+        empty(streams) if phi_grad is None else phi_grad,
         alpha_grad,
         bias_grad,
     )
@@ -296,8 +296,8 @@ def _(
     need_phi: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        streams.new_empty(streams.shape) if need_streams else empty(),
-        phi.new_empty(phi.shape) if need_phi else empty(),
+        streams.new_empty(streams.shape) if need_streams else empty(streams),
+        phi.new_empty(phi.shape) if need_phi else empty(streams),
         torch.empty_like(alpha),
         torch.empty_like(bias),
     )

@@ -77,8 +77,8 @@ def aggregate_backward_op(
     backend = backend_of(streams, pre)
     streams_grad, pre_grad = backend.aggregate_backward(grad, streams, pre, need_streams, need_pre)
     return (
-        empty() if streams_grad is None else streams_grad,
-        empty() if pre_grad is None else pre_grad,
+        empty(streams) if streams_grad is None else streams_grad,
+        empty(streams) if pre_grad is None else pre_grad,
     )
 
 
@@ -92,8 +92,8 @@ def _(
     grad: Tensor, streams: Tensor, pre: Tensor, need_streams: bool, need_pre: bool
 ) -> tuple[Tensor, Tensor]:
     return (
-        streams.new_empty(streams.shape) if need_streams else empty(),
-        pre.new_empty(pre.shape) if need_pre else empty(),
+        streams.new_empty(streams.shape) if need_streams else empty(streams),
+        pre.new_empty(pre.shape) if need_pre else empty(streams),
     )
 
 
@@ -132,7 +132,7 @@ def merge_backward_op(
         grad, streams, output, residual, post, need_streams, need_output, need_coefficients
     )
     streams_grad, output_grad, residual_grad, post_grad = (
-        empty() if g is None else g for g in grads
+        empty(grad) if g is None else g for g in grads
     )
     return streams_grad, output_grad, residual_grad, post_grad
 
@@ -154,10 +154,10 @@ def _(
     need_coefficients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        streams.new_empty(streams.shape) if need_streams else empty(),
-        output.new_empty(output.shape) if need_output else empty(),
-        residual.new_empty(residual.shape) if need_coefficients else empty(),
-        post.new_empty(post.shape) if need_coefficients else empty(),
+        streams.new_empty(streams.shape) if need_streams else empty(streams),
+        output.new_empty(output.shape) if need_output else empty(streams),
+        residual.new_empty(residual.shape) if need_coefficients else empty(streams),
+        post.new_empty(post.shape) if need_coefficients else empty(streams),
     )
 
 

@@ -1,8 +1,10 @@
 """The one door through which every Triton kernel of this package is launched."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+
+import torch
 
 
 class Launch(NamedTuple):
@@ -34,8 +36,11 @@ class Launch(NamedTuple):
         }
 
     def run(self) -> None:
-        """Launch it."""
-        self.kernel[self.grid](*self.args, **self.constants, **self.options)
+        """Launch it on the device of its tensors, whichever is the current one."""
+        tensor = next(argument for argument in self.args if isinstance(argument, torch.Tensor))
+        on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+        with on_device:
+            self.kernel[self.grid](*self.args, **self.constants, **self.options)
 
 
 _handler: Callable[[Launch], None] = Launch.run

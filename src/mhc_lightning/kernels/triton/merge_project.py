@@ -83,7 +83,9 @@ def _merge_project(
         in_c = c < C
         in_tile = in_t[:, None] & in_c[None, :]
         y = tl.load(
-            output + t[:, None] * output_stride_token + (c * output_stride_channel)[None, :],
+            output
+            + t[:, None] * output_stride_token
+            + (c.to(tl.int64) * output_stride_channel)[None, :],
             mask=in_tile,
             other=0.0,
         )
@@ -92,8 +94,8 @@ def _merge_project(
             x = tl.load(
                 streams
                 + t[:, None] * stride_token
-                + j * stride_stream
-                + (c * stride_channel)[None, :],
+                + tl.cast(j, tl.int64) * stride_stream
+                + (c.to(tl.int64) * stride_channel)[None, :],
                 mask=in_tile,
                 other=0.0,
             )

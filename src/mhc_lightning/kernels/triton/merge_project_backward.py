@@ -85,7 +85,9 @@ def _merge_project_backward(
         in_tile = in_t[:, None] & in_c[None, :]
         t = t.to(tl.int64)
         y = tl.load(
-            output + t[:, None] * output_stride_token + (c * output_stride_channel)[None, :],
+            output
+            + t[:, None] * output_stride_token
+            + (c.to(tl.int64) * output_stride_channel)[None, :],
             mask=in_tile,
             other=0.0,
         )
@@ -94,8 +96,8 @@ def _merge_project_backward(
             x = tl.load(
                 streams
                 + t[:, None] * stride_token
-                + j * stride_stream
-                + (c * stride_channel)[None, :],
+                + tl.cast(j, tl.int64) * stride_stream
+                + (c.to(tl.int64) * stride_channel)[None, :],
                 mask=in_tile,
                 other=0.0,
             )
@@ -108,7 +110,9 @@ def _merge_project_backward(
         norm = tl.load(scale + t, mask=in_t, other=0.0)
         if HAS_READ:
             outer = tl.load(
-                read_grad + t[:, None] * read_stride_token + (c * read_stride_channel)[None, :],
+                read_grad
+                + t[:, None] * read_stride_token
+                + (c.to(tl.int64) * read_stride_channel)[None, :],
                 mask=in_tile,
                 other=0.0,
             )
@@ -134,8 +138,8 @@ def _merge_project_backward(
                 grad += tl.load(
                     new_grad
                     + t[:, None] * new_stride_token
-                    + i * new_stride_stream
-                    + (c * new_stride_channel)[None, :],
+                    + tl.cast(i, tl.int64) * new_stride_stream
+                    + (c.to(tl.int64) * new_stride_channel)[None, :],
                     mask=in_tile,
                     other=0.0,
                 ).to(tl.float32)

@@ -46,7 +46,7 @@ def _project(
     in_rows = row < rows
     in_k = k < K
     token = (row // ROWS_PER_TOKEN).to(tl.int64)
-    row_start = streams + token * stride_token + (row % ROWS_PER_TOKEN) * stride_stream
+    row_start = streams + token * stride_token + (row % ROWS_PER_TOKEN).to(tl.int64) * stride_stream
 
     chunks_per_stream: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     first = split * chunks_per_split
@@ -58,7 +58,9 @@ def _project(
         c = (chunk % chunks_per_stream) * BLOCK_C + channel
         in_c = c < C
         x = tl.load(
-            row_start[:, None] + stream * stride_stream + (c * stride_channel)[None, :],
+            row_start[:, None]
+            + stream.to(tl.int64) * stride_stream
+            + (c.to(tl.int64) * stride_channel)[None, :],
             mask=in_rows[:, None] & in_c[None, :],
             other=0.0,
         ).to(tl.float32)

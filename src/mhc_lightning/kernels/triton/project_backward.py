@@ -80,7 +80,9 @@ def _project_backward(
         t = t.to(tl.int64)
         if HAS_READ:
             outer = tl.load(
-                read_grad + t[:, None] * read_stride_token + (c * read_stride_channel)[None, :],
+                read_grad
+                + t[:, None] * read_stride_token
+                + (c.to(tl.int64) * read_stride_channel)[None, :],
                 mask=in_tile,
                 other=0.0,
             ).to(tl.float32)
@@ -96,8 +98,8 @@ def _project_backward(
             x = tl.load(
                 streams
                 + t[:, None] * stride_token
-                + i * stride_stream
-                + (c * stride_channel)[None, :],
+                + tl.cast(i, tl.int64) * stride_stream
+                + (c.to(tl.int64) * stride_channel)[None, :],
                 mask=in_tile,
                 other=0.0,
             ).to(tl.float32)
@@ -114,8 +116,8 @@ def _project_backward(
                     grad += tl.load(
                         kept_grad
                         + t[:, None] * kept_stride_token
-                        + i * kept_stride_stream
-                        + (c * kept_stride_channel)[None, :],
+                        + tl.cast(i, tl.int64) * kept_stride_stream
+                        + (c.to(tl.int64) * kept_stride_channel)[None, :],
                         mask=in_tile,
                         other=0.0,
                     ).to(tl.float32)
@@ -180,14 +182,18 @@ def project_backward(
     Returns:
         The streams' gradient [T, n, C] in their dtype and phi's in float32, None where not needed.
     """
+    if not (need_streams or need_phi):
+        return None, None
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
     default = project_backward_config(n, width, streams.element_size())
     config = configured("project_backward", n, width, streams.dtype, default)
     channel_blocks = triton.cdiv(width, config.block_width)
     ranges, per_range = ranges_of_tokens(tokens, channel_blocks, config.block_tokens)
-    streams_grad = torch.empty_like(streams, memory_format=torch.contiguous_format)
-    partials = streams.new_empty((ranges, *phi.shape), dtype=torch.float32)
+    streams_grad = streams.new_empty(streams.shape) if need_streams else None
+    partials = None
+    if need_phi:
+        partials = streams.new_empty((ranges, *phi.shape), dtype=torch.float32)
     outer = streams if read_grad is None else read_grad
     kept = streams if kept_grad is None else kept_grad
     launch(
@@ -223,7 +229,4 @@ def project_backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return (
-        streams_grad if need_streams else None,
-        partials.sum(0) if need_phi else None,
-    )
+    return streams_grad, None if partials is None else partials.sum(0)

@@ -20,7 +20,7 @@ def seam_forward(
     carry: Tensor | None,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, StreamMappings, Tensor, Tensor]:
-    """What ``reference.seam_forward`` computes."""
+    """What ``unfused_seam.seam_forward`` computes."""
     new, read, products, squares = merge_project(
         streams, output, residual, post, phi, alpha, bias, carry, rule.eps
     )
@@ -47,7 +47,7 @@ def seam_backward(
     grads: MappingGrads,
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """What ``reference.seam_backward`` computes."""
+    """What ``unfused_seam.seam_backward`` computes."""
     single_pass = carry is not None
     raw_grad, scale, alpha_grad, bias_grad = coefficient_grads(
         *(new, alpha, bias, pre, raw, inverse_rms),
