@@ -1,7 +1,8 @@
 """What recomputing streams costs in time and saves in memory: a training step, by recompute block.
 
 Whole steps of an mHC model of the paper's shape, interleaved in one process. Bytes are those of all
-storages that are alive between forward and backward, told by weak references.
+storages that are alive between forward and backward, told by weak references: of the model, and of
+its connections alone, around sub-layers that keep nothing.
 
     python benchmarks/recompute.py --clock cpu --threads 1 > benchmarks/results/recompute_cpu.json
 
@@ -12,15 +13,51 @@ processor time.
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from live_storages import LiveStorages
 from mhc_lightning.cli.arguments import parse_arguments
 from mhc_lightning.cli.building import build
 from mhc_lightning.cli.composition import compose_experiment
-from mhc_lightning.modules import Transformer
+from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+from mhc_lightning.modules.recompute import recomputing
 from timing import interleaved_seconds, report
+
+
+class Opaque(torch.autograd.Function):
+    """A sub-layer that keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        """Half of the input."""
+        return u * 0.5
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Half of the gradient."""
+        return grad * 0.5
+
+
+def stream_bytes(dim: int, n: int, layers: int, size: int, tokens: int = 256) -> dict[str, float]:
+    """Bytes per token that the streams of a pipeline stage keep alive, and Table 3's count."""
+    stack = [ManifoldHyperConnection(dim, n, index) for index in range(layers)]
+    start = torch.randn(tokens, n, dim, requires_grad=True)
+    with LiveStorages(p for layer in stack for p in layer.parameters()) as live:
+        flow: Any = start * 1
+        with recomputing(size):
+            for layer in stack:
+                flow = layer.run(flow, Opaque.apply)
+            streams, _ = flow.merge()
+        del flow
+        loss = streams.sum()
+        del streams
+        kept = (live.bytes() - loss.nbytes) / tokens
+    coefficients = 4 * (2 * n * n + 4 * n + 1) * layers
+    entries = -(-layers // size) * n if size else (n + 2) * layers
+    return {"kept": kept, "by_table_3": 4 * dim * (entries + layers) + coefficients}
 
 
 def main() -> None:
@@ -75,6 +112,15 @@ def main() -> None:
             "streams": model.num_streams,
             "auto": model.set_recompute("auto"),
             "bytes_kept": kept,
+            "stream_bytes_per_token": {
+                str(setting): stream_bytes(
+                    model.embedding.embedding_dim,
+                    model.num_streams,
+                    2 * len(model.blocks),
+                    model.set_recompute(setting),
+                )
+                for setting in settings
+            },
             "seconds": {
                 name: {key: round(value, 4) for key, value in summary.items()}
                 for name, summary in seconds.items()
