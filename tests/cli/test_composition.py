@@ -141,7 +141,8 @@ def test_a_config_anywhere_builds_on_the_shipped_ones(own):
     assert values["data"]["path"] == [{"path": "a b", "weight": 3}, {"path": "c", "weight": 1}]
     assert values["optimizer"]["lr"] == 0.25 and values["optimizer"]["eps"] == 1e-8
     assert "sinkhorn_iterations" in compose("connection=mhc", config=own).values()["connection"]
-    with pytest.raises(UserError, match="available for connection: hc, mhc, mhc_single_pass, mine, residual"):
+    available = "available for connection: hc, mhc, mhc_single_pass, mine, residual"
+    with pytest.raises(UserError, match=available):
         compose("connection=other", config=own)
 
 
