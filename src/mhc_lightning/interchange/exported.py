@@ -120,7 +120,8 @@ def load_exported(folder: str | Path) -> Transformer:
         UserError: The folder holds no exported model, or its tensors are not those of the network.
     """
     exported = open_exported(folder)
-    with torch.device("meta"):
+    # A network draws the seed of its initial weights, which nothing asks for here.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = exported.build()
     tensors = exported.tensors(model.state_dict())
     model.load_state_dict(tensors, assign=True)  # in the dtypes of the file

@@ -10,6 +10,7 @@ import pytest
 from compiled_kernels import REGISTER_LIMIT, SHARED_LIMIT, TARGETS
 
 PAPER_WIDTHS = ("1280", "2560", "4096", "7168")
+FEW = ("1280", "7168")
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,9 @@ def report(wrong: list[tuple[dict, list[str]]]) -> str:
     return "\n".join(lines)
 
 
-def test_default_kernels_for_hopper_at_the_papers_widths(compiled):
-    rows = compiled("--widths", *PAPER_WIDTHS)
+@pytest.mark.parametrize("widths", [FEW, pytest.param(PAPER_WIDTHS, marks=pytest.mark.slow)])
+def test_default_kernels_for_hopper_at_the_papers_widths(compiled, widths):
+    rows = compiled("--widths", *widths)
     assert report([(row, problems(row) + narrow(row)) for row in rows]) == ""
 
 
