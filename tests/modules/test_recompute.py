@@ -273,6 +273,50 @@ def test_what_a_connection_does_not_replay_is_kept(run: Callable[..., Any]) -> N
     assert [(part - parts[0]) // (4 * 20 * 2 * 32) for part in parts] == [0, 2, 2]
 
 
+def test_what_is_changed_in_place_is_not_rebuilt_as_it_was(run: Callable[..., Any]) -> None:
+    stack = [ManifoldHyperConnection(16, 2, index) for index in range(4)]
+    parameters = [p for layer in stack for p in layer.parameters()]
+    outputs: list[Tensor] = []
+
+    def changes_its_input(u: Tensor) -> Tensor:
+        return u.mul_(2).pow(2)
+
+    def shows_its_output(u: Tensor) -> Tensor:
+        outputs.append(2 * u)
+        return outputs[-1]
+
+    results = []
+    for size in (0, 3):
+        torch.manual_seed(0)
+        _, loss = run(stack, changes_its_input, size, 5)
+        results.append(torch.autograd.grad(loss, parameters))
+    assert equal(list(results[1]), list(results[0]))
+    for size in (0, 3):
+        _, loss = run(stack, shows_its_output, size, 5)
+        outputs[-1].detach().zero_()
+        with pytest.raises(RuntimeError, match=r"in place|inplace"):
+            loss.backward()
+
+
+def test_what_hooks_change_is_not_rebuilt_without_them() -> None:
+    def doubled(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return 2 * output
+
+    def halved(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0] / 2 + 1,)
+
+    def mixed(module: nn.Module, args: tuple, mappings: Any) -> Any:
+        return type(mappings)(*(2 * mapping for mapping in mappings))
+
+    for connection in ("mhc", "hc", "hc_static", "single_pass"):
+        model = make(connection)
+        block = model.blocks[1]
+        block.attention.norm.register_forward_hook(doubled)
+        block.feed_forward.norm.register_forward_pre_hook(halved)
+        block.attention_connection.window.register_forward_hook(mixed)
+        assert equal(gradients(model, 4), gradients(model, 0))
+
+
 def test_compiled_sub_layers() -> None:
     """Compiled in their first forward pass, under recomputation, and the same without it."""
     model = make(num_layers=1)

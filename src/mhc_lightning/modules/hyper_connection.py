@@ -90,4 +90,5 @@ class HyperConnection(Connection):
         kept, u, mappings = read_hyper_streams(
             streams, self.phi, self.alpha, self.bias, self.tanh, self.eps
         )
-        return u, (kept, self.window(streams, mappings))
+        # Whatever leaves the window, the streams were read with this.
+        return u, (kept, self.window(streams, mappings)._replace(pre=mappings.pre))

@@ -89,7 +89,8 @@ class ManifoldHyperConnection(Connection):
         kept, u, mappings = read_streams(
             streams, self.phi, self.alpha, self.bias, self.sinkhorn_iterations, self.eps
         )
-        return u, (kept, self.window(streams, mappings))
+        # Whatever leaves the window, the streams were read with this.
+        return u, (kept, self.window(streams, mappings)._replace(pre=mappings.pre))
 
     def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
         """One step across the seam where both sides are mHC and the kernels can fuse it."""
@@ -105,4 +106,5 @@ class ManifoldHyperConnection(Connection):
             num_iterations=self.sinkhorn_iterations,
             eps=self.eps,
         )
-        return streams, u, (streams, self.window(streams, following))
+        shown = self.window(streams, following)._replace(pre=following.pre)
+        return streams, u, (streams, shown)

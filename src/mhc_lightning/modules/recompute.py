@@ -90,15 +90,35 @@ class _Pending:
         self.content: Any = tensor
 
 
+class _Kept(NamedTuple):
+    """A tensor that cannot be rebuilt. Where there are hooks, autograd watches over none itself."""
+
+    tensor: Tensor
+    version: int
+
+    def open(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "a tensor that backward needs was changed in place: a"
+                f" {str(self.tensor.dtype).removeprefix('torch.')} {list(self.tensor.shape)} is at"
+                f" version {self.tensor._version}, but was kept at version {self.version}"
+            )
+        return self.tensor
+
+
 class _Foreign(NamedTuple):
     """A tensor in the keeping of the hooks around ours."""
 
     packed: Any
     unpack: Callable[[Any], Tensor]
 
+    def open(self) -> Tensor:
+        return self.unpack(self.packed)
+
 
 class _Known(NamedTuple):
     tensor: Tensor  # kept alive, so that its address is its own
+    version: int
     block: Block
     key: Key
 
@@ -165,20 +185,24 @@ class _Recording:
     def normalise(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)``, to be rebuilt if ``x`` is the input of the sub-layer at work."""
         known = self._known.get(_address(x))
-        if known is None or known.key[1] != READ or x.numel() != known.tensor.numel():
+        if known is None or known.key[1] != READ or not _same(x, known):
             return norm(x)
         block, (index, _) = known.block, known.key
-        if block.has_norm(index):
+        if block.has_norm(index) or norm._forward_pre_hooks:
             return norm(x)
+        returned: list[Any] = []
+        first = norm.register_forward_hook(lambda *call: returned.append(call[2]), prepend=True)
         self._norm, self._norm_packs = (block, index, x.numel()), 0
         try:
             output = norm(x)
         finally:
             self._norm = None
+            first.remove()
         device = x.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         block.add_norm(index, Norm(norm.forward, x.requires_grad, autocast))
-        self._know(output.detach(), block, (index, NORMED))
+        if output is returned[0]:  # and not what somebody's hook made of it
+            self._know(output.detach(), block, (index, NORMED))
         return output
 
     def settle(self) -> None:
@@ -198,19 +222,21 @@ class _Recording:
         address = _address(tensor)
         whole = tensor.is_contiguous() and tensor.storage_offset() == 0
         if whole and tensor.numel() > 0 and address not in self._known:
-            self._known[address] = _Known(tensor, block, key)
+            self._known[address] = _Known(tensor, tensor._version, block, key)
 
     def _handle(self, tensor: Tensor) -> Handle | None:
         known = self._known.get(_address(tensor))
         if known is None or known.tensor.dtype != tensor.dtype:
             return None
+        if known.version != tensor._version:
+            return None  # it was changed in place: no replay gives that
         known.block.count(known.key)
         size, stride, offset = tensor.size(), tensor.stride(), int(tensor.storage_offset())
         return Handle(known.block, known.key, size, stride, offset)
 
     def _keep(self, tensor: Tensor) -> Any:
         if self._outer is None:
-            return tensor
+            return _Kept(tensor, tensor._version)
         pack, unpack = self._outer
         return _Foreign(pack(tensor), unpack)
 
@@ -219,11 +245,17 @@ _active: ContextVar[_Recording | None] = ContextVar("recording", default=None)
 
 
 def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, _Pending):
-        packed = packed.content
-    if isinstance(packed, Handle | NormHandle):
-        return packed.open()
-    return packed.unpack(packed.packed) if isinstance(packed, _Foreign) else packed
+    return (packed.content if isinstance(packed, _Pending) else packed).open()
+
+
+def _same(tensor: Tensor, known: _Known) -> bool:
+    """Whether a tensor of the same storage is the same tensor."""
+    like = known.tensor
+    return (
+        (tensor.dtype, tensor.shape, tensor.stride()) == (like.dtype, like.shape, like.stride())
+        and tensor.storage_offset() == 0
+        and tensor._version == known.version
+    )
 
 
 def _address(tensor: Tensor) -> int:

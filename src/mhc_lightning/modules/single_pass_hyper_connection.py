@@ -45,7 +45,7 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         if carry is None:
             carry = self._first_carry(streams)
         mappings = self.mappings(streams)
-        shown = self.window(streams, mappings._replace(pre=carry))
+        shown = self.window(streams, mappings._replace(pre=carry))._replace(pre=carry)
         return aggregate_streams(streams, carry), (streams, shown, mappings.pre)
 
     def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
@@ -68,7 +68,7 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
             num_iterations=self.sinkhorn_iterations,
             eps=self.eps,
         )
-        shown = self.window(streams, following._replace(pre=carry))
+        shown = self.window(streams, following._replace(pre=carry))._replace(pre=carry)
         return streams, u, (streams, shown, following.pre)
 
     def carry_like(self, streams: Tensor) -> Tensor:
