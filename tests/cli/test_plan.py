@@ -212,3 +212,12 @@ def test_fit_lets_through_what_cannot_be_planned(monkeypatch):
     )
     monkeypatch.setattr("mhc_lightning.planning.machine._available_memory", lambda: 1)
     check_room(experiment, 1, torch.device("cpu"))
+
+
+def test_a_reader_that_has_had_enough_is_no_mistake():
+    """As in `plan … | head -1`."""
+    words = (sys.executable, "-m", "mhc_lightning", "plan", "--config", "mhc_10m", "machine=cpu")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0

@@ -1,7 +1,6 @@
 """`generate`: continue a prompt, writing as the tokens come."""
 
 import contextlib
-import os
 import sys
 from itertools import chain
 from typing import Any
@@ -54,15 +53,11 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
     )
     first = next(drawn, None)  # what is wrong with the settings shows before anything is written
     stream = tokenizer.stream()
-    try:
-        if echo:
-            _write(output, prompt)
-        for token in drawn if first is None else chain([first], drawn):
-            _write(output, stream.push(token))
-        _write(output, stream.flush() + "\n")
-    except BrokenPipeError:
-        # The reader has had enough; keep Python from complaining once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+    if echo:
+        _write(output, prompt)
+    for token in drawn if first is None else chain([first], drawn):
+        _write(output, stream.push(token))
+    _write(output, stream.flush() + "\n")
 
 
 def _write(output: Any, text: str) -> None:

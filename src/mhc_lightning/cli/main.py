@@ -1,5 +1,6 @@
 """Entry point: runs a command and turns what goes wrong into one line and an exit code."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,12 +15,14 @@ OK, USER_ERROR, NON_FINITE, INTERRUPTED = 0, 2, 3, 128 + signal.SIGINT
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    0: done, also where a fault was recovered from; 2: the user's mistake; 3: the loss became NaN
-    or infinite; 143: stopped by SIGTERM (raised as SystemExit). Anything else is a bug and keeps
-    its traceback.
+    0: done, also where a fault was recovered from or nobody reads on; 2: the user's mistake; 3: the
+    loss became NaN or infinite; 143: stopped by SIGTERM (raised as SystemExit). Anything else is a
+    bug and keeps its traceback.
     """
     try:
-        return _run(parse_arguments(list(sys.argv[1:] if argv is None else argv)))
+        code = _run(parse_arguments(list(sys.argv[1:] if argv is None else argv)))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return _fail(error, USER_ERROR)
     except NonFiniteLossError as error:
@@ -27,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has had enough, as `head` has; Python is not to complain once more at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
 
 
 def _run(arguments: Arguments) -> int:
