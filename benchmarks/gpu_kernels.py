@@ -142,15 +142,15 @@ def _compositions(
     kept = (pre, raw, inverse_rms)
     merged = (x, y, residual, post, *parameters)
     return {
-        "mappings_forward": (n, (x, *parameters, rule, False)),
+        "mappings_forward": (n, (x, *parameters, None, rule, False)),
         "mappings_backward": (
             *(2 * n,),
-            (x, *parameters, *kept, None, None, grads, rule, True, True),
+            (x, *parameters, None, *kept, None, None, grads, rule, True, True, False),
         ),
-        "read_forward": (2 * n + 1, (x, *parameters, rule, True)),
+        "read_forward": (2 * n + 1, (x, *parameters, None, rule, True)),
         "read_backward": (
             *(4 * n + 2,),
-            (x, *parameters, *kept, kept_grad, read_grad, grads, rule, True, True),
+            (x, *parameters, None, *kept, kept_grad, read_grad, grads, rule, True, True, False),
         ),
         "seam_forward": (3 * n + 2, (*merged, None, rule)),
         "seam_backward": (
