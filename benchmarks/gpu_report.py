@@ -17,6 +17,7 @@ NOT_MEASURED = "not measured"
 # Whose minimum of traffic says something, in the order of the table.
 OPERATIONS = (
     *("project", "project_backward", "aggregate_forward", "aggregate_backward"),
+    *("aggregate_backward_of_pre", "replay_forward"),
     *("merge_forward", "merge_backward", "merge_project", "merge_project_backward"),
     *("mappings_forward", "mappings_backward", "read_forward", "read_backward"),
     *("seam_forward", "seam_backward", "single_pass_forward", "single_pass_backward"),

@@ -50,10 +50,14 @@ class Results:
         if any(all(row.get(name) == value for name, value in key.items()) for row in self.rows):
             return False
         if self.bench.out_of_time:
-            self._record["stopped_early"] = True
-            self._write()
+            self.stopped_early()
             return False
         return True
+
+    def stopped_early(self) -> None:
+        """Note that there was no time for something."""
+        self._record["stopped_early"] = True
+        self._write()
 
     def add(self, **row: Any) -> None:
         """Add a row, show it, and write the file."""

@@ -56,7 +56,7 @@ def test_without_a_gpu_it_says_so(repository, tmp_path):
 
 
 def test_results_are_written_row_by_row_and_resumed(tmp_path):
-    bench = Bench(toy=True, minutes=5)
+    bench = Bench(toy=True, seconds=300)
     results = Results("kernels", bench, tmp_path)
     results.add(operation="a", n=4, seconds=None)
     results.add(operation="b", n=4, error="out of memory")
@@ -66,7 +66,7 @@ def test_results_are_written_row_by_row_and_resumed(tmp_path):
     again = Results("kernels", bench, tmp_path, resume=True)
     assert not again.wants(operation="a", n=4)
     assert again.wants(operation="b", n=4) and again.wants(operation="a", n=2)
-    late = Results("kernels", Bench(toy=True, minutes=0), tmp_path)
+    late = Results("kernels", Bench(toy=True, seconds=0), tmp_path)
     assert not late.wants(operation="a", n=4)
     assert json.loads(late.path.read_text())["stopped_early"]
 
