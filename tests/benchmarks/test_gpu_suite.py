@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import gpu_report
+import gpu_suite
 from gpu_bench import Bench
 from gpu_results import Results
 from published import PUBLISHED
@@ -53,6 +54,23 @@ def test_without_a_gpu_it_says_so(repository, tmp_path):
     )
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr.splitlines()[-1].startswith("error: torch finds no GPU here")
+
+
+def test_parts_share_the_time_and_one_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", "--toy", "--minutes", "11", "--output", str(tmp_path)])
+    seconds = {}
+
+    def run(part, bench, results, args):
+        seconds[part] = bench.seconds_left
+        if part == "kernels":
+            raise RuntimeError("a process died")
+        return True
+
+    monkeypatch.setattr(gpu_suite, "_run", run)
+    assert gpu_suite.main() == 1
+    assert list(seconds) == ["correctness", "kernels", "connection", "training", "memory"]
+    # None of them used its share, so the later ones have more.
+    assert list(seconds.values()) == pytest.approx([180, 247.5, 132, 495, 660], rel=0.05)
 
 
 def test_results_are_written_row_by_row_and_resumed(tmp_path):
