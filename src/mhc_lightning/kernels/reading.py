@@ -243,7 +243,9 @@ def read_backward_op(
     need_carry: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the five operands; an empty tensor for one that is not needed or not there."""
-    *grads, carry_grad = backend_of(streams, phi).read_backward(
+    streams_grad, phi_grad, alpha_grad, bias_grad, carry_grad = backend_of(
+        streams, phi
+    ).read_backward(
         *(streams, phi, alpha, bias, carry, pre, raw, inverse_rms, kept_grad, read_grad),
         MappingGrads(pre_grad, post_grad, residual_grad),
         Rule(rule, num_iterations, eps),
@@ -253,7 +255,13 @@ def read_backward_op(
     )
     if carry_grad is None and carry is not None and need_carry:
         carry_grad = torch.zeros_like(carry)
-    return tuple(empty(streams) if grad is None else grad for grad in (*grads, carry_grad))
+    return (
+        empty(streams) if streams_grad is None else streams_grad,
+        empty(streams) if phi_grad is None else phi_grad,
+        alpha_grad,
+        bias_grad,
+        empty(streams) if carry_grad is None else carry_grad,
+    )
 
 
 @read_op.register_fake
