@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,10 +36,9 @@ class Bench:
         return self.seconds_left < 0
 
     @property
-    def slug(self) -> str:
-        """The device's name in file names."""
-        name = "toy" if self.toy else torch.cuda.get_device_name()
-        return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    def name(self) -> str:
+        """The device's name."""
+        return "toy" if self.toy else torch.cuda.get_device_name()
 
     def seconds(self, call: Callable[[], object]) -> dict[str, float] | None:
         """Quartiles of the time of a call by CUDA events, the L2 cache cleared before each run.

@@ -95,7 +95,7 @@ def record(part, *rows):
     return {"benchmark": f"gpu_{part}", "toy": False, "environment": about, "rows": list(rows)}
 
 
-def test_tables_and_picture(tmp_path):
+def test_tables_and_pictures(tmp_path, monkeypatch):
     def merge(by, milliseconds, width=1280):
         return {
             "operation": "merge_forward",
@@ -127,9 +127,13 @@ def test_tables_and_picture(tmp_path):
     assert "| merge_forward | liger | not measured | failed: OutOfMemoryError |" in text
     assert "4.00 TB/s" in text
     assert "| mhc_3b |  | torch | 2 | 10,000 | 42.0% | +4.0% | 400.00 |" in text
-    picture = tmp_path / "roofline.png"
-    gpu_report.draw(kernels, picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    other = {**kernels, "environment": {**kernels["environment"], "device": "NVIDIA H200"}}
+    (tmp_path / "gpu_kernels_nvidia_h200.json").write_text(json.dumps(other))
+    monkeypatch.setattr(sys, "argv", ["", "--results", str(tmp_path)])
+    gpu_report.main()
+    for name in ("some_gpu", "nvidia_h200"):
+        picture = tmp_path / f"gpu_roofline_{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_committed_tables_show_the_committed_results(repository):
