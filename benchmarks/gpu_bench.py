@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,24 +17,28 @@ class Bench:
 
     Args:
         toy: Whether to run tiny shapes on the CPU, in Triton's interpreter, without a clock.
-        minutes: After how many nothing new is to be begun.
+        seconds: After how many nothing new is to be begun.
     """
 
-    def __init__(self, toy: bool, minutes: float) -> None:
+    def __init__(self, toy: bool, seconds: float) -> None:
         self.toy = toy
         self.device = "cpu" if toy else "cuda"
-        self._end = time.monotonic() + 60 * minutes
+        self._end = time.monotonic() + seconds
+
+    @property
+    def seconds_left(self) -> float:
+        """Until nothing new is to be begun."""
+        return self._end - time.monotonic()
 
     @property
     def out_of_time(self) -> bool:
         """Whether the time is up."""
-        return time.monotonic() > self._end
+        return self.seconds_left < 0
 
     @property
-    def slug(self) -> str:
-        """The device's name in file names."""
-        name = "toy" if self.toy else torch.cuda.get_device_name()
-        return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    def name(self) -> str:
+        """The device's name."""
+        return "toy" if self.toy else torch.cuda.get_device_name()
 
     def seconds(self, call: Callable[[], object]) -> dict[str, float] | None:
         """Quartiles of the time of a call by CUDA events, the L2 cache cleared before each run.
@@ -47,7 +50,7 @@ class Bench:
             return None
         from triton.testing import do_bench
 
-        milliseconds = do_bench(call, warmup=50, rep=200, return_mode="all")
+        milliseconds = do_bench(call, warmup=25, rep=100, return_mode="all")
         return summary([value / 1e3 for value in milliseconds])
 
     def graph_seconds(self, call: Callable[[], object]) -> dict[str, float] | None:
@@ -89,7 +92,10 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Exception as error:  # whatever a peer or a compiler raises is a result here
         line = " ".join(str(error).split())[:300]
         return {"error": f"{type(error).__name__}: {line}"}
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+
+def release_memory() -> None:
+    """Give back what nobody uses any more: after each model or shape, not after each call."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

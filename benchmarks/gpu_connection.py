@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu_bench import Bench, attempt, kernels
+from gpu_bench import Bench, attempt, kernels, release_memory
 from gpu_results import Results
 from kernel_traffic import least_of_a_connection
 from mhc_lightning.modules import (
@@ -43,6 +43,7 @@ def measure_connections(
                 found = attempt(partial(_measure, bench, tokens, n, width, choice, length, build))
                 size = least_of_a_connection(n) * width * tokens * torch.bfloat16.itemsize
                 results.add(**key, bytes=size, sub_layers=length, **found)
+                release_memory()
 
 
 def implementations(

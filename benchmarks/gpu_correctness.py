@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_bench import Bench, attempt, kernels
+from gpu_bench import Bench, attempt, kernels, release_memory
 from gpu_cases import LIMITS, Case, check_case, matrix, operands, toy_matrix
 from gpu_results import Results
 from mhc_lightning.kernels import (
@@ -43,30 +43,56 @@ def check(bench: Bench, results: Results, jobs: int) -> bool:
         results: Where the rows go.
         jobs: Processes for the matrix.
     """
-    cases = list(toy_matrix() if bench.toy else matrix())
-    cases = [c for c in cases if results.wants(check="matrix", **c._asdict())]
-    run = partial(check_case, device=bench.device)
-    for rows in map(run, cases) if bench.toy else _in_processes(run, cases, jobs):
-        for row in rows:
-            results.add(check="matrix", **row)
-    for name, function in (("mhc", read_streams), ("hc", read_hyper_streams)):
-        if not bench.toy and results.wants(check="compiled", operation=name):
-            found = attempt(partial(_compiled_against_eager, function, bench.device))
-            results.add(check="compiled", operation=name, **{"passed": False, **found})
-    if not bench.toy and results.wants(check="offsets"):
-        results.add(check="offsets", **{"passed": False, **attempt(_beyond_32_bits)})
-    if not bench.toy:
+    if bench.toy:
+        _check_matrix(bench, results, list(toy_matrix()), jobs)
+    else:
+        cases = list(matrix())
+        _check_matrix(bench, results, [case for case in cases if case.n == 4], jobs)
+        for name, function in (("mhc", read_streams), ("hc", read_hyper_streams)):
+            if results.wants(check="compiled", operation=name):
+                found = attempt(partial(_compiled_against_eager, function, bench.device))
+                results.add(check="compiled", operation=name, **{"passed": False, **found})
+        if results.wants(check="offsets"):
+            results.add(check="offsets", **{"passed": False, **attempt(_beyond_32_bits)})
+            release_memory()
+        _check_matrix(bench, results, [case for case in cases if case.n != 4], jobs)
         for tool in ("memcheck", "racecheck"):
             if results.wants(check="sanitizer", operation=tool):
-                results.add(check="sanitizer", operation=tool, **_sanitizer(tool))
+                found = _sanitizer(tool, min(200.0, bench.seconds_left))
+                results.add(check="sanitizer", operation=tool, **found)
     return all(row["passed"] for row in results.rows if row["passed"] is not None)
 
 
-def _in_processes(run: Callable, cases: list[Case], jobs: int):  # type: ignore[no-untyped-def]
+def _check_matrix(bench: Bench, results: Results, cases: list[Case], jobs: int) -> None:
+    """Check cases, in several processes on a GPU; those that share kernels in the same one."""
+    groups: dict[tuple, list[Case]] = {}
+    for case in cases:
+        if results.wants(check="matrix", **case._asdict()):
+            groups.setdefault((case.n, case.width, case.dtype), []).append(case)
+    if bench.toy:
+        for group in groups.values():
+            for row in _check_group(group, bench.device):
+                results.add(check="matrix", **row)
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for future in as_completed([pool.submit(run, case) for case in cases]):
-            yield future.result()
+        futures = [pool.submit(_check_group, group, bench.device) for group in groups.values()]
+        for future in as_completed(futures):
+            if future.cancelled():
+                continue
+            try:
+                rows = future.result()
+            except BrokenExecutor as error:  # a process died, and all that waited with it
+                results.add(check="matrix", passed=False, error=str(error))
+                break
+            for row in rows:
+                results.add(check="matrix", **row)
+            if bench.out_of_time and any([waiting.cancel() for waiting in futures]):
+                results.stopped_early()
+
+
+def _check_group(cases: list[Case], device: str) -> list[dict[str, Any]]:
+    return [row for case in cases for row in check_case(case, device)]
 
 
 def _two_sub_layers(read: Callable, n: int, x: Tensor, output: Tensor, *parameters: Tensor):  # type: ignore[no-untyped-def]
@@ -129,7 +155,7 @@ def _beyond_32_bits() -> dict[str, Any]:
     return {"passed": max(errors) <= 1e-2, "error_found": max(errors), "elements": x.numel()}
 
 
-def _sanitizer(tool: str) -> dict[str, Any]:
+def _sanitizer(tool: str, seconds: float) -> dict[str, Any]:
     """What compute-sanitizer says of a few cases; nothing if it is not on the PATH."""
     if shutil.which("compute-sanitizer") is None:
         return {"passed": None, "note": "compute-sanitizer is not on the PATH"}
@@ -142,10 +168,10 @@ def _sanitizer(tool: str) -> dict[str, Any]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=200,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        return {"passed": None, "note": "stopped after 200 s"}
+        return {"passed": None, "note": f"stopped after {seconds:.0f} s"}
     end = "\n".join((done.stdout + done.stderr).splitlines()[-3:])
     return {"passed": done.returncode == 0, "note": end}
 

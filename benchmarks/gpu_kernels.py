@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_bench import Bench, attempt
+from gpu_bench import Bench, attempt, release_memory
 from gpu_results import Results
 from mhc_lightning.kernels import reference, unfused_seam
 from mhc_lightning.kernels import triton as ours
@@ -49,18 +49,17 @@ def measure_kernels(
         widths: Values of C.
         jobs: Processes that compile our kernels beforehand.
     """
-    shapes = list(itertools.product(streams, widths))
-    if not bench.toy:
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(_compile_ahead, shapes))
     _measure_copy(bench, results, "before")
-    for n, width in shapes:
-        _measure_shape(bench, results, n, width, ("triton", "torch", "liger"))
-    if not bench.toy:  # last, since compiling takes longer than all else; where we make our claims
-        for n, width in shapes:
-            if n == 4:
-                _measure_shape(bench, results, n, width, ("torch.compile",))
+    for n in streams:
+        if not bench.toy and not bench.out_of_time:
+            _compile_ahead(n, widths, jobs)
+        for implementations in (("triton",), ("torch", "liger")):
+            for width in widths:
+                _measure_shape(bench, results, n, width, implementations)
     _measure_copy(bench, results, "after")
+    if not bench.toy and 4 in streams:  # last, since compiling takes longer than all else
+        for width in widths:
+            _measure_shape(bench, results, 4, width, ("torch.compile",))
 
 
 def _measure_copy(bench: Bench, results: Results, turn: str) -> None:
@@ -71,8 +70,12 @@ def _measure_copy(bench: Bench, results: Results, turn: str) -> None:
 def _measure_shape(
     bench: Bench, results: Results, n: int, width: int, implementations: tuple[str, ...]
 ) -> None:
+    if bench.out_of_time:
+        results.stopped_early()
+        return
     tokens = 4 if bench.toy else 32768
     torch._dynamo.reset()  # or the compiler gives up on a function after some shapes
+    release_memory()
     shape = {"n": n, "width": width, "dtype": "bfloat16", "tokens": tokens}
     for name, operation in operations(bench.device, tokens, n, width).items():
         size = operation.elements * width * tokens * torch.bfloat16.itemsize
@@ -84,9 +87,18 @@ def _measure_shape(
                 results.add(**key, bytes=size, **found)
 
 
-def _compile_ahead(shape: tuple[int, int]) -> None:
-    """Run everything of ours once, on a few tokens: Triton keeps on disk what it compiled."""
-    for operation in operations("cuda", 256, *shape).values():
+def _compile_ahead(n: int, widths: list[int], jobs: int) -> None:
+    """Run everything of ours once, in several processes: Triton keeps on disk what it compiled."""
+    hands = max(1, jobs // len(widths))
+    tasks = list(itertools.product([n], widths, range(hands), [hands]))
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile_some, tasks))
+
+
+def _compile_some(task: tuple[int, int, int, int]) -> None:
+    """Every ``hands``-th operation at (n, C), on a few tokens."""
+    n, width, hand, hands = task
+    for operation in list(operations("cuda", 256, n, width).values())[hand::hands]:
         attempt(lambda call=operation.calls["triton"]: {"value": call()})
 
 
@@ -142,15 +154,15 @@ def _compositions(
     kept = (pre, raw, inverse_rms)
     merged = (x, y, residual, post, *parameters)
     return {
-        "mappings_forward": (n, (x, *parameters, rule, False)),
+        "mappings_forward": (n, (x, *parameters, None, rule, False)),
         "mappings_backward": (
             *(2 * n,),
-            (x, *parameters, *kept, None, None, grads, rule, True, True),
+            (x, *parameters, None, *kept, None, None, grads, rule, True, True, False),
         ),
-        "read_forward": (2 * n + 1, (x, *parameters, rule, True)),
+        "read_forward": (2 * n + 1, (x, *parameters, None, rule, True)),
         "read_backward": (
             *(4 * n + 2,),
-            (x, *parameters, *kept, kept_grad, read_grad, grads, rule, True, True),
+            (x, *parameters, None, *kept, kept_grad, read_grad, grads, rule, True, True, False),
         ),
         "seam_forward": (3 * n + 2, (*merged, None, rule)),
         "seam_backward": (

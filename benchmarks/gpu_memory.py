@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpu_bench import Bench, attempt, kernels
+from gpu_bench import Bench, attempt, kernels, release_memory
 from gpu_results import Results
 from gpu_training import TOY
 from members import Member, experiment_of
@@ -46,6 +46,7 @@ def measure_memory(bench: Bench, results: Results) -> None:
                 with kernels(choice):
                     found = attempt(partial(_measure, bench, name, given, sequences, micro_batches))
                 results.add(**key, **found)
+                release_memory()
 
 
 def _measure(

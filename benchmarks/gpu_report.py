@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpu_results import file_name
 from published import PUBLISHED
 
 RESULTS = Path(__file__).parent / "results"
@@ -17,6 +18,7 @@ NOT_MEASURED = "not measured"
 # Whose minimum of traffic says something, in the order of the table.
 OPERATIONS = (
     *("project", "project_backward", "aggregate_forward", "aggregate_backward"),
+    *("aggregate_backward_of_pre", "replay_forward"),
     *("merge_forward", "merge_backward", "merge_project", "merge_project_backward"),
     *("mappings_forward", "mappings_backward", "read_forward", "read_backward"),
     *("seam_forward", "seam_backward", "single_pass_forward", "single_pass_backward"),
@@ -290,10 +292,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     (args.results / "gpu.md").write_text(report(args.results) + "\n", encoding="utf-8")
-    for parts in read_results(args.results).values():
+    for device, parts in read_results(args.results).items():
         if "kernels" in parts and copy_bandwidth(parts["kernels"]):
-            path = next(args.results.glob("gpu_kernels_*.json"))
-            draw(parts["kernels"], args.results / f"{path.stem.replace('kernels', 'roofline')}.png")
+            draw(parts["kernels"], args.results / f"gpu_roofline_{file_name(device)}.png")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
 """The file of one part of the GPU suite, written again with every row."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from gpu_bench import Bench
 from timing import environment
+
+
+def file_name(device: str) -> str:
+    """A device's name as it stands in names of files."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
 class Results:
@@ -23,7 +29,7 @@ class Results:
         self, part: str, bench: Bench, folder: Path, resume: bool = False, commit: str = ""
     ) -> None:
         self.part, self.bench = part, bench
-        self.path = folder / f"gpu_{part}_{bench.slug}.json"
+        self.path = folder / f"gpu_{part}_{file_name(bench.name)}.json"
         about = environment(bench.device)
         if commit:
             about["commit"] = commit
@@ -50,10 +56,14 @@ class Results:
         if any(all(row.get(name) == value for name, value in key.items()) for row in self.rows):
             return False
         if self.bench.out_of_time:
-            self._record["stopped_early"] = True
-            self._write()
+            self.stopped_early()
             return False
         return True
+
+    def stopped_early(self) -> None:
+        """Note that there was no time for something."""
+        self._record["stopped_early"] = True
+        self._write()
 
     def add(self, **row: Any) -> None:
         """Add a row, show it, and write the file."""

@@ -1,20 +1,26 @@
-"""What the kernels do on a GPU: right results first, then times, in parts of ten minutes at most.
+"""What the kernels do on a GPU: right results first, then times, in ten minutes at most.
 
-    python benchmarks/gpu_suite.py --part correctness
+    python benchmarks/gpu_suite.py
+    python benchmarks/gpu_suite.py --resume
 
+The first command begins nothing new after ``--minutes``, of which every part has its share and
+measures what matters most first; the second one measures what is missing, as often as it is called.
 Parts: ``correctness``, ``kernels``, ``connection``, ``training``, ``memory``; benchmarks/README.md
 says what each measures. Each writes ``gpu_<part>_<device>.json``, row by row, so that nothing is
-lost if it is stopped; ``--resume`` measures what is missing. ``python benchmarks/gpu_report.py``
-makes tables and a picture of the files. ``--toy`` runs everything once at tiny size on a CPU, in
-Triton's interpreter, to show that it runs: without any time, since that would be nobody's.
+lost if it is stopped. ``python benchmarks/gpu_report.py`` makes tables and a picture of the files.
+``--toy`` runs everything once at tiny size on a CPU, in Triton's interpreter, to show that it runs:
+without any time, since that would be nobody's.
 """
 
 import argparse
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 
-PARTS = ("correctness", "kernels", "connection", "training", "memory")
+# In the order of their worth, with their shares of the time; what one leaves goes to the next.
+PARTS = {"correctness": 3, "kernels": 3, "connection": 1, "training": 3, "memory": 1}
 
 
 def main() -> int:
@@ -34,10 +40,17 @@ def main() -> int:
 
     torch.manual_seed(0)
     passed = True
-    for part in args.part:
-        bench = Bench(args.toy, args.minutes)
+    parts = [part for part in PARTS if part in args.part]
+    end = time.monotonic() + 60 * args.minutes
+    for number, part in enumerate(parts):
+        share = PARTS[part] / sum(PARTS[later] for later in parts[number:])
+        bench = Bench(args.toy, share * max(0.0, end - time.monotonic()))
         results = Results(part, bench, args.output, args.resume, args.commit)
-        passed = _run(part, bench, results, args) and passed
+        try:
+            passed = _run(part, bench, results, args) and passed
+        except Exception:  # the other parts can still tell something
+            traceback.print_exc()
+            passed = False
         print(f"\nwritten: {results.path}", flush=True)
     return 0 if passed else 1
 
@@ -76,13 +89,13 @@ def _run(part: str, bench, results, args: argparse.Namespace) -> bool:  # type: 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--streams", nargs="+", type=int, default=[4, 2, 8])
-    parser.add_argument("--widths", nargs="+", type=int, default=[1280, 2560, 4096, 7168])
+    parser.add_argument("--widths", nargs="+", type=int, default=[2560, 1280, 4096, 7168])
     parser.add_argument("--size", default="3b", help="family member of the part `training`")
     parser.add_argument("--sequences", type=int, help="per training step, instead of what fits")
     parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
-    parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing after these")
+    parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing new after these")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--resume", action="store_true", help="keep rows measured earlier")
     parser.add_argument("--commit", default="", help="of the source, if git cannot tell")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpu_bench import Bench, attempt, kernels
+from gpu_bench import Bench, attempt, kernels, release_memory
 from gpu_results import Results
 from members import Member, experiment_of
 from mhc_lightning.cli.building import build
@@ -72,6 +72,7 @@ def measure_training(bench: Bench, results: Results, size: str, sequences: int |
         if results.wants(**key):
             found = attempt(partial(_measure, bench, variant, batch))
             results.add(**key, sequences=batch, **found)
+            release_memory()
 
 
 def _overrides(bench: Bench, variant: Variant) -> tuple[str, ...]:

@@ -126,14 +126,20 @@ def _count(name: str, ideal: int, tokens: int, width: int, run: Callable[[], obj
 def many_tokens_per_program(n: int, width: int, itemsize: int) -> Iterator[None]:
     """Default blocks but for their tokens: faster to interpret, and the streams move the same."""
     defaults = {
-        "aggregate_forward": aggregate_forward_config,
-        "aggregate_backward": aggregate_backward_config,
+        **dict.fromkeys(
+            ("aggregate_forward", "mean_forward", "expand_backward"), aggregate_forward_config
+        ),
+        **dict.fromkeys(
+            ("aggregate_backward", "aggregate_backward_of_pre"), aggregate_backward_config
+        ),
         "merge_forward": merge_forward_config,
         "merge_backward": merge_backward_config,
-        "project_backward": project_backward_config,
-        "merge_project": merge_project_config,
-        "merge_project_backward": merge_project_backward_config,
     }
+    for end in ("", "_per_stream"):
+        defaults[f"project_backward{end}"] = project_backward_config
+    for end in ("", "_single_pass"):
+        defaults[f"merge_project{end}"] = merge_project_config
+        defaults[f"merge_project_backward{end}"] = merge_project_backward_config
     with ExitStack() as stack:
         for kernel, default in defaults.items():
             config = default(n, width, itemsize)._replace(block_tokens=512)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import gpu_report
+import gpu_suite
 from gpu_bench import Bench
 from gpu_results import Results
 from published import PUBLISHED
@@ -55,8 +56,25 @@ def test_without_a_gpu_it_says_so(repository, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: torch finds no GPU here")
 
 
+def test_parts_share_the_time_and_one_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", "--toy", "--minutes", "11", "--output", str(tmp_path)])
+    seconds = {}
+
+    def run(part, bench, results, args):
+        seconds[part] = bench.seconds_left
+        if part == "kernels":
+            raise RuntimeError("a process died")
+        return True
+
+    monkeypatch.setattr(gpu_suite, "_run", run)
+    assert gpu_suite.main() == 1
+    assert list(seconds) == ["correctness", "kernels", "connection", "training", "memory"]
+    # None of them used its share, so the later ones have more.
+    assert list(seconds.values()) == pytest.approx([180, 247.5, 132, 495, 660], rel=0.05)
+
+
 def test_results_are_written_row_by_row_and_resumed(tmp_path):
-    bench = Bench(toy=True, minutes=5)
+    bench = Bench(toy=True, seconds=300)
     results = Results("kernels", bench, tmp_path)
     results.add(operation="a", n=4, seconds=None)
     results.add(operation="b", n=4, error="out of memory")
@@ -66,7 +84,7 @@ def test_results_are_written_row_by_row_and_resumed(tmp_path):
     again = Results("kernels", bench, tmp_path, resume=True)
     assert not again.wants(operation="a", n=4)
     assert again.wants(operation="b", n=4) and again.wants(operation="a", n=2)
-    late = Results("kernels", Bench(toy=True, minutes=0), tmp_path)
+    late = Results("kernels", Bench(toy=True, seconds=0), tmp_path)
     assert not late.wants(operation="a", n=4)
     assert json.loads(late.path.read_text())["stopped_early"]
 
@@ -77,7 +95,7 @@ def record(part, *rows):
     return {"benchmark": f"gpu_{part}", "toy": False, "environment": about, "rows": list(rows)}
 
 
-def test_tables_and_picture(tmp_path):
+def test_tables_and_pictures(tmp_path, monkeypatch):
     def merge(by, milliseconds, width=1280):
         return {
             "operation": "merge_forward",
@@ -109,9 +127,13 @@ def test_tables_and_picture(tmp_path):
     assert "| merge_forward | liger | not measured | failed: OutOfMemoryError |" in text
     assert "4.00 TB/s" in text
     assert "| mhc_3b |  | torch | 2 | 10,000 | 42.0% | +4.0% | 400.00 |" in text
-    picture = tmp_path / "roofline.png"
-    gpu_report.draw(kernels, picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    other = {**kernels, "environment": {**kernels["environment"], "device": "NVIDIA H200"}}
+    (tmp_path / "gpu_kernels_nvidia_h200.json").write_text(json.dumps(other))
+    monkeypatch.setattr(sys, "argv", ["", "--results", str(tmp_path)])
+    gpu_report.main()
+    for name in ("some_gpu", "nvidia_h200"):
+        picture = tmp_path / f"gpu_roofline_{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_committed_tables_show_the_committed_results(repository):

@@ -1,12 +1,24 @@
+"""`tune` without a GPU: what it refuses, and that it measures what training runs."""
+
+import ast
+
 import pytest
+import torch
 
 from mhc_lightning.cli.main import main
 from mhc_lightning.cli.tune import workloads_of
+from mhc_lightning.kernels import triton
+from mhc_lightning.kernels.triton.configs import noted_lookups
+from mhc_lightning.kernels.triton.launch import intercept
+from mhc_lightning.kernels.triton.workloads import workloads
 from mhc_lightning.modules import (
     HyperConnection,
     ManifoldHyperConnection,
     SinglePassHyperConnection,
 )
+
+KINDS = [HyperConnection, ManifoldHyperConnection, SinglePassHyperConnection]
+WIDTH, RECOMPUTED = 16, 2
 
 
 def test_without_a_gpu_there_is_one_clear_line(capfd, monkeypatch):
@@ -24,18 +36,56 @@ def test_the_residual_connection_has_nothing_to_tune(capfd, monkeypatch):
     assert "nothing to tune" in capfd.readouterr()[1].splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "connection", [HyperConnection, ManifoldHyperConnection, SinglePassHyperConnection]
-)
-def test_a_connection_is_tuned_with_its_own_kernels(connection):
-    import torch
+def launches(call):
+    """By the table's entry that was looked up: the launches, with all that tells them apart."""
+    found = {}
 
-    from mhc_lightning.kernels.triton.workloads import workloads
+    def note(launch):
+        constants = {k: v for k, v in launch.constants.items() if "block" not in k.lower()}
+        given = [str(getattr(a, "dtype", a is None)) for a in launch.args]
+        entry = (launch.kernel.__name__, str(constants), str(given))
+        found.setdefault(lookups[-1].kernel, set()).add(entry)
+        lookups.clear()  # a launch that looks nothing up shall fail
+        launch.run()
 
-    names = workloads_of(connection(dim=16, num_streams=2, layer_index=0))
-    work = workloads(1, 2, 16, torch.float32)
-    assert set(names) <= set(work)
-    kernels = [work[name].kernel for name in names]
-    assert len(kernels) == len(set(kernels))  # none is tuned twice
-    expected = [name for name in names if "per_stream" in name or "single_pass" in name]
-    assert bool(expected) == (connection is not ManifoldHyperConnection)
+    with noted_lookups() as lookups, intercept(note):
+        call()
+    return found
+
+
+@pytest.mark.parametrize("streams", [2, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_training_runs_is_what_is_tuned(kind, streams, tiny_transformer, monkeypatch):
+    monkeypatch.setenv("MHC_LIGHTNING_KERNELS", "triton")
+    model = tiny_transformer(connection=kind, num_streams=streams, dim=WIDTH)
+    model.set_recompute(RECOMPUTED)
+    tokens = torch.arange(12).view(2, 6)
+    trained = launches(lambda: model.loss(tokens, tokens).backward())
+    connection = next(m for m in model.modules() if isinstance(m, kind))
+    work = workloads(12, streams, WIDTH, torch.float32, sub_layers=RECOMPUTED)
+    names = workloads_of(connection, RECOMPUTED)
+    beside = {"sinkhorn_forward", "sinkhorn_backward"} & set(names)
+    assert set(trained) == set(names) - beside
+    for name in trained:
+        assert launches(work[name].run)[name] <= trained[name]
+
+
+def test_every_kernel_there_is_can_be_tuned():
+    """A new one needs a workload, an entry of its own, and a place in what `tune` measures."""
+    folder = triton.configs.SHIPPED_TABLES.parent
+    kernels = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch":
+                kernels.add(node.args[0].id)
+    work = workloads(3, 2, WIDTH, torch.float32)
+    run = {name: launches(workload.run) for name, workload in work.items()}
+    assert {name: {name} for name in run} == {name: set(found) for name, found in run.items()}
+    assert {entry[0] for name, found in run.items() for entry in found[name]} == kernels
+    tuned = {
+        name
+        for kind in KINDS
+        for streams in (2, 5)
+        for name in workloads_of(kind(WIDTH, streams, 0), RECOMPUTED)
+    }
+    assert tuned == set(work)

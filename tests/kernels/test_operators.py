@@ -61,31 +61,32 @@ def connection_step(
     bias: Tensor,
     carry: Tensor | None = None,
     *,
-    fused: bool = True,
+    steps: int = 1,
 ) -> tuple[Tensor, ...]:
-    """Merge and read, in one step or in two."""
-    if fused:
+    """Merge and read, in one step, in two, or in three if there is a carry."""
+    if steps == 1:
         new, read, mappings = merge_and_read(
             streams, output, residual, post, phi, alpha, bias, carry
         )
     else:
         merged = merge_streams(streams, output, residual, post)
-        new, read, mappings = read_streams(merged, phi, alpha, bias)
-        if carry is not None:
+        given = carry if steps == 2 else None
+        new, read, mappings = read_streams(merged, phi, alpha, bias, carry=given)
+        if carry is not None and given is None:
             read = aggregate_streams(new, carry)
     return new, read, *mappings
 
 
 @pytest.mark.parametrize("single_pass", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_seam_against_float64(fused: bool, single_pass: bool) -> None:
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_seam_against_float64(steps: int, single_pass: bool) -> None:
     given = operands()
     if not single_pass:
         given.pop("carry")
     leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
     doubles = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
-    actual = connection_step(**leaves, fused=fused)
-    expected = connection_step(**doubles, fused=False)
+    actual = connection_step(**leaves, steps=steps)
+    expected = connection_step(**doubles, steps=3)
     weights = [torch.randn_like(t) for t in expected]
     for ours, reference in zip(actual, expected, strict=True):
         assert_close_to_float64(ours.detach(), reference.detach())
@@ -100,7 +101,7 @@ def test_each_output_of_the_seam_alone(output_index: int) -> None:
     leaves = {name: t.requires_grad_() for name, t in operands().items() if name != "carry"}
     doubles = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
     actual = connection_step(**leaves)[output_index].square().sum()
-    expected = connection_step(**doubles, fused=False)[output_index].square().sum()
+    expected = connection_step(**doubles, steps=3)[output_index].square().sum()
     ours = torch.autograd.grad(actual, list(leaves.values()), allow_unused=True)
     reference = torch.autograd.grad(
         expected, list(doubles.values()), allow_unused=True, materialize_grads=True
@@ -116,7 +117,7 @@ def calls() -> dict[str, tuple[Any, tuple]]:
     ops = torch.ops.mhc_lightning
     detached = [t.detach() for t in parameters]
     x, pre = o["streams"].detach(), o["carry"].detach()
-    _, *_, raw, inverse = ops.read_streams(x, *detached, *rule, True)
+    _, *_, raw, inverse = ops.read_streams(x, *detached, None, *rule, True)
     wide, narrow = torch.randn_like(x), torch.randn(5, WIDTH)
     merge = (o["streams"], o["output"], o["residual"], o["post"])
     plain_merge = tuple(t.detach() for t in merge)
@@ -129,15 +130,37 @@ def calls() -> dict[str, tuple[Any, tuple]]:
         "merge_backward": (ops.merge_streams_backward, (wide, *plain_merge, True, True, True)),
         "mean": (ops.mean_streams, (o["streams"],)),
         "sum": (ops.sum_streams, (x,)),
-        "read": (ops.read_streams, (o["streams"], *parameters, *rule, True)),
-        "mappings": (ops.read_streams, (o["streams"], *parameters, *rule, False)),
+        "read": (ops.read_streams, (o["streams"], *parameters, None, *rule, True)),
+        "read_with_carry": (
+            ops.read_streams,
+            (o["streams"], *parameters, o["carry"], *rule, True),
+        ),
+        "mappings": (ops.read_streams, (o["streams"], *parameters, None, *rule, False)),
         "hyper": (
             ops.read_streams,
-            (o["streams"], *hyper, "tanh", 1, 1e-20, True),
+            (o["streams"], *hyper, None, "tanh", 1, 1e-20, True),
         ),
         "read_backward": (
             ops.read_streams_backward,
-            (x, *detached, pre, raw, inverse, wide, narrow, pre, None, None, *rule, True, True),
+            (
+                x,
+                *detached,
+                None,
+                *kept[2:],
+                wide,
+                narrow,
+                pre,
+                None,
+                None,
+                *rule,
+                True,
+                True,
+                False,
+            ),
+        ),
+        "read_with_carry_backward": (
+            ops.read_streams_backward,
+            (x, *detached, pre, *kept[2:], wide, narrow, pre, None, None, *rule, True, True, True),
         ),
         "seam": (ops.merge_and_read, (*merge, *parameters, None, *rule)),
         "single_pass": (ops.merge_and_read, (*merge, *parameters, o["carry"], *rule)),
@@ -193,7 +216,7 @@ def test_selective_checkpointing_names_the_operators(monkeypatch: pytest.MonkeyP
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
-    plain = connection_step(**o, fused=False)[1].square().sum()
+    plain = connection_step(**o, steps=3)[1].square().sum()
     kernels = backend.backend_of(o["streams"])
     for name in counts:
         run = getattr(kernels, f"{name}_forward")
@@ -205,7 +228,7 @@ def test_selective_checkpointing_names_the_operators(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(kernels, f"{name}_forward", counted)
     contexts = partial(create_selective_checkpoint_contexts, policy)
     saved = checkpoint(
-        lambda: connection_step(**o, fused=False)[1].square().sum(),
+        lambda: connection_step(**o, steps=3)[1].square().sum(),
         use_reentrant=False,
         context_fn=contexts,
     )

@@ -59,6 +59,26 @@ def test_read_and_write_compose_to_the_call(build: Build) -> None:
     assert torch.equal(merged, connection(streams, torch.tanh))
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("build", [*ALL, SinglePassHyperConnection])
+def test_a_chain_compiles_without_a_break(
+    build: Build, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MHC_LIGHTNING_KERNELS", kernels)
+    chain = [scrambled(build, dim=8, num_streams=2, layer_index=k) for k in range(2)]
+    streams = torch.randn(3, chain[0].num_streams, 8, requires_grad=True)
+
+    def run(streams: Tensor) -> Tensor:
+        between = chain[0].run(streams, torch.tanh)
+        return chain[1].run(between, torch.tanh).merge()[0]
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        merged = function(streams)
+        results.append((merged, *torch.autograd.grad(merged.square().sum(), streams)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("build", ALL)
 def test_the_window_shows_the_mappings_in_use(build: Build) -> None:
     connection = scrambled(build, dim=8, num_streams=4, layer_index=1)

@@ -193,7 +193,7 @@ Find the kernels' best block sizes for an experiment's shape, by measuring them 
 
 usage: {_PROGRAM} tune --config PATH_OR_NAME [key=value ...]
 
-  connection=…, model.num_streams=N, model.dim=N, trainer.precision=…
+  connection=…, model.num_streams=N, model.dim=N, trainer.precision=…, recompute=…
                        the shape, if it is to be another than the experiment's
   data.micro_batch_size=N, data.sequence_length=N  tokens to measure with
 

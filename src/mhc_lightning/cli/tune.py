@@ -10,14 +10,16 @@ if TYPE_CHECKING:
     from mhc_lightning.kernels.triton.tuning import Choice
     from mhc_lightning.modules import Connection
 
-_STREAMS = ["aggregate_forward", "aggregate_backward", "merge_forward", "merge_backward"]
+# Whatever the connection.
+_STREAMS = ["expand_backward", "aggregate_forward", "merge_forward", "merge_backward"]
 
 
 def tune(experiment: Experiment, arguments: Arguments) -> None:
     """Measure, print times before and after, and enter the choices in the user's table.
 
     Raises:
-        UserError: there is no GPU, or the experiment runs none of the kernels.
+        UserError: there is no GPU, Triton does not work on it, or the experiment runs none of the
+            kernels.
     """
     import torch
 
@@ -32,7 +34,8 @@ def tune(experiment: Experiment, arguments: Arguments) -> None:
         )
     values = experiment.values()
     with ShapesOnly():
-        connection = sub_layers(build(experiment, "model"))[0][0]
+        model = build(experiment, "model")
+    connection = sub_layers(model)[0][0]
     if isinstance(connection, ResidualConnection):
         raise UserError(
             "connection=residual runs none of the kernels, so there is nothing to tune;"
@@ -44,7 +47,7 @@ def tune(experiment: Experiment, arguments: Arguments) -> None:
     data = values["data"]
     tokens = (data["micro_batch_size"] or data["batch_size"]) * data["sequence_length"]
     try:
-        _tune(connection, tokens, dtype)
+        _tune(connection, model.set_recompute(values["recompute"]), tokens, dtype)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"this GPU cannot hold the streams of {tokens:,} tokens several times over;"
@@ -52,8 +55,14 @@ def tune(experiment: Experiment, arguments: Arguments) -> None:
         ) from error
 
 
-def _tune(connection: "Connection", tokens: int, dtype: Any) -> None:
+def _tune(connection: "Connection", recompute_block: int, tokens: int, dtype: Any) -> None:
     import torch
+
+    from mhc_lightning.kernels.toolchain import trouble_with_triton
+
+    trouble = trouble_with_triton(torch.device("cuda", torch.cuda.current_device()))
+    if trouble is not None:
+        raise UserError(f"tune measures Triton's kernels, but {trouble}")
     import triton
     from triton.testing import do_bench
 
@@ -67,9 +76,8 @@ def _tune(connection: "Connection", tokens: int, dtype: Any) -> None:
     n, width = connection.num_streams, connection.dim
     kind = str(dtype).removeprefix("torch.")
     print(f"{device}: n = {n}, C = {width}, {kind}, {tokens:,} tokens")
-    work = workloads(tokens, n, width, dtype, "cuda")
-    # Seams are fused for few streams only.
-    names = [name for name in workloads_of(connection) if name in work]
+    work = workloads(tokens, n, width, dtype, "cuda", sub_layers=max(recompute_block, 1))
+    names = workloads_of(connection, recompute_block)
     for choice in tune_kernels(
         work, names, lambda call: do_bench(call, return_mode="median") / 1e3
     ):
@@ -80,16 +88,32 @@ def _tune(connection: "Connection", tokens: int, dtype: Any) -> None:
     print(f"written to {path}, where every run on this machine finds it")
 
 
-def workloads_of(connection: "Connection") -> list[str]:
-    """Names of the workloads that a connection's kernels do."""
+def workloads_of(connection: "Connection", recompute_block: int) -> list[str]:
+    """Names of the workloads of training with a connection, and of `sinkhorn_knopp` beside mHC.
+
+    Args:
+        connection: One of the network's, none of which is a residual one.
+        recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
+    """
+    from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
     from mhc_lightning.modules import HyperConnection, SinglePassHyperConnection
 
+    single_pass = isinstance(connection, SinglePassHyperConnection)
+    fused = connection.num_streams <= MOST_FUSED_STREAMS
+    # A network of single-pass connections is read out with weights of its last one.
+    names = [*_STREAMS, "aggregate_backward" if single_pass else "mean_forward"]
+    if not (single_pass and fused):
+        names += ["aggregate_backward_of_pre"]
+    if recompute_block:
+        names += ["replay_forward"]
     if isinstance(connection, HyperConnection):
-        reading = ["project_per_stream", "project_backward_per_stream"]
-        return _STREAMS + reading + ["hyper_coefficients_forward", "hyper_coefficients_backward"]
-    end = "_single_pass" if isinstance(connection, SinglePassHyperConnection) else ""
-    reading = ["project", "project_backward", "coefficients_forward", "coefficients_backward"]
-    return _STREAMS + reading + [f"merge_project{end}", f"merge_project_backward{end}"]
+        names += ["project_per_stream", "project_backward_per_stream"]
+        return [*names, "hyper_coefficients_forward", "hyper_coefficients_backward"]
+    if fused:
+        end = "_single_pass" if single_pass else ""
+        names += [f"merge_project{end}", f"merge_project_backward{end}"]
+    names += ["project", "project_backward", "coefficients_forward", "coefficients_backward"]
+    return [*names, "sinkhorn_forward", "sinkhorn_backward"]
 
 
 def line(choice: "Choice") -> str:
@@ -99,4 +123,4 @@ def line(choice: "Choice") -> str:
     blocks = f"{config.block_tokens} tokens x {config.block_width}"
     how = f"{blocks}, {config.num_warps} warps, {config.num_stages} stages"
     kept = "kept" if config == choice.lookup.config else how
-    return f"{name:<28} {before:9.1f} us -> {after:9.1f} us  {kept} ({choice.tried} tried)"
+    return f"{name:<34} {before:9.1f} us -> {after:9.1f} us  {kept} ({choice.tried} tried)"

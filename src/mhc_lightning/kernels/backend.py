@@ -1,6 +1,5 @@
 """Which kernels run: Triton's on a GPU, plain torch elsewhere, or what the user says."""
 
-import importlib.util
 import os
 import warnings
 from functools import cache
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import reference
+from mhc_lightning.kernels.toolchain import trouble_with_triton
 
 VARIABLE = "MHC_LIGHTNING_KERNELS"
 _MOST_STREAMS = 8
@@ -23,33 +23,18 @@ def backend_of(streams: Tensor, *coefficients: Tensor) -> ModuleType:
 
     The environment variable ``MHC_LIGHTNING_KERNELS`` says ``auto`` (the default), ``triton`` or
     ``torch``. Triton's kernels take up to 8 streams of float32, bfloat16 or float16 with float32
-    coefficients, on a GPU or under ``TRITON_INTERPRET=1``; whatever else goes to plain torch.
+    coefficients, on a GPU or under ``TRITON_INTERPRET=1``; whatever else goes to plain torch. So
+    does everything, with a warning, under ``auto`` where Triton is missing or broken.
 
     Args:
         streams: [..., n, C].
         *coefficients: Mappings or parameters.
 
     Raises:
-        UserError: If the variable says something else, or ``triton`` where there is none.
+        UserError: If the variable says something else, or ``triton`` where that does not work.
     """
-    choice = os.environ.get(VARIABLE, "auto")
-    if choice not in ("auto", "torch", "triton"):
-        raise UserError(f"{VARIABLE} is {choice!r}; set it to auto, triton or torch")
-    if choice == "torch" or not _fits(streams, coefficients):
+    if not _triton_runs(streams, coefficients):
         return reference
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if choice == "auto" and not streams.is_cuda:
-        return reference
-    if not _has_triton():
-        if choice == "triton":
-            raise UserError(f"{VARIABLE}=triton, but Triton is not installed: pip install triton")
-        _warn_once()
-        return reference
-    if not streams.is_cuda and not interpreted:
-        raise UserError(
-            f"{VARIABLE}=triton, but the streams are on {streams.device.type}; train on a GPU, or "
-            "set TRITON_INTERPRET=1 to have the kernels interpreted (slowly)"
-        )
     from mhc_lightning.kernels import triton
 
     return triton
@@ -64,7 +49,30 @@ def fuses_seams(streams: Tensor, *coefficients: Tensor) -> bool:
     fits = streams.shape[-2] <= MOST_FUSED_STREAMS and torch.version.hip is None
     if streams.is_cuda:
         fits = fits and torch.cuda.get_device_capability(streams.device) >= (8, 0)
-    return fits and backend_of(streams, *coefficients) is not reference
+    return fits and _triton_runs(streams, coefficients)
+
+
+def _triton_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in ("auto", "torch", "triton"):
+        raise UserError(f"{VARIABLE} is {choice!r}; set it to auto, triton or torch")
+    if choice == "torch" or not _fits(streams, coefficients):
+        return False
+    if not streams.is_cuda:
+        if choice == "auto":
+            return False
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError(
+                f"{VARIABLE}=triton, but the streams are on {streams.device.type}; train on a GPU,"
+                " or set TRITON_INTERPRET=1 to have the kernels interpreted (slowly)"
+            )
+    # A compiler that traces need not know: the operators ask again when they run.
+    trouble = None if torch.compiler.is_compiling() else trouble_with_triton(streams.device)
+    if trouble is not None:
+        if choice == "triton":
+            raise UserError(f"{VARIABLE}=triton, but {trouble}")
+        _warn_once(trouble)
+    return trouble is None
 
 
 def _fits(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
@@ -76,14 +84,9 @@ def _fits(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@cache
-def _warn_once() -> None:
+def _warn_once(trouble: str) -> None:
     warnings.warn(
-        "Triton is not installed, so the stream operations run in plain torch, which is slower on "
-        "a GPU; pip install triton",
+        f"{trouble}. Until then the stream operations run in plain torch, slower on a GPU;"
+        f" {VARIABLE}=torch says that this is meant",
         stacklevel=2,
     )

@@ -60,6 +60,7 @@ def read_streams(
     bias: Tensor,
     num_iterations: int = 20,
     eps: float = 1e-20,
+    carry: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, StreamMappings]:
     """``stream_mappings`` and ``aggregate_streams`` in one step.
 
@@ -70,6 +71,7 @@ def read_streams(
         bias: [n² + 2n].
         num_iterations: Sinkhorn iterations, at least 1.
         eps: Added to the mean square, inside the square root.
+        carry: Weights [..., n] to aggregate with; by default the mappings' ``pre``.
 
     Returns:
         The streams to merge into (the same values; use these, so that gradients accumulate here),
@@ -79,7 +81,9 @@ def read_streams(
         ValueError: If the shapes don't fit or ``num_iterations`` < 1.
     """
     rule = manifold_rule(streams, phi, alpha, bias, num_iterations, eps)
-    return _read(streams, phi, alpha, bias, rule, want_read=True)
+    if carry is not None:
+        check_shape("carry", carry, list(streams.shape[:-1]), streams)
+    return _read(streams, phi, alpha, bias, rule, want_read=True, carry=carry)
 
 
 def hyper_mappings(
@@ -153,7 +157,13 @@ def _hyper_rule(
 
 
 def _read(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: Rule, want_read: bool
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    rule: Rule,
+    want_read: bool,
+    carry: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, StreamMappings]:
     *leading, n, width = streams.shape
     dtype = compute_dtype(streams, phi, alpha, bias)
@@ -161,6 +171,7 @@ def _read(
         kept, read, pre, post, residual = _Read.apply(
             streams.reshape(-1, n, width),
             *(parameter.to(dtype).contiguous() for parameter in (phi, alpha, bias)),
+            None if carry is None else carry.reshape(-1, n).to(dtype),
             *rule,
             want_read,
         )
@@ -176,26 +187,18 @@ class _Read(torch.autograd.Function):
     """``read_op`` with the streams as a further output."""
 
     @staticmethod
-    def forward(ctx, streams, phi, alpha, bias, rule, num_iterations, eps, want_read):  # type: ignore[no-untyped-def]
+    def forward(ctx, streams, phi, alpha, bias, carry, rule, num_iterations, eps, want_read):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         ctx.rule = (rule, num_iterations, eps)
         read, pre, post, residual, raw, inverse_rms = read_op(
-            streams, phi, alpha, bias, *ctx.rule, want_read
+            streams, phi, alpha, bias, carry, *ctx.rule, want_read
         )
-        ctx.save_for_backward(streams, phi, alpha, bias, pre, raw, inverse_rms)
+        ctx.save_for_backward(streams, phi, alpha, bias, carry, pre, raw, inverse_rms)
         return streams.view_as(streams), read, pre, post, residual
 
     @staticmethod
     def backward(ctx, kept_grad, read_grad, *grads):  # type: ignore[no-untyped-def]
-        need_streams, need_phi = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors
-        results = read_backward_op(
-            *saved, kept_grad, read_grad, *grads, *ctx.rule, need_streams, need_phi
-        )
-        needs = ctx.needs_input_grad
-        return *(g if need else None for g, need in zip(results, needs[:4], strict=True)), *[
-            None
-        ] * 4
+        return _backward_of(ctx, kept_grad, read_grad, *grads)
 
 
 @torch.library.custom_op("mhc_lightning::read_streams", mutates_args=())
@@ -204,6 +207,7 @@ def read_op(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    carry: Tensor | None,
     rule: str,
     num_iterations: int,
     eps: float,
@@ -211,7 +215,7 @@ def read_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Input [T, C] (empty unless wanted), pre, post, residual, raw coefficients, inverse norms."""
     read, mappings, raw, inverse_rms = backend_of(streams, phi).read_forward(
-        streams, phi, alpha, bias, Rule(rule, num_iterations, eps), want_read
+        streams, phi, alpha, bias, carry, Rule(rule, num_iterations, eps), want_read
     )
     return read, *mappings, raw, inverse_rms
 
@@ -222,6 +226,7 @@ def read_backward_op(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    carry: Tensor | None,
     pre: Tensor,
     raw: Tensor,
     inverse_rms: Tensor,
@@ -235,20 +240,27 @@ def read_backward_op(
     eps: float,
     need_streams: bool,
     need_phi: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of streams, phi, alpha and bias; an empty tensor for one that is not needed."""
-    streams_grad, phi_grad, alpha_grad, bias_grad = backend_of(streams, phi).read_backward(
-        *(streams, phi, alpha, bias, pre, raw, inverse_rms, kept_grad, read_grad),
+    need_carry: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the five operands; an empty tensor for one that is not needed or not there."""
+    streams_grad, phi_grad, alpha_grad, bias_grad, carry_grad = backend_of(
+        streams, phi
+    ).read_backward(
+        *(streams, phi, alpha, bias, carry, pre, raw, inverse_rms, kept_grad, read_grad),
         MappingGrads(pre_grad, post_grad, residual_grad),
         Rule(rule, num_iterations, eps),
         need_streams,
         need_phi,
+        need_carry,
     )
+    if carry_grad is None and carry is not None and need_carry:
+        carry_grad = torch.zeros_like(carry)
     return (
         empty(streams) if streams_grad is None else streams_grad,
         empty(streams) if phi_grad is None else phi_grad,
         alpha_grad,
         bias_grad,
+        empty(streams) if carry_grad is None else carry_grad,
     )
 
 
@@ -258,6 +270,7 @@ def _(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    carry: Tensor | None,
     rule: str,
     num_iterations: int,
     eps: float,
@@ -281,6 +294,7 @@ def _(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    carry: Tensor | None,
     pre: Tensor,
     raw: Tensor,
     inverse_rms: Tensor,
@@ -294,29 +308,34 @@ def _(
     eps: float,
     need_streams: bool,
     need_phi: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_carry: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         streams.new_empty(streams.shape) if need_streams else empty(streams),
         phi.new_empty(phi.shape) if need_phi else empty(streams),
         torch.empty_like(alpha),
         torch.empty_like(bias),
+        torch.empty_like(carry) if carry is not None and need_carry else empty(streams),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    streams, phi, alpha, bias, *rule, _ = inputs
+    *operands, rule, num_iterations, eps, _ = inputs
     _, pre, _, _, raw, inverse_rms = output
-    ctx.rule = tuple(rule)
-    ctx.save_for_backward(streams, phi, alpha, bias, pre, raw, inverse_rms)
+    ctx.rule = (rule, num_iterations, eps)
+    ctx.save_for_backward(*operands, pre, raw, inverse_rms)
 
 
 def _backward(ctx: Any, read_grad: Tensor | None, *grads: Tensor | None) -> tuple:
-    needs = ctx.needs_input_grad[:4]
     if read_grad is not None and read_grad.numel() == 0 and ctx.saved_tensors[0].numel() > 0:
         read_grad = None
-    results = read_backward_op(
-        *ctx.saved_tensors, None, read_grad, *grads[:3], *ctx.rule, needs[0], needs[1]
-    )
+    return _backward_of(ctx, None, read_grad, *grads[:3])
+
+
+def _backward_of(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of all inputs, given those of kept streams, input and mappings."""
+    needs = ctx.needs_input_grad[:5]
+    results = read_backward_op(*ctx.saved_tensors, *grads, *ctx.rule, needs[0], needs[1], needs[4])
     return *(g if need else None for g, need in zip(results, needs, strict=True)), *[None] * 4
 
 

@@ -26,12 +26,7 @@ def seam_forward(
     ``carry`` [T, n] are weights to read the new streams with; None reads with the new ones.
     """
     new = kernels.merge_forward(streams, output, residual, post)
-    read, mappings, raw, inverse_rms = kernels.read_forward(
-        new, phi, alpha, bias, rule, carry is None
-    )
-    if carry is not None:
-        read = kernels.aggregate_forward(new, carry)
-    return new, read, mappings, raw, inverse_rms
+    return new, *kernels.read_forward(new, phi, alpha, bias, carry, rule, want_read=True)
 
 
 def seam_backward(
@@ -54,16 +49,11 @@ def seam_backward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of streams, output, residual, post, phi, alpha, bias and carry."""
-    carry_grad = None
-    if carry is not None and read_grad is not None:
-        through_read, carry_grad = kernels.aggregate_backward(read_grad, new, carry, True, True)
-        assert through_read is not None
-        new_grad = through_read if new_grad is None else new_grad + through_read
-        read_grad = None
-    total, phi_grad, alpha_grad, bias_grad = kernels.read_backward(
-        *(new, phi, alpha, bias, pre, raw, inverse_rms, new_grad, read_grad, grads, rule),
+    total, phi_grad, alpha_grad, bias_grad, carry_grad = kernels.read_backward(
+        *(new, phi, alpha, bias, carry, pre, raw, inverse_rms, new_grad, read_grad, grads, rule),
         need_streams=True,
         need_phi=True,
+        need_carry=True,
     )
     assert total is not None and phi_grad is not None
     merged = kernels.merge_backward(total, streams, output, residual, post, True, True, True)

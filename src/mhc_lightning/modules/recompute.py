@@ -41,13 +41,16 @@ def recomputing(size: int) -> Iterator[None]:
     if size == 0 or not torch.is_grad_enabled():
         yield
         return
+    global _recordings
     recording = _Recording(size)
     token = _active.set(recording)
+    _recordings += 1
     try:
         with saved_tensors_hooks(recording.pack, _unpack):
             yield
             recording.settle()
     finally:
+        _recordings -= 1
         _active.reset(token)
         recording.forget()
 
@@ -61,14 +64,14 @@ def note_read(streams: Tensor, read: Tensor, mappings: StreamMappings | None) ->
         mappings: What ``aggregate_streams`` and ``merge_streams`` redo this sub-layer with; None if
             they cannot, and its streams have to be kept.
     """
-    recording = _active.get()
+    recording = _recording()
     if recording is not None:
         recording.read(streams, read, mappings)
 
 
 def note_output(output: Tensor) -> None:
     """Tell a surrounding `recomputing` what the sub-layer returned, before it is merged."""
-    recording = _active.get()
+    recording = _recording()
     if recording is not None:
         recording.ran(output)
 
@@ -242,6 +245,12 @@ class _Recording:
 
 
 _active: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+# Of all threads. A compiler cannot look into a context variable, but it can into this.
+_recordings = 0
+
+
+def _recording() -> _Recording | None:
+    return _active.get() if _recordings else None
 
 
 def _unpack(packed: Any) -> Tensor:

@@ -5,12 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_lightning.kernels import (
-    aggregate_streams,
-    fuses_seams,
-    merge_and_read,
-    merge_streams,
-)
+from mhc_lightning.kernels import fuses_seams, merge_and_read, merge_streams, read_streams
 from mhc_lightning.modules.connection import Unmerged
 from mhc_lightning.modules.manifold_hyper_connection import ManifoldHyperConnection
 
@@ -44,9 +39,15 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         """
         if carry is None:
             carry = self._first_carry(streams)
-        mappings = self.mappings(streams)
+        kept, u, mappings = read_streams(
+            streams,
+            *(self.phi, self.alpha, self.bias),
+            num_iterations=self.sinkhorn_iterations,
+            eps=self.eps,
+            carry=carry,
+        )
         shown = self.window(streams, mappings._replace(pre=carry))._replace(pre=carry)
-        return aggregate_streams(streams, carry), (streams, shown, mappings.pre)
+        return u, (kept, shown, mappings.pre)
 
     def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
         """Merge, and hand the pre mapping on."""

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from kernel_traffic import connection_traffic, kernel_traffic, many_tokens_per_program
+from mhc_lightning.kernels import triton
+from mhc_lightning.kernels.record import MappingGrads
+from mhc_lightning.kernels.rule import Rule
 from mhc_lightning.kernels.triton.workloads import workloads
+from mhc_lightning.kernels.unfused_seam import seam_backward, seam_forward
+from traffic_counter import TrafficCounter
 
 NAMES = [name for name, work in workloads(1, 1, 16, torch.bfloat16).items() if work.elements]
 
@@ -39,6 +44,25 @@ def test_odd_shapes_move_nothing_twice(tokens, n, width, dtype):
     ratios = {name: m.streams / m.ideal for name, m in moved.items() if m.ideal and name in NAMES}
     assert ratios == dict.fromkeys(ratios, 1.0)
     assert len(ratios) >= 10
+
+
+def test_reading_with_a_carry_adds_up_no_streams():
+    """By parts, as with more streams than a seam takes: what the separate kernels have to move."""
+    tokens, n, width = 512, 4, 32
+    x, grad = (torch.randn(tokens, n, width).bfloat16() for _ in range(2))
+    y, read_grad = (torch.randn(tokens, width).bfloat16() for _ in range(2))
+    carry, post, residual = torch.rand(tokens, n), torch.rand(tokens, n), torch.rand(tokens, n, n)
+    count = n * n + 2 * n
+    given = (x, y, residual, post, torch.randn(n * width, count), torch.ones(3), torch.zeros(count))
+    rule = Rule("sinkhorn", 20, 1e-20)
+    with many_tokens_per_program(n, width, 2):
+        with TrafficCounter(tokens, width) as forward:
+            new, _, mappings, *kept = seam_forward(triton, *given, carry, rule)
+        with TrafficCounter(tokens, width) as backward:
+            behind = (grad, read_grad, MappingGrads(carry, post, residual))
+            seam_backward(triton, *given, carry, new, mappings.pre, *kept, *behind, rule)
+    assert forward.stream_bytes == (4 * n + 2) * width * 2, forward.table()
+    assert backward.stream_bytes == (7 * n + 4) * width * 2, backward.table()
 
 
 def test_whole_connection_with_the_sum_of_its_gradients(monkeypatch):

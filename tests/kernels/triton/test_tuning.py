@@ -81,10 +81,10 @@ def test_kernels_are_measured_with_what_is_tried_and_wrong_results_are_refused(m
 
 
 @pytest.mark.parametrize("name", sorted(workloads(1, 1, 16, torch.bfloat16)))
-def test_every_workload_asks_for_the_kernel_it_names(name):
+def test_every_workload_can_be_tuned(name):
     work = workloads(3, 2, 32, torch.bfloat16)
     (choice,) = tuning.tune(work, [name], lambda call: 1.0)
-    assert choice.lookup.kernel == work[name].kernel
+    assert choice.lookup.kernel == name
     assert choice.tried > 3
 
 

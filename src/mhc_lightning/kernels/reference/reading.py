@@ -17,7 +17,13 @@ from mhc_lightning.kernels.rule import Rule
 
 
 def read_forward(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: Rule, want_read: bool
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    carry: Tensor | None,
+    rule: Rule,
+    want_read: bool,
 ) -> tuple[Tensor, StreamMappings, Tensor, Tensor]:
     """Project (eqs. 14–15), compute the mappings and, if wanted, aggregate.
 
@@ -26,6 +32,7 @@ def read_forward(
         phi: [n·C, n² + 2n], or [C, n + 2] if each stream has coefficients of its own.
         alpha: Gates.
         bias: [n² + 2n].
+        carry: Weights [T, n] to aggregate with; None stands for the mappings' ``pre``.
         rule: How raw coefficients become mappings.
         want_read: Whether to aggregate.
 
@@ -45,7 +52,8 @@ def read_forward(
         mappings = coefficients_forward(raw, inverse_rms, alpha, bias, n, rule.num_iterations)
     read = streams.new_empty(0)
     if want_read:
-        read = aggregate_forward(wide, mappings.pre).to(streams.dtype)
+        weights = mappings.pre if carry is None else carry
+        read = aggregate_forward(wide, weights).to(streams.dtype)
     return read, mappings, raw, inverse_rms
 
 
@@ -54,6 +62,7 @@ def read_backward(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    carry: Tensor | None,
     pre: Tensor,
     raw: Tensor,
     inverse_rms: Tensor,
@@ -63,15 +72,17 @@ def read_backward(
     rule: Rule,
     need_streams: bool,
     need_phi: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Gradients of streams, phi, alpha and bias; the first two None where not needed.
+    need_carry: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Gradients of streams, phi, alpha, bias and carry, None where not needed.
 
     Args:
         streams: [T, n, C].
         phi: As in ``read_forward``.
         alpha: Gates.
         bias: [n² + 2n].
-        pre: The mapping that the streams were read with [T, n].
+        carry: As in ``read_forward``.
+        pre: The mapping ``pre`` that it returned [T, n].
         raw: As ``read_forward`` returned them.
         inverse_rms: As ``read_forward`` returned them.
         kept_grad: What comes back through the streams themselves [T, n, C], to be added.
@@ -80,14 +91,19 @@ def read_backward(
         rule: As in ``read_forward``.
         need_streams: Whether the streams' gradient is asked for.
         need_phi: Whether phi's is.
+        need_carry: Whether the carry's is, if there is one.
     """
     n = streams.shape[1]
     wide = streams.to(phi.dtype)
     flat = wide.reshape(-1, phi.shape[0])
+    carry_grad = None
     if read_grad is not None:
         read_grad = read_grad.to(phi.dtype)
-        dots = dot_per_stream(wide, read_grad)
-        grads = grads._replace(pre=dots if grads.pre is None else grads.pre + dots)
+        if carry is None:
+            dots = dot_per_stream(wide, read_grad)
+            grads = grads._replace(pre=dots if grads.pre is None else grads.pre + dots)
+        elif need_carry:
+            carry_grad = dot_per_stream(wide, read_grad)
     width = flat.shape[1]
     if rule.per_stream:
         raw_grad, scale, alpha_grad, bias_grad = hyper_coefficients_backward(
@@ -106,7 +122,8 @@ def read_backward(
         grad.addcmul_(flat, scale[:, None])
         grad = grad.view(streams.shape)
         if read_grad is not None:
-            grad.addcmul_(pre[:, :, None], read_grad[:, None, :])
+            weights = pre if carry is None else carry
+            grad.addcmul_(weights[:, :, None], read_grad[:, None, :])
         streams_grad = grad.to(streams.dtype)
     phi_grad = (raw_grad @ flat).t().contiguous() if need_phi else None
-    return streams_grad, phi_grad, alpha_grad, bias_grad
+    return streams_grad, phi_grad, alpha_grad, bias_grad, carry_grad

@@ -30,7 +30,7 @@ def aggregate_forward(streams: Tensor, pre: Tensor) -> Tensor:
     Returns:
         [tokens, C], contiguous, in the dtype of ``streams``.
     """
-    return _weighted_sum(streams, pre, 1.0)
+    return _weighted_sum("aggregate_forward", streams, pre, 1.0)
 
 
 def aggregate_backward(
@@ -54,7 +54,8 @@ def aggregate_backward(
         tokens, n, width = streams.shape
         itemsize = streams.element_size()
         default = aggregate_backward_config(n, width, itemsize)
-        config = configured("aggregate_backward", n, width, streams.dtype, default)
+        name = "aggregate_backward" if need_streams else "aggregate_backward_of_pre"
+        config = configured(name, n, width, streams.dtype, default)
         vector = vector_width(width, grad, streams)
         launch(
             aggregate_backward_kernel,
@@ -80,12 +81,12 @@ def aggregate_backward(
 
 def mean_forward(streams: Tensor) -> Tensor:
     """The mean of the streams: [tokens, n, C], any strides -> [tokens, C], contiguous."""
-    return _weighted_sum(streams, None, 1 / streams.shape[1])
+    return _weighted_sum("mean_forward", streams, None, 1 / streams.shape[1])
 
 
 def expand_backward(grad: Tensor) -> Tensor:
     """Gradient of copying a vector to n streams: their sum, [tokens, n, C] -> [tokens, C]."""
-    return _weighted_sum(grad, None, 1.0)
+    return _weighted_sum("expand_backward", grad, None, 1.0)
 
 
 def aggregate_forward_config(n: int, width: int, itemsize: int) -> Config:
@@ -98,10 +99,10 @@ def aggregate_backward_config(n: int, width: int, itemsize: int) -> Config:
     return Config(1, WARP_BYTES // itemsize, num_warps=1, num_stages=1)
 
 
-def _weighted_sum(streams: Tensor, pre: Tensor | None, scale: float) -> Tensor:
+def _weighted_sum(name: str, streams: Tensor, pre: Tensor | None, scale: float) -> Tensor:
     tokens, n, width = streams.shape
     default = aggregate_forward_config(n, width, streams.element_size())
-    config = configured("aggregate_forward", n, width, streams.dtype, default)
+    config = configured(name, n, width, streams.dtype, default)
     vector = vector_width(width, streams)
     read = streams.new_empty(tokens, width)
     launch(

@@ -175,8 +175,9 @@ def merge_project(
     """
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
+    name = "merge_project" if pre is None else "merge_project_single_pass"
     default = merge_project_config(n, width, streams.element_size())
-    config = configured("merge_project", n, width, streams.dtype, default)
+    config = configured(name, n, width, streams.dtype, default)
     new = torch.empty_like(streams, memory_format=torch.contiguous_format)
     read = streams.new_empty((tokens, width))
     raw = streams.new_empty((1, coefficients, tokens), dtype=torch.float32)

@@ -203,8 +203,9 @@ def merge_project_backward(
     """
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
+    name = "merge_project_backward" + ("_single_pass" if single_pass else "")
     default = merge_project_backward_config(n, width, streams.element_size())
-    config = configured("merge_project_backward", n, width, streams.dtype, default)
+    config = configured(name, n, width, streams.dtype, default)
     blocks = triton.cdiv(width, config.block_width)
     ranges, per_range = ranges_of_tokens(tokens, blocks, config.block_tokens)
     streams_grad = torch.empty_like(streams, memory_format=torch.contiguous_format)

@@ -186,8 +186,9 @@ def project_backward(
         return None, None
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
+    name = "project_backward_per_stream" if per_stream else "project_backward"
     default = project_backward_config(n, width, streams.element_size())
-    config = configured("project_backward", n, width, streams.dtype, default)
+    config = configured(name, n, width, streams.dtype, default)
     channel_blocks = triton.cdiv(width, config.block_width)
     ranges, per_range = ranges_of_tokens(tokens, channel_blocks, config.block_tokens)
     streams_grad = streams.new_empty(streams.shape) if need_streams else None

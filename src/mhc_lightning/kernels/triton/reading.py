@@ -63,13 +63,21 @@ def coefficient_grads(
 
 
 def read_forward(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: Rule, want_read: bool
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    carry: Tensor | None,
+    rule: Rule,
+    want_read: bool,
 ) -> tuple[Tensor, StreamMappings, Tensor, Tensor]:
     """What ``reference.read_forward`` computes."""
-    products, squares = project(streams, phi, rule.per_stream)
+    products, squares = project(streams, phi.contiguous(), rule.per_stream)
     shape = (streams.shape[1], streams.shape[2])
     mappings, raw, inverse_rms = mappings_of(products, squares, alpha, bias, shape, rule)
-    read = aggregate_forward(streams, mappings.pre) if want_read else streams.new_empty(0)
+    read = streams.new_empty(0)
+    if want_read:
+        read = aggregate_forward(streams, mappings.pre if carry is None else carry)
     return read, mappings, raw, inverse_rms
 
 
@@ -78,6 +86,7 @@ def read_backward(
     phi: Tensor,
     alpha: Tensor,
     bias: Tensor,
+    carry: Tensor | None,
     pre: Tensor,
     raw: Tensor,
     inverse_rms: Tensor,
@@ -87,15 +96,23 @@ def read_backward(
     rule: Rule,
     need_streams: bool,
     need_phi: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    need_carry: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
     """What ``reference.read_backward`` computes."""
     raw_grad, scale, alpha_grad, bias_grad = coefficient_grads(
-        streams, alpha, bias, pre, raw, inverse_rms, read_grad, grads, rule
+        *(streams, alpha, bias, pre, raw, inverse_rms),
+        read_grad if carry is None else None,
+        grads,
+        rule,
     )
+    carry_grad = None
+    if carry is not None and read_grad is not None and need_carry:
+        _, carry_grad = aggregate_backward(read_grad, streams, carry, False, True)
+    weights = pre if carry is None else carry.contiguous()
     streams_grad, phi_grad = project_backward(
-        *(streams, phi, raw_grad, scale, pre, read_grad, kept_grad),
+        *(streams, phi.contiguous(), raw_grad, scale, weights, read_grad, kept_grad),
         need_streams=need_streams,
         need_phi=need_phi,
         per_stream=rule.per_stream,
     )
-    return streams_grad, phi_grad, alpha_grad, bias_grad
+    return streams_grad, phi_grad, alpha_grad, bias_grad, carry_grad

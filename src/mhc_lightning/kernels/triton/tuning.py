@@ -56,12 +56,15 @@ def tune(
         workload = workloads[name]
         with noted_lookups() as lookups:
             expected = workload.run()
-        lookup = next(lookup for lookup in lookups if lookup.kernel == workload.kernel)
+        lookup = next(lookup for lookup in lookups if lookup.kernel == name)
 
         def measured(
-            config: Config, workload: Workload = workload, expected: object = expected
+            config: Config,
+            name: str = name,
+            workload: Workload = workload,
+            expected: object = expected,
         ) -> float:
-            with choose(workload.kernel, config):
+            with choose(name, config):
                 try:
                     same = _agree(workload.run(), expected)
                     return seconds(workload.run) if same else math.inf

@@ -29,28 +29,17 @@ from mhc_lightning.kernels.triton.replay import replay_forward
 from mhc_lightning.kernels.triton.sinkhorn import sinkhorn_backward, sinkhorn_forward
 
 ITERATIONS, EPS = 20, 1e-20
-# Whose block sizes a workload runs with, where that is not its own name.
-_KERNELS = {
-    "mean_forward": "aggregate_forward",
-    "expand_backward": "aggregate_forward",
-    "project_per_stream": "project",
-    "project_backward_per_stream": "project_backward",
-    "merge_project_single_pass": "merge_project",
-    "merge_project_backward_single_pass": "merge_project_backward",
-}
 
 
 class Workload(NamedTuple):
     """A launching function with its arguments.
 
     Attributes:
-        kernel: The kernel's name in the tables of block sizes.
         elements: The fewest stream-sized elements per token, in units of C, that it has to read
             and write; 0 if it touches none.
         run: Calls the launching function; returns what that returns.
     """
 
-    kernel: str
     elements: int
     run: Callable[[], object]
 
@@ -62,8 +51,9 @@ def workloads(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     random: bool = True,
+    sub_layers: int = 4,
 ) -> dict[str, Workload]:
-    """All kernels, by name, on common inputs.
+    """All kernels, by their names in the tables of block sizes, as training runs them.
 
     Args:
         tokens: Number of tokens.
@@ -72,6 +62,7 @@ def workloads(
         dtype: Dtype of the streams.
         device: Where the inputs are.
         random: Whether the inputs hold random numbers, or anything.
+        sub_layers: Of the recompute block that is replayed, at least 1.
     """
     count = n * n + 2 * n
 
@@ -83,12 +74,12 @@ def workloads(
     y, read_grad = tensor(tokens, width, kind=dtype), tensor(tokens, width, kind=dtype)
     pre, post, residual = tensor(tokens, n), tensor(tokens, n), tensor(tokens, n, n)
     phi, alpha, bias = tensor(n * width, count), tensor(3), tensor(count)
-    products, squares = tensor(2, count, tokens), tensor(2, tokens).square()
+    products, squares = tensor(1, count, tokens), tensor(1, tokens).square()
     raw, inverse_rms = tensor(count, tokens), tensor(tokens)
     # The same for Hyper-Connections, where each stream is projected by itself.
     rows = tokens * n
     phi_1, alpha_1 = tensor(width, n + 2), tensor(2)
-    products_1, squares_1 = tensor(2, n + 2, rows), tensor(2, rows).square()
+    products_1, squares_1 = tensor(1, n + 2, rows), tensor(1, rows).square()
     raw_1, inverse_rms_1 = tensor(n + 2, rows), tensor(rows)
     logits, logits_grad = tensor(n, n, tokens), tensor(n, n, tokens)
 
@@ -96,20 +87,23 @@ def workloads(
     gates_1 = (alpha_1, bias, n, width, True)
     grads = (pre, post, residual)
     mappings = StreamMappings(pre, post, residual)
-    outputs = [tensor(tokens, width, kind=dtype) for _ in range(3)]
+    outputs = [tensor(tokens, width, kind=dtype) for _ in range(sub_layers - 1)]
+    replayed = (outputs, [mappings] * sub_layers, [False, *[True] * (sub_layers - 1)])
     merged = (x, y, residual, post)
     behind = (raw, inverse_rms, pre, read_grad, grad)
     calls: dict[str, tuple[int, Callable[..., object], tuple[Any, ...]]] = {
         "aggregate_forward": (n + 1, aggregate_forward, (x, pre)),
         "aggregate_backward": (2 * n + 1, aggregate_backward, (read_grad, x, pre, True, True)),
+        "aggregate_backward_of_pre": (n + 1, aggregate_backward, (read_grad, x, pre, False, True)),
         "mean_forward": (n + 1, mean_forward, (x,)),
         "expand_backward": (n + 1, expand_backward, (x,)),
         "merge_forward": (2 * n + 1, merge_forward, merged),
         "merge_backward": (3 * n + 2, merge_backward, (grad, *merged, True, True, True)),
-        # Four sub-layers: reads their entry and three outputs, writes three streams, four inputs.
+        # Reads the entry and all outputs but the last; writes all streams but the first, and all
+        # inputs.
         "replay_forward": (
-            *(4 * n + 7, replay_forward),
-            (x, outputs, [mappings] * 4, [False, True, True, True], [True] * 4),
+            *(sub_layers * (n + 2) - 1, replay_forward),
+            (x, *replayed, [True] * sub_layers),
         ),
         "project": (n, project, (x, phi)),
         "project_per_stream": (n, project, (x, phi_1, True)),
@@ -145,7 +139,7 @@ def workloads(
         "sinkhorn_backward": (0, sinkhorn_backward, (logits_grad, logits, ITERATIONS)),
     }
     return {
-        name: Workload(_KERNELS.get(name, name), elements, partial(function, *arguments))
+        name: Workload(elements, partial(function, *arguments))
         for name, (elements, function, arguments) in calls.items()
         if n <= MOST_FUSED_STREAMS or not name.startswith("merge_project")
     }
