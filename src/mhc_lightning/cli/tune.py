@@ -82,14 +82,20 @@ def _tune(connection: "Connection", tokens: int, dtype: Any) -> None:
 
 def workloads_of(connection: "Connection") -> list[str]:
     """Names of the workloads that a connection's kernels do."""
-    from mhc_lightning.modules import HyperConnection, SinglePassHyperConnection
+    from mhc_lightning.modules import (
+        HyperConnection,
+        ManifoldHyperConnection,
+        SinglePassHyperConnection,
+    )
 
     if isinstance(connection, HyperConnection):
         reading = ["project_per_stream", "project_backward_per_stream"]
         return _STREAMS + reading + ["hyper_coefficients_forward", "hyper_coefficients_backward"]
     end = "_single_pass" if isinstance(connection, SinglePassHyperConnection) else ""
-    reading = ["project", "project_backward", "coefficients_forward", "coefficients_backward"]
-    return _STREAMS + reading + [f"merge_project{end}", f"merge_project_backward{end}"]
+    reading = ["project", "project_backward", f"merge_project{end}", f"merge_project_backward{end}"]
+    if isinstance(connection, ManifoldHyperConnection):  # its variants mix in torch
+        reading += ["coefficients_forward", "coefficients_backward"]
+    return _STREAMS + reading
 
 
 def line(choice: "Choice") -> str:

@@ -23,9 +23,9 @@ def read_forward(
 
     Args:
         streams: [T, n, C].
-        phi: [n·C, n² + 2n], or [C, n + 2] if each stream has coefficients of its own.
+        phi: [n·C, K], or [C, n + 2] if each stream has coefficients of its own.
         alpha: Gates.
-        bias: [n² + 2n].
+        bias: [K], or [n² + 2n].
         rule: How raw coefficients become mappings.
         want_read: Whether to aggregate.
 
@@ -42,7 +42,7 @@ def read_forward(
     if rule.per_stream:
         mappings = hyper_coefficients_forward(raw, inverse_rms, alpha, bias, n, rule.tanh)
     else:
-        mappings = coefficients_forward(raw, inverse_rms, alpha, bias, n, rule.num_iterations)
+        mappings = coefficients_forward(raw, inverse_rms, alpha, bias, n, rule)
     read = streams.new_empty(0)
     if want_read:
         read = aggregate_forward(wide, mappings.pre).to(streams.dtype)
@@ -70,7 +70,7 @@ def read_backward(
         streams: [T, n, C].
         phi: As in ``read_forward``.
         alpha: Gates.
-        bias: [n² + 2n].
+        bias: As in ``read_forward``.
         pre: The mapping that the streams were read with [T, n].
         raw: As ``read_forward`` returned them.
         inverse_rms: As ``read_forward`` returned them.
@@ -95,7 +95,7 @@ def read_backward(
         )
     else:
         raw_grad, scale, alpha_grad, bias_grad = coefficients_backward(
-            grads, raw, inverse_rms, alpha, bias, n, width, rule.num_iterations
+            grads, raw, inverse_rms, alpha, bias, n, width, rule
         )
     streams_grad = None
     if need_streams:
