@@ -4,6 +4,7 @@ from mhc_lightning.cli.main import main
 from mhc_lightning.cli.tune import workloads_of
 from mhc_lightning.modules import (
     HyperConnection,
+    KroneckerHyperConnection,
     ManifoldHyperConnection,
     SinglePassHyperConnection,
 )
@@ -25,7 +26,13 @@ def test_the_residual_connection_has_nothing_to_tune(capfd, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "connection", [HyperConnection, ManifoldHyperConnection, SinglePassHyperConnection]
+    "connection",
+    [
+        HyperConnection,
+        ManifoldHyperConnection,
+        SinglePassHyperConnection,
+        KroneckerHyperConnection,
+    ],
 )
 def test_a_connection_is_tuned_with_its_own_kernels(connection):
     import torch
@@ -38,4 +45,5 @@ def test_a_connection_is_tuned_with_its_own_kernels(connection):
     kernels = [work[name].kernel for name in names]
     assert len(kernels) == len(set(kernels))  # none is tuned twice
     expected = [name for name in names if "per_stream" in name or "single_pass" in name]
-    assert bool(expected) == (connection is not ManifoldHyperConnection)
+    assert bool(expected) == (connection in (HyperConnection, SinglePassHyperConnection))
+    assert ("coefficients_forward" in names) == issubclass(connection, ManifoldHyperConnection)

@@ -140,7 +140,7 @@ def calls() -> dict[str, tuple[Any, tuple]]:
     hyper = (o["phi"][:WIDTH, : N + 2], o["alpha"][:2], o["bias"])
     kept = (None, x, pre, raw, inverse)
     gates = ("gates", 1, 1e-20)
-    few = (o["phi"][:, : 2 * N + 2], o["alpha"], o["bias"][: 2 * N + 2])
+    few = (o["phi"][:, : 2 * N + 2].contiguous(), o["alpha"], o["bias"][: 2 * N + 2])
     plain_few, logits_grad = [t.detach() for t in few], torch.randn(5, 2)
     kept_of_few = (None, x, pre, raw[: 2 * N + 2].contiguous(), inverse)
     return {
@@ -195,6 +195,8 @@ def test_compiles_without_a_break_and_agrees(read: Callable) -> None:
     """Gradients of ordinary and of large size: compiled and eager ones are the same numbers."""
     o = operands()
     mix = mix_any if isinstance(read, partial) else None
+    # Code for what is not our operators is not ours, and takes long to be generated.
+    compiled = torch.compile(backend="aot_eager" if mix else "inductor", fullgraph=True)
     if read is read_hyper_streams:
         o["phi"], o["alpha"] = o["phi"][:WIDTH, : N + 2].clone(), o["alpha"][:2].clone()
 
@@ -209,15 +211,15 @@ def test_compiles_without_a_break_and_agrees(read: Callable) -> None:
 
     for scale in (1.0, 1e4):
         results = []
-        for function in (two_sub_layers, torch.compile(two_sub_layers, fullgraph=True)):
+        for function in (two_sub_layers, compiled(two_sub_layers)):
             leaves = [
                 t.detach().clone().requires_grad_()
                 for t in (o["output"], o["post"][:, :1] * scale, o["phi"], o["alpha"], o["bias"])
             ]
             value = function(*leaves)
             results.append((value.detach(), *torch.autograd.grad(value.sum(), leaves)))
-        for eager, compiled in zip(*results, strict=True):
-            assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-6 * scale)
+        for eager, ours in zip(*results, strict=True):
+            assert torch.allclose(eager, ours, rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_selective_checkpointing_names_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
