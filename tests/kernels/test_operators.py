@@ -62,31 +62,48 @@ def connection_step(
     carry: Tensor | None = None,
     *,
     steps: int = 1,
+    mix: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Merge and read, in one step, in two, or in three if there is a carry."""
     if steps == 1:
         new, read, mappings = merge_and_read(
-            streams, output, residual, post, phi, alpha, bias, carry
+            streams, output, residual, post, phi, alpha, bias, carry, mix=mix
         )
     else:
         merged = merge_streams(streams, output, residual, post)
         given = carry if steps == 2 else None
-        new, read, mappings = read_streams(merged, phi, alpha, bias, carry=given)
+        new, read, mappings = read_streams(merged, phi, alpha, bias, carry=given, mix=mix)
         if carry is not None and given is None:
             read = aggregate_streams(new, carry)
     return new, read, *mappings
 
 
+def mix_any(logits: Tensor) -> Tensor:
+    """Some matrices [..., 3, 3] of logits [..., m], however many there are."""
+    m = logits.shape[-1]
+    weighted = (logits * torch.linspace(-1, 1, m, dtype=logits.dtype)).sum(-1) / (m + 1)
+    return (weighted[..., None, None] + torch.eye(N, dtype=logits.dtype)).tanh()
+
+
+# Logits of a token: fewer than mHC has, none, as many as a kernel takes, and too many for one.
+MIXES = {f"mix of {m}": m for m in (5, 0, 26, 40)}
+
+
 @pytest.mark.parametrize("single_pass", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_seam_against_float64(steps: int, single_pass: bool) -> None:
+@pytest.mark.parametrize("rule", ["sinkhorn", *MIXES])
+def test_the_seam_against_float64(rule: str, steps: int, single_pass: bool) -> None:
     given = operands()
     if not single_pass:
         given.pop("carry")
+    mix = None if rule == "sinkhorn" else mix_any
+    if mix is not None:
+        count = 2 * N + MIXES[rule]
+        given["phi"], given["bias"] = randn(N * WIDTH, count, scale=0.3), randn(count)
     leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
     doubles = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
-    actual = connection_step(**leaves, steps=steps)
-    expected = connection_step(**doubles, steps=3)
+    actual = connection_step(**leaves, steps=steps, mix=mix)
+    expected = connection_step(**doubles, steps=3, mix=mix)
     weights = [torch.randn_like(t) for t in expected]
     for ours, reference in zip(actual, expected, strict=True):
         assert_close_to_float64(ours.detach(), reference.detach())
@@ -123,6 +140,10 @@ def calls() -> dict[str, tuple[Any, tuple]]:
     plain_merge = tuple(t.detach() for t in merge)
     hyper = (o["phi"][:WIDTH, : N + 2], o["alpha"][:2], o["bias"])
     kept = (None, x, pre, raw, inverse)
+    gates = ("gates", 1, 1e-20)
+    few = (o["phi"][:, : 2 * N + 2].contiguous(), o["alpha"], o["bias"][: 2 * N + 2])
+    plain_few, logits_grad = [t.detach() for t in few], torch.randn(5, 2)
+    kept_of_few = (None, x, pre, raw[: 2 * N + 2].contiguous(), inverse)
     return {
         "aggregate": (ops.aggregate_streams, (o["streams"], o["carry"])),
         "aggregate_backward": (ops.aggregate_streams_backward, (narrow, x, pre, True, False)),
@@ -162,11 +183,24 @@ def calls() -> dict[str, tuple[Any, tuple]]:
             ops.read_streams_backward,
             (x, *detached, pre, *kept[2:], wide, narrow, pre, None, None, *rule, True, True, True),
         ),
+        "gates": (ops.read_streams, (o["streams"], *few, None, *gates, True)),
+        "gates_backward": (
+            ops.read_streams_backward,
+            (
+                *(x, *plain_few, None, *kept_of_few[2:], wide, narrow, pre, None, logits_grad),
+                *(*gates, True, True, False),
+            ),
+        ),
         "seam": (ops.merge_and_read, (*merge, *parameters, None, *rule)),
+        "gates_seam": (ops.merge_and_read, (*merge, *few, None, *gates)),
         "single_pass": (ops.merge_and_read, (*merge, *parameters, o["carry"], *rule)),
         "seam_backward": (
             ops.merge_and_read_backward,
             (*plain_merge, *detached, *kept, wide, narrow, None, pre, None, *rule),
+        ),
+        "gates_seam_backward": (
+            ops.merge_and_read_backward,
+            (*plain_merge, *plain_few, *kept_of_few, wide, narrow, None, pre, logits_grad, *gates),
         ),
     }
 
@@ -177,33 +211,38 @@ def test_registration(name: str) -> None:
     torch.library.opcheck(operator.default, arguments)
 
 
-@pytest.mark.parametrize("read", [read_streams, read_hyper_streams])
+@pytest.mark.parametrize(
+    "read", [read_streams, read_hyper_streams, partial(read_streams, mix=mix_any)]
+)
 def test_compiles_without_a_break_and_agrees(read: Callable) -> None:
     """Gradients of ordinary and of large size: compiled and eager ones are the same numbers."""
     o = operands()
+    mix = mix_any if isinstance(read, partial) else None
+    # Code for what is not our operators is not ours, and takes long to be generated.
+    compiled = torch.compile(backend="aot_eager" if mix else "inductor", fullgraph=True)
     if read is read_hyper_streams:
         o["phi"], o["alpha"] = o["phi"][:WIDTH, : N + 2].clone(), o["alpha"][:2].clone()
 
     def two_sub_layers(x: Tensor, output: Tensor, *parameters: Tensor) -> Tensor:
         streams, u, mappings = read(expand_streams(x, N), *parameters)
-        if read is read_streams:
+        if read is not read_hyper_streams:
             streams, u, mappings = merge_and_read(
-                streams, u.tanh(), mappings.residual, mappings.post, *parameters
+                streams, u.tanh(), mappings.residual, mappings.post, *parameters, mix=mix
             )
         merged = merge_streams(streams, u * output, mappings.residual, mappings.post)
         return mean_streams(merged)
 
     for scale in (1.0, 1e4):
         results = []
-        for function in (two_sub_layers, torch.compile(two_sub_layers, fullgraph=True)):
+        for function in (two_sub_layers, compiled(two_sub_layers)):
             leaves = [
                 t.detach().clone().requires_grad_()
                 for t in (o["output"], o["post"][:, :1] * scale, o["phi"], o["alpha"], o["bias"])
             ]
             value = function(*leaves)
             results.append((value.detach(), *torch.autograd.grad(value.sum(), leaves)))
-        for eager, compiled in zip(*results, strict=True):
-            assert torch.allclose(eager, compiled, rtol=1e-5, atol=1e-6 * scale)
+        for eager, ours in zip(*results, strict=True):
+            assert torch.allclose(eager, ours, rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_selective_checkpointing_names_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,16 +13,29 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import StreamMappings, merge_streams, stream_mappings
 from mhc_lightning.modules import (
     Connection,
+    GatedHyperConnection,
     HyperConnection,
+    IdentityHyperConnection,
+    KroneckerHyperConnection,
     ManifoldHyperConnection,
     MappingsWindow,
+    PermutationHyperConnection,
     ResidualConnection,
     SinglePassHyperConnection,
     Unmerged,
 )
 
 STATIC_HC = functools.partial(HyperConnection, dynamic=False)
-ALL = [ResidualConnection, HyperConnection, STATIC_HC, ManifoldHyperConnection]
+LINEAR_HC = functools.partial(HyperConnection, tanh=False)
+GATED = [
+    ManifoldHyperConnection,
+    PermutationHyperConnection,
+    KroneckerHyperConnection,
+    IdentityHyperConnection,
+]
+ALL = [ResidualConnection, HyperConnection, STATIC_HC, LINEAR_HC, *GATED]
+# Numbers of streams that a connection takes, where it does not take all.
+ALLOWED = {PermutationHyperConnection: [1, 2, 3, 4]}
 Build = Callable[..., Connection]
 
 
@@ -35,8 +48,9 @@ def scrambled(build: Build, **kwargs: int) -> Connection:
     return connection
 
 
-@pytest.mark.parametrize("build", ALL)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("build", "n"), [(b, n) for b in ALL for n in ALLOWED.get(b, [1, 2, 3, 4, 8])]
+)
 def test_call_is_the_update_equation(build: Build, n: int) -> None:
     connection = scrambled(build, dim=16, num_streams=n, layer_index=3).double()
     n = connection.num_streams
@@ -94,7 +108,7 @@ def test_the_window_shows_the_mappings_in_use(build: Build) -> None:
         assert torch.equal(shown, expected)
 
 
-@pytest.mark.parametrize("build", [HyperConnection, STATIC_HC, ManifoldHyperConnection])
+@pytest.mark.parametrize("build", ALL[1:])
 def test_parameters_stay_float32(build: Build) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -164,10 +178,11 @@ def test_manifold_gains() -> None:
     assert product.sum(-2).max() <= 4 + 1e-4
 
 
+@pytest.mark.parametrize("build", GATED)
 @pytest.mark.parametrize("layer_index", range(5))
-def test_manifold_starts_as_the_residual_connection(layer_index: int) -> None:
+def test_gated_connections_start_as_the_residual_one(layer_index: int, build: Build) -> None:
     """Equal streams stay equal and get the plain residual update; reads differ only in scale."""
-    connection = ManifoldHyperConnection(16, 4, layer_index)
+    connection = build(dim=16, num_streams=4, layer_index=layer_index)
     x = torch.randn(7, 16)
     streams = x[:, None].expand(7, 4, 16)
     new = connection(streams, lambda u: torch.sin(u / u.norm(dim=-1, keepdim=True)))
@@ -208,9 +223,10 @@ def test_a_single_pass_connection_without_its_carry() -> None:
         connection(torch.randn(3, 4, 16), torch.sin)
 
 
-def test_manifold_initialisation_breaks_the_symmetry() -> None:
+@pytest.mark.parametrize("build", GATED)
+def test_gated_initialisation_breaks_the_symmetry(build: Build) -> None:
     """After one gradient step the streams of one token differ."""
-    connections = nn.ModuleList(ManifoldHyperConnection(16, 4, k) for k in range(6))
+    connections = nn.ModuleList(build(dim=16, num_streams=4, layer_index=k) for k in range(6))
     layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
 
     def run() -> Tensor:
@@ -263,7 +279,7 @@ def test_residual_connection_always_has_one_stream() -> None:
         connection(torch.randn(2, 4, 8), torch.tanh)
 
 
-@pytest.mark.parametrize("build", [HyperConnection, ManifoldHyperConnection])
+@pytest.mark.parametrize("build", ALL[1:])
 def test_arguments_out_of_range(build: Build) -> None:
     for bad in ({"num_streams": 0}, {"num_streams": -1}, {"dim": 0}, {"layer_index": -1}):
         with pytest.raises(UserError, match=next(iter(bad))):
@@ -354,20 +370,31 @@ def test_hyper_connection_against_hyper_connections(tanh: bool) -> None:
 
 
 def test_a_new_variant_is_one_class() -> None:
-    """mappings() and read() are all that a variant adds."""
+    """mappings() is all that a variant adds, or mix() if it has the gates of mHC."""
 
-    class Identity(Connection):
+    class Mean(Connection):
         def mappings(self, streams: Tensor) -> StreamMappings:
             n = self.num_streams
             ones = streams.new_ones(*streams.shape[:-1])
             return StreamMappings(ones / n, ones, torch.eye(n).expand(*ones.shape, n))
 
-        def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple:
-            mappings = self.window(streams, self.mappings(streams))
-            return streams.mean(-2), (streams, mappings)
-
     streams = torch.randn(2, 3, 4, 8)
-    expected = merge_streams(
-        streams, streams.mean(-2).sin(), torch.eye(4).expand(2, 3, 4, 4), torch.ones(2, 3, 4)
-    )
-    assert torch.equal(Identity(8, 4, 0)(streams, torch.sin), expected)
+    mean = streams.mean(-2).sin()
+    expected = merge_streams(streams, mean, torch.eye(4).expand(2, 3, 4, 4), torch.ones(2, 3, 4))
+    assert (Mean(8, 4, 0)(streams, torch.sin) - expected).abs().max() < 1e-6
+    assert Mean.replays
+
+    class Rotation(GatedHyperConnection):
+        def __init__(self, dim: int, num_streams: int, layer_index: int) -> None:
+            super().__init__(dim, num_streams, layer_index, mix_bias=[0.5])
+
+        def mix(self, logits: Tensor) -> Tensor:
+            c, s = logits.cos(), logits.sin()
+            return torch.stack([torch.cat([c, -s], -1), torch.cat([s, c], -1)], -2)
+
+    residual = Rotation(8, 2, 0).mappings(streams[:, :, :2]).residual
+    assert (residual.det() - 1).abs().max() < 1e-6
+    assert (residual[..., 1, 0] - math.sin(0.5)).abs().max() < 1e-6
+    Rotation(8, 2, 0)(streams[:, :, :2], torch.sin).sum().backward()
+    with pytest.raises(ValueError, match=r"mix must return \[2, 3, 4, 4\], not \[2, 3, 2, 2\]"):
+        Rotation(8, 4, 0)(streams, torch.sin)

@@ -16,7 +16,10 @@ from mhc_lightning.kernels import expand_streams
 from mhc_lightning.modules import (
     Connection,
     HyperConnection,
+    IdentityHyperConnection,
+    KroneckerHyperConnection,
     ManifoldHyperConnection,
+    PermutationHyperConnection,
     ResidualConnection,
     SinglePassHyperConnection,
     Transformer,
@@ -28,6 +31,9 @@ from mhc_lightning.modules.transformer import PreNorm
 VARIANTS: dict[str, Callable[..., Connection]] = {
     "mhc": ManifoldHyperConnection,
     "single_pass": SinglePassHyperConnection,
+    "lite": PermutationHyperConnection,
+    "krom": KroneckerHyperConnection,
+    "identity": IdentityHyperConnection,
     "hc": HyperConnection,
     "hc_static": partial(HyperConnection, dynamic=False),
     "residual": ResidualConnection,
@@ -82,7 +88,7 @@ def test_gradients_are_the_same_bits(connection: str, sizes: dict[str, int]) -> 
             assert equal(gradients(model, size, mixed), expected), (precision, size)
 
 
-@pytest.mark.parametrize("connection", ["mhc", "single_pass"])
+@pytest.mark.parametrize("connection", ["mhc", "single_pass", "lite"])
 def test_by_kernels_with_fused_seams(connection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MHC_LIGHTNING_KERNELS", "triton")
     model = make(connection, dim=16, num_layers=2)

@@ -9,7 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from mhc_lightning.modules import (
     HyperConnection,
+    IdentityHyperConnection,
+    KroneckerHyperConnection,
     ManifoldHyperConnection,
+    PermutationHyperConnection,
     ResidualConnection,
     Transformer,
 )
@@ -21,6 +24,9 @@ CONNECTIONS: dict[str, Callable] = {
     "hc_linear": partial(HyperConnection, tanh=False),
     "hc_static": partial(HyperConnection, dynamic=False),
     "mhc": ManifoldHyperConnection,
+    "lite": PermutationHyperConnection,
+    "krom": KroneckerHyperConnection,
+    "identity": IdentityHyperConnection,
 }
 DENSE = {
     "vocab_size": 100,

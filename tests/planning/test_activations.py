@@ -26,6 +26,12 @@ CASES = [
     ("mhc", "bf16-mixed", 4, 32, {**MOE, "num_dense_layers": 0, "vocab_size": 3000}),
     ("mhc", "bf16-true", 2, 96, MOE),
     ("mhc", "bf16-true", 1, 64, {"num_streams": 1, "num_layers": 1}),
+    ("lite", "32-true", 2, 64, {}),
+    ("lite", "bf16-mixed", 2, 64, {"num_streams": 3, **MOE}),
+    ("krom", "32-true", 2, 64, {"num_streams": 6}),
+    ("krom", "bf16-true", 2, 64, {}),
+    ("identity", "32-true", 2, 64, {}),
+    ("identity", "bf16-mixed", 2, 64, {"num_streams": 8}),
 ]
 
 

@@ -30,7 +30,8 @@ The characters after `=` are taken as they are for prompts and paths (prompt, in
 ckpt_path, output_dir, data.path, prepare.tokenizer); quote them for your shell only.
 
 settings most often changed:
-  connection=mhc|hc|residual|…   the residual connection (also mhc_single_pass)
+  connection=mhc|hc|residual     the residual connection; also mhc_single_pass, mhc_lite, krom,
+                                 identity, hc_static, hc_linear
   model.dim, model.num_layers    width and depth (blocks); model.num_streams is n
   data.path                      folder that `prepare` wrote
   data.batch_size                sequences per optimizer step, over all devices

@@ -96,7 +96,11 @@ def workloads_of(connection: "Connection", recompute_block: int) -> list[str]:
         recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
     """
     from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
-    from mhc_lightning.modules import HyperConnection, SinglePassHyperConnection
+    from mhc_lightning.modules import (
+        HyperConnection,
+        ManifoldHyperConnection,
+        SinglePassHyperConnection,
+    )
 
     single_pass = isinstance(connection, SinglePassHyperConnection)
     fused = connection.num_streams <= MOST_FUSED_STREAMS
@@ -112,8 +116,11 @@ def workloads_of(connection: "Connection", recompute_block: int) -> list[str]:
     if fused:
         end = "_single_pass" if single_pass else ""
         names += [f"merge_project{end}", f"merge_project_backward{end}"]
-    names += ["project", "project_backward", "coefficients_forward", "coefficients_backward"]
-    return [*names, "sinkhorn_forward", "sinkhorn_backward"]
+    names += ["project", "project_backward"]
+    if isinstance(connection, ManifoldHyperConnection):  # its variants mix in torch
+        names += ["coefficients_forward", "coefficients_backward"]
+        names += ["sinkhorn_forward", "sinkhorn_backward"]
+    return names
 
 
 def line(choice: "Choice") -> str:

@@ -14,6 +14,7 @@ from mhc_lightning.kernels.toolchain import trouble_with_triton
 
 VARIABLE = "MHC_LIGHTNING_KERNELS"
 _MOST_STREAMS = 8
+_MOST_COEFFICIENTS = 32  # or n² + 2n, if those are more
 MOST_FUSED_STREAMS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,8 +24,9 @@ def backend_of(streams: Tensor, *coefficients: Tensor) -> ModuleType:
 
     The environment variable ``MHC_LIGHTNING_KERNELS`` says ``auto`` (the default), ``triton`` or
     ``torch``. Triton's kernels take up to 8 streams of float32, bfloat16 or float16 with float32
-    coefficients, on a GPU or under ``TRITON_INTERPRET=1``; whatever else goes to plain torch. So
-    does everything, with a warning, under ``auto`` where Triton is missing or broken.
+    coefficients, of which a token has at most 32 or n² + 2n, on a GPU or under
+    ``TRITON_INTERPRET=1``; whatever else goes to plain torch. So does everything, with a warning,
+    under ``auto`` where Triton is missing or broken.
 
     Args:
         streams: [..., n, C].
@@ -76,10 +78,12 @@ def _triton_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
 
 
 def _fits(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
+    n = streams.shape[-2]
+    most = max(_MOST_COEFFICIENTS, n * n + 2 * n)
     return (
         streams.dtype in _DTYPES
-        and streams.shape[-2] <= _MOST_STREAMS
-        and all(tensor.dtype == torch.float32 for tensor in coefficients)
+        and n <= _MOST_STREAMS
+        and all(t.dtype == torch.float32 and t.shape[-1] <= most for t in coefficients)
     )
 
 

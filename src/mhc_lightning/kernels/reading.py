@@ -18,7 +18,7 @@ from mhc_lightning.kernels.operands import (
     full_precision,
 )
 from mhc_lightning.kernels.record import MappingGrads, StreamMappings
-from mhc_lightning.kernels.rule import Rule
+from mhc_lightning.kernels.rule import Mix, Rule
 
 
 def stream_mappings(
@@ -28,20 +28,23 @@ def stream_mappings(
     bias: Tensor,
     num_iterations: int = 20,
     eps: float = 1e-20,
+    mix: Mix | None = None,
 ) -> StreamMappings:
     """Compute one connection's mappings for every token (arXiv 2512.24880, eqs. 7–9 and 14–19).
 
     The n streams of a token are normalised together, ``x / sqrt(mean(x²) + eps)``, projected by
     ``phi``, scaled by ``alpha``, shifted by ``bias`` (order: pre | post | residual, row-major), and
-    passed through σ, 2σ and Sinkhorn-Knopp.
+    passed through σ, 2σ and Sinkhorn-Knopp. Or through σ, 2σ and ``mix``, which sets the variants
+    of mHC apart: there may then be any number m of coefficients instead of the last n².
 
     Args:
         streams: [..., n, C].
-        phi: [n·C, n² + 2n].
+        phi: [n·C, n² + 2n], or [n·C, 2n + m].
         alpha: [3], the gates of pre, post and residual.
-        bias: [n² + 2n].
+        bias: [n² + 2n], or [2n + m].
         num_iterations: Sinkhorn iterations, at least 1.
         eps: Added to the mean square, inside the square root.
+        mix: Makes the residual mapping [..., n, n] of logits [..., m] in place of Sinkhorn-Knopp.
 
     Returns:
         Mappings of leading shape ``streams.shape[:-2]``, float32 (float64 if any operand is).
@@ -49,8 +52,8 @@ def stream_mappings(
     Raises:
         ValueError: If the shapes don't fit or ``num_iterations`` < 1.
     """
-    rule = manifold_rule(streams, phi, alpha, bias, num_iterations, eps)
-    return _read(streams, phi, alpha, bias, rule, want_read=False)[2]
+    rule = manifold_rule(streams, phi, alpha, bias, num_iterations, eps, mix)
+    return _read(streams, phi, alpha, bias, rule, want_read=False, mix=mix)[2]
 
 
 def read_streams(
@@ -61,17 +64,19 @@ def read_streams(
     num_iterations: int = 20,
     eps: float = 1e-20,
     carry: Tensor | None = None,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor, StreamMappings]:
     """``stream_mappings`` and ``aggregate_streams`` in one step.
 
     Args:
         streams: [..., n, C].
-        phi: [n·C, n² + 2n].
+        phi: [n·C, n² + 2n], or [n·C, 2n + m] with ``mix``.
         alpha: [3].
-        bias: [n² + 2n].
+        bias: [n² + 2n], or [2n + m].
         num_iterations: Sinkhorn iterations, at least 1.
         eps: Added to the mean square, inside the square root.
         carry: Weights [..., n] to aggregate with; by default the mappings' ``pre``.
+        mix: As in ``stream_mappings``.
 
     Returns:
         The streams to merge into (the same values; use these, so that gradients accumulate here),
@@ -80,10 +85,10 @@ def read_streams(
     Raises:
         ValueError: If the shapes don't fit or ``num_iterations`` < 1.
     """
-    rule = manifold_rule(streams, phi, alpha, bias, num_iterations, eps)
+    rule = manifold_rule(streams, phi, alpha, bias, num_iterations, eps, mix)
     if carry is not None:
         check_shape("carry", carry, list(streams.shape[:-1]), streams)
-    return _read(streams, phi, alpha, bias, rule, want_read=True, carry=carry)
+    return _read(streams, phi, alpha, bias, rule, want_read=True, carry=carry, mix=mix)
 
 
 def hyper_mappings(
@@ -135,15 +140,22 @@ def read_hyper_streams(
 
 
 def manifold_rule(
-    streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, num_iterations: int, eps: float
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    num_iterations: int,
+    eps: float,
+    mix: Mix | None,
 ) -> Rule:
-    """MHC's rule, for operands that fit each other; ValueError otherwise."""
+    """MHC's rule or that of its variants, for operands that fit; ValueError otherwise."""
     n, width = streams.shape[-2:]
-    check_shape("phi", phi, [n * width, n * n + 2 * n], streams)
+    count = n * n + 2 * n if mix is None else max(2 * n, phi.shape[-1])
+    check_shape("phi", phi, [n * width, count], streams)
     check_shape("alpha", alpha, [3], streams)
-    check_shape("bias", bias, [n * n + 2 * n], streams)
+    check_shape("bias", bias, [count], streams)
     check_iterations(num_iterations)
-    return Rule("sinkhorn", num_iterations, eps)
+    return Rule("sinkhorn" if mix is None else "gates", num_iterations, eps)
 
 
 def _hyper_rule(
@@ -164,6 +176,7 @@ def _read(
     rule: Rule,
     want_read: bool,
     carry: Tensor | None = None,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor, StreamMappings]:
     *leading, n, width = streams.shape
     dtype = compute_dtype(streams, phi, alpha, bias)
@@ -175,12 +188,24 @@ def _read(
             *rule,
             want_read,
         )
-    mappings = StreamMappings(
-        pre.reshape(*leading, n), post.reshape(*leading, n), residual.reshape(*leading, n, n)
-    )
+        mappings = mappings_by_token(leading, pre, post, residual, mix)
     if want_read:
         read = read.reshape(*leading, width)
     return kept.reshape(streams.shape), read, mappings
+
+
+def mappings_by_token(
+    leading: list[int], pre: Tensor, post: Tensor, residual: Tensor, mix: Mix | None
+) -> StreamMappings:
+    """Give the mappings of T tokens their shape; with ``mix``, ``residual`` are logits [T, m]."""
+    n = pre.shape[1]
+    if mix is None:
+        residual = residual.reshape(*leading, n, n)
+    else:
+        residual = mix(residual.reshape(*leading, residual.shape[1]))
+        if list(residual.shape) != [*leading, n, n]:
+            raise ValueError(f"mix must return {[*leading, n, n]}, not {list(residual.shape)}")
+    return StreamMappings(pre.reshape(*leading, n), post.reshape(*leading, n), residual)
 
 
 class _Read(torch.autograd.Function):
@@ -277,12 +302,13 @@ def _(
     want_read: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, n, width = streams.shape
-    rows = tokens if rule == "sinkhorn" else tokens * n
+    rows = tokens * n if Rule(rule, num_iterations, eps).per_stream else tokens
+    logits = (phi.shape[1] - 2 * n,)
     return (
         streams.new_empty(tokens, width) if want_read else streams.new_empty(0),
         phi.new_empty(tokens, n),
         phi.new_empty(tokens, n),
-        phi.new_empty(tokens, n, n),
+        phi.new_empty(tokens, *(logits if rule == "gates" else (n, n))),
         phi.new_empty(phi.shape[1], rows),
         phi.new_empty(rows),
     )

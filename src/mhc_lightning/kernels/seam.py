@@ -10,9 +10,9 @@ from torch import Tensor
 from mhc_lightning.kernels import unfused_seam
 from mhc_lightning.kernels.backend import backend_of, fuses_seams
 from mhc_lightning.kernels.operands import check_shape, compute_dtype, full_precision
-from mhc_lightning.kernels.reading import manifold_rule
+from mhc_lightning.kernels.reading import manifold_rule, mappings_by_token
 from mhc_lightning.kernels.record import MappingGrads, StreamMappings
-from mhc_lightning.kernels.rule import Rule
+from mhc_lightning.kernels.rule import Mix, Rule
 
 
 def merge_and_read(
@@ -26,6 +26,7 @@ def merge_and_read(
     carry: Tensor | None = None,
     num_iterations: int = 20,
     eps: float = 1e-20,
+    mix: Mix | None = None,
 ) -> tuple[Tensor, Tensor, StreamMappings]:
     """``merge_streams`` for one sub-layer and ``read_streams`` for the next, as one step.
 
@@ -38,12 +39,13 @@ def merge_and_read(
         output: The sub-layer's output [..., C].
         residual: Its mixing matrices [..., n, n].
         post: Its write weights [..., n].
-        phi: The next connection's projection [n·C, n² + 2n].
+        phi: The next connection's projection [n·C, n² + 2n], or [n·C, 2n + m] with ``mix``.
         alpha: The next connection's gates [3].
-        bias: The next connection's biases [n² + 2n].
+        bias: The next connection's biases [n² + 2n], or [2n + m].
         carry: Weights [..., n] to read the new streams with; by default their own ``pre``.
         num_iterations: Sinkhorn iterations, at least 1.
         eps: Added to the mean square, inside the square root.
+        mix: As in ``stream_mappings``, for the next connection.
 
     Returns:
         The new streams [..., n, C], the next sub-layer's input [..., C], and the mappings that the
@@ -53,7 +55,7 @@ def merge_and_read(
         ValueError: If the shapes don't fit or ``num_iterations`` < 1.
     """
     *leading, n, width = streams.shape
-    rule = manifold_rule(streams, phi, alpha, bias, num_iterations, eps)
+    rule = manifold_rule(streams, phi, alpha, bias, num_iterations, eps, mix)
     check_shape("output", output, [*leading, width], streams)
     check_shape("residual", residual, [*leading, n, n], streams)
     check_shape("post", post, [*leading, n], streams)
@@ -69,11 +71,7 @@ def merge_and_read(
             *(None if c is None else c.to(dtype) for c in coefficients),
             *rule,
         )
-    mappings = StreamMappings(
-        pre.reshape(*leading, n),
-        next_post.reshape(*leading, n),
-        next_residual.reshape(*leading, n, n),
-    )
+        mappings = mappings_by_token(leading, pre, next_post, next_residual, mix)
     return new.reshape(streams.shape), read.reshape(*leading, width), mappings
 
 
@@ -158,13 +156,14 @@ def _(
     num_iterations: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, _, width = streams.shape
+    tokens, n, width = streams.shape
+    logits = (phi.shape[1] - 2 * n,)
     return (
         streams.new_empty(streams.shape),
         streams.new_empty(tokens, width),
-        torch.empty_like(post),
-        torch.empty_like(post),
-        torch.empty_like(residual),
+        phi.new_empty(tokens, n),
+        phi.new_empty(tokens, n),
+        phi.new_empty(tokens, *(logits if rule == "gates" else (n, n))),
         phi.new_empty(phi.shape[1], tokens),
         phi.new_empty(tokens),
     )

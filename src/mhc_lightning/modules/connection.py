@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.kernels import StreamMappings, merge_streams
+from mhc_lightning.kernels import StreamMappings, aggregate_streams, merge_streams
 from mhc_lightning.modules.precision import KeepsFloat32
 from mhc_lightning.modules.recompute import note_output, note_read
 
@@ -49,8 +49,9 @@ class Unmerged(NamedTuple):
 class Connection(KeepsFloat32):
     """Base of all connections: ``streams = connection(streams, sublayer)``.
 
-    A new variant implements ``mappings`` and ``read`` (and ``write`` if it merges differently, and
-    ``follow`` if merging and reading can be one step).
+    A new variant implements ``mappings``, and ``read``, ``write`` or ``follow`` where it does more
+    in one step, or does it differently. With the gates of mHC it derives from
+    ``GatedHyperConnection`` and implements ``mix`` alone.
     Its parameters stay float32 when a model is cast to a lower precision, and become float64 with
     ``.double()``.
 
@@ -69,7 +70,7 @@ class Connection(KeepsFloat32):
         UserError: If an argument is out of range.
     """
 
-    replays: ClassVar[bool] = False
+    replays: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A read or write of its own may not be what is replayed, unless the class says so."""
@@ -108,7 +109,10 @@ class Connection(KeepsFloat32):
         Returns:
             The sub-layer's input [..., C], and the state that ``write`` needs.
         """
-        raise TypeError(f"{type(self).__name__} does not implement read()")
+        mappings = self.mappings(streams)
+        # Whatever leaves the window, the streams were read with this.
+        shown = self.window(streams, mappings)._replace(pre=mappings.pre)
+        return aggregate_streams(streams, mappings.pre), (streams, shown)
 
     def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
         """Merge a sub-layer's output [..., C] into the streams [..., n, C].

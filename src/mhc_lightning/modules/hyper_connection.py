@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mhc_lightning.kernels import (
     StreamMappings,
-    aggregate_streams,
     hyper_mappings,
     read_hyper_streams,
 )
@@ -85,8 +84,7 @@ class HyperConnection(Connection):
     def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
         """Compute mappings and the aggregated streams together."""
         if self.phi is None or self.alpha is None:
-            mappings = self.window(streams, self.mappings(streams))
-            return aggregate_streams(streams, mappings.pre), (streams, mappings)
+            return super().read(streams, carry)
         kept, u, mappings = read_hyper_streams(
             streams, self.phi, self.alpha, self.bias, self.tanh, self.eps
         )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mhc_lightning.kernels import fuses_seams, merge_and_read, merge_streams, read_streams
 from mhc_lightning.modules.connection import Unmerged
+from mhc_lightning.modules.gated_hyper_connection import GatedHyperConnection
 from mhc_lightning.modules.manifold_hyper_connection import ManifoldHyperConnection
 
 
@@ -57,7 +58,7 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
     def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
         """One pass across the seam where both sides are single-pass and the kernels can fuse it."""
         if type(before.connection) is not type(self) or not fuses_seams(before.streams, self.phi):
-            return super(ManifoldHyperConnection, self).follow(before)
+            return super(GatedHyperConnection, self).follow(before)
         kept, mappings, carry = before.state
         streams, u, following = merge_and_read(
             kept,
@@ -66,8 +67,7 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
             mappings.post,
             *(self.phi, self.alpha, self.bias),
             carry=carry,
-            num_iterations=self.sinkhorn_iterations,
-            eps=self.eps,
+            **self._rule(),
         )
         shown = self.window(streams, following._replace(pre=carry))._replace(pre=carry)
         return streams, u, (streams, shown, following.pre)

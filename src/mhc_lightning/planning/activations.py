@@ -13,11 +13,14 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mhc_lightning.modules import (
     Connection,
+    GatedHyperConnection,
     HyperConnection,
     LatentAttention,
     ManifoldHyperConnection,
@@ -193,6 +196,14 @@ def _(connection: Connection, batch: MicroBatch) -> ConnectionBytes:
 
 
 @connection_bytes.register
+def _(connection: GatedHyperConnection, batch: MicroBatch) -> ConnectionBytes:
+    """``read_streams`` keeps what mHC's does, but for the matrices: ``mix`` keeps its own."""
+    gates = 2 * connection.num_streams
+    numbers = len(connection.bias) + 1 + gates + kept_by_mix(connection)
+    return _connection_bytes(connection, batch, numbers)
+
+
+@connection_bytes.register
 def _(connection: ManifoldHyperConnection, batch: MicroBatch) -> ConnectionBytes:
     """``read_streams`` keeps the raw coefficients, the norm and the mappings."""
     return _connection_bytes(connection, batch, 2 * _num_mappings(connection) + 1)
@@ -211,6 +222,32 @@ def _(connection: HyperConnection, batch: MicroBatch) -> ConnectionBytes:
 def _(connection: ResidualConnection, batch: MicroBatch) -> ConnectionBytes:
     """Adding keeps nothing, and the sub-layer's norm keeps the stream."""
     return ConnectionBytes(0, 0, 0)
+
+
+_kept_by_mix: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def kept_by_mix(connection: GatedHyperConnection) -> int:
+    """Numbers per token that ``mix`` keeps for backward, its result among them: counted, once."""
+
+    def kept(tokens: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            held.append(tensor)  # so that no address is used twice
+            return tensor
+
+        held: list[Tensor] = []
+        logits = torch.zeros(tokens, count, device="cpu", requires_grad=True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            keep(connection.mix(logits).detach())
+        return sum(sizes.values()) // logits.itemsize
+
+    count = len(connection.bias) - 2 * connection.num_streams
+    if connection not in _kept_by_mix:
+        _kept_by_mix[connection] = kept(2) - kept(1)
+    return _kept_by_mix[connection]
 
 
 def _num_mappings(connection: Connection) -> int:

@@ -8,16 +8,23 @@ from torch import Tensor
 
 from mhc_lightning.kernels.record import MappingGrads, StreamMappings
 from mhc_lightning.kernels.reference.sinkhorn import sinkhorn_backward, sinkhorn_forward
+from mhc_lightning.kernels.rule import Rule
 
 
 def coefficients_forward(
-    raw: Tensor, inverse_rms: Tensor, alpha: Tensor, bias: Tensor, n: int, num_iterations: int
+    raw: Tensor, inverse_rms: Tensor, alpha: Tensor, bias: Tensor, n: int, rule: Rule
 ) -> StreamMappings:
-    """Mappings for raw coefficients [n² + 2n, tokens] and inverse norms [tokens]."""
+    """Mappings for raw coefficients [K, tokens] and inverse norms [tokens].
+
+    K is n² + 2n; by the rule ``"gates"`` it is any number m + 2n, and the last of the mappings are
+    the logits [tokens, m].
+    """
     logits = _logits(raw, inverse_rms, alpha, bias, n)
     pre = logits[:n].sigmoid().t().contiguous()
     post = logits[n : 2 * n].sigmoid().mul_(2).t().contiguous()
-    matrices = sinkhorn_forward(logits[2 * n :].reshape(n, n, -1), num_iterations)
+    if rule.name == "gates":
+        return StreamMappings(pre, post, logits[2 * n :].t().contiguous())
+    matrices = sinkhorn_forward(logits[2 * n :].reshape(n, n, -1), rule.num_iterations)
     return StreamMappings(pre, post, matrices.permute(2, 0, 1).contiguous())
 
 
@@ -29,19 +36,19 @@ def coefficients_backward(
     bias: Tensor,
     n: int,
     width: int,
-    num_iterations: int,
+    rule: Rule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Walk eqs. 19 to 15 back.
 
     Args:
         grads: Of the mappings, each None if nothing comes through it.
-        raw: [n² + 2n, tokens].
+        raw: [K, tokens].
         inverse_rms: [tokens].
         alpha: [3].
-        bias: [n² + 2n].
+        bias: [K].
         n: Number of streams.
         width: How many squares the norm is the mean of, n·C.
-        num_iterations: Of Sinkhorn.
+        rule: As in ``coefficients_forward``.
 
     Returns:
         Gradients of ``raw``, of the norm as the factor of x that it adds to the streams' gradient
@@ -56,24 +63,28 @@ def coefficients_backward(
     if grads.post is not None:
         gate = logits[n : 2 * n].sigmoid()
         torch.mul(grads.post.t(), 2 * gate * (1 - gate), out=logit_grad[n : 2 * n])
-    if grads.residual is not None:
+    if grads.residual is not None and rule.name == "gates":
+        logit_grad[2 * n :] = grads.residual.t()
+    elif grads.residual is not None:
         matrix_grad = grads.residual.permute(1, 2, 0).contiguous()
         residual_grad = sinkhorn_backward(
-            matrix_grad, logits[2 * n :].reshape(n, n, tokens), num_iterations
+            matrix_grad, logits[2 * n :].reshape(n, n, tokens), rule.num_iterations
         )
         logit_grad[2 * n :] = residual_grad.reshape(n * n, tokens)
-    normed_grad = logit_grad * _per_coefficient(alpha, n)[:, None]
+    per_coefficient = _per_coefficient(alpha, n, len(raw))
+    normed_grad = logit_grad * per_coefficient[:, None]
     alpha_terms = (logit_grad * raw) @ inverse_rms
-    alpha_grad = torch.stack([part.sum() for part in alpha_terms.split([n, n, n * n])])
+    alpha_grad = torch.stack([part.sum() for part in alpha_terms.tensor_split([n, 2 * n])])
     inverse_rms_grad = (normed_grad * raw).sum(0)
     scale = inverse_rms.pow(3) * inverse_rms_grad / -width
     return normed_grad.mul_(inverse_rms), scale, alpha_grad, logit_grad.sum(1)
 
 
 def _logits(raw: Tensor, inverse_rms: Tensor, alpha: Tensor, bias: Tensor, n: int) -> Tensor:
-    """Eq. 16: coefficients [n² + 2n, tokens] before σ, 2σ and Sinkhorn."""
-    return torch.addcmul(bias[:, None], raw * _per_coefficient(alpha, n)[:, None], inverse_rms)
+    """Eq. 16: coefficients [K, tokens] before σ, 2σ and Sinkhorn."""
+    gates = _per_coefficient(alpha, n, len(raw))
+    return torch.addcmul(bias[:, None], raw * gates[:, None], inverse_rms)
 
 
-def _per_coefficient(alpha: Tensor, n: int) -> Tensor:
-    return torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)])
+def _per_coefficient(alpha: Tensor, n: int, count: int) -> Tensor:
+    return torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(count - 2 * n)])

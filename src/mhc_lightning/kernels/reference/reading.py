@@ -29,9 +29,9 @@ def read_forward(
 
     Args:
         streams: [T, n, C].
-        phi: [n·C, n² + 2n], or [C, n + 2] if each stream has coefficients of its own.
+        phi: [n·C, K], or [C, n + 2] if each stream has coefficients of its own.
         alpha: Gates.
-        bias: [n² + 2n].
+        bias: [K], or [n² + 2n].
         carry: Weights [T, n] to aggregate with; None stands for the mappings' ``pre``.
         rule: How raw coefficients become mappings.
         want_read: Whether to aggregate.
@@ -49,7 +49,7 @@ def read_forward(
     if rule.per_stream:
         mappings = hyper_coefficients_forward(raw, inverse_rms, alpha, bias, n, rule.tanh)
     else:
-        mappings = coefficients_forward(raw, inverse_rms, alpha, bias, n, rule.num_iterations)
+        mappings = coefficients_forward(raw, inverse_rms, alpha, bias, n, rule)
     read = streams.new_empty(0)
     if want_read:
         weights = mappings.pre if carry is None else carry
@@ -80,7 +80,7 @@ def read_backward(
         streams: [T, n, C].
         phi: As in ``read_forward``.
         alpha: Gates.
-        bias: [n² + 2n].
+        bias: As in ``read_forward``.
         carry: As in ``read_forward``.
         pre: The mapping ``pre`` that it returned [T, n].
         raw: As ``read_forward`` returned them.
@@ -111,7 +111,7 @@ def read_backward(
         )
     else:
         raw_grad, scale, alpha_grad, bias_grad = coefficients_backward(
-            grads, raw, inverse_rms, alpha, bias, n, width, rule.num_iterations
+            grads, raw, inverse_rms, alpha, bias, n, width, rule
         )
     streams_grad = None
     if need_streams:

@@ -1,7 +1,12 @@
-"""Reading by kernels: project, coefficients, aggregate; and the way back."""
+"""Reading by kernels: project, coefficients, aggregate; and the way back.
 
+Between the passes over the streams, the few coefficients of the rule ``"gates"`` take plain torch.
+"""
+
+import torch
 from torch import Tensor
 
+from mhc_lightning.kernels import reference
 from mhc_lightning.kernels.record import MappingGrads, StreamMappings
 from mhc_lightning.kernels.rule import Rule
 from mhc_lightning.kernels.triton.aggregate import aggregate_backward, aggregate_forward
@@ -25,6 +30,11 @@ def mappings_of(
     """Mappings, raw coefficients and inverse norms for streams of ``shape`` (n, C)."""
     n, width = shape
     partials = (raw_partials, square_partials, alpha, bias, n)
+    if rule.name == "gates":
+        raw = raw_partials.sum(0)
+        inverse_rms = torch.rsqrt(square_partials.sum(0) / (n * width) + rule.eps)
+        gated = reference.coefficients_forward(raw, inverse_rms, alpha, bias, n, rule)
+        return gated, raw, inverse_rms
     if rule.per_stream:
         *mappings, raw, inverse_rms = hyper_coefficients_forward(
             *partials, width, rule.tanh, rule.eps
@@ -53,6 +63,10 @@ def coefficient_grads(
         _, dots = aggregate_backward(read_grad, streams, pre, need_streams=False, need_pre=True)
         assert dots is not None
         grads = grads._replace(pre=dots if grads.pre is None else grads.pre + dots)
+    if rule.name == "gates":
+        return reference.coefficients_backward(
+            grads, raw, inverse_rms, alpha, bias, n, n * width, rule
+        )
     if rule.per_stream:
         return hyper_coefficients_backward(
             grads, raw, inverse_rms, alpha, bias, n, width, rule.tanh

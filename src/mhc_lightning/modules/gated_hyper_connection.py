@@ -1,0 +1,111 @@
+"""What mHC and its variants share: gates to read and to write, from a projection of all streams."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_lightning.kernels import (
+    StreamMappings,
+    fuses_seams,
+    merge_and_read,
+    read_streams,
+    stream_mappings,
+)
+from mhc_lightning.modules.connection import Connection, Unmerged
+
+# The mHC paper gives no initialisation but alpha's. This logit is the package's choice, and that of
+# mHC-lite's code: sub-layer k prefers to read stream k mod n, which breaks their symmetry.
+_READ_LOGIT = 1.0
+
+
+class GatedHyperConnection(Connection):
+    """n streams read through σ, written through 2σ, and mixed by what a variant makes of logits.
+
+    A variant implements ``mix``; the stream-sized operations are the kernels of mHC. If its
+    matrices are doubly stochastic, it starts as the pre-norm residual network: ``phi`` is zero, so
+    the mappings are static; every stream is written with weight one; and since streams start as
+    copies, which such a matrix leaves equal, only the scale of a read differs, and the sub-layer's
+    norm removes that.
+
+    Args:
+        dim: Width C of one stream.
+        num_streams: Number of streams n, at least 1.
+        layer_index: Which sub-layer this connects, from 0.
+        mix_bias: The logits [m] that ``mix`` starts with; m may be any number.
+        eps: Added to the mean square of the n·C values of a token, inside the square root.
+
+    Attributes:
+        phi: [n·C, 2n + m], columns in the order pre | post | logits of the residual.
+        alpha: Gates [3] of the dynamic part, at first 0.01 as in the paper.
+        bias: [2n + m].
+    """
+
+    replays = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_streams: int,
+        layer_index: int,
+        mix_bias: Sequence[float],
+        eps: float = 1e-20,
+    ) -> None:
+        super().__init__(dim, num_streams, layer_index)
+        count = 2 * num_streams + len(mix_bias)
+        self.eps = eps
+        self._mix_bias = list(mix_bias)
+        self.phi = self._coefficient_parameter(num_streams * dim, count)
+        self.alpha = self._coefficient_parameter(3)
+        self.bias = self._coefficient_parameter(count)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start static, with the symmetry between streams broken."""
+        n = self.num_streams
+        with torch.no_grad():
+            nn.init.zeros_(self.phi)
+            nn.init.constant_(self.alpha, 0.01)
+            pre, post, logits = self.bias.tensor_split([n, 2 * n])
+            pre.fill_(-_READ_LOGIT)
+            pre[self.layer_index % n] = _READ_LOGIT
+            nn.init.zeros_(post)
+            logits.copy_(torch.tensor(self._mix_bias, dtype=logits.dtype))
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Make mixing matrices [..., n, n] of logits [..., m], each token's of its own.
+
+        Differentiable and in the logits' dtype, float32 or float64; without parameters.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement mix()")
+
+    def _rule(self) -> dict[str, Any]:
+        """What the kernels are told beside the parameters."""
+        return {"mix": self.mix, "eps": self.eps}
+
+    def mappings(self, streams: Tensor) -> StreamMappings:
+        """Mappings for streams [..., n, C]."""
+        return stream_mappings(streams, self.phi, self.alpha, self.bias, **self._rule())
+
+    def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Compute mappings and the aggregated streams together."""
+        kept, u, mappings = read_streams(streams, self.phi, self.alpha, self.bias, **self._rule())
+        # Whatever leaves the window, the streams were read with this.
+        return u, (kept, self.window(streams, mappings)._replace(pre=mappings.pre))
+
+    def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
+        """One step across the seam where both sides are alike and the kernels can fuse it."""
+        if type(before.connection) is not type(self) or not fuses_seams(before.streams, self.phi):
+            return super().follow(before)
+        kept, mappings = before.state
+        streams, u, following = merge_and_read(
+            kept,
+            before.output,
+            mappings.residual,
+            mappings.post,
+            *(self.phi, self.alpha, self.bias),
+            **self._rule(),
+        )
+        shown = self.window(streams, following)._replace(pre=following.pre)
+        return streams, u, (streams, shown)

@@ -1,0 +1,31 @@
+"""Streams that are read and written, and not mixed (iHC; the ablation "Identity HC" of mHC)."""
+
+import torch
+from torch import Tensor
+
+from mhc_lightning.modules.gated_hyper_connection import GatedHyperConnection
+
+
+class IdentityHyperConnection(GatedHyperConnection):
+    """n streams, the mixing matrix the identity: what is learned is where to read and to write.
+
+    Every gain of the residual path is exactly one, at any depth. There are 2n coefficients per
+    token. Reading and writing start as with ``ManifoldHyperConnection`` (our choice: of the models
+    trained with it, only a read near 1/n and a write near 1 are known).
+
+    Args:
+        dim: Width C of one stream.
+        num_streams: Number of streams n, at least 1.
+        layer_index: Which sub-layer this connects, from 0.
+        eps: Added to the mean square of the n·C values of a token, inside the square root.
+    """
+
+    def __init__(
+        self, dim: int, num_streams: int = 4, layer_index: int = 0, eps: float = 1e-20
+    ) -> None:
+        super().__init__(dim, num_streams, layer_index, [], eps)
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """The identity [..., n, n], for logits [..., 0]."""
+        eye = torch.eye(self.num_streams, dtype=logits.dtype, device=logits.device)
+        return eye.expand(*logits.shape[:-1], -1, -1)

@@ -1,0 +1,43 @@
+"""Convex combinations of permutation matrices: every doubly stochastic matrix is one (Birkhoff)."""
+
+from functools import cache
+from itertools import permutations
+from math import factorial
+
+import torch
+from torch import Tensor
+
+# Of at most 4 things: 24 permutations, where 5 have 120 and 6 have 720.
+MOST_PERMUTED = 4
+# As in the code of mHC-lite and KromHC: weights near e^-8, and so a matrix near the identity.
+_OTHERS = -8.0
+
+
+def starting_logits(size: int) -> list[float]:
+    """Logits of all permutations, the identity first, for a matrix near the identity."""
+    return [0.0] + [_OTHERS] * (factorial(size) - 1)
+
+
+def mixed_permutations(logits: Tensor, size: int) -> Tensor:
+    """Permutation matrices, weighted by a softmax.
+
+    Exactly doubly stochastic, to the rounding of as many sums.
+
+    Args:
+        logits: [..., size!], in the lexicographic order of permutations.
+        size: Rows and columns.
+
+    Returns:
+        [..., size, size], where entry (i, j) sums the weights of all that take j to i.
+    """
+    matrices = _permutation_matrices(size, logits.dtype, logits.device)
+    # No matrix product: TF32 would round the weights, and the sums would not be one.
+    return (logits.softmax(-1)[..., None, None] * matrices).sum(-3)
+
+
+@cache
+def _permutation_matrices(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size!, size, size]; kept, since copying them to a GPU would have it wait."""
+    with torch.inference_mode(False):
+        order = torch.tensor(list(permutations(range(size))), device=device)
+        return torch.nn.functional.one_hot(order, size).to(dtype)
