@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,32 +112,37 @@ def _first(run: Run, key: str) -> Any:
     return starts(run)[0].get(key) if starts(run) else None
 
 
-def command(run: Run) -> str | None:
-    """A command that does the run again, in a folder of its own; None where none was recorded.
+def commands(run: Run) -> list[str]:
+    """Commands that do the run again, in a folder of its own; empty where none was recorded.
 
-    It is what was typed, less what resumes or overwrites, with another ``output_dir``.
+    They are what was typed, less what overwrites, with another ``output_dir``. A command that only
+    went on, with the same settings, is left out, and so is ``ckpt_path=last`` of a first one.
     """
-    words = _words(run)
-    if words is None:
-        return None
     again = f"{(run.setting('output_dir') or run.folder.name).rstrip('/')}_again"
-    left_out = ("ckpt_path=last", "overwrite=true", "overwrite=True")
-    kept = [w for w in words if w not in left_out and not w.startswith("output_dir=")]
-    return shlex.join(["python", "-m", "mhc_lightning", *kept, f"output_dir={again}"])
+    found: list[list[str]] = []
+    for start in starts(run):
+        words = _words(start)
+        if words is None:
+            continue
+        kept = [w for w in words if not w.startswith(("overwrite=", "output_dir="))]
+        plain = [w for w in kept if w != "ckpt_path=last"]
+        if not found:
+            found.append(plain)
+        elif plain not in found:
+            found.append(kept)
+    program = ["python", "-m", "mhc_lightning"]
+    return [shlex.join([*program, *words, f"output_dir={again}"]) for words in found]
 
 
-def _words(run: Run) -> list[str] | None:
-    """What followed the program's name when the run was first started."""
-    words = _first(run, "arguments")
-    if words is None:  # older runs recorded the process's argv
-        argv = _first(run, "command")
-        words = argv[1:] if isinstance(argv, list) and str(argv[:1]).find("mhc") >= 0 else None
+def _words(start: dict[str, Any]) -> list[str] | None:
+    """What followed the program's name."""
+    words = start.get("arguments")
     return [str(word) for word in words] if isinstance(words, list) and words else None
 
 
 def _experiment(run: Run) -> str | None:
-    words = _words(run) or []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    words = next((words for start in starts(run) if (words := _words(start))), [])
+    for word, following in pairwise([*words, ""]):
         name, has_value, value = word.partition("=")
         if name == "--config":
             return Path(value if has_value else following).stem
@@ -149,7 +155,9 @@ def _data(run: Run) -> str:
         return UNKNOWN
     text = path if isinstance(path, str) else json.dumps(path, ensure_ascii=False)
     content = run.fact("data.content")
-    return f"{text} (content {content})" if content else text
+    if not isinstance(content, list):
+        return text
+    return f"{text} (content {', '.join(str(checksum)[:12] for checksum in content)})"
 
 
 def _device(run: Run) -> str:

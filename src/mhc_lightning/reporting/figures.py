@@ -6,80 +6,19 @@ They correspond to the paper's (arXiv 2512.24880): loss gap and gradient norm ar
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mhc_lightning.reporting import drawing, facts, words
 from mhc_lightning.reporting.drawing import Look
 from mhc_lightning.reporting.gains import DIRECTIONS, KINDS, gain_tag
+from mhc_lightning.reporting.panels import Panel, Section, by_layer, by_step, looks, told
 from mhc_lightning.reporting.reading import Run
-from mhc_lightning.reporting.series import Series, by_layer
+from mhc_lightning.reporting.series import layer_matrix
 from mhc_lightning.reporting.statistics import smoothing_width
 from mhc_lightning.reporting.summary import AT_ONE, GRADIENT, LOSS, VALIDATION
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _EARLY = 0.05  # of the steps, which set no vertical limits: there everything is large
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One figure.
-
-    Attributes:
-        name: A word for files and ids.
-        title: Above it.
-        description: What it shows, in words.
-        drawing: The figure.
-    """
-
-    name: str
-    title: str
-    description: str
-    drawing: "Figure"
-
-
-@dataclass(frozen=True)
-class Section:
-    """Figures that belong together.
-
-    Attributes:
-        title: The heading.
-        about: How to read them.
-        panels: The figures.
-    """
-
-    title: str
-    about: str
-    panels: list[Panel] = field(default_factory=list)
-
-
-def looks(runs: Sequence[Run], baseline: Run | None) -> dict[str, Look]:
-    """A colour for each run by name; runs that differ in their seed alone share it, not the dash.
-
-    The baseline is grey.
-    """
-    groups: list[list[Run]] = [[baseline]] if baseline is not None else [[]]
-    for run in runs:
-        if run is baseline:
-            continue
-        for group in groups:
-            if group and facts.same_but_for_the_seed(group[0], run):
-                group.append(run)
-                break
-        else:
-            groups.append([run])
-    found = {}
-    others = len(drawing.RUN_COLOURS) - 1
-    for g, group in enumerate(groups):
-        colour = f"run-{1 + (g - 1) % others if g else 0}"
-        for k, run in enumerate(group):
-            dash = drawing.DASHES[(k + (g - 1) // others if g else k) % len(drawing.DASHES)]
-            found[run.name] = Look(run.name, colour, dash)
-    return found
 
 
 def draw_all(runs: Sequence[Run], baseline: Run | None) -> list[Section]:
@@ -147,7 +86,7 @@ def _loss(runs: Sequence[Run], look: dict[str, Look]) -> Iterator[Panel]:
     drawing.fit_height(axes, np.concatenate(shown))
     drawing.whole_numbers(axes)
     drawing.names_beside(axes, ends)
-    yield Panel("loss", "Training loss", _told("Training loss against step", ends), figure)
+    yield Panel("loss", "Training loss", told("Training loss against step", ends), figure)
 
 
 def _gap(runs: Sequence[Run], look: dict[str, Look], baseline: Run | None) -> Iterator[Panel]:
@@ -175,11 +114,11 @@ def _gap(runs: Sequence[Run], look: dict[str, Look], baseline: Run | None) -> It
     drawing.fit_height(axes, np.append(values, -margin))  # never logarithmic
     drawing.whole_numbers(axes)
     drawing.names_beside(axes, [*ends, (0.0, look[baseline.name])])
-    yield Panel("loss_gap", title, _told(f"{title} against step", ends), figure)
+    yield Panel("loss_gap", title, told(f"{title} against step", ends), figure)
 
 
 def _gradient(runs: Sequence[Run], look: dict[str, Look]) -> Iterator[Panel]:
-    yield from _by_step(
+    yield from by_step(
         runs, look, GRADIENT, "gradient_norm", "Gradient norm", "before clipping", width=1.1
     )
 
@@ -188,90 +127,20 @@ def _gains_by_step(runs: Sequence[Run], look: dict[str, Look]) -> Iterator[Panel
     for kind in KINDS:
         for direction in DIRECTIONS:
             title = f"{_kind(kind)} gain, {direction}"
-            yield from _by_step(
+            yield from by_step(
                 runs, look, gain_tag(kind, direction), f"gain_{kind}_{direction}", title,
                 "largest over sub-layers", around=1.0,
             )  # fmt: skip
-
-
-def _by_step(
-    runs: Sequence[Run],
-    look: dict[str, Look],
-    tag: str,
-    name: str,
-    title: str,
-    up: str,
-    *,
-    width: float = 1.7,
-    around: float | None = None,
-    spread: bool = True,
-) -> Iterator[Panel]:
-    """One tag of all runs that logged it; `spread`: a logarithmic axis if values ask for it."""
-    found = {run.name: run.scalars[tag].finite() for run in runs if tag in run.scalars}
-    found = {run: series for run, series in found.items() if len(series)}
-    if not found:
-        return
-    figure, axes = drawing.panel(title, "step", up)
-    ends = []
-    for run, series in found.items():
-        drawing.line(axes, series, look[run], width=width)
-        ends.append((float(series.values[-1]), look[run]))
-    if around is not None:
-        drawing.reference(axes, around)
-    values = np.concatenate([series.values for series in found.values()])
-    if not spread:
-        values = np.append(values, 0.0)
-    elif (values > 0).any():
-        values = values[values > 0]
-    drawing.fit_height(axes, values, around=around)
-    drawing.whole_numbers(axes)
-    drawing.names_beside(axes, ends)
-    yield Panel(name, title, _told(f"{title} against step", ends), figure)
 
 
 def _gains_by_layer(runs: Sequence[Run], look: dict[str, Look]) -> Iterator[Panel]:
     for kind in KINDS:
         for direction in DIRECTIONS:
             title = f"{_kind(kind)} gain, {direction}"
-            yield from _by_layer(
+            yield from by_layer(
                 runs, look, gain_tag(kind, direction), f"gain_{kind}_{direction}_by_layer", title,
                 1.0,
             )  # fmt: skip
-
-
-def _by_layer(
-    runs: Sequence[Run],
-    look: dict[str, Look],
-    tag: str,
-    name: str,
-    title: str,
-    around: float | None,
-) -> Iterator[Panel]:
-    """The last sample of a tag that is logged by sub-layer."""
-    figure, axes = drawing.panel(title, "sub-layer", "last sample")
-    ends, shown = [], []
-    for run in runs:
-        layers, _, values = by_layer(run.scalars, tag)
-        if not layers:
-            continue
-        last = Series(np.array(layers), values[:, -1]).finite()
-        if not len(last):
-            continue
-        drawing.line(axes, last, look[run.name], marks=len(layers) <= 40)
-        ends.append((float(last.values[-1]), look[run.name]))
-        shown.append(last.values)
-    if not ends:
-        return
-    if around is not None:
-        drawing.reference(axes, around)
-    drawing.fit_height(axes, np.concatenate(shown), around=around)
-    drawing.whole_numbers(axes)
-    drawing.names_beside(axes, ends)
-    largest = [
-        f"{end.label} at most {words.gain(float(values.max()))}"
-        for (_, end), values in zip(ends, shown, strict=True)
-    ]
-    yield Panel(name, title, f"{title}, by sub-layer at the end: {'; '.join(largest)}.", figure)
 
 
 def _heat_maps(runs: Sequence[Run]) -> Iterator[Panel]:
@@ -279,7 +148,7 @@ def _heat_maps(runs: Sequence[Run]) -> Iterator[Panel]:
     for number, run in enumerate(runs):
         for kind in KINDS:
             for direction in reversed(DIRECTIONS):
-                layers, steps, values = by_layer(run.scalars, gain_tag(kind, direction))
+                layers, steps, values = layer_matrix(run.scalars, gain_tag(kind, direction))
                 known = values[~np.isnan(values)]
                 if len(known) and np.abs(known - 1).max() > AT_ONE:
                     found.append((number, run, kind, direction, layers, steps, values))
@@ -310,16 +179,16 @@ def _streams(runs: Sequence[Run], look: dict[str, Look]) -> Iterator[Panel]:
             if tag in run.scalars
         )
     ]
-    yield from _by_step(
+    yield from by_step(
         chosen, look, "stream_diversity/mean", "diversity", "Stream diversity",
         "mean of sub-layers", spread=False,
     )  # fmt: skip
-    yield from _by_layer(
+    yield from by_layer(
         chosen, look, "stream_diversity", "diversity_by_layer", "Stream diversity, by sub-layer",
         None,
     )  # fmt: skip
     for side in ("column", "row"):
-        yield from _by_step(
+        yield from by_step(
             chosen, look, f"sinkhorn_residual/{side}", f"sinkhorn_{side}",
             f"Sinkhorn residual, {side}s", "largest distance of a sum from 1",
         )  # fmt: skip
@@ -327,8 +196,3 @@ def _streams(runs: Sequence[Run], look: dict[str, Look]) -> Iterator[Panel]:
 
 def _kind(kind: str) -> str:
     return "Composite" if kind == "composite" else "Single-layer"
-
-
-def _told(what: str, ends: Sequence[tuple[float, Look]]) -> str:
-    values = "; ".join(f"{look.label} {words.number(value)}" for value, look in ends)
-    return f"{what}. At the end: {values}."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mhc_lightning.reporting.series import Series, by_layer
+from mhc_lightning.reporting.series import Series, layer_matrix
 
 KINDS = ("composite", "single")
 DIRECTIONS = ("forward", "backward")
@@ -63,7 +63,7 @@ def gain_range(scalars: Mapping[str, Series], tag: str, limit: float) -> GainRan
         for name, series in scalars.items()
         if name.startswith(tag)
     }
-    layers, steps, values = by_layer(named, tag)
+    layers, steps, values = layer_matrix(named, tag)
     if not layers:
         if not len(named.get(tag, ())):
             return None

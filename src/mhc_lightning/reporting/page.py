@@ -8,7 +8,7 @@ from pathlib import Path
 import mhc_lightning
 from mhc_lightning.reporting import facts, tables, words
 from mhc_lightning.reporting.drawing import COLOURS
-from mhc_lightning.reporting.figures import Section
+from mhc_lightning.reporting.panels import Section
 from mhc_lightning.reporting.reading import Run
 from mhc_lightning.reporting.report import Report
 from mhc_lightning.reporting.summary import LIMIT
@@ -187,11 +187,11 @@ def _depth(tag: str) -> tuple[bool, list[int]]:
 def _again(report: Report) -> str:
     parts = []
     for run in report.runs:
-        command = facts.command(run)
-        if command is None:
-            text = '<p class="about">No command was recorded with this run.</p>'
-        else:
-            text = f'<pre tabindex="0"><code>{html.escape(command)}</code></pre>'
+        commands = facts.commands(run)
+        text = '<p class="about">No command was recorded with this run.</p>'
+        if commands:
+            lines = html.escape("\n".join(commands))
+            text = f'<pre tabindex="0"><code>{lines}</code></pre>'
         notes = _notes(run)
         listed = f'<p class="about">{html.escape(" ".join(notes))}</p>' if notes else ""
         parts.append(
@@ -234,7 +234,7 @@ _METHOD = (
     " last that was logged.",
     "<b>Gap.</b> The same mean, of the differences between a run and its baseline at the same"
     " steps. Where both saw the same batches, what is common to these cancels. The 95% interval:"
-    " the window is cut into 3 to 10 stretches of equal length, and Student's t is applied to the"
+    " the window is cut into 4 to 10 stretches of equal length, and Student's t is applied to the"
     " means of these, which allows for correlation between neighbouring steps. It covers the noise"
     " of the batches, not other seeds; where several runs differ in their seed alone, the interval"
     " over seeds is given, too.",

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mhc_lightning.reporting.drawing import Look
-from mhc_lightning.reporting.figures import Section, draw_all, looks
+from mhc_lightning.reporting.figures import draw_all
+from mhc_lightning.reporting.panels import Section, looks
 from mhc_lightning.reporting.reading import Run, read_runs
 from mhc_lightning.reporting.summary import (
     OverSeeds,

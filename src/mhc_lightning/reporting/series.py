@@ -52,7 +52,9 @@ class Series:
         return Series(self.steps, means)
 
 
-def by_layer(scalars: Mapping[str, Series], tag: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+def layer_matrix(
+    scalars: Mapping[str, Series], tag: str
+) -> tuple[list[int], np.ndarray, np.ndarray]:
     """A number that is logged for every sub-layer, as one matrix.
 
     Args:

