@@ -150,7 +150,7 @@ def test_commands_can_be_typed_again(source, runs):
         *("python", "-m", "mhc_lightning", "fit", "--config", "mhc_quickstart"),
         *("connection=hc", "seed=1", f"output_dir={runs / 'hc'}_again"),
     ]
-    assert "with changes that were not committed" in section
+    assert "Commit 0123456789ab, with uncommitted changes." in section
 
 
 def test_names_are_text_and_never_markup(tmp_path, write):

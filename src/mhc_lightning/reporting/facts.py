@@ -95,8 +95,8 @@ def what_was_run(run: Run) -> dict[str, str]:
             if name in versions
         )
         or UNKNOWN,
-        "Commit": str(run.fact("commit") or UNKNOWN),
-        "Started": _when(_first(run, "started")),
+        "Commit": commit(run) or UNKNOWN,
+        "Started": when(_first(run, "started")),
     }
 
 
@@ -106,6 +106,12 @@ def starts(run: Run) -> list[dict[str, Any]]:
         return []
     earlier = run.environment.get("earlier") or []
     return [start for start in [*earlier, run.environment] if isinstance(start, dict)]
+
+
+def commit(run: Run) -> str | None:
+    """The source's commit, shortened, and whether there were changes beside it."""
+    checksum, _, changes = str(run.fact("commit") or "").partition("+")
+    return f"{checksum[:12]}{', with uncommitted changes' if changes else ''}" if checksum else None
 
 
 def _first(run: Run, key: str) -> Any:
@@ -173,7 +179,7 @@ def _device(run: Run) -> str:
     return f"{processes} × {text}" if isinstance(processes, int) and processes > 1 else text
 
 
-def _when(moment: Any) -> str:
+def when(moment: Any) -> str:
     """An ISO time in UTC as 2026-03-01 12:30 UTC."""
     text = str(moment or UNKNOWN)
     return f"{text[:10]} {text[11:16]} UTC" if text.endswith("+00:00") else text

@@ -205,19 +205,15 @@ def _again(report: Report) -> str:
 
 
 def _notes(run: Run) -> list[str]:
-    notes = []
-    commit = run.fact("commit")
-    if commit:
-        text, changes = str(commit).partition("+")[::2]
-        notes.append(f"Commit {text}{', with changes that were not committed' if changes else ''}.")
+    commit = facts.commit(run)
+    notes = [f"Commit {commit}."] if commit else []
     processes = run.fact("processes")
     if isinstance(processes, int) and processes > 1:
         notes.append(f"It ran as {processes} processes.")
     starts = facts.starts(run)
     if len(starts) > 1:
-        when = words.listed([str(start.get("started", "an unknown time")) for start in starts[1:]])
-        plural = "s" if len(starts) > 2 else ""
-        notes.append(f"It was resumed {len(starts) - 1} time{plural}, at {when}.")
+        times = words.listed([facts.when(start.get("started")) for start in starts[1:]])
+        notes.append(f"It was resumed: {times}.")
     return notes
 
 
