@@ -121,7 +121,10 @@ def line(
 
 
 def names_beside(axes: "Axes", ends: Sequence[tuple[float, Look]]) -> None:
-    """Each run's name at the right, at the height of its last value, none over another."""
+    """Each run's name at the right, at the height of its last value, none over another.
+
+    The axes become as narrow as the names need.
+    """
     figure = axes.get_figure()
     assert figure is not None
     low, high = axes.get_ylim()
@@ -144,15 +147,21 @@ def names_beside(axes: "Axes", ends: Sequence[tuple[float, Look]]) -> None:
         heights[k] = min(heights[k], ceiling)
         ceiling = heights[k] - room
     size = _TEXT if room > 0.06 else max(5.0, 130 * room)
-    for h, (_, look) in zip(heights, placed, strict=True):
+    labels = [_short(look.label) for _, look in placed]
+    left, bottom, width, tall = _PLACE
+    needed = (max(map(len, labels)) * 0.58 * size + 9) / (72 * _SIZE[0])  # of the figure's width
+    width = min(width, 0.99 - left - needed)
+    axes.set_position((left, bottom, width, tall))
+    for h, label, (_, look) in zip(heights, labels, placed, strict=True):
         axes.text(
-            1.025, h, _short(look.label), transform=axes.transAxes, fontsize=size,
+            1 + 0.018 / width, h, label, transform=axes.transAxes, fontsize=size,
             color=look.ink, va="center", ha="left",
         )  # fmt: skip
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= 15 else f"…{label[-14:]}"
+    """At most 18 characters: where it begins and where it ends."""
+    return label if len(label) <= 18 else f"{label[:8]}…{label[-9:]}"
 
 
 def whole_numbers(axes: "Axes") -> None:

@@ -16,7 +16,7 @@ from mhc_lightning.reporting.panels import Panel, Section, by_layer, by_step, lo
 from mhc_lightning.reporting.reading import Run
 from mhc_lightning.reporting.series import layer_matrix
 from mhc_lightning.reporting.statistics import smoothing_width
-from mhc_lightning.reporting.summary import AT_ONE, GRADIENT, LOSS, VALIDATION
+from mhc_lightning.reporting.summary import AT_ONE, GRADIENT, LOSS, VALIDATION, baseline_of
 
 _EARLY = 0.05  # of the steps, which set no vertical limits: there everything is large
 
@@ -90,15 +90,15 @@ def _loss(runs: Sequence[Run], look: dict[str, Look]) -> Iterator[Panel]:
 
 
 def _gap(runs: Sequence[Run], look: dict[str, Look], baseline: Run | None) -> Iterator[Panel]:
-    if baseline is None or LOSS not in baseline.scalars:
-        return
-    title = f"Loss gap to {baseline.name}"
+    compared = [(run, other) for run in runs if (other := baseline_of(run, runs, baseline))]
+    names = list(dict.fromkeys(other.name for _, other in compared))
+    title = f"Loss gap to {names[0] if len(names) == 1 else 'the baseline of each seed'}"
     figure, axes = drawing.panel(title, "step", "nats per token, below 0 is better")
     ends, shown = [], []
-    for run in runs:
-        if run is baseline or LOSS not in run.scalars:
+    for run, other in compared:
+        if LOSS not in run.scalars or LOSS not in other.scalars:
             continue
-        difference = run.scalars[LOSS].minus(baseline.scalars[LOSS]).finite()
+        difference = run.scalars[LOSS].minus(other.scalars[LOSS]).finite()
         smooth = difference.smoothed(smoothing_width(len(difference)))
         if not len(smooth):
             continue
@@ -113,7 +113,8 @@ def _gap(runs: Sequence[Run], look: dict[str, Look], baseline: Run | None) -> It
     margin = 0.1 * float(np.ptp(values)) or 1e-3
     drawing.fit_height(axes, np.append(values, -margin))  # never logarithmic
     drawing.whole_numbers(axes)
-    drawing.names_beside(axes, [*ends, (0.0, look[baseline.name])])
+    zero = [(0.0, look[names[0]])] if len(names) == 1 else []
+    drawing.names_beside(axes, [*ends, *zero])
     yield Panel("loss_gap", title, told(f"{title} against step", ends), figure)
 
 

@@ -137,11 +137,15 @@ def summarise(runs: Sequence[Run], baseline: Run | None) -> list[Summary]:
     Raises:
         UserError: A run and its baseline log the loss, but never at the same step.
     """
-    return [_summarise(run, _baseline_of(run, runs, baseline)) for run in runs]
+    return [_summarise(run, baseline_of(run, runs, baseline)) for run in runs]
 
 
-def _baseline_of(run: Run, runs: Sequence[Run], baseline: Run | None) -> Run | None:
-    """The baseline, or its twin that has the seed of `run`."""
+def baseline_of(run: Run, runs: Sequence[Run], baseline: Run | None) -> Run | None:
+    """What a run is compared with: the baseline, or its twin that has the run's seed.
+
+    Returns:
+        None for the baseline and its twins.
+    """
     if baseline is None or run is baseline or facts.same_but_for_the_seed(run, baseline):
         return None
     for other in runs:

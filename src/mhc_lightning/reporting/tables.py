@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from mhc_lightning.reporting import facts, words
@@ -37,8 +38,11 @@ def numbers(report: Report) -> str:
         ("Training loss", "at the end", _loss),
         ("Validation loss", "the last", _validation),
     ]
-    if report.baseline is not None:
-        columns.append(("Loss gap", f"to {report.baseline.name}, 95%", _gap))
+    baselines = {s.gap.baseline for s in report.summaries if s.gap is not None}
+    if baselines:
+        several = len(baselines) > 1
+        to = "the baseline of its seed" if several else baselines.pop()
+        columns.append(("Loss gap", f"to {to}, 95%", partial(_gap, named=several)))
     for kind in KINDS:
         for direction in DIRECTIONS:
             tag = gain_tag(kind, direction)
@@ -85,7 +89,8 @@ def _validation(summary: Summary) -> str:
     return f"{words.number(value, 5)}<small>step {step:,}</small>"
 
 
-def _gap(summary: Summary) -> str:
+def _gap(summary: Summary, named: bool) -> str:
+    """The gap; `named`: with the name of the baseline."""
     gap = summary.gap
     if gap is None:
         return '<span class="missing">baseline</span>'
@@ -101,6 +106,8 @@ def _gap(summary: Summary) -> str:
         step, value = gap.validation
         when = "" if summary.validation and summary.validation[0] == step else f", step {step:,}"
         parts.append(f"<small>validation {words.difference(value)}{when}</small>")
+    if named and parts:
+        parts.append(f"<small>{html.escape(gap.baseline)}</small>")
     return "".join(parts) or _MISSING
 
 
@@ -183,23 +190,32 @@ def _to_mind(report: Report) -> list[str]:
 
 def what_was_run(report: Report) -> str:
     """Facts that all runs share as a list, the others as a table with a column per run."""
-    described = [facts.what_was_run(run) for run in report.runs]
+    runs = [run for run in report.runs if run.config is not None or run.environment is not None]
+    text = ""
+    unknown = [run.name for run in report.runs if run not in runs]
+    if unknown:
+        text = (
+            f'<p class="about">Of {html.escape(words.listed(unknown))} nothing is recorded but what'
+            " was logged: there is neither config.yaml nor environment.json.</p>\n"
+        )
+    if not runs:
+        return text
+    described = [facts.what_was_run(run) for run in runs]
     shared = [key for key in described[0] if len({about[key] for about in described}) == 1]
     listed = "".join(
         f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(described[0][key])}</dd></div>"
         for key in shared
     )
-    text = f"<dl>{listed}</dl>\n" if shared else ""
+    text = f"<dl>{listed}</dl>\n{text}" if shared else text
     rows = {key: [about[key] for about in described] for key in described[0] if key not in shared}
-    settings = facts.differing_settings(report.runs)
+    settings = facts.differing_settings(runs)
     for key, values in settings.items():
         if key not in _NAMED:
-            rows[key] = [
-                _setting(run, value) for run, value in zip(report.runs, values, strict=True)
-            ]
+            pairs = zip(runs, values, strict=True)
+            rows[key] = [_setting(run, value) for run, value in pairs]
     if not rows:
         return text
-    head = "".join(f'<th scope="col">{named(run, report.looks)}</th>' for run in report.runs)
+    head = "".join(f'<th scope="col">{named(run, report.looks)}</th>' for run in runs)
     lines = []
     for key, cells in rows.items():
         name = f"<code>{html.escape(key)}</code>" if key in settings else html.escape(key)
