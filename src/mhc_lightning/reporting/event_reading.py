@@ -1,7 +1,7 @@
 """Scalars and pictures of TensorBoard event files, whoever wrote them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,14 @@ class Events:
         self.pictures = {t: p for t, p in self.pictures.items() if p.step < step}
 
 
-def read_events(folder: Path) -> Events:
-    """Everything in the event files directly in a folder; a cut end of a file is left out.
+def read_events(folder: Path, without: Container[str] = ()) -> Events:
+    """What the event files directly in a folder hold; a cut end of a file is left out.
 
     Scalars may be written the way of torch (``simple_value``) or of TensorFlow 2 (tensors).
+
+    Args:
+        folder: The folder.
+        without: Tags that are not wanted.
     """
     events = Events()
     for file in sorted(folder.glob(EVENT_FILES)):
@@ -61,7 +65,8 @@ def read_events(folder: Path) -> Events:
             ):
                 events.forget_from(event.step)
             for value in event.summary.value:
-                _take(events, event.step, value)
+                if value.tag not in without:
+                    _take(events, event.step, value)
     return events
 
 

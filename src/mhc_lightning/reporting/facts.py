@@ -46,15 +46,15 @@ def planned_steps(run: Run) -> int | None:
 def ending(run: Run) -> tuple[str, str]:
     """How a run ended: a word (complete, diverged, incomplete, unknown) and a sentence."""
     planned, reached = planned_steps(run), run.last_step
-    reason = run.fact("ended.reason")
+    reason, last = run.fact("ended.reason"), run.fact("ended.step")
     if isinstance(reason, str) and reason != "complete":
         word = "diverged" if run.fact("ended.non_finite") else "incomplete"
         of = f" of {planned:,}" if planned else ""
-        return word, f"Ended after step {run.fact('ended.step')}{of}: {reason}."
-    if planned is not None and reached >= planned - _logging_interval(run) + 1:
+        return word, f"Ended after step {last}{of}: {reason}."
+    if planned is not None and max(reached, last or 0) >= planned - _unlogged(run):
         return "complete", f"Complete: {planned:,} steps."
     if reason == "complete":
-        return "complete", f"Ended by itself after step {run.fact('ended.step')}."
+        return "complete", f"Ended by itself after step {last}."
     if planned is None:
         return "unknown", f"Logged up to step {reached:,}; how long it was meant to be is unknown."
     return (
@@ -63,9 +63,12 @@ def ending(run: Run) -> tuple[str, str]:
     )
 
 
-def _logging_interval(run: Run) -> int:
+def _unlogged(run: Run) -> int:
+    """Steps at the end of a complete run that may leave no trace: none where ends are recorded."""
     interval = run.setting("trainer.log_every_n_steps")
-    return interval if isinstance(interval, int) and interval > 0 else 1
+    if run.fact("arguments") is not None or not isinstance(interval, int):
+        return 0
+    return max(interval - 1, 0)
 
 
 def what_was_run(run: Run) -> dict[str, str]:
@@ -248,7 +251,7 @@ def same_batches(run: Run, other: Run) -> bool | None:
 
 
 def same_but_for_the_seed(run: Run, other: Run) -> bool:
-    """Whether two runs have all settings in common, except seeds."""
+    """Whether two runs have all settings in common, seeds left out."""
     mine, theirs = settings(run), settings(other)
     if mine is None or theirs is None:
         return False

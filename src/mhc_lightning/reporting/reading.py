@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from mhc_lightning.errors import UserError
@@ -27,7 +28,7 @@ _METRICS, _CONFIG, _ENVIRONMENT, _CHECKPOINTS = (
 _STEP = "step"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What a run's folder says.
 
@@ -127,9 +128,10 @@ def _short_names(places: list[Path]) -> dict[Path, str]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    events = read_events(folder)
-    points = {**events.scalars, **_read_table(folder / _METRICS)}  # the table is exact
-    scalars = {tag: Series.of(values) for tag, values in points.items() if values}
+    scalars = _read_table(folder / _METRICS)  # exact, where event files have single precision
+    events = read_events(folder, without=scalars)
+    more = {t: Series.of(points, points.values()) for t, points in events.scalars.items() if points}
+    scalars = {**scalars, **more}
     if not scalars:
         raise UserError(f"{folder}: nothing is logged there yet")
     return Run(
@@ -143,26 +145,35 @@ def _read(folder: Path, name: str) -> Run:
     )
 
 
-def _read_table(file: Path) -> dict[str, dict[int, float]]:
-    """Values by tag and step; a last line that was cut, and what is no number, are left out."""
+def _read_table(file: Path) -> dict[str, Series]:
+    """A series for each column; a last line that was cut, and what is no number, are left out."""
     if not file.is_file():
         return {}
     text = file.read_text(encoding="utf-8", errors="replace")
-    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    tags = [tag for tag in reader.fieldnames or [] if tag and tag != _STEP]
-    points: dict[str, dict[int, float]] = {}
-    for row in reader:
-        step = _number(row.get(_STEP))
-        if step is None or not math.isfinite(step) or None in row.values():
-            continue
-        for tag in tags:
-            value = _number(row[tag])
-            if value is not None:
-                points.setdefault(tag, {})[int(step)] = value
-    return points
+    rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
+    header = next(rows, [])
+    if _STEP not in header:
+        return {}
+    at = header.index(_STEP)
+    steps: list[int] = []
+    values, logged = [], []
+    for row in rows:
+        numbers = [_number(cell) for cell in row]
+        if len(row) == len(header) and (step := numbers[at]) is not None and math.isfinite(step):
+            steps.append(int(step))
+            logged.append(np.array([number is not None for number in numbers]))
+            values.append(np.array(numbers, dtype=np.float64))  # None becomes NaN
+    if not steps:
+        return {}
+    table, known, every = np.stack(values), np.stack(logged), np.array(steps)
+    return {
+        tag: Series.of(every[known[:, k]], table[known[:, k], k])
+        for k, tag in enumerate(header)
+        if k != at and known[:, k].any()
+    }
 
 
-def _number(text: str | None) -> float | None:
+def _number(text: str) -> float | None:
     try:
         return float(text) if text else None
     except ValueError:

@@ -1,12 +1,12 @@
 """One logged number against optimizer steps."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """Values of one tag; steps ascend and none is repeated.
 
@@ -19,11 +19,13 @@ class Series:
     values: np.ndarray
 
     @classmethod
-    def of(cls, points: Mapping[int, float]) -> "Series":
-        """From values by step, in any order."""
-        steps = sorted(points)
-        values = [points[step] for step in steps]
-        return cls(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
+    def of(cls, steps: Iterable[int], values: Iterable[float]) -> "Series":
+        """From points in the order they were logged; the last one of a step counts."""
+        at = np.fromiter(steps, dtype=np.int64)
+        order = np.argsort(at, kind="stable")
+        at, numbers = at[order], np.fromiter(values, dtype=np.float64)[order]
+        last = np.append(at[1:] != at[:-1], True) if len(at) else np.zeros(0, dtype=bool)
+        return cls(at[last], numbers[last])
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -10,6 +10,7 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.reporting import facts
 from mhc_lightning.reporting.gains import DIRECTIONS, KINDS, GainRange, gain_range, gain_tag
 from mhc_lightning.reporting.reading import Run
+from mhc_lightning.reporting.series import Series
 from mhc_lightning.reporting.statistics import (
     Estimate,
     final_mean,
@@ -57,7 +58,7 @@ class Gap:
     same_batches: bool | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
     """A run in numbers; None wherever something was not logged.
 
@@ -146,11 +147,15 @@ def baseline_of(run: Run, runs: Sequence[Run], baseline: Run | None) -> Run | No
     Returns:
         None for the baseline and its twins.
     """
-    if baseline is None or run is baseline or facts.same_but_for_the_seed(run, baseline):
+    if baseline is None or run is baseline:
         return None
+    seed = run.setting("seed")
+    if facts.same_but_for_the_seed(run, baseline) and seed != baseline.setting("seed"):
+        return None
+    if seed == baseline.setting("seed"):
+        return baseline
     for other in runs:
-        twin = facts.same_but_for_the_seed(other, baseline)
-        if twin and other.setting("seed") == run.setting("seed"):
+        if facts.same_but_for_the_seed(other, baseline) and other.setting("seed") == seed:
             return other
     return baseline
 
@@ -158,8 +163,7 @@ def baseline_of(run: Run, runs: Sequence[Run], baseline: Run | None) -> Run | No
 def _summarise(run: Run, baseline: Run | None) -> Summary:
     scalars = run.scalars
     loss = scalars.get(LOSS)
-    speed = scalars.get(SPEED)
-    memory = scalars.get(MEMORY)
+    speed, memory = (_finite(run, tag) for tag in (SPEED, MEMORY))
     tags = [gain_tag(kind, direction) for kind in KINDS for direction in DIRECTIONS]
     ranges = {tag: gain_range(scalars, tag, LIMIT) for tag in tags}
     return Summary(
@@ -232,10 +236,15 @@ def _last(run: Run) -> tuple[int, float] | None:
     return int(series.steps[-1]), float(series.values[-1])
 
 
+def _finite(run: Run, tag: str) -> Series | None:
+    """The values of a tag that are numbers, if there are any."""
+    finite = run.scalars[tag].finite() if tag in run.scalars else None
+    return finite if finite is not None and len(finite) else None
+
+
 def _gradient(run: Run) -> GradientNorm | None:
-    series = run.scalars.get(GRADIENT)
-    finite = None if series is None else series.finite()
-    if finite is None or len(finite) == 0:
+    finite = _finite(run, GRADIENT)
+    if finite is None:
         return None
     at = int(finite.values.argmax())
     return GradientNorm(
