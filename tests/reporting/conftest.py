@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,8 +101,13 @@ def write_table(folder: Path, scalars: Mapping[str, Mapping[int, float]]) -> Non
             writer.writerow([step, *(points.get(step, "") for points in scalars.values())])
 
 
-def write_events(folder: Path, scalars: Mapping[str, Mapping[int, float]], **options: Any) -> Any:
-    """As somebody else's training loop would; returns the writer, closed."""
+def write_events(
+    folder: Path,
+    scalars: Mapping[str, Mapping[int, float]],
+    pictures: Sequence[str] = ("layer_0", "composite_0_to_59"),
+    **options: Any,
+) -> None:
+    """As somebody else's training loop would."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder), **options)
@@ -112,10 +117,9 @@ def write_events(folder: Path, scalars: Mapping[str, Mapping[int, float]], **opt
     picture = np.full((4, 5, 3), 200, np.uint8)
     last = max(step for points in scalars.values() for step in points)
     for step in (1, last):
-        for name in ("layer_0", "composite_0_to_59"):
+        for name in pictures:
             writer.add_image(f"stream_matrices/{name}", picture, step, dataformats="HWC")
     writer.close()
-    return writer
 
 
 def write_run(folder: Path, connection: str, scalars: dict[str, Any], seed: int = 1) -> Path:

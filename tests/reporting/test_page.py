@@ -161,6 +161,16 @@ def test_names_are_text_and_never_markup(tmp_path, write):
     Page(source)
 
 
+def test_of_many_matrices_the_products_and_some_layers_are_shown(tmp_path, write):
+    names = [*(f"layer_{k}" for k in range(30)), "composite_0_to_14", "composite_0_to_29"]
+    write.events(tmp_path, {"train/loss": {1: 1.0}}, pictures=names)
+    source = write_report(make_report([str(tmp_path)]), tmp_path / "out").read_text()
+    shown = re.findall(r'alt="Heat map of the residual matrix of [^,]*, ([^,]*), at', source)
+    layers = [f"layer {k}" for k in range(0, 30, 3)]
+    assert shown == [*layers, "composite 0 to 14", "composite 0 to 29"]
+    assert "20 more were logged" in source
+
+
 def test_figures_lie_beside_the_page_and_replace_those_of_an_earlier_one(folder, runs, tmp_path):
     names = sorted(file.name for file in (folder / "figures").iterdir())
     assert {"loss.png", "loss_gap.png", "gradient_norm.png", "gain_composite_backward.png",

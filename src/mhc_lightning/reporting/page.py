@@ -8,12 +8,13 @@ from pathlib import Path
 import mhc_lightning
 from mhc_lightning.reporting import facts, tables, words
 from mhc_lightning.reporting.drawing import COLOURS
+from mhc_lightning.reporting.event_reading import Picture
 from mhc_lightning.reporting.panels import Section
 from mhc_lightning.reporting.reading import Run
 from mhc_lightning.reporting.report import Report
-from mhc_lightning.reporting.summary import LIMIT
+from mhc_lightning.reporting.summary import AT_ONE, LIMIT
 from mhc_lightning.reporting.svg import inline_svg
-from mhc_lightning.reporting.verdicts import AT_ONE, RISE_SHARE, SPIKE
+from mhc_lightning.reporting.verdicts import RISE_SHARE, SPIKE
 
 GENERATOR = "mhc-lightning report"
 _MATRICES = "stream_matrices/"
@@ -24,24 +25,16 @@ def page(report: Report) -> str:
     """The whole file."""
     names = [run.name for run in report.runs]
     title = words.listed(names) if len(names) < 5 else f"{len(names)} runs"
-    figures = [
-        _section(f"figures-{k}", section.title, _figures(section))
-        for k, section in enumerate(report.sections)
-    ]
-    matrices = _matrices(report)
-    parts = [
+    sections = [
         ("verdicts", "Verdicts", _verdicts(report)),
         ("numbers", "Numbers", tables.numbers(report)),
         ("what", "What was run", tables.what_was_run(report)),
+        *((f"figures-{k}", part.title, _figures(part)) for k, part in enumerate(report.sections)),
+        ("matrices", "Matrices", _matrices(report)),
+        ("again", "How to reproduce", _again(report)),
     ]
-    later = [("matrices", "Matrices", matrices)] if matrices else []
-    later += [("again", "How to reproduce", _again(report))]
-    links = [
-        *((name, heading) for name, heading, _ in parts),
-        *((f"figures-{k}", section.title) for k, section in enumerate(report.sections)),
-        *((name, heading) for name, heading, _ in later),
-        ("method", "How this was computed"),
-    ]
+    shown = [section for section in sections if section[-1]]
+    links = [*((name, heading) for name, heading, _ in shown), ("method", _METHOD_TITLE)]
     navigation = "".join(f'<li><a href="#{n}">{html.escape(h)}</a></li>' for n, h in links)
     body = [
         '<header><p class="eyebrow">mhc-lightning report</p>',
@@ -49,10 +42,8 @@ def page(report: Report) -> str:
         f'<p class="lede">{html.escape(_lede(report))}</p>',
         f'<nav aria-label="Contents"><ul>{navigation}</ul></nav></header>',
         "<main>",
-        *(_section(*part) for part in parts),
-        *figures,
-        *(_section(*part) for part in later),
-        _method(report),
+        *(_section(*section) for section in shown),
+        _method(),
         "</main>",
         f"<footer>Written by mhc-lightning {mhc_lightning.__version__} on"
         f" {datetime.now(UTC):%Y-%m-%d}. The figures are beside this page as PNG files, in"
@@ -143,32 +134,15 @@ def _figures(section: Section) -> str:
 def _matrices(report: Report) -> str:
     parts = []
     for run in report.runs:
-        found = {t: p for t, p in run.pictures.items() if t.startswith(_MATRICES)}
+        found = sorted((t for t in run.pictures if t.startswith(_MATRICES)), key=_depth)
         if not found or facts.has_one_stream(run):
             continue
-        tags = sorted(found, key=_depth)
-        left_out = ""
-        if len(tags) > _MOST_MATRICES:
-            products = [t for t in tags if "composite" in t][:_MOST_MATRICES]
-            single = [t for t in tags if "composite" not in t]
-            room = _MOST_MATRICES - len(products)
-            chosen = single[:: -(-len(single) // room)] if room else []
-            left_out = f" {len(tags) - len(chosen) - len(products)} more were logged."
-            tags = [*chosen, *products]
-        images = []
-        for tag in tags:
-            picture = found[tag]
-            what = tag.removeprefix(_MATRICES).replace("_", " ")
-            data = base64.b64encode(picture.png).decode()
-            images.append(
-                f'<figure><img src="data:image/png;base64,{data}" width="{picture.width}"'
-                f' height="{picture.height}" loading="lazy" alt="Heat map of the residual matrix of'
-                f' {html.escape(f"{run.name}, {what}, at step {picture.step:,}")}"></figure>'
-            )
-        parts.append(
-            f"<h3>{tables.named(run, report.looks)}</h3>"
-            f'<div class="matrices">{"".join(images)}</div>{html.escape(left_out)}'
-        )
+        shown = _at_most(found, _MOST_MATRICES)
+        more = len(found) - len(shown)
+        rest = f'<p class="about">{more} more were logged.</p>' if more else ""
+        images = "".join(_matrix(run, tag, run.pictures[tag]) for tag in shown)
+        name = tables.named(run, report.looks)
+        parts.append(f'<h3>{name}</h3><div class="matrices">{images}</div>{rest}')
     if not parts:
         return ""
     about = (
@@ -176,6 +150,26 @@ def _matrices(report: Report) -> str:
         " them last: entry (i, j) is what stream j gives to stream i."
     )
     return f'<p class="about">{about}</p>\n{"".join(parts)}\n'
+
+
+def _matrix(run: Run, tag: str, picture: Picture) -> str:
+    what = tag.removeprefix(_MATRICES).replace("_", " ")
+    about = f"Heat map of the residual matrix of {run.name}, {what}, at step {picture.step:,}"
+    data = base64.b64encode(picture.png).decode()
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" width="{picture.width}"'
+        f' height="{picture.height}" loading="lazy" alt="{html.escape(about)}"></figure>'
+    )
+
+
+def _at_most(tags: list[str], count: int) -> list[str]:
+    """Products over depth first of all, and single sub-layers evenly spaced."""
+    if len(tags) <= count:
+        return tags
+    products = [tag for tag in tags if "composite" in tag][:count]
+    single = [tag for tag in tags if "composite" not in tag]
+    room = count - len(products)
+    return [*(single[k * len(single) // room] for k in range(room)), *products]
 
 
 def _depth(tag: str) -> tuple[bool, list[int]]:
@@ -217,13 +211,14 @@ def _notes(run: Run) -> list[str]:
     return notes
 
 
-def _method(report: Report) -> str:
+def _method() -> str:
     return (
-        '<details id="method" open><summary>How this was computed</summary>\n'
+        f'<details id="method" open><summary>{_METHOD_TITLE}</summary>\n'
         f"{''.join(f'<p>{text}</p>' for text in _METHOD)}</details>"
     )
 
 
+_METHOD_TITLE = "How this was computed"
 _METHOD = (
     "<b>Final loss.</b> The mean of the training loss over the final window: the last 10% of the"
     " logged steps, but at least 20 of them where that is no more than half. Validation loss is the"

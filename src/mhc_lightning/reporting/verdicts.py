@@ -154,16 +154,15 @@ def _left_one(name: str, found: GainRange) -> list[str]:
         if found.left is not None and found.left < largest.step:
             since = f"; it first passed {LIMIT:g} at step {found.left:,}"
         reached = "reached" if np.isfinite(largest.value) else "became"
-        sentences.append(
-            f"{name.capitalize()} {reached} {words.gain(largest.value)} at step {largest.step:,},"
-            f"{words.sub_layers(largest)}{since}.".replace(",.", ".").replace(",;", ";")
-        )
+        sentences.append(f"{name.capitalize()} {reached} {_where(largest)}{since}.")
     if smallest is not None and smallest.value < 1 / LIMIT:
-        sentences.append(
-            f"{name.capitalize()} fell to {words.gain(smallest.value)} at step"
-            f" {smallest.step:,},{words.sub_layers(smallest)}."
-        )
+        sentences.append(f"{name.capitalize()} fell to {_where(smallest)}.")
     return sentences
+
+
+def _where(extreme: Extreme) -> str:
+    place = words.sub_layers(extreme)
+    return f"{words.gain(extreme.value)} at step {extreme.step:,}{',' if place else ''}{place}"
 
 
 def _in_one(extreme: Extreme) -> str:
@@ -210,10 +209,10 @@ def _streams(summary: Summary) -> list[str]:
         for tag in ("stream_diversity/mean", "sinkhorn_residual/row", "sinkhorn_residual/column")
     )
     if diversity is not None and len(diversity):
-        if facts.has_one_stream(run) or not diversity.values.any():
-            return ["It has one stream, so there is nothing to mix."] if (
-                facts.has_one_stream(run)
-            ) else ["Its streams were equal throughout, or it has but one."]  # fmt: skip
+        if facts.has_one_stream(run):
+            return ["It has one stream, so there is nothing to mix."]
+        if not diversity.values.any():
+            return ["Its streams were equal throughout, or it has but one."]
         sentences.append(
             f"Stream diversity ends at {words.number(float(diversity.values[-1]), 2)} (0: all"
             " streams are equal)."
