@@ -31,12 +31,9 @@ RUN_COLOURS = [light for name, (light, _) in COLOURS.items() if name.startswith(
 DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]
 
 _SIZE = (4.5, 3.1)  # inches
-_PLACE = (0.125, 0.15, 0.70, 0.665)  # of the axes: left, bottom, width, height
-_TEXT = 9.0
+PLACE = (0.125, 0.15, 0.70, 0.665)  # of the axes: left, bottom, width, height
+TEXT = 9.0
 _MOST_POINTS = 800
-_MOST_COLUMNS = 240
-# Below 1 blue, above 1 orange, both readable on light and on dark; 1 itself is transparent.
-_BELOW, _ABOVE = (0.22, 0.52, 0.80), (0.88, 0.38, 0.10)
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,12 @@ def panel(title: str, across: str, up: str) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_SIZE, facecolor="none")
-    axes = figure.add_axes(_PLACE)
+    axes = figure.add_axes(PLACE)
     axes.set_facecolor("none")
     figure.text(0.02, 0.985, title, fontsize=10.5, color=INK, weight="bold", va="top")
     figure.text(0.02, 0.905, up, fontsize=8.3, color=FAINT, va="top")
-    axes.set_xlabel(across, fontsize=_TEXT, color=FAINT, labelpad=3)
-    axes.tick_params(length=0, labelsize=_TEXT - 0.5, labelcolor=FAINT, pad=4)
+    axes.set_xlabel(across, fontsize=TEXT, color=FAINT, labelpad=3)
+    axes.tick_params(length=0, labelsize=TEXT - 0.5, labelcolor=FAINT, pad=4)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
@@ -146,9 +143,9 @@ def names_beside(axes: "Axes", ends: Sequence[tuple[float, Look]]) -> None:
     for k in reversed(range(len(heights))):
         heights[k] = min(heights[k], ceiling)
         ceiling = heights[k] - room
-    size = _TEXT if room > 0.06 else max(5.0, 130 * room)
+    size = TEXT if room > 0.06 else max(5.0, 130 * room)
     labels = [_short(look.label) for _, look in placed]
-    left, bottom, width, tall = _PLACE
+    left, bottom, width, tall = PLACE
     needed = (max(map(len, labels)) * 0.58 * size + 9) / (72 * _SIZE[0])  # of the figure's width
     width = min(width, 0.99 - left - needed)
     axes.set_position((left, bottom, width, tall))
@@ -204,7 +201,7 @@ def logarithmic(axes: "Axes", low: float, high: float) -> None:
     spread = high / low
     subs = (1.0, 2.0, 5.0) if spread < 200 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7 if spread >= 200 else 12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="minor", length=0)
 
@@ -213,82 +210,14 @@ def _plain_numbers(axes: "Axes") -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
+    """A number beside an axis: 0.02, 1,000, 1e−6."""
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e5):
         text = f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     else:
         text = f"{round(value, 6):,g}"
     return text.replace("-", "−")
-
-
-def heat_map(
-    layers: Sequence[int],
-    steps: np.ndarray,
-    values: np.ndarray,
-    limit: float,
-    title: str,
-) -> "Figure":
-    """A gain by sub-layer (up) and step (across), coloured by how far from 1 it is, either way.
-
-    Args:
-        layers: Sub-layers [L].
-        steps: Steps [T].
-        values: Gains [L, T]; NaN where there is none.
-        limit: The gain, above 1, at which colours end (below 1: its inverse).
-        title: Above it.
-    """
-    figure, axes = panel(title, "step", "sub-layer")
-    axes.grid(visible=False)
-    columns = min(_MOST_COLUMNS, len(steps))
-    edges = np.linspace(0, steps[-1], columns + 1)[1:]
-    # Of the samples within a column the one farthest from 1; without any, the next one.
-    scaled = _distance(values, limit)
-    grid = np.full((len(layers), columns), np.nan)
-    place = np.searchsorted(edges, steps)
-    for column in range(columns):
-        inside = np.flatnonzero(place == column)
-        if len(inside) == 0:
-            inside = np.array([min(np.searchsorted(steps, edges[column]), len(steps) - 1)])
-        part = np.where(np.isnan(scaled[:, inside]), 0.0, scaled[:, inside])
-        grid[:, column] = np.take_along_axis(part, np.abs(part).argmax(1)[:, None], 1)[:, 0]
-    extent = (0, float(steps[-1]), layers[0] - 0.5, layers[-1] + 0.5)
-    axes.imshow(_colours(grid), extent=extent, origin="lower", aspect="auto", interpolation="none")
-    whole_numbers(axes)
-    from matplotlib.ticker import MaxNLocator
-
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.spines["left"].set(visible=True, color=FAINT, linewidth=0.8)
-    _scale_beside(figure, limit)
-    return figure
-
-
-def _distance(values: np.ndarray, limit: float) -> np.ndarray:
-    """Gains to -1 … 1, by their logarithm; beyond the limit, and what is not finite, is cut."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.clip(np.log(values) / np.log(limit), -1.0, 1.0)
-
-
-def _colours(scaled: np.ndarray) -> np.ndarray:
-    colour = np.where(scaled[..., None] < 0, _BELOW, _ABOVE)
-    opacity = np.abs(scaled[..., None]) ** 0.7
-    return np.concatenate([colour, np.nan_to_num(opacity)], axis=-1)
-
-
-def _scale_beside(figure: "Figure", limit: float) -> None:
-    axes = figure.add_axes((0.86, _PLACE[1], 0.025, _PLACE[3]))
-    axes.set_facecolor("none")
-    ramp = np.linspace(-1, 1, 101)[:, None]
-    axes.imshow(_colours(ramp), extent=(0, 1, -1, 1), origin="lower", aspect="auto",
-                interpolation="none")  # fmt: skip
-    axes.set_xticks([])
-    axes.yaxis.tick_right()
-    halfway = limit**0.5
-    marks = [1 / limit, 1 / halfway, 1.0, halfway, limit]
-    axes.set_yticks([-1, -0.5, 0, 0.5, 1], [_tick(float(f"{m:.2g}")) for m in marks])
-    axes.tick_params(length=0, labelsize=_TEXT - 1, labelcolor=FAINT, pad=3)
-    for spine in axes.spines.values():
-        spine.set(color=FAINT, linewidth=0.6)

@@ -11,10 +11,10 @@ import numpy as np
 
 from mhc_lightning.reporting import drawing, facts, words
 from mhc_lightning.reporting.drawing import Look
-from mhc_lightning.reporting.gains import DIRECTIONS, KINDS, gain_tag
+from mhc_lightning.reporting.gains import DIRECTIONS, KINDS, gain_tag, gains_by_layer
+from mhc_lightning.reporting.heat_map import heat_map
 from mhc_lightning.reporting.panels import Panel, Section, by_layer, by_step, looks, told
 from mhc_lightning.reporting.reading import Run
-from mhc_lightning.reporting.series import layer_matrix
 from mhc_lightning.reporting.statistics import smoothing_width
 from mhc_lightning.reporting.summary import AT_ONE, GRADIENT, LOSS, VALIDATION, baseline_of
 
@@ -149,7 +149,7 @@ def _heat_maps(runs: Sequence[Run]) -> Iterator[Panel]:
     for number, run in enumerate(runs):
         for kind in KINDS:
             for direction in reversed(DIRECTIONS):
-                layers, steps, values = layer_matrix(run.scalars, gain_tag(kind, direction))
+                layers, steps, values = gains_by_layer(run.scalars, gain_tag(kind, direction))
                 known = values[~np.isnan(values)]
                 if len(known) and np.abs(known - 1).max() > AT_ONE:
                     found.append((number, run, kind, direction, layers, steps, values))
@@ -165,7 +165,7 @@ def _heat_maps(runs: Sequence[Run]) -> Iterator[Panel]:
             title,
             f"{_kind(kind)} {direction} gain of {run.name} by sub-layer and step: between"
             f" {words.gain(float(known.min()))} and {words.gain(float(known.max()))}.",
-            drawing.heat_map(layers, steps, values, limit, title),
+            heat_map(layers, steps, values, limit, title),
         )
 
 

@@ -52,22 +52,31 @@ def gain_tag(kind: str, direction: str) -> str:
     return f"amax_gain/{kind}/{direction}"
 
 
+def gains_by_layer(
+    scalars: Mapping[str, Series], tag: str
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """As `layer_matrix`, where a gain that was logged as NaN counts as infinite."""
+    return layer_matrix(
+        {name: _lost_as_infinite(s) for name, s in scalars.items() if name.startswith(tag)}, tag
+    )
+
+
+def _lost_as_infinite(series: Series) -> Series:
+    return Series(series.steps, np.where(np.isnan(series.values), math.inf, series.values))
+
+
 def gain_range(scalars: Mapping[str, Series], tag: str, limit: float) -> GainRange | None:
     """Extremes of a gain; None where it was not logged.
 
     Sub-layers belong to the largest (smallest) value where they are its neighbours without a gap
     and have at least half of it (at most twice it) at that step.
     """
-    named = {
-        name: Series(series.steps, np.where(np.isnan(series.values), math.inf, series.values))
-        for name, series in scalars.items()
-        if name.startswith(tag)
-    }
-    layers, steps, values = layer_matrix(named, tag)
+    layers, steps, values = gains_by_layer(scalars, tag)
     if not layers:
-        if not len(named.get(tag, ())):
+        overall = scalars.get(tag)
+        if overall is None or not len(overall):
             return None
-        steps, values = named[tag].steps, named[tag].values[None, :]
+        steps, values = overall.steps, _lost_as_infinite(overall).values[None, :]
     logged = ~np.isnan(values)
     high, low = np.where(logged, values, -math.inf), np.where(logged, values, math.inf)
     row, column = np.unravel_index(int(high.argmax()), high.shape)
