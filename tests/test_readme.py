@@ -27,6 +27,7 @@ OVERRIDES = {
     "export": TINY,
     "import": TINY,
     "evaluate": [*TINY, "tasks=local", "include_path=tasks"],
+    "report": [],
 }
 SCALED = "Train on many devices"
 TESTED = ("Use it on your text", "Exchange and evaluate models", "The paper's models")
@@ -92,8 +93,11 @@ def test_commands_on_ones_own_text(workplace, commands_in):
             continue
         command = words[2]
         fits += command == "fit"
-        length = [f"trainer.max_steps={2 * fits}"] if command == "fit" else []
-        printed = run_command(line, workplace, *length)
+        length = [f"trainer.max_steps={2 * fits}", "trainer.log_every_n_steps=1"]
+        printed = run_command(line, workplace, *(length if command == "fit" else []))
+        if command == "report":
+            assert "wrote report/index.html" in printed
+            assert "runs/mine_hc_again" in (workplace / "report/index.html").read_text()
         if command == "generate":
             assert printed.startswith("Once upon")
         if command == "validate":

@@ -11,11 +11,13 @@ class NonFiniteLossError(Exception):
     """Loss or gradient became NaN or infinite; raised before the optimizer step (exit code 3).
 
     Attributes:
+        what: What became so: "the loss became NaN".
         step: The optimizer step that was being computed (first 1).
         gains: The last measured Amax gains, by TensorBoard tag; empty if none were measured.
     """
 
     def __init__(self, what: str, step: int, gains: Mapping[str, float] | None = None) -> None:
+        self.what = what
         self.step = step
         self.gains = dict(gains or {})
         gains_text = ", ".join(f"{tag} {value:.4g}" for tag, value in self.gains.items())

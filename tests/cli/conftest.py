@@ -35,7 +35,7 @@ def prepared(tmp_path_factory):
     return folder / "tokens"
 
 
-TIMINGS = ("train/tokens_per_second", "train/mfu")
+TIMINGS = ("train/tokens_per_second", "train/mfu", "train/peak_memory_bytes")
 
 
 class Command:
@@ -91,7 +91,7 @@ class Command:
         return output, errors
 
     def metrics(self, name="run"):
-        """Step -> tag -> text as written, without what depends on the machine's speed."""
+        """Step -> tag -> text as written, without what depends on the machine."""
         with open(self.folder / name / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         steps = [int(row.pop("step")) for row in rows]

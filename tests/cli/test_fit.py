@@ -151,6 +151,8 @@ def test_nonfinite_loss_stops_with_what_to_try(command):
     last = errors.splitlines()[-1]
     assert last.startswith("error: ") and "at step" in last and "optimizer.lr" in last
     assert "Traceback" not in errors
+    ended = json.loads((command.folder / "run/environment.json").read_text())["ended"]
+    assert ended["non_finite"] and ended["reason"] in last
     for file in (command.folder / "run/checkpoints").glob("step_*.ckpt"):
         saved = torch.load(file, weights_only=False)["state_dict"]
         assert all(bool(value.isfinite().all()) for value in saved.values())

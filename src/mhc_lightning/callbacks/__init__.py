@@ -1,6 +1,7 @@
 """Instruments for any LightningModule: gains, stream matrices, diversity, speed, progress."""
 
 from mhc_lightning.callbacks.amax_gain import AmaxGain, Peak
+from mhc_lightning.callbacks.peak_memory import PeakMemory
 from mhc_lightning.callbacks.progress_bar import ProgressBar
 from mhc_lightning.callbacks.run_summary import RunSummary
 from mhc_lightning.callbacks.stability_dashboard import StabilityDashboard
@@ -12,6 +13,7 @@ from mhc_lightning.callbacks.throughput import Throughput
 __all__ = [
     "AmaxGain",
     "Peak",
+    "PeakMemory",
     "ProgressBar",
     "RunSummary",
     "StabilityDashboard",

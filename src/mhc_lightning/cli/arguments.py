@@ -7,9 +7,11 @@ from mhc_lightning.errors import UserError
 
 COMMANDS = (
     *("plan", "fit", "validate", "generate", "prepare", "export", "import", "evaluate"),
-    "tune",
+    *("tune", "report"),
 )
-_WITH_JSON = ("plan", "validate", "evaluate")
+_WITH_JSON = ("plan", "validate", "evaluate", "report")
+# Commands whose arguments are folders, not settings of an experiment: the keys they have beside.
+_WITH_PATHS = {"report": ("output", "baseline")}
 _FLAGS = {"--print-config": "print_config", "--json": "json", "--help": "help", "-h": "help"}
 
 # Values of these are the characters typed, never Hydra's grammar or an interpolation.
@@ -29,8 +31,11 @@ class Arguments:
     Attributes:
         command: One of `COMMANDS`, or None.
         config: Path or name of the experiment, or None.
-        literal: Values of `LITERAL_KEYS`, in the order given (a key may come several times).
+        literal: Values of `LITERAL_KEYS`, in the order given (a key may come several times); of a
+            command that takes folders, its keys.
         overrides: The other overrides, for Hydra.
+        paths: Arguments that are no `key=value`, of commands that take folders.
+        words: The command line itself.
         print_config: Whether to show the composed configuration and stop.
         json: Whether standard output is to be JSON.
         help: Whether help was asked for.
@@ -41,6 +46,8 @@ class Arguments:
     config: str | None = None
     literal: dict[str, list[str]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
     print_config: bool = False
     json: bool = False
     help: bool = False
@@ -58,6 +65,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     config: str | None = None
     literal: dict[str, list[str]] = {}
     overrides: list[str] = []
+    paths: list[str] = []
     flags = dict.fromkeys(("print_config", "json", "help", "version"), False)
     for word in words:
         name, has_value, value = word.partition("=")
@@ -78,6 +86,11 @@ def parse_arguments(argv: list[str]) -> Arguments:
                     f" commands: {', '.join(COMMANDS)}"
                 )
             command = word
+        elif command in _WITH_PATHS:
+            if has_value and name in _WITH_PATHS[command]:
+                literal.setdefault(name, []).append(value)
+            else:
+                paths.append(word)
         elif has_value and (key := name.lstrip("+")) in LITERAL_KEYS:
             literal.setdefault(key, []).append(value)
         elif has_value or word.startswith("~"):
@@ -89,7 +102,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
             )
     if flags["json"] and command not in _WITH_JSON and not flags["help"]:
         raise UserError(f"--json belongs to {', '.join(_WITH_JSON)}")
-    return Arguments(command, config, literal, overrides, **flags)
+    return Arguments(command, config, literal, overrides, paths, list(argv), **flags)
 
 
 def _nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:

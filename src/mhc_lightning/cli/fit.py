@@ -11,6 +11,7 @@ from mhc_lightning.cli.run_folder import (
     claim,
     delete_run,
     is_first_process,
+    recorded_end,
     write_records,
 )
 
@@ -78,10 +79,18 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
                 )
     if starts_over:
         delete_run(folder)  # only now: whatever was wrong would have been found by here
-    write_records(folder, values)
+    write_records(
+        folder,
+        values,
+        arguments.words,
+        processes=trainer.world_size,
+        parameters={"total": sum(parameter.numel() for parameter in module.parameters())},
+        data={"content": [source.record.content for source in data.sources]},
+    )
     try:
-        # It has been looked at above; what other callbacks keep in it may be any Python object.
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+        with recorded_end(folder, trainer):
+            # It has been looked at above; what other callbacks keep in it may be any object.
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
     finally:
         data.teardown("fit")  # Lightning leaves it out where an exception ends the run
 

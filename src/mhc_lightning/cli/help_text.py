@@ -8,6 +8,7 @@ _OVERALL = f"""\
 Train, watch and use language models with Hyper-Connections and mHC.
 
 usage: {_PROGRAM} COMMAND --config PATH_OR_NAME [key=value ...]
+       {_PROGRAM} report RUN [RUN ...]
 
 commands:
   plan        what a run will need, and how long it should take
@@ -19,6 +20,7 @@ commands:
   export      a checkpoint as safetensors, for other programs
   import      an exported model as a checkpoint to start from
   tune        make the kernels fit this machine's GPU and an experiment's shape
+  report      what runs came to, on one page
 
 options:
   --config PATH_OR_NAME   an experiment: a .yaml file, or the name of a shipped one (below)
@@ -47,6 +49,7 @@ example, from text to text:
   {_PROGRAM} prepare  --config mhc_quickstart input=my_texts output=data/mine
   {_PROGRAM} fit      --config mhc_quickstart data.path=data/mine output_dir=runs/mine
   tensorboard --logdir runs/mine
+  {_PROGRAM} report   runs/mine
   {_PROGRAM} generate --config mhc_quickstart data.path=data/mine output_dir=runs/mine \\
       ckpt_path=last prompt="Once upon"
 
@@ -76,7 +79,8 @@ Train a model, or go on with a run.
 usage: {_PROGRAM} fit --config PATH_OR_NAME [key=value ...]
 
   output_dir=DIR       holds everything the run writes: config.yaml (every setting, resolved),
-                       environment.json, metrics.csv, TensorBoard event files, checkpoints/
+                       environment.json (where and how it ran), metrics.csv, TensorBoard event
+                       files, checkpoints/
   ckpt_path=last       go on from the newest checkpoint of output_dir, exactly as if the run had
                        not stopped; should it be damaged, from the one before, with a warning
   ckpt_path=FILE       go on from this checkpoint
@@ -205,6 +209,27 @@ of them compiling; shapes that were not tuned run with block sizes that suit mos
 
 example:
   {_PROGRAM} tune --config mhc_3b""",
+    "report": f"""\
+Show what runs came to, on one page that needs nothing else.
+
+usage: {_PROGRAM} report RUN [RUN ...] [output=DIR] [baseline=RUN]
+
+  RUN                  a run's folder (what `fit` calls output_dir), or one that holds several;
+                       taken literally, as the shell gives it
+  output=DIR           where index.html and figures/*.png go (default: report); an earlier report
+                       there is replaced
+  baseline=RUN         the run that the others are compared with; without it, the first with the
+                       plain residual connection, else the first
+  --json               print one JSON object and nothing else on standard output
+
+On the page: a verdict on each run in plain words, a table (losses, the gap to the baseline with a
+95% interval, largest gains, gradient norm, speed, memory), figures, the matrices that were drawn
+last, what was run, and the command that does it again. Runs may still be going on, or have been
+killed. metrics.csv is read where there is one, else TensorBoard event files with the same tags,
+whoever wrote them; what is not recorded is said to be so.
+
+example:
+  {_PROGRAM} report runs/residual runs/hc runs/mhc output=comparison""",
     "prepare": f"""\
 Turn text into token chunks for training: documents, a held-out validation split, a summary.
 

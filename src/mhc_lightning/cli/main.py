@@ -46,6 +46,11 @@ def _run(arguments: Arguments) -> int:
         command = arguments.command
         print(overall_help() if command is None else command_help(command))
         return OK if arguments.help else USER_ERROR
+    if arguments.command == "report":  # of runs, whose folders hold their settings
+        from mhc_lightning.cli.report import report
+
+        report(arguments)
+        return OK
     if arguments.config is None:
         raise UserError(
             f"{arguments.command} needs --config PATH_OR_NAME; `--help` lists the experiments"

@@ -6,14 +6,18 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mhc_lightning.errors import UserError
+from mhc_lightning.errors import NonFiniteLossError, UserError
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS = (
     "config.yaml",
@@ -74,12 +78,14 @@ def claim(folder: Path, *, resumes: bool, overwrite: bool) -> None:
         ) from error
 
 
-def write_records(folder: Path, values: dict[str, Any]) -> None:
-    """Write `config.yaml` and `environment.json`.
+def write_records(folder: Path, values: dict[str, Any], words: list[str], **about: Any) -> None:
+    """Write `config.yaml` and `environment.json`, which keeps the records of earlier starts.
 
     Args:
         folder: The run folder.
         values: The configuration, resolved.
+        words: The command line, without the program's name.
+        about: More entries for `environment.json`: what only the built run knows.
 
     Raises:
         UserError: they cannot be written.
@@ -90,14 +96,66 @@ def write_records(folder: Path, values: dict[str, Any]) -> None:
     if not is_first_process():
         return
     config = yaml.safe_dump(escaped_tree(values), sort_keys=False, allow_unicode=True)
-    environment = json.dumps(describe_environment(), indent=2, ensure_ascii=False)
+    record = {**describe_environment(), "arguments": words, **about}
+    if before := _read_environment(folder):
+        record["earlier"] = [*before.pop("earlier", []), before]
     try:
         write_text_atomically(folder / CONFIG, config)
-        write_text_atomically(folder / ENVIRONMENT, environment + "\n")
+        _write_environment(folder, record)
     except OSError as error:
         raise UserError(
             f"output_dir {folder} cannot be written to: {error.strerror or error}"
         ) from error
+
+
+@contextlib.contextmanager
+def recorded_end(folder: Path, trainer: "pl.Trainer") -> Iterator[None]:
+    """Note in `environment.json` how what happens inside came to an end, and at which step."""
+    reason, non_finite = "complete", False
+    try:
+        yield
+    except BaseException as error:
+        non_finite = isinstance(error, NonFiniteLossError)
+        reason = _reason(error)
+        raise
+    finally:
+        end = {
+            "reason": reason,
+            "non_finite": non_finite,
+            "step": trainer.global_step,
+            "time": _now(),
+        }
+        if is_first_process() and (record := _read_environment(folder)):
+            with contextlib.suppress(OSError):  # what ended the run matters more
+                _write_environment(folder, {**record, "ended": end})
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, NonFiniteLossError):
+        return f"{error.what} at step {error.step}"
+    known = {"SIGTERMException": "stopped by SIGTERM", "KeyboardInterrupt": "interrupted",
+             "SystemExit": "interrupted"}  # fmt: skip
+    name = type(error).__name__
+    return known.get(name) or f"{name}: {' '.join(str(error).split())}"[:200]
+
+
+def _read_environment(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _write_environment(folder: Path, record: dict[str, Any]) -> None:
+    from mhc_lightning.checkpoint_files import write_text_atomically
+
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    write_text_atomically(folder / ENVIRONMENT, text + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -120,7 +178,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "commit": _commit(),
         "command": sys.argv,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": _now(),
     }
 
 

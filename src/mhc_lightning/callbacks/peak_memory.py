@@ -1,0 +1,74 @@
+"""Logs the most memory that a run has needed so far."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from mhc_lightning.callbacks.cadence import Cadence
+from mhc_lightning.callbacks.reporting import log_scalars
+
+PEAK_MEMORY = "train/peak_memory_bytes"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The largest number of bytes that this process has held at once; None where nothing tells.
+
+    On CUDA what torch had allocated on `device` (the caching allocator's reserve left out), on a
+    CPU the process's resident memory, with everything that it has loaded.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return _most_resident() if device.type == "cpu" else None
+
+
+def _most_resident() -> int | None:
+    # Linux's ru_maxrss also counts the program that started this one.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+class PeakMemory(pl.Callback):
+    """Logs ``train/peak_memory_bytes``: see `peak_memory`; of the first process and its device.
+
+    Args:
+        every_n_steps: Optimizer steps between values; None takes the trainer's
+            ``log_every_n_steps``.
+
+    Raises:
+        UserError: The interval is not a positive integer.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        self.cadence = Cadence(every_n_steps, "PeakMemory")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from where the run starts, or resumes."""
+        self.cadence.restart(trainer.global_step)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log where a step is due."""
+        step = trainer.global_step
+        if not self.cadence.is_due(trainer, step):
+            return
+        peak = peak_memory(trainer.strategy.root_device)
+        if peak is not None:
+            log_scalars(trainer, pl_module, {PEAK_MEMORY: float(peak)}, step)

@@ -1,0 +1,35 @@
+"""`report`: what runs came to, on one page."""
+
+import json
+from pathlib import Path
+
+from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.errors import UserError
+
+
+def report(arguments: Arguments) -> None:
+    """Write the page and its figures, and say where; or print the numbers as JSON.
+
+    Raises:
+        UserError: there are no runs to report, or they cannot be compared.
+    """
+    if not arguments.paths:
+        raise UserError("report needs the folders of runs (what `fit` calls output_dir)")
+    if arguments.config is not None or arguments.print_config:
+        raise UserError("report takes no --config: settings are read from the runs' folders")
+
+    from mhc_lightning.reporting.record import record
+    from mhc_lightning.reporting.report import make_report
+    from mhc_lightning.reporting.writing import write_report
+
+    baseline, output = (arguments.literal.get(key, [None])[-1] for key in ("baseline", "output"))
+    made = make_report(arguments.paths, baseline)
+    page = write_report(made, Path(output or "report").expanduser())
+    if arguments.json:
+        print(json.dumps({"page": str(page), **record(made)}))
+        return
+    width = max(len(summary.run.name) for summary in made.summaries)
+    for summary, verdict in zip(made.summaries, made.verdicts, strict=True):
+        first = verdict.sentences[0] if verdict.sentences else summary.ending[1]
+        print(f"{summary.run.name:<{width}}  {verdict.label}. {first}")
+    print(f"wrote {page}")
