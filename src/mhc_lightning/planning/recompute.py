@@ -13,6 +13,7 @@ from mhc_lightning.planning.activations import (
     places_in_blocks,
     sub_layers,
 )
+from mhc_lightning.planning.parts import width_of
 
 __all__ = ["best_block", "rebuilt_bytes", "recompute_block", "replayed_bytes"]
 
@@ -33,7 +34,7 @@ def rebuilt_bytes(model: Transformer, batch: MicroBatch) -> int:
     if places[-1] is None:
         return 0
     size = places[-1] + 1
-    width = model.embedding.embedding_dim
+    width = width_of(model)
     vector = width * batch.precision.activation * batch.tokens
     streams = (size - 1) * model.num_streams * vector
     one_norm = norm_bytes(width, batch, keeps_output=True) - norm_statistic_bytes(batch)
@@ -49,4 +50,4 @@ def replayed_bytes(model: Transformer, batch: MicroBatch) -> int:
         if place is not None:
             # The entry, or an output and the streams that it makes; the input, and its norm.
             widths += model.num_streams + (place > 0) + 1 + 2
-    return widths * model.embedding.embedding_dim * value * batch.tokens
+    return widths * width_of(model) * value * batch.tokens
