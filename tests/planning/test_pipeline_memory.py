@@ -8,7 +8,7 @@ from torch.distributed.pipelining._backward import (
     stage_backward_weight,
 )
 
-from mhc_lightning.planning.activations import MicroBatch
+from mhc_lightning.planning.activations import KINDS, MicroBatch
 from mhc_lightning.planning.memory import Layout
 from mhc_lightning.planning.pipeline_memory import boundary_bytes, pipeline_memory
 from mhc_lightning.planning.precision import precision_of
@@ -72,22 +72,22 @@ class Device:
         return out
 
     def backward(self, kind, k, part):
-        if kind is not Kind.BACKWARD_WEIGHT:
-            out, flow = self.forwards.pop((k, part))
-            last = self.stages[k].is_last
-            grads = None if last else [self.received[False, k][part]]
-        if kind is Kind.BACKWARD or (kind is Kind.BACKWARD_WEIGHT and k == 0):
-            if kind is Kind.BACKWARD_WEIGHT:
-                out, flow, grads = self.halves.pop((k, part))
-            stage_backward(out[0] if grads is None else out, grads and tuple(grads), flow)
-        elif kind is Kind.BACKWARD_INPUT:
-            if k == 0:
-                self.halves[k, part] = out, flow, grads
-                return
-            _, groups = stage_backward_input(list(out), grads, flow, self.stages[k].parameters())
-            self.halves[k, part] = groups
+        parameters = self.stages[k].parameters()
+        if kind is Kind.BACKWARD_WEIGHT and k > 0:
+            stage_backward_weight(parameters, self.halves.pop((k, part)))
+            return
+        halved = kind is Kind.BACKWARD_WEIGHT
+        out, flow = (self.halves if halved else self.forwards).pop((k, part))
+        grads = None if self.stages[k].is_last else (self.received[False, k][part],)
+        if kind is not Kind.BACKWARD_INPUT:
+            back = stage_backward(out[0] if grads is None else out, grads, flow)
+        elif k == 0:  # all of it is done in the second half
+            self.halves[k, part] = out, flow
+            return
         else:
-            stage_backward_weight(self.stages[k].parameters(), self.halves.pop((k, part)))
+            back, self.halves[k, part] = stage_backward_input(list(out), grads, flow, parameters)
+        if k - 1 in self.stages:
+            self.received[False, k - 1][part] = back[0]
 
     def step(self, slots):
         for kind, k, part in (action for slot in slots for action in slot):
@@ -144,10 +144,8 @@ def test_the_bytes_that_a_stage_keeps_are_those_predicted(
                     elif k + 1 < len(plan.blocks):
                         for out in outs:
                             keep(out)
-            tokens = found.activations["tokens"]
-            assert sum(kept.values()) == pytest.approx(
-                found.memory.activations - tokens, rel=0.01
-            ), (schedule, found.device)
+            wanted = sum(found.activations[kind] for kind in KINDS if kind != "tokens")
+            assert sum(kept.values()) == pytest.approx(wanted, rel=0.01), (schedule, found.device)
 
 
 RUNS = [
@@ -187,7 +185,6 @@ def test_the_fullest_moment_of_each_device_is_predicted(
 
         model.zero_grad(set_to_none=True)
         total = found.memory.weights + peak("cpu", work)
-        print(schedule, found.device, round(found.memory.total / total, 3), found.memory)
         assert found.memory.total == pytest.approx(total, rel=0.1), found
 
 

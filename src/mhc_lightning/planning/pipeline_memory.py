@@ -7,7 +7,7 @@ boundary, forward and backward (torch 2.13). What enters a stage is such a buffe
 a second time. What a stage hands on stays until its backward pass.
 
 Of a split backward pass everything stays until weights' gradients are there, with what its first half
-leaves for the second.
+leaves for the second; the gradient that it hands back stays until the step ends.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ from mhc_lightning.planning.memory import (
     state_bytes,
 )
 from mhc_lightning.planning.parts import has_embedding, part_of
-from mhc_lightning.planning.recompute import rebuilt_bytes
+from mhc_lightning.planning.recompute import rebuilt_bytes, rebuilt_for_weights
 from mhc_lightning.planning.schedule_order import Kind, Slot, in_flight, schedule_order
 from mhc_lightning.planning.split_backward import gradients_for_weights
 from mhc_lightning.planning.stages import StagePlan
@@ -70,8 +70,10 @@ class _Stage(NamedTuple):
 
     saved: dict[str, int]
     waiting: int  # from the first half of a backward pass to the second
+    handed_back: int  # from the first half on
     logits: int
     rebuilt: int
+    rebuilt_for_weights: int
 
 
 def pipeline_memory(
@@ -93,16 +95,18 @@ def pipeline_memory(
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
     """
     parts = [part_of(model, blocks) for blocks in plan.blocks]
+    boundary = boundary_bytes(model, batch)
     stages = [
         _Stage(
             saved=_saved(parts, index, batch, layout, plan),
             waiting=gradients_for_weights(part, batch),
+            handed_back=boundary if index and _sends(plan, index, index - 1) else 0,
             logits=loss_bytes(part, batch, layout),
             rebuilt=rebuilt_bytes(part, batch),
+            rebuilt_for_weights=rebuilt_for_weights(part, batch),
         )
         for index, part in enumerate(parts)
     ]
-    boundary = boundary_bytes(model, batch)
     devices = []
     for device, slots in enumerate(schedule_order(plan, micro_batches)):
         held = plan.stages_of(device)
@@ -122,13 +126,18 @@ def pipeline_memory(
                     weights=-(-weights // share) + buffers,
                     gradients=-(-weights // share),
                     optimizer=-(-optimizer // share),
-                    communication=ends * micro_batches * boundary
+                    communication=fullest.communication
+                    + ends * micro_batches * boundary
                     + _gathered_bytes(own, batch, layout),
                 ),
                 activations=kinds,
             )
         )
     return devices
+
+
+def _sends(plan: StagePlan, stage: int, other: int) -> bool:
+    return plan.device_of(stage) != plan.device_of(other)
 
 
 def boundary_bytes(model: Transformer, batch: MicroBatch) -> int:
@@ -149,8 +158,7 @@ def _saved(
     saved = saved_for_backward(part, batch, copies_weights(batch, layout))
     if not has_embedding(part):
         saved["connections"] -= _entry_bytes(part, batch)
-    last = index == len(parts) - 1
-    if not last and plan.device_of(index + 1) != plan.device_of(index):
+    if index < len(parts) - 1 and _sends(plan, index, index + 1):
         saved["connections"] += boundary_bytes(part, batch)
     return saved
 
@@ -169,28 +177,32 @@ def _entry_bytes(part: Transformer, batch: MicroBatch) -> int:
 def _fullest(
     slots: tuple[Slot, ...], stages: list[_Stage]
 ) -> tuple[DeviceMemory, dict[str, int]]:
-    """Activations, logits and what is rebuilt when they are most, and the first by kind."""
-    held, halves = Counter[int](), Counter[int]()
+    """What comes and goes, when it is most, and activations by kind."""
+    held, halves, split = Counter[int](), Counter[int](), Counter[int]()
     best, kinds = DeviceMemory(*[0] * 7), dict.fromkeys((*KINDS, _WAITING), 0)
     for kind, stage, _ in (action for slot in slots for action in slot):
-        forward = kind is Kind.FORWARD
+        forward, second = kind is Kind.FORWARD, kind is Kind.BACKWARD_WEIGHT
         held[stage] += forward
         halves[stage] += kind is Kind.BACKWARD_INPUT
+        split[stage] += kind is Kind.BACKWARD_INPUT
         parts = {
             part: sum(count * stages[index].saved[part] for index, count in held.items())
             for part in KINDS
         }
         parts[_WAITING] = sum(count * stages[index].waiting for index, count in halves.items())
+        # The first stage takes its whole backward pass in the second half.
+        again = stages[stage].rebuilt_for_weights if second and stage else stages[stage].rebuilt
         now = replace(
             best,
             activations=sum(parts.values()),
             logits=stages[stage].logits if forward else 0,
-            rebuilt=0 if forward else stages[stage].rebuilt,
+            rebuilt=0 if forward else again,
+            communication=sum(count * stages[index].handed_back for index, count in split.items()),
         )
         if now.total > best.total:
             best, kinds = now, parts
-        held[stage] -= kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
-        halves[stage] -= kind is Kind.BACKWARD_WEIGHT
+        held[stage] -= second or kind is Kind.BACKWARD
+        halves[stage] -= second
     return best, kinds
 
 
