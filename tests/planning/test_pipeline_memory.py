@@ -39,9 +39,7 @@ class Device:
     def __init__(self, model, plan, device, batch, precision, parts):
         count = len(plan.blocks)
         self.plan, self.device, self.precision = plan, device, precision
-        self.stages = {
-            k: Stage(model, plan.blocks[k], k, count) for k in plan.stages_of(device)
-        }
+        self.stages = {k: Stage(model, plan.blocks[k], k, count) for k in plan.stages_of(device)}
         for stage in self.stages.values():
             if precision == "bf16-mixed":
                 stage.autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)

@@ -174,9 +174,7 @@ def _entry_bytes(part: Transformer, batch: MicroBatch) -> int:
     return connection.dim * batch.precision.activation * batch.tokens if keeps else 0
 
 
-def _fullest(
-    slots: tuple[Slot, ...], stages: list[_Stage]
-) -> tuple[DeviceMemory, dict[str, int]]:
+def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemory, dict[str, int]]:
     """What comes and goes, when it is most, and activations by kind."""
     held, halves, split = Counter[int](), Counter[int](), Counter[int]()
     best, kinds = DeviceMemory(*[0] * 7), dict.fromkeys((*KINDS, _WAITING), 0)

@@ -90,9 +90,7 @@ def _stage_times(
         products + head + attention / 3,
         kept + weights + 3 * head_parameters * value + streams.forward_fused * tokens,
     )
-    to_input = seconds(
-        products + attention * 2 / 3, kept / 2 + weights + streams_back * tokens
-    )
+    to_input = seconds(products + attention * 2 / 3, kept / 2 + weights + streams_back * tokens)
     to_weight = seconds(products, kept / 2 + weights)
     # Nothing asks for the gradient of tokens: torch leaves all to the second half there.
     first = splits and has_embedding(part)
