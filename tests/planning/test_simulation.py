@@ -1,6 +1,7 @@
 """The simulator against published formulas, and what must hold for any times."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -164,7 +165,7 @@ def test_any_pipeline_obeys_its_dependencies_and_loses_no_work(pipeline, overlap
         lanes.setdefault((span.device, span.lane), []).append((span.start, span.end))
     for spans in lanes.values():  # a lane does one thing at a time
         spans.sort()
-        assert all(a[1] <= b[0] + 1e-9 for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(spans))
 
     ends = {  # of whatever makes the result of an action, its merges included
         key: max(s.end for s in line.spans if s.action == key and s.work is not Work.SEND)

@@ -1,5 +1,6 @@
 """How the plan of a pipeline is shown to people."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mhc_lightning.cli.units import in_seconds, in_units
@@ -87,7 +88,7 @@ def _first_clause(refusal: str) -> str:
     return clause if len(clause) <= 66 else f"{clause[:65]}…"
 
 
-def _columns(rows: list[tuple[str, ...]]) -> str:
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     """The first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -18,6 +18,8 @@ _ABOUT = {
     "communication": "gathered parameters and buffers of collectives",
 }
 
+_RECEIVED = "buffers to receive in, and gathered parameters and gradients"
+
 
 def report(name: str, plan: "Plan") -> str:
     """The whole plan as text.
@@ -61,8 +63,9 @@ def _parameters(plan: "Plan") -> str:
 
 def _memory(plan: "Plan") -> str:
     memory, kind = plan.memory, plan.machine.kind
+    meanings = _ABOUT if plan.pipeline is None else _ABOUT | {"communication": _RECEIVED}
     rows = [
-        (name, in_units(size), _ABOUT[name])
+        (name, in_units(size), meanings[name])
         for name, size in vars(memory).items()
         if size or name != "rebuilt"
     ]

@@ -39,4 +39,4 @@ def has_head(part: Transformer) -> bool:
 
 def width_of(part: Transformer) -> int:
     """C."""
-    return part.blocks[0].attention_connection.dim  # type: ignore[union-attr, return-value]
+    return part.blocks[0].attention_connection.dim  # type: ignore[return-value]

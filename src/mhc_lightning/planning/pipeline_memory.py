@@ -6,8 +6,10 @@ are, all the time, the buffers that torch's engine receives in: one for each mic
 boundary, forward and backward (torch 2.13). What enters a stage is such a buffer, and is not kept
 a second time. What a stage hands on stays until its backward pass.
 
-Of a split backward pass everything stays until weights' gradients are there, with what its first half
-leaves for the second; the gradient that it hands back stays until the step ends.
+Of a split backward pass everything stays until weights' gradients are there, with what its first
+half leaves for the second; the gradient that it hands back stays until the step ends.
+
+Validation's own buffers, and what a transfer under way keeps alive, are not counted.
 """
 
 from collections import Counter
@@ -177,30 +179,32 @@ def _entry_bytes(part: Transformer, batch: MicroBatch) -> int:
 def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemory, dict[str, int]]:
     """What comes and goes, when it is most, and activations by kind."""
     held, halves, split = Counter[int](), Counter[int](), Counter[int]()
-    best, kinds = DeviceMemory(*[0] * 7), dict.fromkeys((*KINDS, _WAITING), 0)
+    sizes = [sum(stage.saved.values()) for stage in stages]
+    most, best, counts = -1, DeviceMemory(*[0] * 7), (Counter[int](), Counter[int]())
     for kind, stage, _ in (action for slot in slots for action in slot):
         forward, second = kind is Kind.FORWARD, kind is Kind.BACKWARD_WEIGHT
         held[stage] += forward
         halves[stage] += kind is Kind.BACKWARD_INPUT
         split[stage] += kind is Kind.BACKWARD_INPUT
-        parts = {
-            part: sum(count * stages[index].saved[part] for index, count in held.items())
-            for part in KINDS
-        }
-        parts[_WAITING] = sum(count * stages[index].waiting for index, count in halves.items())
+        kept = sum(count * sizes[index] for index, count in held.items())
+        kept += sum(count * stages[index].waiting for index, count in halves.items())
+        back = sum(count * stages[index].handed_back for index, count in split.items())
         # The first stage takes its whole backward pass in the second half.
         again = stages[stage].rebuilt_for_weights if second and stage else stages[stage].rebuilt
-        now = replace(
-            best,
-            activations=sum(parts.values()),
-            logits=stages[stage].logits if forward else 0,
-            rebuilt=0 if forward else again,
-            communication=sum(count * stages[index].handed_back for index, count in split.items()),
-        )
-        if now.total > best.total:
-            best, kinds = now, parts
+        logits, rebuilt = (stages[stage].logits, 0) if forward else (0, again)
+        if kept + back + logits + rebuilt > most:
+            most = kept + back + logits + rebuilt
+            best = replace(
+                best, activations=kept, logits=logits, rebuilt=rebuilt, communication=back
+            )
+            counts = Counter(held), Counter(halves)
         held[stage] -= second or kind is Kind.BACKWARD
         halves[stage] -= second
+    kinds = {
+        kind: sum(count * stages[index].saved[kind] for index, count in counts[0].items())
+        for kind in KINDS
+    }
+    kinds[_WAITING] = sum(count * stages[index].waiting for index, count in counts[1].items())
     return best, kinds
 
 

@@ -18,6 +18,7 @@ from mhc_lightning.planning.pipeline import (
     compare_schedules,
     forecast,
 )
+from mhc_lightning.planning.pipeline_memory import pipeline_memory
 from mhc_lightning.planning.precision import Precision
 from mhc_lightning.planning.recompute import best_block, rebuilt_bytes
 from mhc_lightning.planning.roofline import StepTime, step_time
@@ -173,24 +174,29 @@ def make_plan(model: Transformer, run: Run, machine: Machine) -> Plan:
     rest = batch, run.layout, run.state_per_value, machine, run.micro_batches
     found = forecast(model, run.pipeline, *rest)
 
-    def activations(setting: str | int | None) -> tuple[int, int]:
-        """Bytes that are kept, and the same with what is rebuilt."""
-        assert run.pipeline is not None
-        other = replace(run.pipeline, recompute=setting)
-        memory = forecast(model, other, *rest).fullest.memory
-        return memory.activations, memory.activations + memory.rebuilt
-
     best = replace(run.pipeline, recompute="auto").recompute_block(model)
+    without = run_memory(model, replace(run, recompute_block=0), machine)
+    within = run_memory(model, replace(run, recompute_block=run.recompute_block or best), machine)
     return replace(
         plan,
         memory=found.fullest.memory,
         activations=found.fullest.activations,
-        activations_without_recompute=activations("off")[0],
-        activations_with_recompute=activations(run.recompute_block or "auto")[1],
+        activations_without_recompute=without.activations,
+        activations_with_recompute=within.activations + within.rebuilt,
         recompute_block=run.recompute_block or best,
         step_seconds=found.step_seconds,
         pipeline=found,
     )
+
+
+def run_memory(model: Transformer, run: Run, machine: Machine) -> DeviceMemory:
+    """Bytes of a run's fullest device; arguments as ``make_plan`` has them."""
+    batch = run.micro_batch(machine)
+    if run.pipeline is None:
+        return device_memory(model, batch, run.layout, run.state_per_value)
+    plan, parts = run.pipeline.plan, run.pipeline.micro_batches
+    devices = pipeline_memory(model, plan, parts, batch, run.layout, run.state_per_value)
+    return max((device.memory for device in devices), key=lambda memory: memory.total)
 
 
 def with_schedules(plan: Plan, model: Transformer, baseline: Transformer | None) -> Plan:

@@ -1,29 +1,29 @@
 """When each device of a pipeline does what: a simulation of one pass of a schedule.
 
-Every device has three lanes. On ``compute`` it takes the slots of its order one after the other, each
-as soon as what it needs is there. On ``communication`` it sends results to neighbours, one at a
-time. On ``priority`` run the merges of feed-forward sub-layers (arXiv 2512.24880, figure 4).
+Every device has three lanes. On ``compute`` it takes the slots of its order one after the other,
+each as soon as what it needs is there. On ``communication`` it sends results to neighbours, one at
+a time. On ``priority`` run the merges of feed-forward sub-layers (arXiv 2512.24880, figure 4).
 
 Assumed in both modes:
 
 - a stage takes as long for every micro-batch, and launching costs nothing;
 - a transfer takes bytes over bandwidth, has no latency, and costs its receiver nothing; links work
   in both directions at once;
-- what was in a recompute block is rebuilt before each backward action that needs it; a backward pass
-  that is split in two rebuilds it twice, as autograd does.
+- streams are rebuilt before each backward action that needs them: a backward pass that is split in
+  two rebuilds them twice, as autograd does.
 
 Not overlapped, everything is on the critical path: while a device sends it does not compute,
 rebuilding waits for the gradient, and a pair is a forward and then a backward.
 
-Overlapped, as the paper would have it: transfers go on beside computing; rebuilding does not wait,
-because what entered a block is on the device already; of a pair, the merges of the one run
-beside the computing of the other, which leaves the pair as long as the busier of both lanes, unless
-it would have to wait longer for a gradient than that saves. Its results are there when it ends.
-Other operations of a pair share the device and gain nothing.
-(No dispatch or combine of experts is simulated: they are not spread over devices.)
+Overlapped, as the paper would have it: transfers go on beside computing. Rebuilding does not wait,
+because what entered a block is on the device already. Of a pair, the merges of the one run beside
+the computing of the other: it takes as long as the busier of both lanes, unless it would have to
+wait longer for a gradient than that saves, and its results are there when it ends. Other operations
+of a pair share the device and gain nothing. (No dispatch or combine of experts is simulated: they
+are not spread over devices.)
 
-What `torch.distributed.pipelining` does lies between: it sends beside computing (1F1B waits for its
-sends between a forward and a backward), and rebuilds when backward asks.
+What ``torch.distributed.pipelining`` does lies between: it sends beside computing (1F1B waits for
+its sends between a forward and a backward), and rebuilds when backward asks.
 """
 
 from collections.abc import Sequence

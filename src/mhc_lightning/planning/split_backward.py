@@ -1,7 +1,7 @@
 """The bytes that the first half of a split backward pass leaves behind for the second.
 
-Gradients of inputs are taken first (``stage_backward_input`` of torch's pipelining). Of each operator
-that has weights, it keeps the gradient of the result, from which weights' gradients are taken later.
+Gradients of inputs are taken first (``stage_backward_input`` of torch's pipelining). Of each
+operator that has weights the gradient of its result is kept, to take weights' gradients from later.
 What the forward pass kept stays, too.
 """
 

@@ -70,11 +70,11 @@ def _stage_times(
     peak = (kind.low_flops if value < 4 else kind.full_flops) * kind.flops_share
     bandwidth = kind.bandwidth * kind.bandwidth_share
 
-    products = part.flops_per_token(0) * tokens
-    attention = part.flops_per_token(batch.length) * tokens - products
+    without_attention = part.flops_per_token(0) * tokens
+    attention = part.flops_per_token(batch.length) * tokens - without_attention
     head_parameters = part.output.weight.numel() if has_head(part) else 0
     head = 6 * head_parameters * tokens
-    products = (products - head) / 3
+    products = (without_attention - head) / 3
 
     saved = saved_for_backward(part, batch, copies_weights(batch, layout))
     kept = sum(saved.values()) - saved["connections"] - saved["weight_copies"]
