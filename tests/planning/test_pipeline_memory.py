@@ -1,5 +1,8 @@
 """What a pipeline's devices hold, against real stages on the CPU."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.distributed.pipelining._backward import (
@@ -7,6 +10,7 @@ from torch.distributed.pipelining._backward import (
     stage_backward_input,
     stage_backward_weight,
 )
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from mhc_lightning.planning.activations import KINDS, MicroBatch
 from mhc_lightning.planning.memory import Layout
@@ -15,6 +19,7 @@ from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.schedule_order import Kind, schedule_order
 from mhc_lightning.planning.stages import cut_network
 from mhc_lightning.strategies.pipeline_stage import Stage
+from mhc_lightning.strategies.sharding import shard_parts
 
 MOE = {"num_experts": 8, "num_active_experts": 2, "num_shared_experts": 1}
 SIZES = {
@@ -36,13 +41,21 @@ def adam(model, parameter):
 class Device:
     """One device of a pipeline, alone: does to its stages what torch's engine does."""
 
-    def __init__(self, model, plan, device, batch, precision, parts):
+    def __init__(self, model, plan, device, batch, precision, parts, mesh=None):
         count = len(plan.blocks)
         self.plan, self.device, self.precision = plan, device, precision
         self.stages = {k: Stage(model, plan.blocks[k], k, count) for k in plan.stages_of(device)}
+        self.mesh, mixed = mesh, precision == "bf16-mixed"
         for stage in self.stages.values():
-            if precision == "bf16-mixed":
+            if mixed:
                 stage.autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+            if mesh is not None:
+                low = torch.bfloat16 if mixed else None
+                blocks, cpu = stage.blocks.values(), torch.device("cpu")
+                shard_parts(stage, blocks, mesh, cpu, low, reshard_after_forward=False)
+                stage.set_is_last_backward(False)
+                stage.set_reshard_after_backward(False)
+                stage.set_requires_gradient_sync(False)
         tokens = torch.randint(0, model.vocab_size, (parts, batch.sequences, batch.length + 1))
         self.inputs, self.targets = tokens[..., :-1], tokens[..., 1:]
         self.shape = batch.sequences, batch.length, model.num_streams, model.embedding.embedding_dim
@@ -93,13 +106,35 @@ class Device:
                 self.forward(k, part)
             else:
                 self.backward(kind, k, part)
+        for stage in self.stages.values():
+            if self.mesh is not None:
+                _PipelineStageBase.perform_reduce_grad(SimpleNamespace(submod=stage), 1)
+                for off in ("set_is_last_backward", "set_reshard_after_backward"):
+                    getattr(stage, off)(False)
+                stage.set_requires_gradient_sync(False)
         for buffers in self.received.values():
             for buffer in buffers:
                 buffer.grad = None
 
 
-def predicted(model, plan, parts, batch):
-    return pipeline_memory(model, plan, parts, batch, Layout(), adam)
+def predicted(model, plan, parts, batch, layout=Layout()):  # noqa: B008
+    return pipeline_memory(model, plan, parts, batch, layout, adam)
+
+
+def two_steps(device, order):
+    """The work of two optimizer steps, with all that is allocated for it but the weights."""
+
+    def work():
+        one = device()
+        parameters = [p for stage in one.stages.values() for p in stage.parameters()]
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for _ in range(2):
+            one.step(order[one.device])
+            optimizer.step()
+            for p in parameters:
+                p.grad.zero_()
+
+    return work
 
 
 CASES = [
@@ -167,22 +202,27 @@ def test_the_fullest_moment_of_each_device_is_predicted(
     model.set_recompute(block or "off")
     plan = cut_network(model, schedule=schedule, devices=devices)
     batch = MicroBatch(2, 128, precision_of(precision), False, model.recompute_block)
-    order = schedule_order(plan, parts)
     for found in predicted(model, plan, parts, batch):
-        held = {}
-
-        def work(found=found, held=held):
-            device = Device(model, plan, found.device, batch, precision, parts)
-            parameters = [p for s in device.stages.values() for p in s.parameters()]
-            optimizer = torch.optim.AdamW(parameters, fused=True)
-            for _ in range(2):
-                device.step(order[found.device])
-                optimizer.step()
-                for p in parameters:
-                    p.grad.zero_()
-
+        device = partial(Device, model, plan, found.device, batch, precision, parts)
         model.zero_grad(set_to_none=True)
-        total = found.memory.weights + peak("cpu", work)
+        total = found.memory.weights + peak("cpu", two_steps(device, schedule_order(plan, parts)))
+        assert found.memory.total == pytest.approx(total, rel=0.1), found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "precision", "sizes"),
+    [("1f1b", "32-true", {}), ("gpipe", "bf16-mixed", MOE)],
+)
+def test_the_fullest_moment_of_shared_stages_is_predicted(
+    schedule, precision, sizes, build, peak, mesh
+):
+    for number in range(2):
+        model = build("mhc", precision, **{**SIZES, **sizes})
+        plan = cut_network(model, schedule=schedule, devices=2)
+        batch = MicroBatch(1, 128, precision_of(precision), False)
+        found = predicted(model, plan, 4, batch, Layout(1, sharded=True))[number]
+        device = partial(Device, model, plan, number, batch, precision, 4, mesh)
+        total = found.memory.weights + peak("cpu", two_steps(device, schedule_order(plan, 4)))
         assert found.memory.total == pytest.approx(total, rel=0.1), found
 
 
