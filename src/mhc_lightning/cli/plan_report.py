@@ -126,6 +126,10 @@ def _time(plan: "Plan") -> str:
     title = "time per step, by a roofline (real steps take longer: launches, waiting, imbalance)"
     if plan.pipeline is not None and plan.pipeline.pipeline.measured is not None:
         title = f"time per step, from {plan.pipeline.pipeline.measured.file}"
+        rows[:2] = [
+            ("passes", in_seconds(step.compute), "mean over devices"),
+            ("optimizer", in_seconds(step.traffic), ""),
+        ]
     return _table(title, rows)
 
 

@@ -104,10 +104,15 @@ class PipelineForecast:
 
     @property
     def step_seconds(self) -> StepTime:
-        """An optimizer step with nothing overlapped, as a mean over devices."""
+        """An optimizer step with nothing overlapped, as a mean over devices.
+
+        Measured times do not tell arithmetic from traffic: all of it is ``compute``, and ``traffic``
+        the optimizer's.
+        """
         line = self.sequential
         busy = self.passes * sum(map(line.busy, range(line.devices))) / line.devices
-        compute = min(busy, self.passes * self.arithmetic)
+        measured = self.pipeline.measured is not None
+        compute = busy if measured else min(busy, self.passes * self.arithmetic)
         spent = StepTime(compute, busy - compute + self.update, self.passes * self.collectives)
         return replace(spent, waiting=self.seconds(overlapped=False) - spent.total)
 
