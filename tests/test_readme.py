@@ -193,6 +193,8 @@ def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
     layouts, module = [], None
     for line in commands_in("README.md", SCALED):
         words = shlex.split(line.partition("mhc_lightning ")[2])
+        if words[0] == "plan":  # run below
+            continue
         experiment = compose_experiment(parse_arguments([*words, "trainer.accelerator=cpu"]))
         trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
         module = module or build_model_for(experiment, trainer)
@@ -207,6 +209,22 @@ def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
         ("PipelineStrategy", 8, 1),
         ("PipelineStrategy", 32, 4),
     ]
+
+
+def test_the_plan_of_a_pipeline_is_what_is_said_of_it(repository, commands_in, tmp_path):
+    (line,) = [line for line in commands_in("README.md", SCALED) if " plan " in line]
+    record = json.loads(run([sys.executable, *shlex.split(line)[1:], "--json"], tmp_path))
+    assert (tmp_path / "pipeline.png").stat().st_size > 50_000
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    text = " ".join(text.split(f"\n## {SCALED}\n")[1].split("\n## ")[0].split())
+    said = re.search(r"take ([\d.]+)% to ([\d.]+)% longer .*?, and ([\d.]+)% to ([\d.]+)%", text)
+    schedules = record["pipeline"]["schedules"].values()
+    shown = [
+        f"{100 * end(each[mode]['overhead_over_residual'] for each in schedules):.1f}"
+        for mode in ("sequential", "overlapped")
+        for end in (min, max)
+    ]
+    assert shown == list(said.groups())
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

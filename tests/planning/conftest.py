@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from mhc_lightning.modules import (
@@ -90,6 +92,15 @@ def training(loss: Callable[..., torch.Tensor]) -> Callable[..., Callable[[], No
         return two_steps
 
     return training
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """One process on its own: sharding moves everything as it does with many."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.fixture

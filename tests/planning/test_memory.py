@@ -1,7 +1,5 @@
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.memory import Layout, device_memory
@@ -78,15 +76,6 @@ def test_the_fullest_moment_with_recompute_is_predicted(
     memory = device_memory(model, batch, Layout(), adam)
     two_steps = training(model, batch, precision, micro_batches)
     assert memory.total == pytest.approx(weights + peak("cpu", two_steps), rel=0.1)
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    """One process on its own: sharding moves everything as it does with many."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ LITERAL_KEYS = frozenset(
         *("prompt", "input", "output", "output_dir", "ckpt_path"),
         *("data.path", "data.tokenizer", "data.cache_dir", "prepare.tokenizer"),
         *("tasks", "include_path", "evaluate.tasks", "evaluate.include_path"),
+        *("picture", "times"),
     }
 )
 

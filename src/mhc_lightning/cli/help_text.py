@@ -29,7 +29,8 @@ options:
 
 Any setting is overridden by key=value, as in trainer.max_steps=200 or connection=hc.
 The characters after `=` are taken as they are for prompts and paths (prompt, input, output,
-ckpt_path, output_dir, data.path, prepare.tokenizer); quote them for your shell only.
+ckpt_path, output_dir, data.path, prepare.tokenizer, picture, times); quote them only for your
+shell.
 
 settings most often changed:
   connection=mhc|hc|residual     the residual connection; also mhc_single_pass, mhc_lite, krom,
@@ -64,15 +65,24 @@ usage: {_PROGRAM} plan --config PATH_OR_NAME [machine=8xh200] [key=value ...]
 
   machine=NxKIND       what to plan for: a number of a100, h100, h200, b200 or cpu; without it, this
                        machine with trainer.devices
+  picture=FILE.png     strategy=pipeline: draw who does what when, in one pass of the schedule
+  times=FILE.json      strategy=pipeline: take the stages' times from measurements, in seconds for
+                       one micro-batch: {{"stages": [{{"forward": 0.01, "backward": 0.02}}, ...]}};
+                       also backward_weight, replay, merge_forward, merge_backward of a stage, and
+                       "transfers" and "update" beside "stages"
   --json               print one JSON object and nothing else on standard output
 
 Prints parameters, memory per device by kind, arithmetic and stream traffic per token, and the time
-per step that a roofline predicts. With machine=, a run that does not fit ends with exit code 2, and
-the changes that would make it fit. `fit` checks the same before it allocates anything, against the
-memory that is free, or against that of machine=.
+per step that a roofline predicts. With strategy=pipeline also the memory of each device, and what
+every schedule needs: memory, time and bubble, with communication and replay on the critical path
+and overlapped, beside the same network with the ordinary residual connection. With machine=, a run
+that does not fit ends with exit code 2, and the changes that would make it fit. `fit` checks the
+same before it allocates anything, against the memory that is free, or against that of machine=.
 
-example:
-  {_PROGRAM} plan --config mhc_27b machine=8xh200 strategy=fsdp""",
+examples:
+  {_PROGRAM} plan --config mhc_27b machine=8xh200 strategy=fsdp
+  {_PROGRAM} plan --config mhc_27b machine=8xh200 strategy=pipeline data.micro_batch_size=16 \\
+      picture=pipeline.png""",
     "fit": f"""\
 Train a model, or go on with a run.
 

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.plan_report import in_units, report
+from mhc_lightning.cli.pipeline_plan import (
+    PIPELINE_STRATEGY,
+    PipelineSettings,
+    check_pipeline_settings,
+    draw,
+    pipeline_of,
+    read_settings,
+    strategy_name,
+)
+from mhc_lightning.cli.plan_report import report
+from mhc_lightning.cli.units import in_units
 from mhc_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +35,7 @@ def plan(experiment: Experiment, arguments: Arguments) -> None:
     Raises:
         UserError: the settings are no good, or the machine that was asked for is too small.
     """
-    from mhc_lightning.planning import machine_of, this_machine
+    from mhc_lightning.planning import machine_of, this_machine, with_schedules
 
     values = experiment.values()
     named = values.get("machine")
@@ -34,11 +44,16 @@ def plan(experiment: Experiment, arguments: Arguments) -> None:
     else:
         device = _device(values["trainer"])
         machine = this_machine(_configured_devices(values["trainer"], device), device)
+    check_pipeline_settings(values)
     model, planned = _planned(experiment, machine)
+    if planned.pipeline is not None:
+        planned = with_schedules(planned, model, _baseline(experiment, model))
     if arguments.json:
         print(json.dumps(planned.record()))
     else:
         print(report(experiment.file.stem, planned))
+    if planned.pipeline is not None and values["picture"] is not None:
+        draw(experiment.file.stem, planned.pipeline, values["picture"])
     if named is not None:
         _require_room(model, planned)
 
@@ -83,11 +98,8 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
 
     values = experiment.values()
     data, trainer = values["data"], values["trainer"]
-    if _strategy_name(values["strategy"]) == "pipelinestrategy":
-        raise NotPlannableError(
-            "strategy=pipeline: what each stage needs is not predicted; plan with strategy=fsdp for"
-            " the sums over all devices"
-        )
+    layout, settings = _layout(values["strategy"], machine.devices)
+    micro_batch_size = _micro_batch_size(experiment, layout.devices)
     with ShapesOnly():
         model = build(experiment, "model")
     optimizer = build(experiment, "optimizer")
@@ -97,17 +109,37 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
     ):
         if not known:
             raise NotPlannableError(f"{section}: what {type(part).__name__} needs is not known")
+    pipeline = None
+    if settings is None:
+        block = model.set_recompute(values["recompute"])
+    else:
+        devices = machine.devices // layout.devices
+        pipeline = pipeline_of(values, settings, model, devices, micro_batch_size)
+        block = pipeline.recompute_block(model)
     run = Run(
         batch_size=data["batch_size"],
-        micro_batch_size=_micro_batch_size(experiment, machine.devices),
+        micro_batch_size=micro_batch_size,
         sequence_length=data["sequence_length"],
         max_steps=trainer["max_steps"],
         precision=precision_of(trainer.get("precision")),
-        layout=_layout(values["strategy"], machine.devices),
+        layout=layout,
         state_per_value=optimizer.state_per_value,
-        recompute_block=model.set_recompute(values["recompute"]),
+        recompute_block=block,
+        pipeline=pipeline,
     )
     return model, make_plan(model, run, machine)
+
+
+def _baseline(experiment: Experiment, model: "Transformer") -> "Transformer | None":
+    """The model with the ordinary residual connection; None if that is what it has."""
+    from mhc_lightning.cli.building import build
+    from mhc_lightning.modules import ResidualConnection
+    from mhc_lightning.planning import ShapesOnly
+
+    if any(isinstance(module, ResidualConnection) for module in model.modules()):
+        return None
+    with ShapesOnly():
+        return build(experiment, "model", connection=ResidualConnection)
 
 
 def _micro_batch_size(experiment: Experiment, devices: int) -> int:
@@ -127,18 +159,18 @@ def _micro_batch_size(experiment: Experiment, devices: int) -> int:
     return micro
 
 
-def _layout(strategy: dict[str, Any], devices: int) -> "Layout":
+def _layout(strategy: dict[str, Any], devices: int) -> "tuple[Layout, PipelineSettings | None]":
     """What each device holds under a strategy; by its name, so that Lightning is not imported."""
     from mhc_lightning.planning import Layout
 
-    name = _strategy_name(strategy)
+    name = strategy_name(strategy)
+    if name == PIPELINE_STRATEGY:
+        settings = read_settings(strategy)
+        replicas = settings.replicas(devices)
+        return Layout(replicas, sharded=replicas > 1), settings
     sharded = any(word in name for word in ("shard", "fsdp", "modelparallel"))
     views = bool(strategy.get("gradient_as_bucket_view", False))
-    return Layout(devices, sharded=sharded, copies_gradients=not sharded and not views)
-
-
-def _strategy_name(strategy: dict[str, Any]) -> str:
-    return str(strategy.get("name") or strategy.get("_target_")).rpartition(".")[2].lower()
+    return Layout(devices, sharded=sharded, copies_gradients=not sharded and not views), None
 
 
 def _configured_devices(trainer: dict[str, Any], device: "torch.device") -> int:

@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from mhc_lightning.cli.pipeline_report import devices_table, pipeline_heading, schedules_table
+from mhc_lightning.cli.units import in_seconds, in_units
+
 if TYPE_CHECKING:
     from mhc_lightning.planning import Plan
 
@@ -15,15 +18,7 @@ _ABOUT = {
     "communication": "gathered parameters and buffers of collectives",
 }
 
-
-def in_units(size: int) -> str:
-    """Bytes in binary units, as 12.3 GiB."""
-    value, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.1f} {unit}" if unit != "B" else f"{size} B"
+_RECEIVED = "buffers to receive in, and gathered parameters and gradients"
 
 
 def report(name: str, plan: "Plan") -> str:
@@ -33,13 +28,17 @@ def report(name: str, plan: "Plan") -> str:
         name: The experiment's.
         plan: What is known of it.
     """
-    return "\n\n".join(
-        (_heading(name, plan), _parameters(plan), _memory(plan), _work(plan), _time(plan))
-    )
+    parts = [_heading(name, plan), _parameters(plan), _memory(plan), _work(plan), _time(plan)]
+    if plan.pipeline is not None:
+        parts[3:3] = [devices_table(plan.pipeline)]
+        parts += [schedules_table(plan)]
+    return "\n\n".join(parts)
 
 
 def _heading(name: str, plan: "Plan") -> str:
     run = plan.run
+    if plan.pipeline is not None:
+        return pipeline_heading(name, plan)
     held = "a share of" if run.layout.sharded else "all of"
     sharing = f", each with {held} the weights" if run.layout.devices > 1 else ""
     return (
@@ -64,12 +63,17 @@ def _parameters(plan: "Plan") -> str:
 
 def _memory(plan: "Plan") -> str:
     memory, kind = plan.memory, plan.machine.kind
+    meanings = _ABOUT if plan.pipeline is None else _ABOUT | {"communication": _RECEIVED}
     rows = [
-        (name, in_units(size), _ABOUT[name])
+        (name, in_units(size), meanings[name])
         for name, size in vars(memory).items()
         if size or name != "rebuilt"
     ]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    pipeline = plan.pipeline
+    whose = (
+        "per device" if pipeline is None else f"of the fullest device, {pipeline.fullest.device}"
+    )
     rows.append(("total", in_units(memory.total), f"{verdict} in {in_units(kind.memory)}"))
     parts = [(name, in_units(size), "") for name, size in plan.activations.items() if size]
     parts.append(("together", in_units(memory.activations), ""))
@@ -83,7 +87,7 @@ def _memory(plan: "Plan") -> str:
         ]
     return "\n".join(
         (
-            _table("memory per device, at the fullest moment of a step", rows),
+            _table(f"memory {whose}, at the fullest moment of a step", rows),
             _table("activations by what keeps them", parts),
         )
     )
@@ -107,16 +111,25 @@ def _work(plan: "Plan") -> str:
 
 
 def _time(plan: "Plan") -> str:
-    seconds, kind = plan.step_seconds, plan.machine.kind
+    step, kind = plan.step_seconds, plan.machine.kind
     rows = [
-        ("arithmetic", _seconds(seconds.compute), f"at {kind.flops_share:.0%} of the peak"),
-        ("memory", _seconds(seconds.traffic), f"at {kind.bandwidth_share:.0%} of the bandwidth"),
-        ("collectives", _seconds(seconds.communication), "beside both"),
-        ("step", _seconds(seconds.total), ""),
+        ("arithmetic", in_seconds(step.compute), f"at {kind.flops_share:.0%} of the peak"),
+        ("memory", in_seconds(step.traffic), f"at {kind.bandwidth_share:.0%} of the bandwidth"),
+        ("collectives", in_seconds(step.communication), "beside both"),
+        ("waiting", in_seconds(step.waiting), "of devices for other stages, and transfers"),
+        ("step", in_seconds(step.total), ""),
         ("tokens/s", f"{plan.tokens_per_second:,.0f}", "over all devices"),
         ("to finish", _duration(plan.days), f"{plan.run.max_steps:,} steps, {_tokens(plan)}"),
     ]
+    if plan.pipeline is None:
+        del rows[3]
     title = "time per step, by a roofline (real steps take longer: launches, waiting, imbalance)"
+    if plan.pipeline is not None and plan.pipeline.pipeline.measured is not None:
+        title = f"time per step, from {plan.pipeline.pipeline.measured.file}"
+        rows[:2] = [
+            ("passes", in_seconds(step.compute), "mean over devices"),
+            ("optimizer", in_seconds(step.traffic), ""),
+        ]
     return _table(title, rows)
 
 
@@ -135,10 +148,6 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.4g}{letter}"
     return str(number)
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
 
 
 def _duration(days: float) -> str:

@@ -354,18 +354,16 @@ class Transformer(nn.Module):
         Counts 6 per parameter that multiplies a token (the active experts only, no embedding) and
         causal attention at half of S keys per query.
         """
-        matrix_parameters = self.output.weight.numel()
-        attention_flops = 0
-        for block in self.blocks:
-            for module in block.modules():
-                if isinstance(module, MixtureOfExperts):
-                    share = module.num_active_experts / module.num_experts
-                    matrix_parameters += int(share * (module.gate_up.numel() + module.down.numel()))
-                elif isinstance(module, LatentAttention):
-                    widths = 2 * module.head_dim + module.rope_dim
-                    attention_flops += sequence_length * module.num_heads * widths
-                elif isinstance(module, Connection):
-                    matrix_parameters += sum(p.numel() for p in module.parameters() if p.dim() > 1)
-                elif isinstance(module, nn.Linear):
-                    matrix_parameters += module.weight.numel()
+        matrix_parameters = attention_flops = 0
+        for module in self.modules():
+            if isinstance(module, MixtureOfExperts):
+                share = module.num_active_experts / module.num_experts
+                matrix_parameters += int(share * (module.gate_up.numel() + module.down.numel()))
+            elif isinstance(module, LatentAttention):
+                widths = 2 * module.head_dim + module.rope_dim
+                attention_flops += sequence_length * module.num_heads * widths
+            elif isinstance(module, Connection):
+                matrix_parameters += sum(p.numel() for p in module.parameters() if p.dim() > 1)
+            elif isinstance(module, nn.Linear):
+                matrix_parameters += module.weight.numel()
         return 6 * matrix_parameters + 3 * attention_flops

@@ -30,6 +30,7 @@ from mhc_lightning.modules import (
     Transformer,
 )
 from mhc_lightning.planning.errors import NotPlannableError
+from mhc_lightning.planning.parts import has_embedding, has_head, width_of
 from mhc_lightning.planning.precision import Precision
 
 KINDS = (
@@ -70,7 +71,7 @@ def saved_for_backward(
     """Bytes kept between forward and backward, by kind.
 
     Args:
-        model: The model; it may be on the meta device.
+        model: The model, or a part of one; it may be on the meta device.
         batch: The micro-batch.
         copies_weights: Whether products run on lower-precision copies of the weights, of which
             there are as many for one token as for many.
@@ -81,23 +82,25 @@ def saved_for_backward(
     Raises:
         NotPlannableError: If a sub-layer is of a kind that this file does not know.
     """
-    width = model.embedding.embedding_dim
+    dim = width_of(model)
     saved = Counter(dict.fromkeys(KINDS, 0))
-    saved["tokens"] = batch.sequences * (batch.length + 1) * _INDEX
+    if has_embedding(model):
+        saved["tokens"] = batch.sequences * (batch.length + 1) * _INDEX
     places = places_in_blocks(model, batch.recompute_block)
     for (connection, body), place in zip(sub_layers(model), places, strict=True):
         streams, output, coefficients = connection_bytes(connection, batch)
-        norm = norm_bytes(width, batch, keeps_output=True)
+        norm = norm_bytes(dim, batch, keeps_output=True)
         if place is not None:
             streams = 0 if place > 0 else streams
             norm = norm_statistic_bytes(batch)
         saved["connections"] += streams + output + coefficients
         saved["norms"] += norm
         saved.update(body_bytes(body, batch))
-    saved["norms"] += norm_bytes(width, batch, keeps_output=False)
-    # The loss keeps gradients instead of its inputs.
-    saved["loss"] = width * batch.precision.activation * batch.tokens
-    saved["loss"] += model.output.weight.numel() * batch.precision.coefficient
+    if has_head(model):
+        saved["norms"] += norm_bytes(dim, batch, keeps_output=False)
+        # The loss keeps gradients instead of its inputs.
+        saved["loss"] = dim * batch.precision.activation * batch.tokens
+        saved["loss"] += model.output.weight.numel() * batch.precision.coefficient
     if copies_weights:
         saved["weight_copies"] = copied_weights(model) * batch.precision.activation
     return dict(saved)
@@ -140,7 +143,8 @@ def copied_weights(model: Transformer) -> int:
         if isinstance(module, MixtureOfExperts)
     )
     everything = sum(p.numel() for p in model.parameters())
-    return everything - left_out - routers - model.output.weight.numel()
+    head = model.output.weight.numel() if has_head(model) else 0
+    return everything - left_out - routers - head
 
 
 def norm_bytes(width: int, batch: MicroBatch, keeps_output: bool, input_width: int = 0) -> int:

@@ -5,7 +5,7 @@ and the gradients of the step so far (or of the step before) are still there. Wh
 rebuilds more than the loss needed, it is the moment when the last recompute block is rebuilt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from mhc_lightning.kernels.cross_entropy import tokens_per_chunk
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.parts import has_head
 from mhc_lightning.planning.recompute import rebuilt_bytes
 
 
@@ -76,13 +77,10 @@ def device_memory(
         layout: Where everything is.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
     """
-    sizes = _parameter_bytes(model, batch)
-    weights = sum(sizes.values())
-    optimizer = sum(size * state_per_value(model, p) for p, size in sizes.items())
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    weights, buffers, optimizer = state_bytes(model, [model], batch, state_per_value)
     share = layout.devices if layout.sharded else 1
     saved = saved_for_backward(model, batch, copies_weights(batch, layout))
-    logits = _loss_bytes(model, batch, layout)
+    logits = loss_bytes(model, batch, layout)
     return DeviceMemory(
         weights=-(-weights // share) + buffers,
         gradients=-(-weights // share),
@@ -92,6 +90,19 @@ def device_memory(
         rebuilt=max(0, rebuilt_bytes(model, batch) - logits),
         communication=_communication_bytes(model, batch, layout, weights),
     )
+
+
+def state_bytes(
+    model: Transformer,
+    parts: Sequence[Transformer],
+    batch: MicroBatch,
+    state_per_value: Callable[[nn.Module, nn.Parameter], int],
+) -> tuple[int, int, int]:
+    """Bytes of parameters, of buffers and of the optimizer's state, for some parts of a model."""
+    sizes = {p: size for part in parts for p, size in _parameter_bytes(part, batch).items()}
+    optimizer = sum(size * state_per_value(model, p) for p, size in sizes.items())
+    buffers = sum(b.numel() * b.element_size() for part in parts for b in part.buffers())
+    return sum(sizes.values()), buffers, optimizer
 
 
 def copies_weights(batch: MicroBatch, layout: Layout) -> bool:
@@ -109,8 +120,10 @@ def _parameter_bytes(model: Transformer, batch: MicroBatch) -> dict[nn.Parameter
     return sizes
 
 
-def _loss_bytes(model: Transformer, batch: MicroBatch, layout: Layout) -> int:
+def loss_bytes(model: Transformer, batch: MicroBatch, layout: Layout) -> int:
     """Logits of one chunk and their log-probabilities, while those of the one before still live."""
+    if not has_head(model):
+        return 0
     vocabulary = model.vocab_size
     rows = min(batch.tokens, tokens_per_chunk(vocabulary))
     value, wide = batch.precision.activation, batch.precision.coefficient

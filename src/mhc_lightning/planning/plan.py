@@ -1,7 +1,7 @@
 """Everything that can be known of a run before it runs."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,14 @@ from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.memory import DeviceMemory, Layout, copies_weights, device_memory
 from mhc_lightning.planning.parameters import ParameterCounts, count_parameters
+from mhc_lightning.planning.pipeline import (
+    Comparison,
+    Pipeline,
+    PipelineForecast,
+    compare_schedules,
+    forecast,
+)
+from mhc_lightning.planning.pipeline_memory import pipeline_memory
 from mhc_lightning.planning.precision import Precision
 from mhc_lightning.planning.recompute import best_block, rebuilt_bytes
 from mhc_lightning.planning.roofline import StepTime, step_time
@@ -23,13 +31,14 @@ class Run:
 
     Attributes:
         batch_size: Sequences per optimizer step, over all devices.
-        micro_batch_size: Sequences that a device takes at a time.
+        micro_batch_size: Sequences that a device, or a pipeline, takes at a time.
         sequence_length: Tokens of a sequence.
         max_steps: Optimizer steps.
         precision: Sizes of weights and activations.
-        layout: Devices, and what each holds.
+        layout: Devices, or pipelines, and what each holds.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
         recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
+        pipeline: How each of the pipelines is laid out; None without any.
     """
 
     batch_size: int
@@ -40,16 +49,23 @@ class Run:
     layout: Layout
     state_per_value: Callable[[nn.Module, nn.Parameter], int]
     recompute_block: int = 0
+    pipeline: Pipeline | None = None
+
+    @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.layout.devices * (1 if self.pipeline is None else self.pipeline.plan.devices)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches per optimizer step and device."""
+        """Micro-batches per optimizer step and device; of a pipeline, passes through it."""
         return max(1, self.batch_size // (self.micro_batch_size * self.layout.devices))
 
     def micro_batch(self, machine: Machine) -> MicroBatch:
         """What one device of ``machine`` takes at a time."""
+        parts = 1 if self.pipeline is None else self.pipeline.micro_batches
         return MicroBatch(
-            self.micro_batch_size,
+            self.micro_batch_size // parts,
             self.sequence_length,
             self.precision,
             machine.kind.is_gpu,
@@ -75,6 +91,8 @@ class Plan:
         flops_per_token: Forward and backward.
         stream_bytes_per_token: Moved by stream operations.
         step_seconds: Of one optimizer step.
+        pipeline: What a pipeline's devices do; memory and activations are those of the fullest.
+        schedules: The same run under every schedule of a pipeline.
     """
 
     machine: Machine
@@ -88,6 +106,8 @@ class Plan:
     flops_per_token: int
     stream_bytes_per_token: StreamTraffic
     step_seconds: StepTime
+    pipeline: PipelineForecast | None = None
+    schedules: dict[str, Comparison] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -112,9 +132,9 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         kind = self.machine.kind
-        return {
+        record: dict[str, Any] = {
             "machine": self.machine.name,
-            "devices": self.run.layout.devices,
+            "devices": self.run.devices,
             "parameters": self.parameters._asdict(),
             "memory_bytes_per_device": {**asdict(self.memory), "total": self.memory.total},
             "memory_bytes_available_per_device": kind.memory,
@@ -133,6 +153,10 @@ class Plan:
             "tokens": self.tokens,
             "days": self.days,
         }
+        if self.pipeline is not None:
+            schedules = {name: each.record() for name, each in self.schedules.items()}
+            record["pipeline"] = {**self.pipeline.record(), "schedules": schedules}
+        return record
 
 
 def make_plan(model: Transformer, run: Run, machine: Machine) -> Plan:
@@ -143,6 +167,54 @@ def make_plan(model: Transformer, run: Run, machine: Machine) -> Plan:
         run: What to do with it.
         machine: Where.
     """
+    plan = _plan(model, run, machine)
+    if run.pipeline is None:
+        return plan
+    batch = run.micro_batch(machine)
+    rest = batch, run.layout, run.state_per_value, machine, run.micro_batches
+    found = forecast(model, run.pipeline, *rest)
+
+    best = replace(run.pipeline, recompute="auto").recompute_block(model)
+    without = run_memory(model, replace(run, recompute_block=0), machine)
+    within = run_memory(model, replace(run, recompute_block=run.recompute_block or best), machine)
+    return replace(
+        plan,
+        memory=found.fullest.memory,
+        activations=found.fullest.activations,
+        activations_without_recompute=without.activations,
+        activations_with_recompute=within.activations + within.rebuilt,
+        recompute_block=run.recompute_block or best,
+        step_seconds=found.step_seconds,
+        pipeline=found,
+    )
+
+
+def run_memory(model: Transformer, run: Run, machine: Machine) -> DeviceMemory:
+    """Bytes of a run's fullest device; arguments as ``make_plan`` has them."""
+    batch = run.micro_batch(machine)
+    if run.pipeline is None:
+        return device_memory(model, batch, run.layout, run.state_per_value)
+    plan, parts = run.pipeline.plan, run.pipeline.micro_batches
+    devices = pipeline_memory(model, plan, parts, batch, run.layout, run.state_per_value)
+    return max((device.memory for device in devices), key=lambda memory: memory.total)
+
+
+def with_schedules(plan: Plan, model: Transformer, baseline: Transformer | None) -> Plan:
+    """A pipeline's plan with what the same run needs under every schedule.
+
+    Args:
+        plan: What ``make_plan`` gave for ``model``.
+        model: The model.
+        baseline: The same with the ordinary residual connection, to compare with; None for none.
+    """
+    run = plan.run
+    assert run.pipeline is not None
+    rest = run.layout, run.state_per_value, plan.machine, run.micro_batches
+    batch = run.micro_batch(plan.machine)
+    return replace(plan, schedules=compare_schedules(model, baseline, run.pipeline, batch, *rest))
+
+
+def _plan(model: Transformer, run: Run, machine: Machine) -> Plan:
     batch = run.micro_batch(machine)
     copies = copies_weights(batch, run.layout)
     memory = device_memory(model, batch, run.layout, run.state_per_value)

@@ -13,8 +13,15 @@ from mhc_lightning.planning.activations import (
     places_in_blocks,
     sub_layers,
 )
+from mhc_lightning.planning.parts import width_of
 
-__all__ = ["best_block", "rebuilt_bytes", "recompute_block", "replayed_bytes"]
+__all__ = [
+    "best_block",
+    "rebuilt_bytes",
+    "rebuilt_for_weights",
+    "recompute_block",
+    "replayed_bytes",
+]
 
 
 def best_block(model: Transformer) -> int:
@@ -33,12 +40,30 @@ def rebuilt_bytes(model: Transformer, batch: MicroBatch) -> int:
     if places[-1] is None:
         return 0
     size = places[-1] + 1
-    width = model.embedding.embedding_dim
+    vector, one_norm = _vector_and_norm(model, batch)
+    return (size - 1) * model.num_streams * vector + size * vector + one_norm
+
+
+def rebuilt_for_weights(model: Transformer, batch: MicroBatch) -> int:
+    """Bytes that the second half of a split backward pass rebuilds: everything, until it ends.
+
+    What only the first half needed is rebuilt with the rest, and nobody asks for it and lets it go.
+    """
+    vector, one_norm = _vector_and_norm(model, batch)
+    return sum(
+        (model.num_streams * (place > 0) + 1) * vector + one_norm
+        for place in places_in_blocks(model, batch.recompute_block)
+        if place is not None
+    )
+
+
+def _vector_and_norm(model: Transformer, batch: MicroBatch) -> tuple[int, int]:
+    """Bytes of C values per token, and of what a norm keeps and returns beside its input."""
+    width = width_of(model)
     vector = width * batch.precision.activation * batch.tokens
-    streams = (size - 1) * model.num_streams * vector
-    one_norm = norm_bytes(width, batch, keeps_output=True) - norm_statistic_bytes(batch)
+    norm = norm_bytes(width, batch, keeps_output=True) - norm_statistic_bytes(batch)
     already = vector if batch.fused_norm or batch.precision.activation >= 4 else 0
-    return streams + size * vector + one_norm - already
+    return vector, norm - already
 
 
 def replayed_bytes(model: Transformer, batch: MicroBatch) -> int:
@@ -49,4 +74,4 @@ def replayed_bytes(model: Transformer, batch: MicroBatch) -> int:
         if place is not None:
             # The entry, or an output and the streams that it makes; the input, and its norm.
             widths += model.num_streams + (place > 0) + 1 + 2
-    return widths * model.embedding.embedding_dim * value * batch.tokens
+    return widths * width_of(model) * value * batch.tokens

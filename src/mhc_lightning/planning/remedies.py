@@ -1,12 +1,13 @@
 """Settings that would make a run fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import Layout, device_memory
-from mhc_lightning.planning.plan import Run
+from mhc_lightning.planning.memory import Layout
+from mhc_lightning.planning.pipeline_remedies import Change, device_settings, pipeline_changes
+from mhc_lightning.planning.plan import Run, run_memory
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.recompute import best_block
 
@@ -27,33 +28,27 @@ def remedies(model: Transformer, run: Run, machine: Machine) -> list[str]:
     """
 
     def fits(changed: Run) -> bool:
-        memory = device_memory(
-            model, changed.micro_batch(machine), changed.layout, changed.state_per_value
-        )
-        return memory.total <= machine.kind.memory
+        return run_memory(model, changed, machine).total <= machine.kind.memory
 
-    smaller = ((f"data.micro_batch_size={r.micro_batch_size}", r) for r in _smaller(run))
+    def first_of(kinds: Iterable[Iterable[Change]]) -> list[str]:
+        found = (next((text for text, changed in kind if fits(changed)), None) for kind in kinds)
+        return [text for text in found if text is not None]
+
     shorter = ((f"data.sequence_length={r.sequence_length}", r) for r in _shorter(run))
     lower = ((f"trainer.precision={name}", r) for name, r in _lower(run))
+    if run.pipeline is not None:
+        return first_of([*pipeline_changes(model, run, machine), shorter, lower])
+    smaller = ((f"data.micro_batch_size={r.micro_batch_size}", r) for r in _smaller(run))
     sharded = ((_sharding(r, machine), r) for r in _sharded(run, machine))
     recomputing = (("recompute=auto", r) for r in _recomputing(run, model))
-    found = [
-        next((text for text, changed in candidates if fits(changed)), None)
-        for candidates in (recomputing, smaller, shorter, lower, sharded)
-    ]
-    if not any(found):
-        least = replace(run, micro_batch_size=1)
-        found = [
-            next(
-                (
-                    f"{_sharding(changed, machine)} data.micro_batch_size=1"
-                    for changed in _sharded(least, machine)
-                    if fits(changed)
-                ),
-                None,
-            )
-        ]
-    return [text for text in found if text is not None]
+    found = first_of((recomputing, smaller, shorter, lower, sharded))
+    if found:
+        return found
+    least = replace(run, micro_batch_size=1)
+    both = (
+        (f"{_sharding(r, machine)} data.micro_batch_size=1", r) for r in _sharded(least, machine)
+    )
+    return first_of([both])
 
 
 def _recomputing(run: Run, model: Transformer) -> Iterator[Run]:
@@ -95,7 +90,4 @@ def _sharded(run: Run, machine: Machine) -> Iterator[Run]:
 
 def _sharding(run: Run, machine: Machine) -> str:
     """``strategy=fsdp`` with the devices that it needs."""
-    devices, per_node = run.layout.devices, machine.kind.per_node
-    if devices <= per_node or not machine.kind.is_gpu:
-        return f"strategy=fsdp trainer.devices={devices}"
-    return f"strategy=fsdp trainer.devices={per_node} trainer.num_nodes={-(-devices // per_node)}"
+    return f"strategy=fsdp {device_settings(run.layout.devices, machine)}"

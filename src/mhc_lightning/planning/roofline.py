@@ -23,16 +23,18 @@ class StepTime:
         compute: Matrix products and attention.
         traffic: Weights, activations, streams and optimizer state, through device memory.
         communication: Collectives.
+        waiting: Of a pipeline's devices for each other.
     """
 
     compute: float
     traffic: float
     communication: float
+    waiting: float = 0.0
 
     @property
     def total(self) -> float:
         """Collectives overlap with the rest."""
-        return max(self.compute + self.traffic, self.communication)
+        return max(self.compute + self.traffic, self.communication) + self.waiting
 
 
 def step_time(
@@ -73,7 +75,7 @@ def step_time(
         compute=flops / (peak * kind.flops_share),
         traffic=moved / (kind.bandwidth * kind.bandwidth_share),
         communication=_collective_bytes(parameters, batch, layout, micro_batches)
-        / (_link(machine, layout) * kind.link_share),
+        / (ring_link(machine, layout) * kind.link_share),
     )
 
 
@@ -89,7 +91,7 @@ def _collective_bytes(
     return micro_batches * others * parameters * (2 * precision.activation + precision.coefficient)
 
 
-def _link(machine: Machine, layout: Layout) -> float:
+def ring_link(machine: Machine, layout: Layout) -> float:
     """What a device's share of a ring moves per second: a node's devices use all its adapters."""
     kind = machine.kind
     if layout.devices <= kind.per_node:

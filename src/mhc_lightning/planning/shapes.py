@@ -8,9 +8,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Within it, modules are built on the meta device and initial values are not drawn.
+    """Within it, modules are built on the meta device and some values are not made.
 
-    Drawing them there would change nothing, and loads machinery of torch that takes seconds.
+    Making them there would change nothing, and loads machinery of torch that takes seconds.
     """
 
     def __enter__(self) -> "ShapesOnly":
@@ -26,7 +26,10 @@ class ShapesOnly(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Let everything happen but `normal_`."""
-        if getattr(func, "__name__", "") == "normal_":
+        """Let everything happen but drawing values, and give an identity matrix's shape alone."""
+        name = getattr(func, "__name__", "")
+        if name == "normal_":
             return args[0] if args else (kwargs or {})["tensor"]
+        if name == "eye":
+            return torch.empty(args[0], args[0], **(kwargs or {}))
         return func(*args, **(kwargs or {}))

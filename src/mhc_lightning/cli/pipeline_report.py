@@ -1,0 +1,101 @@
+"""How the plan of a pipeline is shown to people."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mhc_lightning.cli.units import in_seconds, in_units
+
+if TYPE_CHECKING:
+    from mhc_lightning.planning import Plan
+    from mhc_lightning.planning.pipeline import Comparison, PipelineForecast
+
+
+def pipeline_heading(name: str, plan: "Plan") -> str:
+    """What is laid out how."""
+    run, pipeline = plan.run, plan.pipeline
+    assert pipeline is not None
+    layout = pipeline.pipeline.plan
+    several = run.layout.devices
+    count = "a pipeline" if several == 1 else f"{several} pipelines that share the weights, each"
+    return (
+        f"{name} on {plan.machine.name}, {count} of {layout.devices} devices under"
+        f" {layout.schedule}\n"
+        f"  {run.batch_size} sequences of {run.sequence_length} tokens per step, as"
+        f" {run.micro_batches} passes of {run.micro_batch_size} per pipeline, each in"
+        f" {pipeline.pipeline.micro_batches} micro-batches"
+    )
+
+
+def devices_table(pipeline: "PipelineForecast") -> str:
+    """Each device, and what it holds."""
+    rows = [("device", "stages", "blocks", "in flight", "weights", "activations", "total")]
+    for device in pipeline.devices:
+        memory = device.memory
+        rows.append(
+            (
+                str(device.device),
+                ", ".join(map(str, device.stages)),
+                str(device.blocks),
+                str(device.in_flight),
+                in_units(memory.weights),
+                in_units(memory.activations),
+                in_units(memory.total),
+            )
+        )
+    return "memory of each device, and micro-batches between forward and backward\n" + _columns(
+        rows
+    )
+
+
+def schedules_table(plan: "Plan") -> str:
+    """Every schedule: time, bubble, memory, and the time above that of a residual connection."""
+    assert plan.pipeline is not None
+    chosen = plan.pipeline.pipeline.plan.schedule
+    rows = [
+        ("", "fullest", "step", "bubble", "", "overlapped", "bubble", ""),
+    ]
+    refusals = []
+    for name, each in plan.schedules.items():
+        if each.forecast is None:
+            refusals.append(f"  {name:<16}  does not fit: {_first_clause(each.refusal)}")
+            continue
+        sequential, overlapped = each.forecast.sequential, each.forecast.overlapped
+        rows.append(
+            (
+                name + ("*" if name == chosen else ""),
+                in_units(each.forecast.fullest.memory.total),
+                in_seconds(each.forecast.seconds(overlapped=False)),
+                f"{sequential.bubble:.1%}",
+                _overhead(each, overlapped=False),
+                in_seconds(each.forecast.seconds(overlapped=True)),
+                f"{overlapped.bubble:.1%}",
+                _overhead(each, overlapped=True),
+            )
+        )
+    about = "every schedule on these devices, with communication and replay overlapped as well"
+    if any(each.baseline for each in plan.schedules.values()):
+        about += "\n(+%: above the same network with the ordinary residual connection)"
+    return "\n".join((about, _columns(rows), *refusals))
+
+
+def _overhead(each: "Comparison", *, overlapped: bool) -> str:
+    share = each.overhead(overlapped=overlapped)
+    return "" if share is None else f"{share:+.1%}"
+
+
+def _first_clause(refusal: str) -> str:
+    clause = refusal.split(";")[0]
+    return clause if len(clause) <= 66 else f"{clause[:65]}…"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  "
+        + "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

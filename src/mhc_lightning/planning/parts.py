@@ -1,0 +1,42 @@
+"""Parts of a network: what one pipeline stage holds."""
+
+import copy
+
+from torch import nn
+
+from mhc_lightning.modules import Transformer
+
+
+def part_of(model: Transformer, blocks: range) -> Transformer:
+    """Consecutive blocks of a model, with its embedding and its head where they are at the end.
+
+    Args:
+        model: The whole model; the part shares its modules.
+        blocks: Which blocks.
+
+    Returns:
+        A network to count things of, not to run: what it does not have is an ``nn.Identity``.
+    """
+    part = copy.copy(model)
+    part._modules = dict(model._modules)
+    part.blocks = nn.ModuleList(model.blocks[k] for k in blocks)
+    absent = [] if blocks.start == 0 else [*model.parts_before_blocks]
+    absent += [] if blocks.stop == len(model.blocks) else [*model.parts_behind_blocks]
+    for name in absent:
+        setattr(part, name, nn.Identity())
+    return part
+
+
+def has_embedding(part: Transformer) -> bool:
+    """Whether it takes tokens."""
+    return isinstance(part.embedding, nn.Embedding)
+
+
+def has_head(part: Transformer) -> bool:
+    """Whether it computes the loss."""
+    return isinstance(part.output, nn.Linear)
+
+
+def width_of(part: Transformer) -> int:
+    """C."""
+    return part.blocks[0].attention_connection.dim  # type: ignore[return-value]

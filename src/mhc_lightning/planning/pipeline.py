@@ -1,0 +1,288 @@
+"""What a pipeline will need and how long it should take, under its own schedule and the others."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.modules import Transformer
+from mhc_lightning.planning.activations import MicroBatch
+from mhc_lightning.planning.machine import Machine
+from mhc_lightning.planning.measured_times import MeasuredTimes
+from mhc_lightning.planning.memory import Layout
+from mhc_lightning.planning.pipeline_memory import (
+    PipelineDevice,
+    boundary_bytes,
+    pipeline_memory,
+)
+from mhc_lightning.planning.roofline import StepTime, ring_link
+from mhc_lightning.planning.schedule_order import schedule_order
+from mhc_lightning.planning.simulation import Timeline, simulate
+from mhc_lightning.planning.stage_times import stage_times, transfer_times
+from mhc_lightning.planning.stages import SCHEDULES, StagePlan, cut_network
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How a run is laid out as pipelines.
+
+    Attributes:
+        plan: The stages, and who holds which.
+        micro_batches: Parts that the sequences of one pass are cut into.
+        recompute: ``recompute=`` as it was set; what it means depends on the stages.
+        measured: Times to use in place of the roofline's.
+    """
+
+    plan: StagePlan
+    micro_batches: int
+    recompute: str | int | None = None
+    measured: MeasuredTimes | None = None
+
+    def recompute_block(self, model: Transformer) -> int:
+        """Sub-layers per recompute block; 0 if nothing is recomputed."""
+        return model.set_recompute(self.recompute, [len(blocks) for blocks in self.plan.blocks])
+
+    def under(self, schedule: str, model: Transformer, batch: int) -> "Pipeline":
+        """The same devices under another schedule.
+
+        Args:
+            schedule: A key of ``SCHEDULES``.
+            model: What is cut into stages; the cut stays if there are as many of them.
+            batch: Sequences of one pass.
+
+        Raises:
+            UserError: The layout does not fit the schedule, or no times were measured for it.
+        """
+        plan = cut_network(model, schedule=schedule, devices=self.plan.devices)
+        if len(plan.blocks) == len(self.plan.blocks):
+            plan = replace(plan, blocks=self.plan.blocks)
+        plan.check_micro_batches(self.micro_batches, batch)
+        if self.measured is not None:
+            self.measured.check(len(plan.blocks))
+        return replace(self, plan=plan)
+
+
+@dataclass(frozen=True)
+class PipelineForecast:
+    """What is known of a pipelined run before it runs.
+
+    Attributes:
+        pipeline: Its layout.
+        devices: What each device of a pipeline holds.
+        sequential: One pass with transfers and rebuilding on the critical path.
+        overlapped: One pass with both out of its way as far as they can be.
+        passes: Passes per optimizer step.
+        update: Seconds in which the optimizer changes the weights.
+        collectives: Seconds of a pass in which pipelines gather and reduce what they share.
+        arithmetic: Seconds of a pass that matrix products take, mean over devices.
+        boundary_bytes: Of a micro-batch, across a boundary.
+    """
+
+    pipeline: Pipeline
+    devices: list[PipelineDevice]
+    sequential: Timeline
+    overlapped: Timeline
+    passes: int
+    update: float
+    collectives: float
+    arithmetic: float
+    boundary_bytes: int
+
+    @cached_property
+    def fullest(self) -> PipelineDevice:
+        """The device that needs most memory."""
+        return max(self.devices, key=lambda device: device.memory.total)
+
+    def seconds(self, *, overlapped: bool) -> float:
+        """Of one optimizer step."""
+        if overlapped:
+            return self.passes * max(self.overlapped.seconds, self.collectives) + self.update
+        return self.passes * (self.sequential.seconds + self.collectives) + self.update
+
+    @property
+    def step_seconds(self) -> StepTime:
+        """An optimizer step with nothing overlapped, as a mean over devices.
+
+        Measured times do not tell arithmetic from traffic: all of it is ``compute``, and ``traffic``
+        the optimizer's.
+        """
+        line = self.sequential
+        busy = self.passes * sum(map(line.busy, range(line.devices))) / line.devices
+        measured = self.pipeline.measured is not None
+        compute = busy if measured else min(busy, self.passes * self.arithmetic)
+        spent = StepTime(compute, busy - compute + self.update, self.passes * self.collectives)
+        return replace(spent, waiting=self.seconds(overlapped=False) - spent.total)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        plan = self.pipeline.plan
+        return {
+            "schedule": plan.schedule,
+            "pipeline_size": plan.devices,
+            "micro_batches": self.pipeline.micro_batches,
+            "passes_per_step": self.passes,
+            "blocks_per_stage": [len(blocks) for blocks in plan.blocks],
+            "boundary_bytes": self.boundary_bytes,
+            "fullest_device": self.fullest.device,
+            "devices": [
+                {
+                    "stages": list(device.stages),
+                    "blocks": device.blocks,
+                    "in_flight": device.in_flight,
+                    "memory_bytes": {**asdict(device.memory), "total": device.memory.total},
+                }
+                for device in self.devices
+            ],
+            **self.summary(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What schedules are compared by."""
+        return {
+            "fullest_bytes": self.fullest.memory.total,
+            "sequential": {
+                "step_seconds": self.seconds(overlapped=False),
+                "bubble": self.sequential.bubble,
+            },
+            "overlapped": {
+                "step_seconds": self.seconds(overlapped=True),
+                "bubble": self.overlapped.bubble,
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A schedule beside others.
+
+    Attributes:
+        forecast: The run under this schedule; None if the layout does not fit it.
+        refusal: Why not.
+        baseline: The same with the ordinary residual connection, where that is known.
+    """
+
+    forecast: PipelineForecast | None
+    refusal: str = ""
+    baseline: PipelineForecast | None = None
+
+    def overhead(self, *, overlapped: bool) -> float | None:
+        """The share by which a step takes longer than the baseline's."""
+        if self.forecast is None or self.baseline is None:
+            return None
+        ours, theirs = (
+            each.seconds(overlapped=overlapped) for each in (self.forecast, self.baseline)
+        )
+        return ours / theirs - 1
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        if self.forecast is None:
+            return {"refusal": self.refusal}
+        record = self.forecast.summary()
+        for mode, overlapped in (("sequential", False), ("overlapped", True)):
+            record[mode]["overhead_over_residual"] = self.overhead(overlapped=overlapped)
+        return record
+
+
+def forecast(
+    model: Transformer,
+    pipeline: Pipeline,
+    batch: MicroBatch,
+    layout: Layout,
+    state_per_value: Callable[[nn.Module, nn.Parameter], int],
+    machine: Machine,
+    passes: int,
+) -> PipelineForecast:
+    """Predict a pipelined run.
+
+    Args:
+        model: The whole model; it may be on the meta device.
+        pipeline: The layout of one pipeline.
+        batch: A micro-batch; its recompute block is replaced by the pipeline's.
+        layout: The pipelines that share each stage's state.
+        state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
+        machine: What the devices are.
+        passes: Passes through the pipeline per optimizer step.
+    """
+    plan, parts, kind = pipeline.plan, pipeline.micro_batches, machine.kind
+    batch = replace(batch, recompute_block=pipeline.recompute_block(model))
+    devices = pipeline_memory(model, plan, parts, batch, layout, state_per_value)
+    bandwidth = kind.bandwidth * kind.bandwidth_share
+    update = max(
+        (2 * d.memory.weights + d.memory.gradients + 2 * d.memory.optimizer) / bandwidth
+        for d in devices
+    )
+    peak = kind.low_flops if batch.precision.activation < 4 else kind.full_flops
+    flops = model.flops_per_token(batch.length) * batch.tokens * parts
+    arithmetic = flops / plan.devices / (peak * kind.flops_share)
+    measured = pipeline.measured
+    if measured is None:
+        times = stage_times(model, plan, batch, layout, machine)
+        transfers = transfer_times(model, plan, batch, layout, machine)
+    else:
+        times, transfers = list(measured.stages), list(measured.transfers)
+        update = update if measured.update is None else measured.update
+    order = schedule_order(plan, parts)
+    return PipelineForecast(
+        pipeline=pipeline,
+        devices=devices,
+        sequential=simulate(plan, order, times, transfers, overlapped=False),
+        overlapped=simulate(plan, order, times, transfers, overlapped=True),
+        passes=passes,
+        update=update,
+        collectives=max(_collective_bytes(d, batch, layout) for d in devices)
+        / (ring_link(machine, layout) * kind.link_share),
+        arithmetic=arithmetic,
+        boundary_bytes=boundary_bytes(model, batch),
+    )
+
+
+def compare_schedules(
+    model: Transformer,
+    baseline: Transformer | None,
+    pipeline: Pipeline,
+    batch: MicroBatch,
+    layout: Layout,
+    state_per_value: Callable[[nn.Module, nn.Parameter], int],
+    machine: Machine,
+    passes: int,
+) -> dict[str, Comparison]:
+    """The same run under every schedule; arguments as ``forecast`` has them.
+
+    Args:
+        model: The whole model.
+        baseline: The same with the ordinary residual connection; None for no comparison.
+        pipeline: The layout of one pipeline.
+        batch: A micro-batch.
+        layout: The pipelines that share each stage's state.
+        state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
+        machine: What the devices are.
+        passes: Passes through the pipeline per optimizer step.
+    """
+    rest = batch, layout, state_per_value, machine, passes
+    found = {}
+    for schedule in SCHEDULES:
+        try:
+            other = pipeline.under(schedule, model, batch.sequences * pipeline.micro_batches)
+            ours = forecast(model, other, *rest)
+        except UserError as error:
+            found[schedule] = Comparison(None, str(error))
+            continue
+        plain = None
+        if baseline is not None and pipeline.measured is None:
+            plain = forecast(baseline, other, *rest)
+        found[schedule] = Comparison(ours, baseline=plain)
+    return found
+
+
+def _collective_bytes(device: PipelineDevice, batch: MicroBatch, layout: Layout) -> float:
+    """Bytes that a device sends per pass: its stages are gathered once, and reduced once."""
+    if not layout.sharded:
+        return 0.0
+    precision = batch.precision
+    parameters = device.memory.gradients * layout.devices / precision.weight
+    others = (layout.devices - 1) / layout.devices
+    return others * parameters * (precision.activation + precision.coefficient)

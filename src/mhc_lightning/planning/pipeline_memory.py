@@ -1,0 +1,222 @@
+"""Bytes that each device of a pipeline holds at the fullest moment of a training step.
+
+That moment is found by going through what the device does, in the order of the schedule: a forward
+pass adds what its stage keeps, the end of its backward pass takes it away again. Beside that there
+are, all the time, the buffers that torch's engine receives in: one for each micro-batch and
+boundary, forward and backward (torch 2.13). What enters a stage is such a buffer, and is not kept
+a second time. What a stage hands on stays until its backward pass.
+
+Of a split backward pass everything stays until weights' gradients are there, with what its first
+half leaves for the second; the gradient that it hands back stays until the step ends.
+
+Validation's own buffers, and what a transfer under way keeps alive, are not counted.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mhc_lightning.modules import Transformer
+from mhc_lightning.planning.activations import (
+    KINDS,
+    MicroBatch,
+    connection_bytes,
+    places_in_blocks,
+    saved_for_backward,
+    sub_layers,
+)
+from mhc_lightning.planning.memory import (
+    DeviceMemory,
+    Layout,
+    copies_weights,
+    loss_bytes,
+    state_bytes,
+)
+from mhc_lightning.planning.parts import has_embedding, part_of
+from mhc_lightning.planning.recompute import rebuilt_bytes, rebuilt_for_weights
+from mhc_lightning.planning.schedule_order import Kind, Slot, in_flight, schedule_order
+from mhc_lightning.planning.split_backward import gradients_for_weights
+from mhc_lightning.planning.stages import StagePlan
+
+
+@dataclass(frozen=True)
+class PipelineDevice:
+    """What one device of a pipeline holds.
+
+    Attributes:
+        device: Its place in the pipeline, from 0.
+        stages: What stages it has.
+        blocks: How many blocks these have.
+        in_flight: Forward passes whose backward it owes, at most.
+        memory: Bytes at its fullest moment.
+        activations: Those of them that forward passes keep, by kind.
+    """
+
+    device: int
+    stages: tuple[int, ...]
+    blocks: int
+    in_flight: int
+    memory: DeviceMemory
+    activations: dict[str, int]
+
+
+_WAITING = "gradients_for_weights"
+
+
+class _Stage(NamedTuple):
+    """Bytes for one micro-batch on a stage."""
+
+    saved: dict[str, int]
+    waiting: int  # from the first half of a backward pass to the second
+    handed_back: int  # from the first half on
+    logits: int
+    rebuilt: int
+    rebuilt_for_weights: int
+
+
+def pipeline_memory(
+    model: Transformer,
+    plan: StagePlan,
+    micro_batches: int,
+    batch: MicroBatch,
+    layout: Layout,
+    state_per_value: Callable[[nn.Module, nn.Parameter], int],
+) -> list[PipelineDevice]:
+    """Predict the bytes of each device of a pipeline.
+
+    Args:
+        model: The whole model; it may be on the meta device.
+        plan: Its stages, and who holds which.
+        micro_batches: Parts that a batch is cut into.
+        batch: One of them.
+        layout: The pipelines: how many there are, and that they share each stage's state.
+        state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
+    """
+    parts = [part_of(model, blocks) for blocks in plan.blocks]
+    boundary = boundary_bytes(model, batch)
+    stages = [
+        _Stage(
+            saved=_saved(parts, index, batch, layout, plan),
+            waiting=gradients_for_weights(part, batch),
+            handed_back=boundary if index and _sends(plan, index, index - 1) else 0,
+            logits=loss_bytes(part, batch, layout),
+            rebuilt=rebuilt_bytes(part, batch),
+            rebuilt_for_weights=rebuilt_for_weights(part, batch),
+        )
+        for index, part in enumerate(parts)
+    ]
+    devices = []
+    for device, slots in enumerate(schedule_order(plan, micro_batches)):
+        held = plan.stages_of(device)
+        own = [parts[stage] for stage in held]
+        ends = sum((stage > 0) + (stage < len(parts) - 1) for stage in held)
+        fullest, kinds = _fullest(slots, stages)
+        weights, buffers, optimizer = state_bytes(model, own, batch, state_per_value)
+        share = layout.devices if layout.sharded else 1
+        devices.append(
+            PipelineDevice(
+                device=device,
+                stages=tuple(held),
+                blocks=sum(len(plan.blocks[stage]) for stage in held),
+                in_flight=in_flight(slots),
+                memory=replace(
+                    fullest,
+                    weights=-(-weights // share) + buffers,
+                    gradients=-(-weights // share),
+                    optimizer=-(-optimizer // share),
+                    communication=fullest.communication
+                    + ends * micro_batches * boundary
+                    + _gathered_bytes(own, batch, layout),
+                ),
+                activations=kinds,
+            )
+        )
+    return devices
+
+
+def _sends(plan: StagePlan, stage: int, other: int) -> bool:
+    return plan.device_of(stage) != plan.device_of(other)
+
+
+def boundary_bytes(model: Transformer, batch: MicroBatch) -> int:
+    """Bytes of what crosses a boundary between stages: n·C values per token, and their carry."""
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[batch.precision.activation]
+    connection, _ = sub_layers(model)[0]
+    shape = batch.sequences, batch.length, connection.num_streams, connection.dim
+    streams = torch.empty(shape, dtype=dtype, device="meta")
+    carry = model.carry_like(streams)
+    return sum(t.numel() * t.element_size() for t in (streams, carry) if t is not None)
+
+
+def _saved(
+    parts: list[Transformer], index: int, batch: MicroBatch, layout: Layout, plan: StagePlan
+) -> dict[str, int]:
+    """What a stage's forward pass leaves behind for one micro-batch, by kind."""
+    part = parts[index]
+    saved = saved_for_backward(part, batch, copies_weights(batch, layout))
+    if not has_embedding(part):
+        saved["connections"] -= _entry_bytes(part, batch)
+    if index < len(parts) - 1 and _sends(plan, index, index + 1):
+        saved["connections"] += boundary_bytes(part, batch)
+    return saved
+
+
+def _entry_bytes(part: Transformer, batch: MicroBatch) -> int:
+    """Of what a stage keeps, that which is its input itself."""
+    connection, _ = sub_layers(part)[0]
+    streams = connection_bytes(connection, batch).streams
+    if streams or places_in_blocks(part, batch.recompute_block)[0] == 0:
+        return streams
+    # An ordinary residual: the first norm keeps the stream, unless it is taken to float32 there.
+    keeps = batch.fused_norm or batch.precision.activation >= 4
+    return connection.dim * batch.precision.activation * batch.tokens if keeps else 0
+
+
+def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemory, dict[str, int]]:
+    """What comes and goes, when it is most, and activations by kind."""
+    held, halves, split = Counter[int](), Counter[int](), Counter[int]()
+    sizes = [sum(stage.saved.values()) for stage in stages]
+    most, best, counts = -1, DeviceMemory(*[0] * 7), (Counter[int](), Counter[int]())
+    for kind, stage, _ in (action for slot in slots for action in slot):
+        forward, second = kind is Kind.FORWARD, kind is Kind.BACKWARD_WEIGHT
+        held[stage] += forward
+        halves[stage] += kind is Kind.BACKWARD_INPUT
+        split[stage] += kind is Kind.BACKWARD_INPUT
+        kept = sum(count * sizes[index] for index, count in held.items())
+        kept += sum(count * stages[index].waiting for index, count in halves.items())
+        back = sum(count * stages[index].handed_back for index, count in split.items())
+        # The first stage takes its whole backward pass in the second half.
+        again = stages[stage].rebuilt_for_weights if second and stage else stages[stage].rebuilt
+        logits, rebuilt = (stages[stage].logits, 0) if forward else (0, again)
+        if kept + back + logits + rebuilt > most:
+            most = kept + back + logits + rebuilt
+            best = replace(
+                best, activations=kept, logits=logits, rebuilt=rebuilt, communication=back
+            )
+            counts = Counter(held), Counter(halves)
+        held[stage] -= second or kind is Kind.BACKWARD
+        halves[stage] -= second
+    kinds = {
+        kind: sum(count * stages[index].saved[kind] for index, count in counts[0].items())
+        for kind in KINDS
+    }
+    kinds[_WAITING] = sum(count * stages[index].waiting for index, count in counts[1].items())
+    return best, kinds
+
+
+def _gathered_bytes(parts: list[Transformer], batch: MicroBatch, layout: Layout) -> int:
+    """What FSDP2 holds of stages that several pipelines share, from a step's begin to its end.
+
+    Parameters are gathered once, and gradients added up before they are reduced, block by block.
+    """
+    if not layout.sharded:
+        return 0
+    value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
+    wide = batch.precision.coefficient
+    every = sum(p.numel() for part in parts for p in part.parameters())
+    blocks = (sum(p.numel() for p in block.parameters()) for part in parts for block in part.blocks)
+    return every * (value + wide) + max(blocks) * wide

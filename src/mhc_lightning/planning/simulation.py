@@ -1,0 +1,316 @@
+"""When each device of a pipeline does what: a simulation of one pass of a schedule.
+
+Every device has three lanes. On ``compute`` it takes the slots of its order one after the other,
+each as soon as what it needs is there. On ``communication`` it sends results to neighbours, one at
+a time. On ``priority`` run the merges of feed-forward sub-layers (arXiv 2512.24880, figure 4).
+
+Assumed in both modes:
+
+- a stage takes as long for every micro-batch, and launching costs nothing;
+- a transfer takes bytes over bandwidth, has no latency, and costs its receiver nothing; links work
+  in both directions at once;
+- streams are rebuilt before each backward action that needs them: a backward pass that is split in
+  two rebuilds them twice, as autograd does.
+
+Not overlapped, everything is on the critical path: while a device sends it does not compute,
+rebuilding waits for the gradient, and a pair is a forward and then a backward.
+
+Overlapped, as the paper would have it: transfers go on beside computing. Rebuilding does not wait,
+because what entered a block is on the device already. Of a pair, the merges of the one run beside
+the computing of the other: it takes as long as the busier of both lanes, unless it would have to
+wait longer for a gradient than that saves, and its results are there when it ends. Other operations
+of a pair share the device and gain nothing. (No dispatch or combine of experts is simulated: they
+are not spread over devices.)
+
+What ``torch.distributed.pipelining`` does lies between: it sends beside computing (1F1B waits for
+its sends between a forward and a backward), and rebuilds when backward asks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.planning.schedule_order import Action, Kind, Order, Slot
+from mhc_lightning.planning.stages import StagePlan
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds that a stage takes for one micro-batch.
+
+    Attributes:
+        forward: The forward pass, merges included.
+        backward: The whole backward pass, merges included, nothing rebuilt.
+        backward_weight: The part of it that weights' gradients take; None if it is not known, and
+            schedules that split the backward pass cannot be simulated.
+        replay: Rebuilding streams in backward.
+        merge_forward: Merges of feed-forward sub-layers, of ``forward``.
+        merge_backward: The same of ``backward``.
+    """
+
+    forward: float
+    backward: float
+    backward_weight: float | None = None
+    replay: float = 0.0
+    merge_forward: float = 0.0
+    merge_backward: float = 0.0
+
+    def of(self, kind: Kind) -> float:
+        """Seconds of an action, without rebuilding.
+
+        Raises:
+            UserError: Only the whole backward pass is known.
+        """
+        if kind is Kind.FORWARD:
+            return self.forward
+        if kind is Kind.BACKWARD:
+            return self.backward
+        if self.backward_weight is None:
+            raise UserError(
+                "a schedule that splits the backward pass needs backward_weight beside backward in"
+                " the times of every stage"
+            )
+        weight = self.backward_weight
+        return weight if kind is Kind.BACKWARD_WEIGHT else self.backward - weight
+
+
+class Lane(StrEnum):
+    """What of a device is busy."""
+
+    COMPUTE = "compute"
+    COMMUNICATION = "communication"
+    PRIORITY = "priority"
+
+
+class Work(StrEnum):
+    """What a span of time was used for."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    BACKWARD_INPUT = "backward_input"
+    BACKWARD_WEIGHT = "backward_weight"
+    REPLAY = "replay"
+    SEND = "send"
+    MERGE = "merge"
+
+
+_WORK = {
+    Kind.FORWARD: Work.FORWARD,
+    Kind.BACKWARD: Work.BACKWARD,
+    Kind.BACKWARD_INPUT: Work.BACKWARD_INPUT,
+    Kind.BACKWARD_WEIGHT: Work.BACKWARD_WEIGHT,
+}
+
+
+class Span(NamedTuple):
+    """Something that a device does for some time.
+
+    Attributes:
+        device: Which, from 0.
+        lane: Which part of it.
+        work: What.
+        action: For which action; of a transfer, that whose result is sent.
+        start: Seconds from the first action on.
+        end: The same.
+    """
+
+    device: int
+    lane: Lane
+    work: Work
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One pass of a schedule.
+
+    Attributes:
+        spans: Everything that took time, in no particular order.
+        devices: How many there are.
+        overlapped: Whether transfers went on beside computing.
+    """
+
+    spans: tuple[Span, ...]
+    devices: int
+    overlapped: bool
+
+    @property
+    def seconds(self) -> float:
+        """From the first action to the end of the last."""
+        return max(span.end for span in self.spans)
+
+    def busy(self, device: int) -> float:
+        """Seconds that a device computes, rebuilding included."""
+        return sum(
+            span.end - span.start
+            for span in self.spans
+            if span.device == device and span.lane is Lane.COMPUTE
+        )
+
+    def sending(self, device: int) -> float:
+        """Seconds for which transfers keep a device from computing: none if they are overlapped."""
+        if self.overlapped:
+            return 0.0
+        return sum(
+            span.end - span.start
+            for span in self.spans
+            if span.device == device and span.lane is Lane.COMMUNICATION
+        )
+
+    @property
+    def bubble(self) -> float:
+        """Share of all devices' time for which they neither compute nor wait for own transfers."""
+        used = sum(self.busy(d) + self.sending(d) for d in range(self.devices))
+        return 1 - used / (self.devices * self.seconds)
+
+
+def simulate(
+    plan: StagePlan,
+    order: Order,
+    times: Sequence[StageTimes],
+    transfers: Sequence[float],
+    *,
+    overlapped: bool,
+) -> Timeline:
+    """Let every device do what its order says.
+
+    Args:
+        plan: The stages, and who holds which.
+        order: What ``schedule_order`` gives.
+        times: Of each stage.
+        transfers: Seconds to hand a micro-batch on from each stage but the last, and its gradient
+            back; stages on the same device need none.
+        overlapped: Which mode.
+
+    Raises:
+        UserError: The schedule splits the backward pass and the times do not.
+    """
+    run = _Simulation(plan, times, transfers, overlapped)
+    left = [list(reversed(slots)) for slots in order]
+    while any(left):
+        before = sum(map(len, left))
+        for device, slots in enumerate(left):
+            while slots and run.ready(slots[-1]):
+                run.take(device, slots.pop())
+        if sum(map(len, left)) == before:
+            raise ValueError(f"devices wait for each other: {[slots[-1:] for slots in left]}")
+    return Timeline(tuple(run.spans), plan.devices, overlapped)
+
+
+class _Simulation:
+    """Devices at work."""
+
+    def __init__(
+        self,
+        plan: StagePlan,
+        times: Sequence[StageTimes],
+        transfers: Sequence[float],
+        overlapped: bool,
+    ) -> None:
+        self.spans: list[Span] = []
+        self._plan = plan
+        self._last = len(plan.blocks) - 1
+        self._times = times
+        self._transfers = transfers
+        self._overlapped = overlapped
+        self._free = [0.0] * plan.devices  # computes nothing from then on
+        self._link_free = [0.0] * plan.devices
+        self._there: dict[tuple[bool, int, int], float] = {}  # (forward, stage, micro-batch)
+
+    def ready(self, slot: Slot) -> bool:
+        """Whether it is known when all that a slot needs is there."""
+        return all(self._input(action) is not None for action in slot)
+
+    def take(self, device: int, slot: Slot) -> None:
+        """Let a device do what is next."""
+        if self._overlapped:
+            self._rebuild(device, slot)
+            if len(slot) > 1:
+                self._pair(device, slot)
+                return
+        ends = []
+        for action in slot:
+            start = max(self._free[device], self._input(action) or 0.0)
+            if not self._overlapped:
+                self._free[device] = start
+                self._rebuild(device, (action,))
+                start = self._free[device]
+            self._compute(device, action, start, self._seconds(action))
+            ends.append(self._free[device])
+        for action, end in zip(slot, ends, strict=True):
+            self._hand_on(device, action, end)
+
+    def _input(self, action: Action) -> float | None:
+        kind, stage, micro_batch = action
+        if kind is Kind.BACKWARD_WEIGHT or (kind is Kind.FORWARD and stage == 0):
+            return 0.0
+        return self._there.get((kind is Kind.FORWARD, stage, micro_batch))
+
+    def _seconds(self, action: Action) -> float:
+        return self._times[action.stage].of(action.kind)
+
+    def _rebuild(self, device: int, slot: Slot) -> None:
+        for action in slot:
+            replay = self._times[action.stage].replay
+            # What takes no time has no part in the backward pass, and asks for nothing.
+            if action.kind is not Kind.FORWARD and self._seconds(action) > 0:
+                self._add(device, Lane.COMPUTE, Work.REPLAY, action, self._free[device], replay)
+                self._free[device] += replay
+
+    def _compute(self, device: int, action: Action, start: float, seconds: float) -> None:
+        self._add(device, Lane.COMPUTE, _WORK[action.kind], action, start, seconds)
+        self._free[device] = start + seconds
+
+    def _pair(self, device: int, pair: Slot) -> None:
+        forward, backward = pair
+        free, (of_forward, of_backward) = self._free[device], map(self._input, pair)
+        seconds_forward, seconds_backward = map(self._seconds, pair)
+        merge_forward = self._times[forward.stage].merge_forward
+        merge_backward = self._times[backward.stage].merge_backward
+        hidden = merge_forward + merge_backward
+        start = max(free, of_forward or 0.0, of_backward or 0.0)
+        end = start + max(seconds_forward + seconds_backward - hidden, hidden)
+        alone = max(free, of_forward or 0.0)
+        then = max(alone + seconds_forward, of_backward or 0.0)
+        if then + seconds_backward <= end:  # a gradient that comes late is not waited for
+            self._compute(device, forward, alone, seconds_forward)
+            self._compute(device, backward, then, seconds_backward)
+            end = self._free[device]
+        else:
+            self._compute(device, forward, start, seconds_forward - merge_forward)
+            middle = self._free[device]
+            self._compute(device, backward, middle, seconds_backward - merge_backward)
+            merge = Lane.PRIORITY, Work.MERGE
+            self._add(device, *merge, backward, start, merge_backward)
+            self._add(device, *merge, forward, end - merge_forward, merge_forward)
+            self._free[device] = end
+        for action in pair:
+            self._hand_on(device, action, end)
+
+    def _hand_on(self, device: int, action: Action, end: float) -> None:
+        kind, stage, micro_batch = action
+        forward = kind is Kind.FORWARD
+        if forward and stage == self._last:
+            self._there[False, stage, micro_batch] = end
+        if kind is Kind.BACKWARD_WEIGHT or stage == (self._last if forward else 0):
+            return
+        to = stage + 1 if forward else stage - 1
+        if self._plan.device_of(to) != device:
+            seconds = self._transfers[min(stage, to)]
+            start = max(end, self._link_free[device])
+            if not self._overlapped:
+                start = self._free[device]
+                self._free[device] += seconds
+            self._add(device, Lane.COMMUNICATION, Work.SEND, action, start, seconds)
+            end = self._link_free[device] = start + seconds
+        self._there[forward, to, micro_batch] = end
+
+    def _add(
+        self, device: int, lane: Lane, work: Work, action: Action, start: float, seconds: float
+    ) -> None:
+        if seconds > 0:
+            self.spans.append(Span(device, lane, work, action, start, start + seconds))

@@ -1,0 +1,64 @@
+"""The bytes that the first half of a split backward pass leaves behind for the second.
+
+Gradients of inputs are taken first (``stage_backward_input`` of torch's pipelining). Of each
+operator that has weights the gradient of its result is kept, to take weights' gradients from later.
+What the forward pass kept stays, too.
+"""
+
+from functools import singledispatch
+
+from torch import nn
+
+from mhc_lightning.modules import LatentAttention, MixtureOfExperts, SwiGLU, Transformer
+from mhc_lightning.planning.activations import MicroBatch, sub_layers
+from mhc_lightning.planning.errors import NotPlannableError
+from mhc_lightning.planning.parts import has_embedding, has_head, width_of
+
+
+def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:
+    """Bytes of the gradients that wait for weights' gradients, for one micro-batch.
+
+    None on the first stage: nothing asks for its input's gradient, and torch takes all of its
+    backward pass in the second half.
+    """
+    if has_embedding(part):
+        return 0
+    value, dim = batch.precision.activation, width_of(part)
+    # A norm's weight multiplies in float32 where the norm is composed of several operators.
+    norm = dim * (value if batch.fused_norm else max(4, value))
+    per_token = norm if has_head(part) else 0
+    for connection, body in sub_layers(part):
+        if next(connection.parameters(), None) is not None:
+            # What the sub-layer before is merged to, and what this one reads.
+            per_token += (connection.num_streams + 1) * dim * value
+        per_token += norm + values_behind_weights(body) * value
+    return per_token * batch.tokens
+
+
+@singledispatch
+def values_behind_weights(body: nn.Module) -> int:
+    """Numbers per token in the results of a sub-layer's matrix products."""
+    raise NotPlannableError(
+        f"what {type(body).__name__} keeps in a split backward pass is not known"
+    )
+
+
+@values_behind_weights.register
+def _(body: LatentAttention) -> int:
+    """The four products, and the norm of the latent."""
+    products = (body.query, body.latent, body.key_value, body.output)
+    return sum(product.out_features for product in products) + body.kv_rank
+
+
+@values_behind_weights.register
+def _(body: SwiGLU) -> int:
+    """Gate and up, and the output."""
+    return 2 * body.down.in_features + body.down.out_features
+
+
+@values_behind_weights.register
+def _(body: MixtureOfExperts) -> int:
+    """The router, and the same of each active expert."""
+    expert_dim, width = body.down.shape[1:]
+    routed = body.num_experts + body.num_active_experts * (2 * expert_dim + width)
+    return routed + (0 if body.shared is None else values_behind_weights(body.shared))

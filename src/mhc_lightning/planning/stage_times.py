@@ -1,0 +1,116 @@
+"""How long the stages of a pipeline should take: the roofline of a step, cut into what they do.
+
+Matrix products take an equal share of forward, gradients of inputs and gradients of weights; the
+products of attention have no weights. The head takes its gradients in its forward pass. Kept
+activations are written forward, and read half for either kind of gradient. Stream operations move
+bytes forward and for gradients of inputs. As in the step's roofline, bytes are moved after
+arithmetic, and launches, waiting and imbalance cost nothing.
+"""
+
+from mhc_lightning.modules import ResidualConnection, Transformer
+from mhc_lightning.planning.activations import MicroBatch, saved_for_backward, sub_layers
+from mhc_lightning.planning.machine import Machine
+from mhc_lightning.planning.memory import Layout, copies_weights
+from mhc_lightning.planning.parts import has_embedding, has_head, part_of
+from mhc_lightning.planning.pipeline_memory import boundary_bytes
+from mhc_lightning.planning.recompute import replayed_bytes
+from mhc_lightning.planning.simulation import StageTimes
+from mhc_lightning.planning.stages import StagePlan
+from mhc_lightning.planning.traffic import stream_traffic
+
+
+def stage_times(
+    model: Transformer, plan: StagePlan, batch: MicroBatch, layout: Layout, machine: Machine
+) -> list[StageTimes]:
+    """Predict the times of each stage.
+
+    Args:
+        model: The whole model; it may be on the meta device.
+        plan: Its stages.
+        batch: A micro-batch.
+        layout: The pipelines that share the stages' state.
+        machine: What the devices are.
+    """
+    return [
+        _stage_times(part_of(model, blocks), batch, layout, machine, plan.kind.splits_backward)
+        for blocks in plan.blocks
+    ]
+
+
+def transfer_times(
+    model: Transformer, plan: StagePlan, batch: MicroBatch, layout: Layout, machine: Machine
+) -> list[float]:
+    """Seconds to hand a micro-batch's streams on from each stage but the last.
+
+    Args:
+        model: The whole model; it may be on the meta device.
+        plan: Its stages.
+        batch: A micro-batch.
+        layout: The pipelines: neighbours in one are as many ranks apart as there are.
+        machine: Devices and their links; the slowest of the pipelines counts.
+    """
+    kind, size = machine.kind, boundary_bytes(model, batch)
+
+    def node(device: int, pipeline: int) -> int:
+        return (device * layout.devices + pipeline) // kind.per_node
+
+    seconds = []
+    for stage in range(len(plan.blocks) - 1):
+        a, b = plan.device_of(stage), plan.device_of(stage + 1)
+        near = all(node(a, other) == node(b, other) for other in range(layout.devices))
+        link = kind.link if near else min(kind.link, kind.network)
+        seconds.append(size / (link * kind.link_share))
+    return seconds
+
+
+def _stage_times(
+    part: Transformer, batch: MicroBatch, layout: Layout, machine: Machine, splits: bool
+) -> StageTimes:
+    kind, value, tokens = machine.kind, batch.precision.activation, batch.tokens
+    peak = (kind.low_flops if value < 4 else kind.full_flops) * kind.flops_share
+    bandwidth = kind.bandwidth * kind.bandwidth_share
+
+    without_attention = part.flops_per_token(0) * tokens
+    attention = part.flops_per_token(batch.length) * tokens - without_attention
+    head_parameters = part.output.weight.numel() if has_head(part) else 0
+    head = 6 * head_parameters * tokens
+    products = (without_attention - head) / 3
+
+    saved = saved_for_backward(part, batch, copies_weights(batch, layout))
+    kept = sum(saved.values()) - saved["connections"] - saved["weight_copies"]
+    weights = (sum(p.numel() for p in part.parameters()) - head_parameters) * value
+    streams = stream_traffic(part, batch.precision)
+    streams_back = streams.training_fused - streams.forward_fused
+    merge, merge_back = _feed_forward_merges(part, batch)
+
+    def seconds(flops: float, moved: float) -> float:
+        return flops / peak + moved / bandwidth
+
+    forward = seconds(
+        products + head + attention / 3,
+        kept + weights + 3 * head_parameters * value + streams.forward_fused * tokens,
+    )
+    to_input = seconds(products + attention * 2 / 3, kept / 2 + weights + streams_back * tokens)
+    to_weight = seconds(products, kept / 2 + weights)
+    # Nothing asks for the gradient of tokens: torch leaves all to the second half there.
+    first = splits and has_embedding(part)
+    return StageTimes(
+        forward=forward,
+        backward=to_input + to_weight,
+        backward_weight=to_input + to_weight if first else to_weight,
+        replay=replayed_bytes(part, batch) / bandwidth,
+        merge_forward=merge / bandwidth,
+        merge_backward=merge_back / bandwidth,
+    )
+
+
+def _feed_forward_merges(part: Transformer, batch: MicroBatch) -> tuple[int, int]:
+    """Bytes that merging the outputs of feed-forward sub-layers moves, forward and backward."""
+    forward = backward = 0
+    for connection, _ in sub_layers(part)[1::2]:
+        if not isinstance(connection, ResidualConnection):
+            vector = connection.dim * batch.precision.activation * batch.tokens
+            # Reads n streams and an output, writes n; backward, as ``stream_traffic`` counts.
+            forward += (2 * connection.num_streams + 1) * vector
+            backward += (3 * connection.num_streams + 2) * vector
+    return forward, backward
