@@ -98,8 +98,8 @@ def test_commands_on_ones_own_text(workplace, commands_in):
             assert printed.startswith("Once upon")
         if command == "validate":
             assert "val/loss" in printed
-    assert fits == 3
-    for name, steps in (("mine", 4), ("mine_hc", 6)):
+    assert fits == 4
+    for name, steps in (("mine", 4), ("mine_hc", 6), ("watched", 8)):
         last = (workplace / "runs" / name / "checkpoints" / "last").resolve().name
         assert last.startswith(f"step_{steps:08}")
 

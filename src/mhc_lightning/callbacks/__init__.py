@@ -1,8 +1,9 @@
-"""Instruments for any LightningModule: gains, stream matrices, diversity, speed, progress."""
+"""For any LightningModule: instruments (gains, matrices, diversity, speed), progress, an alarm."""
 
 from mhc_lightning.callbacks.amax_gain import AmaxGain, Peak
 from mhc_lightning.callbacks.progress_bar import ProgressBar
 from mhc_lightning.callbacks.run_summary import RunSummary
+from mhc_lightning.callbacks.stability_alarm import StabilityAlarm
 from mhc_lightning.callbacks.stability_dashboard import StabilityDashboard
 from mhc_lightning.callbacks.stream_diversity import StreamDiversity
 from mhc_lightning.callbacks.stream_matrix_heatmap import StreamMatrixHeatmap
@@ -14,6 +15,7 @@ __all__ = [
     "Peak",
     "ProgressBar",
     "RunSummary",
+    "StabilityAlarm",
     "StabilityDashboard",
     "StreamDiversity",
     "StreamMatrixHeatmap",

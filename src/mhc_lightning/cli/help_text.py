@@ -92,6 +92,9 @@ usage: {_PROGRAM} fit --config PATH_OR_NAME [key=value ...]
   data.batch_size=N               sequences per optimizer step, over all devices
   data.micro_batch_size=N         sequences per forward pass; gradients are accumulated
   model.*, connection=…, optimizer.*, compile=true, strategy=ddp, trainer.devices=N
+  callbacks=alarm                 watch loss, gradient norm and gains, and say when one shoots up;
+                                  callbacks.stability_alarm.actions=[warn,checkpoint,skip_update,
+                                  lower_lr] (any of these) does more
   +logger.NAME._target_=CLASS     one more logger, with +logger.NAME.ARGUMENT=…
 
 examples:
