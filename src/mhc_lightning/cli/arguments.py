@@ -7,9 +7,9 @@ from mhc_lightning.errors import UserError
 
 COMMANDS = (
     *("plan", "fit", "validate", "generate", "prepare", "export", "import", "evaluate"),
-    "tune",
+    *("inspect", "tune"),
 )
-_WITH_JSON = ("plan", "validate", "evaluate")
+_WITH_JSON = ("plan", "validate", "evaluate", "inspect")
 _FLAGS = {"--print-config": "print_config", "--json": "json", "--help": "help", "-h": "help"}
 
 # Values of these are the characters typed, never Hydra's grammar or an interpolation.
@@ -29,6 +29,7 @@ class Arguments:
     Attributes:
         command: One of `COMMANDS`, or None.
         config: Path or name of the experiment, or None.
+        checkpoint: What `inspect` is to look at: the word behind it, whatever it holds.
         literal: Values of `LITERAL_KEYS`, in the order given (a key may come several times).
         overrides: The other overrides, for Hydra.
         print_config: Whether to show the composed configuration and stop.
@@ -39,6 +40,7 @@ class Arguments:
 
     command: str | None = None
     config: str | None = None
+    checkpoint: str | None = None
     literal: dict[str, list[str]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     print_config: bool = False
@@ -56,6 +58,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     words = iter(argv)
     command: str | None = None
     config: str | None = None
+    checkpoint: str | None = None
     literal: dict[str, list[str]] = {}
     overrides: list[str] = []
     flags = dict.fromkeys(("print_config", "json", "help", "version"), False)
@@ -78,6 +81,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
                     f" commands: {', '.join(COMMANDS)}"
                 )
             command = word
+        elif command == "inspect" and checkpoint is None:
+            checkpoint = word
         elif has_value and (key := name.lstrip("+")) in LITERAL_KEYS:
             literal.setdefault(key, []).append(value)
         elif has_value or word.startswith("~"):
@@ -89,7 +94,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
             )
     if flags["json"] and command not in _WITH_JSON and not flags["help"]:
         raise UserError(f"--json belongs to {', '.join(_WITH_JSON)}")
-    return Arguments(command, config, literal, overrides, **flags)
+    return Arguments(command, config, checkpoint, literal, overrides, **flags)
 
 
 def _nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:

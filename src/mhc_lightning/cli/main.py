@@ -39,6 +39,12 @@ def _run(arguments: Arguments) -> int:
         command = arguments.command
         print(overall_help() if command is None else command_help(command))
         return OK if arguments.help else USER_ERROR
+    if arguments.command == "inspect":
+        from mhc_lightning.cli.inspection import inspect
+
+        signal.signal(signal.SIGTERM, _leave)
+        inspect(arguments)
+        return OK
     if arguments.config is None:
         raise UserError(
             f"{arguments.command} needs --config PATH_OR_NAME; `--help` lists the experiments"
