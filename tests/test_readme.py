@@ -23,6 +23,7 @@ OVERRIDES = {
     "prepare": ["prepare.validation_fraction=0.2"],
     "fit": TINY,
     "validate": TINY,
+    "inspect": [],
     "generate": [*TINY, "max_new_tokens=20"],
     "export": TINY,
     "import": TINY,
@@ -102,8 +103,10 @@ def test_commands_on_ones_own_text(workplace, commands_in):
             assert printed.startswith("Once upon")
         if command == "validate":
             assert "val/loss" in printed
-    assert fits == 3
-    for name, steps in (("mine", 4), ("mine_hc", 6)):
+        if command == "inspect":
+            assert "largest composite gain of sub-layers 0 to 1: forward 1.000" in printed
+    assert fits == 4
+    for name, steps in (("mine", 4), ("mine_hc", 6), ("watched", 8)):
         last = (workplace / "runs" / name / "checkpoints" / "last").resolve().name
         assert last.startswith(f"step_{steps:08}")
 

@@ -18,6 +18,7 @@ class Retention:
 
     Attributes:
         scores: Scores of the best checkpoints by step, at most `keep_best`.
+        kept: Steps that are kept for good.
 
     Raises:
         UserError: a setting is out of range.
@@ -38,6 +39,7 @@ class Retention:
         self.keep_best = keep_best
         self.mode = mode
         self.scores: dict[int, float] = {}
+        self.kept: set[int] = set()
 
     def admit(self, step: int, score: float) -> bool:
         """Note the score of a step; whether it is among the best so far."""
@@ -63,7 +65,7 @@ class Retention:
         """
         steps = [step for step in saved_steps(folder) if step <= newest]
         keep = set(steps if self.keep_last is None else steps[-self.keep_last :])
-        keep.update(self.scores)
+        keep.update(self.scores, self.kept)
         if self.keep_every is not None:
             keep.update(step for step in steps if step % self.keep_every == 0)
         for step in set(steps) - keep:

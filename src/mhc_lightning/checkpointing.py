@@ -34,7 +34,8 @@ class RunCheckpoint(Checkpoint):
     at that step was still to come (it is then run again on resuming).
 
     It is saved every `every_n_steps` steps, at the end of the run, on SIGTERM (at the next
-    optimizer step; within a validation, at once), and where a validation improves on the best.
+    optimizer step; within a validation, at once), where a validation improves on the best, and
+    where `save_at_step_end` was called.
     A state with a NaN or infinity in the model is never saved. If writing fails, training goes
     on with a warning and everything saved before stays.
 
@@ -75,6 +76,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = -1
         self._snapshot: dict[str, Any] | None = None  # state at the end of _seen_step
         self._due = False
+        self._asked = False  # by `save_at_step_end`
         self._sigterm = False
         self._stopping = False  # all processes agreed to stop
         self._random_state: dict[str, Any] | None = None
@@ -83,6 +85,13 @@ class RunCheckpoint(Checkpoint):
     def dirpath(self) -> str:
         """The folder, under the name that Lightning's own checkpoint callback gives it."""
         return str(self.folder)
+
+    def save_at_step_end(self) -> None:
+        """Save the step that is running as it ends; every process must call this.
+
+        That checkpoint, and the newest one before it, are then kept for good.
+        """
+        self._asked = True
 
     # ---- the life of a run
 
@@ -136,6 +145,10 @@ class RunCheckpoint(Checkpoint):
         self._agree_on_stopping(trainer)
         last = step >= trainer.max_steps > 0 or trainer.should_stop
         self._due = last or self._stopping or step % (self.every_n_steps or step + 1) == 0
+        if self._asked:
+            self._asked, self._due = False, True
+            before = [earlier for earlier in saved_steps(self.folder) if earlier < step]
+            self.retention.kept |= {step, *before[-1:]}
         epoch_loop = trainer.fit_loop.epoch_loop
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
@@ -184,14 +197,15 @@ class RunCheckpoint(Checkpoint):
     # ---- what the checkpoint holds
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores of the best checkpoints so far."""
-        return {"scores": dict(self.retention.scores)}
+        """The scores of the best checkpoints so far, and which are kept for good."""
+        return {"scores": dict(self.retention.scores), "kept": sorted(self.retention.kept)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the scores, as far as their files are still there."""
+        """Take up the scores and what is kept, as far as the files are still there."""
         there = set(saved_steps(self.folder))
         scores = state_dict["scores"]
         self.retention.scores = {s: scores[s] for s in scores if s in there}
+        self.retention.kept = there & set(state_dict.get("kept", ()))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -156,24 +156,31 @@ class LanguageModel(pl.LightningModule):
         """Log the gradient norm, stop on a non-finite one, then clip.
 
         Raises:
-            NonFiniteLossError: Before anything is changed by the step.
+            NonFiniteLossError: Before any weight is changed by the step.
         """
         trained = [p for p in self.parameters() if p.grad is not None]
         norm = global_norm(trained, self._group("pipeline_group"))
-        self._check_finite(norm)
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         self._log_expert_loads()
+        self._check_finite(norm)
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then rebalance the experts (here, so that no checkpoint falls between the two)."""
+        """Step, then rebalance the experts (here, so that no checkpoint falls between the two).
+
+        An update that was skipped, for which somebody took the gradients away, leaves them too.
+        """
         super().optimizer_step(*args, **kwargs)
+        updated = any(parameter.grad is not None for parameter in self.parameters())
         for balance in self._balances():
-            balance.update()
+            if updated:
+                balance.update()
+            else:
+                balance.load.zero_()
 
     def _balances(self) -> list[LoadBalance]:
         return [module for module in self.modules() if isinstance(module, LoadBalance)]

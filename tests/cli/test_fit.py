@@ -171,6 +171,27 @@ def test_a_checkpoint_of_another_shape_or_a_cut_one_is_refused(command):
     assert "Traceback" not in errors
 
 
+def test_an_alarm_is_one_setting(command, capfd):
+    """With a limit that every step breaks: what it did stands in the table and on the screen."""
+    actions = "callbacks.stability_alarm.actions=[checkpoint, skip_update, lower_lr]"
+    words = ("output_dir=run", "callbacks=alarm", actions, "trainer.max_steps=4")
+    limits = ("callbacks.stability_alarm.loss_limit=0.5", "callbacks.stability_alarm.max_skips=2")
+    assert command.inside("fit", *words, *limits, "checkpoint.every_n_steps=4") == 0
+    said = [line for line in capfd.readouterr()[1].splitlines() if line.startswith("alarm: ")]
+    assert ["step 1:" in said[0], "step 2:" in said[1], len(said)] == [True, True, 2]
+    assert "train/loss 5." in said[0] and "above the limit 0.5" in said[0]
+    assert "update skipped, learning rate times 0.5" in said[0]
+    rows = command.metrics()
+    assert [row.get("alarm/skipped_updates") for row in rows.values()] == ["1.0", "2.0", None, None]
+    assert rows[1]["alarm/train/loss"] == rows[1]["train/loss"]
+    assert command.points("alarm/train/loss/bound") == [(1, 0.5), (2, 0.5)]
+    names = sorted(os.listdir(command.folder / "run/checkpoints"))
+    assert names == ["last", "step_00000001.ckpt", "step_00000004.ckpt"]
+    assert command.inside("fit", *words, "callbacks.stability_alarm.patience=0",
+                          "overwrite=true") == 2  # fmt: skip
+    assert "patience is 0" in capfd.readouterr()[1].splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_data_and_one_writes(command):
     command("fit", "output_dir=one", "callbacks=minimal")

@@ -16,12 +16,12 @@ _INK, _FAINT = "#222222", "#8a8a8a"
 _FORWARD, _BACKWARD = "#1f6f8b", "#d1495b"
 
 
-def gain_profile(gains: Mapping[str, Sequence[float]], step: int) -> np.ndarray:
+def gain_profile(gains: Mapping[str, Sequence[float]], step: int | None) -> np.ndarray:
     """Gain against sub-layer: single layers above, composites below.
 
     Args:
         gains: By tag ``amax_gain/{single,composite}/{forward,backward}``, one value per sub-layer.
-        step: Optimizer steps completed, for the title.
+        step: Optimizer steps completed, for the title; None leaves them out.
 
     Returns:
         uint8 image [height, width, 3].
@@ -57,11 +57,12 @@ def gain_profile(gains: Mapping[str, Sequence[float]], step: int) -> np.ndarray:
             frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.98),
             columnspacing=1.2, handlelength=1.4,
         )  # fmt: skip
-    figure.text(0.02, 0.95, f"Amax gain, step {step:,}", fontsize=11, weight="bold")
+    title = "Amax gain" if step is None else f"Amax gain, step {step:,}"
+    figure.text(0.02, 0.95, title, fontsize=11, weight="bold")
     return _render(figure)
 
 
-def matrix_heatmap(matrix: np.ndarray, title: str, step: int) -> np.ndarray:
+def matrix_heatmap(matrix: np.ndarray, title: str, step: int | None) -> np.ndarray:
     """One matrix in the manner of the paper's figure 8: cells, row sums, column sums.
 
     Colours are centred on zero and run to ±1, further only if an entry does, so that pictures of
@@ -70,7 +71,7 @@ def matrix_heatmap(matrix: np.ndarray, title: str, step: int) -> np.ndarray:
     Args:
         matrix: [n, n].
         title: What it is.
-        step: Optimizer steps completed.
+        step: Optimizer steps completed; None leaves them out.
 
     Returns:
         uint8 image [height, width, 3].
@@ -118,7 +119,8 @@ def matrix_heatmap(matrix: np.ndarray, title: str, step: int) -> np.ndarray:
     bar.ax.tick_params(length=0, labelsize=8, labelcolor=_FAINT)
     gain = f"Amax {format_number(_amax(rows))} forward, {format_number(_amax(columns))} backward"
     figure.text(0.15 / width, 1 - 0.28 / height, title, fontsize=11, weight="bold")
-    figure.text(0.15 / width, 0.12 / height, f"step {step:,}   {gain}", fontsize=8.5, color=_INK)
+    when = "" if step is None else f"step {step:,}   "
+    figure.text(0.15 / width, 0.12 / height, f"{when}{gain}", fontsize=8.5, color=_INK)
     return _render(figure)
 
 

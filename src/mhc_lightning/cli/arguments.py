@@ -7,9 +7,9 @@ from mhc_lightning.errors import UserError
 
 COMMANDS = (
     *("plan", "fit", "validate", "generate", "prepare", "export", "import", "evaluate"),
-    *("tune", "report"),
+    *("inspect", "report", "tune"),
 )
-_WITH_JSON = ("plan", "validate", "evaluate", "report")
+_WITH_JSON = ("plan", "validate", "evaluate", "inspect", "report")
 # Commands whose arguments are folders, not settings of an experiment: the keys they have beside.
 _WITH_PATHS = {"report": ("output", "baseline")}
 _FLAGS = {"--print-config": "print_config", "--json": "json", "--help": "help", "-h": "help"}
@@ -35,7 +35,7 @@ class Arguments:
         literal: Values of `LITERAL_KEYS`, in the order given (a key may come several times); of a
             command that takes folders, its keys.
         overrides: The other overrides, for Hydra.
-        paths: Arguments that are no `key=value`, of commands that take folders.
+        paths: Arguments that are no `key=value`: the folders of `report`, `inspect`'s checkpoint.
         words: The command line itself.
         print_config: Whether to show the composed configuration and stop.
         json: Whether standard output is to be JSON.
@@ -92,6 +92,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 literal.setdefault(name, []).append(value)
             else:
                 paths.append(word)
+        elif command == "inspect" and not paths:  # whatever the word holds
+            paths.append(word)
         elif has_value and (key := name.lstrip("+")) in LITERAL_KEYS:
             literal.setdefault(key, []).append(value)
         elif has_value or word.startswith("~"):

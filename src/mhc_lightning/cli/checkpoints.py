@@ -84,8 +84,17 @@ def require_checkpoint(experiment: Experiment) -> Path:
     return path
 
 
-def load_fitting(path: Path, model: "nn.Module", experiment: Experiment) -> dict[str, Any]:
+def load_fitting(
+    path: Path, model: "nn.Module", experiment: Experiment, *, may_run_code: bool = True
+) -> dict[str, Any]:
     """Load a checkpoint, or an exported folder, and make sure that it fits `model`.
+
+    Args:
+        path: What `require_checkpoint` found.
+        model: With the tensors that are wanted, on any device.
+        experiment: The experiment.
+        may_run_code: Whether Python objects in a checkpoint of the experiment's own run may be
+            rebuilt, too, which can run code.
 
     Raises:
         UserError: names the tensors that differ, and their shapes in the file and in the model; or
@@ -97,7 +106,8 @@ def load_fitting(path: Path, model: "nn.Module", experiment: Experiment) -> dict
         check_settings(exported, experiment.values()["model"])
         return checkpoint
     own = Path(experiment.values()["output_dir"]).resolve()
-    checkpoint = load_checkpoint(path, trusted=path.resolve().is_relative_to(own))
+    trusted = may_run_code and path.resolve().is_relative_to(own)
+    checkpoint = load_checkpoint(path, trusted=trusted)
     shapes = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
     hint = "use the settings it was trained with (config.yaml of its run)"
     check_tensors(shapes, model.state_dict(), f"checkpoint {path}", hint)

@@ -17,6 +17,7 @@ commands:
   validate    loss and perplexity of a checkpoint on the validation text
   generate    continue a prompt with a checkpoint
   evaluate    run benchmarks on a checkpoint
+  inspect     the stream matrices and gains of a checkpoint
   export      a checkpoint as safetensors, for other programs
   import      an exported model as a checkpoint to start from
   tune        make the kernels fit this machine's GPU and an experiment's shape
@@ -107,6 +108,9 @@ usage: {_PROGRAM} fit --config PATH_OR_NAME [key=value ...]
   data.batch_size=N               sequences per optimizer step, over all devices
   data.micro_batch_size=N         sequences per forward pass; gradients are accumulated
   model.*, connection=…, optimizer.*, compile=true, strategy=ddp, trainer.devices=N
+  callbacks=alarm                 watch loss, gradient norm and gains, and say when one shoots up;
+                                  callbacks.stability_alarm.actions=[warn,checkpoint,skip_update,
+                                  lower_lr] (any of these) does more
   +logger.NAME._target_=CLASS     one more logger, with +logger.NAME.ARGUMENT=…
 
 examples:
@@ -171,6 +175,30 @@ ckpt_path.
 example:
   {_PROGRAM} evaluate --config mhc_quickstart output_dir=runs/mine ckpt_path=last \\
       tasks=hellaswag,piqa limit=100""",
+    "inspect": f"""\
+Show the stream matrices and gains of a checkpoint, sub-layer by sub-layer.
+
+usage: {_PROGRAM} inspect CHECKPOINT [input=TEXT] [output=DIR] [key=value ...]
+
+  CHECKPOINT           a checkpoint in a run's checkpoints/ (also last, best), a run's folder, a
+                       folder that `export` wrote, or a model in DeepSeek-V4's layout: a safetensors
+                       file or a folder of them, of which only the connections are read
+  input=TEXT           run the model on this text; without it the matrices are the static ones, of
+                       the biases alone
+  output=DIR           draw the gains, every matrix and their products there, as PNG files
+  --json               print one JSON object and nothing else on standard output
+  --config PATH_OR_NAME   the experiment of a checkpoint that lies in no run's folder
+  key=value            settings of the run, such as data.path or data.tokenizer where input=TEXT
+                       needs the tokenizer; of a DeepSeek-V4 model sinkhorn_iterations=20 and
+                       eps=1e-6 (its hc_eps), where no config.json beside it says
+
+Columns: the largest row sum (forward gain) and column sum (backward gain) of the matrix, the same
+of the product from the first sub-layer to this one (forward) or from this one to the last
+(backward), the largest distance of a column sum from 1, the mean of the diagonal, and the stream
+that is read most with its share.
+
+example:
+  {_PROGRAM} inspect runs/mine/checkpoints/last input="Once upon a time" output=pictures""",
     "export": f"""\
 Write a checkpoint's weights as safetensors, with what is needed to use them.
 

@@ -51,6 +51,12 @@ def _run(arguments: Arguments) -> int:
 
         report(arguments)
         return OK
+    if arguments.command == "inspect":
+        from mhc_lightning.cli.inspection import inspect
+
+        signal.signal(signal.SIGTERM, _leave)
+        inspect(arguments)
+        return OK
     if arguments.config is None:
         raise UserError(
             f"{arguments.command} needs --config PATH_OR_NAME; `--help` lists the experiments"

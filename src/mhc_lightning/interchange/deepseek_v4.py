@@ -18,7 +18,7 @@ the mean becomes a head of equal constant weights; in, a head that does anything
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange.tensor_names import check_tensors
-from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+from mhc_lightning.modules import ManifoldHyperConnection, StreamMappings, Transformer
 
 HC_EPS = 1e-6
 NORM_EPS = 1e-6
@@ -141,10 +141,8 @@ def from_deepseek_v4(
     settings = settings or DeepseekV4Settings()
     found = {}
     for name, tensor in tensors.items():
-        for pattern, replacement in _TO_DEEPSEEK:
-            name = pattern.sub(replacement, name)
-        if _CONNECTION.match(name):
-            found[name] = tensor
+        if _CONNECTION.match(_deepseek_name(name)):
+            found[_deepseek_name(name)] = tensor
     connections = _connections(model)
     first = connections[0, "attention"]
     wanted, ours = to_deepseek_v4(model)
@@ -173,6 +171,60 @@ def from_deepseek_v4(
         name = _DEEPSEEK[part]
         parts = {own: found[name.format(layer, own)] for own in ("fn", "base", "scale")}
         connection_from_deepseek_v4(connection, parts)
+
+
+def connections_in(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The connections of a V4 model, in the order of its sub-layers.
+
+    Args:
+        names: Of all its tensors, as DeepSeek's files or transformers have them.
+
+    Returns:
+        By DeepSeek's name (``layers.0.hc_attn``) the names of its ``fn``, ``base`` and ``scale``,
+        as far as they are there.
+    """
+    found: dict[tuple[int, str], dict[str, str]] = {}
+    for name in names:
+        match = _CONNECTION.match(_deepseek_name(name))
+        if match and match.group(1):
+            layer = int(match.group(0).split(".")[1])
+            found.setdefault((layer, match.group(1)), {})[match.group(2)] = name
+    return {f"layers.{layer}.hc_{part}": found[layer, part] for layer, part in sorted(found)}
+
+
+def static_mappings(base: Tensor, settings: DeepseekV4Settings) -> StreamMappings:
+    """The mappings of a V4 connection from its ``base`` alone, as V4's code computes them.
+
+    They are those of a token whose streams project to nothing.
+
+    Args:
+        base: [n² + 2n].
+        settings: The Sinkhorn iterations and ``hc_eps`` are heeded.
+
+    Returns:
+        Float64 mappings [1, n], [1, n], [1, n, n], in the orientation of this package.
+
+    Raises:
+        UserError: ``base`` has no such length.
+    """
+    n = math.isqrt(base.numel() + 1) - 1
+    if base.dim() != 1 or n < 1 or n * n + 2 * n != base.numel():
+        raise UserError(f"a connection's base has shape {list(base.shape)}, not [n² + 2n]")
+    pre, post, comb = base.double().split([n, n, n * n])
+    eps = settings.hc_eps
+    mixing = torch.softmax(comb.view(n, n), -1) + eps  # [from, to]
+    mixing = mixing / (mixing.sum(-2, keepdim=True) + eps)
+    for _ in range(settings.hc_sinkhorn_iters - 1):
+        mixing = mixing / (mixing.sum(-1, keepdim=True) + eps)
+        mixing = mixing / (mixing.sum(-2, keepdim=True) + eps)
+    mappings = (torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post), mixing.T)
+    return StreamMappings(*(mapping.unsqueeze(0) for mapping in mappings))
+
+
+def _deepseek_name(name: str) -> str:
+    for pattern, replacement in _TO_DEEPSEEK:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def _transpose_comb(rows: Tensor, n: int) -> Tensor:

@@ -76,6 +76,15 @@ def is_exported(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
+def holds_own_record(folder: Path) -> bool:
+    """Whether the record in ``folder`` is of this package: other models have such files, too."""
+    try:
+        record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("format") == FORMAT
+
+
 def open_exported(folder: str | Path) -> Exported:
     """Read the record of an exported model.
 
@@ -123,7 +132,11 @@ def load_exported(folder: str | Path) -> Transformer:
     # A network draws the seed of its initial weights, which nothing asks for here.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = exported.build()
-    tensors = exported.tensors(model.state_dict())
+    return bring_to_life(model, exported.tensors(model.state_dict()))
+
+
+def bring_to_life(model: Transformer, tensors: Mapping[str, Tensor]) -> Transformer:
+    """Give a network on ``meta`` tensors, as they are, and make it ready to evaluate."""
     model.load_state_dict(tensors, assign=True)  # in the dtypes of the file
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -127,3 +127,32 @@ def _opened(file: Path) -> Iterator[Any]:
             yield content
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a file or folder by name, each read when it is asked for (memory-mapped).
+
+    Args:
+        path: One ``.safetensors`` file, or a folder as `write_tensors` and the Hugging Face
+            libraries write them.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._places: dict[str, Path] = {}
+        for file in _files(path) if path.is_dir() else [path]:
+            with _opened(file) as content:
+                self._places.update(dict.fromkeys(content.keys(), file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._places[name]) as content:
+            tensor: Tensor = content.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

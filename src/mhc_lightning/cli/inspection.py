@@ -1,0 +1,222 @@
+"""`inspect`: the stream matrices and gains of one checkpoint."""
+
+import contextlib
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.run_folder import CHECKPOINTS, CONFIG
+from mhc_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from mhc_lightning.inspection import SubLayer
+
+_OWN = ("input", "output")  # literal keys; everything else is the experiment's
+_LONGEST = 4096  # tokens, for a model whose record does not say what it was trained on
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What was looked at.
+
+    Attributes:
+        checkpoint: Where it lies.
+        layers: Its sub-layers' mappings.
+        step: Optimizer steps that it was trained for, where known.
+        tokens: Of the text that the model ran on; None for static matrices.
+    """
+
+    checkpoint: Path
+    layers: "list[SubLayer]"
+    step: int | None = None
+    tokens: int | None = None
+
+
+def inspect(arguments: Arguments) -> None:
+    """Print the gains of the checkpoint by sub-layer, and draw its matrices if asked to.
+
+    Raises:
+        UserError: there is no such checkpoint, nothing to see in it, or the text does not fit it.
+    """
+    if not arguments.paths or arguments.paths[0].partition("=")[0] in _OWN:
+        raise UserError("inspect needs a checkpoint: inspect runs/mine/checkpoints/last")
+    if arguments.print_config:
+        raise UserError("--print-config belongs to the other commands")
+    text = arguments.literal.get("input", [None])[-1]
+    if text is not None and not text.strip():
+        raise UserError('input= is empty; give a text, as in input="Once upon a time"')
+    path = Path(arguments.paths[0]).expanduser()
+    if not path.exists():
+        raise UserError(f"no checkpoint at {path}")
+    with contextlib.redirect_stdout(sys.stderr):
+        found = _look(path, text, arguments)
+        if not found.layers:
+            raise UserError(f"{path} has no connections to look at")
+
+        from mhc_lightning.cli.inspection_report import as_json, as_text, draw
+        from mhc_lightning.inspection import inspect_mappings
+
+        inspection = inspect_mappings(found.layers)
+        report = json.dumps(as_json(found, inspection)) if arguments.json else ""
+        report = report or as_text(found, inspection)
+        if "output" in arguments.literal:
+            folder = Path(arguments.literal["output"][-1]).expanduser()
+            number = draw(found, inspection, folder)
+            print(f"drew {number} pictures in {folder}")
+    print(report)
+
+
+def _look(path: Path, text: str | None, arguments: Arguments) -> Inspected:
+    from mhc_lightning.interchange.exported import holds_own_record
+
+    if path.is_dir() and (path / CONFIG).is_file():
+        return _look_at_run(path / CONFIG, "last", path, text, arguments)
+    if path.is_dir() and holds_own_record(path):
+        return _look_at_exported(path, text, arguments)
+    if path.suffix == ".safetensors" or any(path.glob("*.safetensors")):
+        return _look_at_deepseek_v4(path, text, arguments)
+    run = path.absolute().parent.parent
+    config: str | Path | None = arguments.config
+    if config is None and path.absolute().parent.name == CHECKPOINTS:
+        config = run / CONFIG if (run / CONFIG).is_file() else None
+    if config is None:
+        raise UserError(
+            f"{path} lies in no run's {CHECKPOINTS}/ beside a {CONFIG}, and is no exported model;"
+            " if it is a checkpoint, name its experiment with --config"
+        )
+    return _look_at_run(config, str(path.absolute()), run, text, arguments)
+
+
+def _look_at_run(
+    config: str | Path, asked: str, run: Path, text: str | None, arguments: Arguments
+) -> Inspected:
+    """A checkpoint of a run, by the run's own configuration.
+
+    It may be somebody else's: no classes but networks and connections are made of it.
+    """
+    import torch
+
+    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
+    from mhc_lightning.cli.composition import compose_experiment
+    from mhc_lightning.cli.tokenizer import tokenizer_of
+    from mhc_lightning.inspection import mappings_on, static_mappings_of
+    from mhc_lightning.interchange.exported import bring_to_life, build_network, section_record
+
+    literal = {key: typed for key, typed in arguments.literal.items() if key not in _OWN}
+    literal |= {"ckpt_path": [asked], "output_dir": [str(run)]}
+    experiment = compose_experiment(replace(arguments, config=str(config), literal=literal))
+    path = require_checkpoint(experiment)
+    values = experiment.values()
+    settings = values["model"]
+    with torch.device("meta"):
+        network = build_network(
+            section_record(settings), section_record(settings["connection"]), str(config)
+        )
+    module = torch.nn.ModuleDict({"model": network})  # the names that checkpoints have
+    checkpoint = load_fitting(path, module, experiment, may_run_code=False)
+    step, saved = trained_steps(checkpoint), checkpoint["state_dict"]
+    if text is None:
+        layers = [*static_mappings_of(module, saved)]
+        return Inspected(path, [_without_prefix(layer) for layer in layers], step)
+    tokenizer = tokenizer_of(experiment, checkpoint, path, network.vocab_size)
+    tokens = _tokens(tokenizer, text, int(values["data"]["sequence_length"]))
+    bring_to_life(network, {name: saved[f"model.{name}"] for name in network.state_dict()})
+    layers = mappings_on(network, torch.tensor([tokens]))
+    return Inspected(path, layers, step, len(tokens))
+
+
+def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> Inspected:
+    """A folder that `export` wrote."""
+    import torch
+
+    from mhc_lightning.inspection import mappings_on, static_mappings_of
+    from mhc_lightning.interchange.exported import load_exported, open_exported
+    from mhc_lightning.interchange.safetensors_files import StoredTensors
+
+    _refuse_settings(arguments, ())
+    exported = open_exported(path)
+    if text is None:
+        with torch.device("meta"):
+            network = exported.build()
+        return Inspected(path, [*static_mappings_of(network, StoredTensors(path))], exported.step)
+    tokens = _tokens(exported.tokenizer(), text, _LONGEST)
+    layers = mappings_on(load_exported(path), torch.tensor([tokens]))
+    return Inspected(path, layers, exported.step, len(tokens))
+
+
+def _look_at_deepseek_v4(path: Path, text: str | None, arguments: Arguments) -> Inspected:
+    """Safetensors with connections in DeepSeek-V4's layout; of each only the base is read."""
+    from mhc_lightning.inspection import SubLayer
+    from mhc_lightning.interchange.deepseek_v4 import connections_in, static_mappings
+    from mhc_lightning.interchange.safetensors_files import StoredTensors
+
+    tensors = StoredTensors(path)
+    connections = connections_in(tensors)
+    if not connections:
+        raise UserError(
+            f"{path} holds no connections in DeepSeek-V4's layout (layers.0.hc_attn_base, …); a"
+            " model that `export` wrote is named by its folder"
+        )
+    if text is not None:
+        raise UserError(
+            f"{path} has connections, but no network that this package could run on input=;"
+            " leave it out to see the static matrices"
+        )
+    settings = _deepseek_v4_settings(path, arguments)
+    layers = []
+    for name, parts in connections.items():
+        if "base" not in parts:
+            raise UserError(f"{path} is incomplete: {name}_base is missing")
+        layers.append(SubLayer(name, static_mappings(tensors[parts["base"]], settings)))
+    return Inspected(path, layers)
+
+
+def _deepseek_v4_settings(path: Path, arguments: Arguments) -> Any:
+    """From the model's own config.json, if there is one, and what was typed."""
+    from mhc_lightning.interchange.deepseek_v4 import DeepseekV4Settings
+
+    names = {"sinkhorn_iterations": "hc_sinkhorn_iters", "eps": "hc_eps"}
+    values: dict[str, Any] = {}
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        values = {key: record[key] for key in names.values() if key in record}
+    for key, typed in _refuse_settings(arguments, tuple(names)).items():
+        try:
+            values[names[key]] = int(typed) if key == "sinkhorn_iterations" else float(typed)
+        except ValueError as error:
+            raise UserError(f"{key}={typed} is no number") from error
+    settings = DeepseekV4Settings(**values)
+    if settings.hc_sinkhorn_iters < 1 or not settings.hc_eps >= 0:
+        raise UserError("sinkhorn_iterations must be at least 1, and eps at least 0")
+    return settings
+
+
+def _refuse_settings(arguments: Arguments, known: tuple[str, ...]) -> dict[str, str]:
+    """The settings that were typed, all of which must be known."""
+    typed = dict(word.partition("=")[::2] for word in arguments.overrides)
+    typed |= {key: values[-1] for key, values in arguments.literal.items() if key not in _OWN}
+    for key in typed:
+        if key not in known:
+            takes = ", ".join([*_OWN, *known])
+            raise UserError(f"unknown key {key!r}; inspect takes, of this model: {takes}")
+    return typed
+
+
+def _tokens(tokenizer: Any, text: str, most: int) -> list[int]:
+    tokens = [int(token) for token in tokenizer.encode(text)]
+    if not tokens:
+        raise UserError("input= has no tokens; give a longer text")
+    if len(tokens) > most:
+        raise UserError(
+            f"input= has {len(tokens)} tokens, and the model is used on {most} at most"
+            " (data.sequence_length); give a shorter text"
+        )
+    return tokens
+
+
+def _without_prefix(layer: "SubLayer") -> "SubLayer":
+    return layer._replace(name=layer.name.removeprefix("model."))

@@ -1,0 +1,137 @@
+"""What `inspect` shows: a table, a JSON object, pictures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mhc_lightning.callbacks.amax_gain import format_gain
+from mhc_lightning.callbacks.figures import gain_profile, matrix_heatmap
+from mhc_lightning.callbacks.gains import GAIN_TAGS
+from mhc_lightning.errors import UserError
+from mhc_lightning.inspection import Inspection
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mhc_lightning.cli.inspection import Inspected
+
+_HEADER = (
+    *("", "sub-layer", "forward", "backward", "composite fwd", "composite bwd"),
+    *("column error", "diagonal", "reads stream"),
+)
+
+
+def as_text(found: "Inspected", inspection: Inspection) -> str:
+    """A table for people."""
+    rows: list[tuple[str, ...]] = [_HEADER]
+    for k, name in enumerate(inspection.names):
+        gains = [format_gain(inspection.gains[tag][k]) for tag in GAIN_TAGS]
+        stream, share = _read_most(inspection, k)
+        error, diagonal = inspection.column_error[k], inspection.diagonal[k]
+        most = f"{stream + 1} ({share:.0%})"
+        rows.append((str(k), name, *gains, f"{error:.1e}", f"{diagonal:.3f}", most))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place == 1 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([_title(found), "", *lines, "", *_summaries(inspection)])
+
+
+def as_json(found: "Inspected", inspection: Inspection) -> dict[str, Any]:
+    """Everything, matrices included."""
+    layers = []
+    for k, name in enumerate(inspection.names):
+        gains = [inspection.gains[tag][k] for tag in GAIN_TAGS]
+        layers.append(
+            {
+                "name": name,
+                "single": {"forward": gains[0], "backward": gains[1]},
+                "composite": {"forward": gains[2], "backward": gains[3]},
+                "row_error": inspection.row_error[k],
+                "column_error": inspection.column_error[k],
+                "diagonal_mean": inspection.diagonal[k],
+                "read": inspection.read[k].tolist(),
+                "write": inspection.write[k].tolist(),
+                "residual": inspection.matrices[k].tolist(),
+            }
+        )
+    return {
+        "checkpoint": str(found.checkpoint),
+        "matrices": "static" if found.tokens is None else "text",
+        "step": found.step,
+        "tokens": found.tokens,
+        "sub_layers": layers,
+        "composites": [
+            {"first": span.start, "last": span.stop - 1, "residual": product.tolist()}
+            for span, product in inspection.composites.items()
+        ],
+    }
+
+
+def draw(found: "Inspected", inspection: Inspection, folder: Path) -> int:
+    """Draw the gains, every matrix and the products of all into a folder; how many pictures.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    kind = "static" if found.tokens is None else "mean"
+    pictures: dict[str, np.ndarray] = {"gains": gain_profile(inspection.gains, found.step)}
+    digits = len(str(len(inspection.names) - 1))
+    for k, (name, matrix) in enumerate(zip(inspection.names, inspection.matrices, strict=True)):
+        title = f"Sub-layer {k}, {kind}: {name}"
+        pictures[f"layer_{k:0{digits}d}"] = _heatmap(matrix, title, found.step)
+    for span, product in inspection.composites.items():
+        title = f"Sub-layers {span.start} to {span.stop - 1}, product, {kind}"
+        name = f"composite_{span.start}_to_{span.stop - 1}"
+        pictures[name] = _heatmap(product, title, found.step)
+
+    from matplotlib.image import imsave
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            imsave(folder / f"{name}.png", picture)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return len(pictures)
+
+
+def _heatmap(matrix: Any, title: str, step: int | None) -> "np.ndarray":
+    return matrix_heatmap(matrix.double().numpy(), title, step)
+
+
+def _title(found: "Inspected") -> str:
+    step = "" if found.step is None else f", step {found.step:,}"
+    what = (
+        "static matrices, of the biases alone"
+        if found.tokens is None
+        else f"matrices on {found.tokens} tokens of the text, gains averaged over them"
+    )
+    return f"{found.checkpoint}{step}: {what}"
+
+
+def _summaries(inspection: Inspection) -> list[str]:
+    """A line for every stretch of sub-layers that can be multiplied."""
+    lines = []
+    for span in inspection.composites:
+        parts = []
+        for direction in ("forward", "backward"):
+            gains = inspection.gains[f"amax_gain/composite/{direction}"]
+            layer = max(span, key=lambda k, gains=gains: _rank(gains[k]))  # type: ignore[misc]
+            parts.append(f"{direction} {format_gain(gains[layer])} (sub-layer {layer})")
+        where = f"sub-layers {span.start} to {span.stop - 1}"
+        lines.append(f"largest composite gain of {where}: {', '.join(parts)}")
+    return lines
+
+
+def _rank(gain: float) -> float:
+    return gain if gain == gain else float("inf")  # NaN is the largest
+
+
+def _read_most(inspection: Inspection, k: int) -> tuple[int, float]:
+    read = inspection.read[k].abs()
+    most = int(read.argmax())
+    return most, float(read[most] / read.sum())
