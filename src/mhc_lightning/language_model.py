@@ -92,7 +92,7 @@ class LanguageModel(pl.LightningModule):
         if any(parameter.is_meta for parameter in self.parameters()):
             self._weights = weights
         else:
-            self.load_state_dict(weights)
+            load_rows(self, weights)
 
     def _take_weights(self) -> None:
         if self._weights is not None:
