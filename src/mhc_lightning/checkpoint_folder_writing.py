@@ -1,6 +1,7 @@
 """Writing a checkpoint folder: all processes at once, in the background if asked, atomically."""
 
 import contextlib
+import copy
 import os
 import shutil
 import warnings
@@ -37,15 +38,15 @@ def save_folder(
         path: The checkpoint; one that is there already is replaced.
         commit: What the first process is to do when it has its name.
         group: All processes, over gloo; None for a single one.
-        asynchronous: Whether to return once the tensors are copied to CPU memory, and write these
-            while the run goes on.
+        asynchronous: Whether to return once all is copied to CPU memory, and write the copy while
+            the run goes on.
 
     Returns:
         Done when `commit` is, or failed in the same way on every process: with an OSError if that
         is what any of them met, and then nothing is left aside.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    writer = _Writer(path, rest, commit)
+    writer = _Writer(path, copy.deepcopy(rest) if asynchronous else rest, commit)
     written: Future[Any] = Future()
     if asynchronous:
         started: Any = dcp.async_save(tensors, storage_writer=writer, process_group=group)
@@ -87,7 +88,7 @@ class _Writer(dcp.FileSystemWriter):
         sync_folder(self._aside)
         replaced = self._aside.with_name(f"{ASIDE}replaced-{self._name.name}")
         if self._name.exists():
-            os.replace(self._name, replaced)
+            os.replace(self._name, replaced)  # no link names it: this step is being taken anew
         os.replace(self._aside, self._name)
         sync_folder(self._name.parent)
         shutil.rmtree(replaced, ignore_errors=True)

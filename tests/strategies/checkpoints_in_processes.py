@@ -18,6 +18,7 @@ from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
 from mhc_lightning.optimization import Muon
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
+from mhc_lightning.strategies.sharding import held_rows
 
 SEQUENCES = 8  # per optimizer step
 STRATEGIES = {
@@ -56,26 +57,22 @@ class Data(pl.LightningDataModule):
 
 
 class Noisy(LanguageModel):
-    """Its losses depend on each process's generator."""
-
-    fault: dict[str, Any] | None = None
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        if self.fault and self.trainer.global_step == self.fault.get("nan_at"):
-            if self.trainer.global_rank == self.trainer.world_size - 1:
-                with torch.no_grad():
-                    next(self.parameters()).fill_(float("nan"))
-        return super().training_step(batch, batch_idx)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.noise:
-            # The same on those who hold the same, as it is where dropout is.
-            scale = 1 + 0.1 * float(torch.rand(()))
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
+    """Each process changes its gradients by its own generator, if it is to."""
 
     noise = False
+    spoils_step: int | None = None
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self.parameters() if self.noise else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 + 0.1 * float(torch.rand(())))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        last = self.trainer.global_rank == self.trainer.world_size - 1
+        if last and self.trainer.global_step + 1 == self.spoils_step:
+            with torch.no_grad():
+                held_rows(next(self.parameters()))[0].fill_(float("nan"))
 
 
 def build() -> Noisy:
@@ -115,7 +112,7 @@ def kill_when_writing(step: int) -> None:
 def run(leg: dict[str, Any], output: Path) -> None:
     folder = output / leg["folder"]
     model = build()
-    model.noise, model.fault = leg.get("noise", False), leg.get("fault")
+    model.noise, model.spoils_step = leg.get("noise", False), leg.get("spoils_step")
     if leg.get("kill_at"):
         kill_when_writing(leg["kill_at"])
     trainer = pl.Trainer(
