@@ -118,10 +118,10 @@ def choose_form(
     Raises:
         UserError: The form does not go with the strategy.
     """
-    spread = isinstance(strategy, WholeFileStrategy) and strategy.world_size > 1
-    if sharded is True or (sharded == "auto" and (spread or asynchronous)):
-        return ShardedFolder(strategy, asynchronous)
-    return WholeFile()
+    if sharded == "auto":
+        spread = isinstance(strategy, WholeFileStrategy) and strategy.world_size > 1
+        sharded = spread or asynchronous
+    return ShardedFolder(strategy, asynchronous) if sharded else WholeFile()
 
 
 def read_folders_too(strategy: Strategy) -> None:

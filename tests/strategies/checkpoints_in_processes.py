@@ -16,7 +16,7 @@ from mhc_lightning import LanguageModel, checkpoint_folder_writing
 from mhc_lightning.checkpointing import RunCheckpoint
 from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
-from mhc_lightning.optimization import Muon
+from mhc_lightning.optimization import AdamW, Muon
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 from mhc_lightning.strategies.sharding import held_rows
 
@@ -75,7 +75,7 @@ class Noisy(LanguageModel):
                 held_rows(next(self.parameters()))[0].fill_(float("nan"))
 
 
-def build() -> Noisy:
+def build(optimizer: type[AdamW]) -> Noisy:
     pl.seed_everything(0, verbose=False)
     network = Transformer(
         connection=ManifoldHyperConnection,
@@ -93,7 +93,7 @@ def build() -> Noisy:
         num_shared_experts=1,
     )
     network.double()  # rounding hides nothing
-    return Noisy(network, Muon(lr=1e-2, eps=1e-8, schedule="constant"))
+    return Noisy(network, optimizer(lr=1e-2, eps=1e-8, schedule="constant"))
 
 
 def kill_when_writing(step: int) -> None:
@@ -111,7 +111,7 @@ def kill_when_writing(step: int) -> None:
 
 def run(leg: dict[str, Any], output: Path) -> None:
     folder = output / leg["folder"]
-    model = build()
+    model = build(Muon if leg.get("muon") else AdamW)
     model.noise, model.spoils_step = leg.get("noise", False), leg.get("spoils_step")
     if leg.get("kill_at"):
         kill_when_writing(leg["kill_at"])
