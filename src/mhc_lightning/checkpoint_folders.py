@@ -46,6 +46,13 @@ class SavedTensors(Mapping[str, Tensor]):
             raise UserError(f"checkpoint {folder} cannot be loaded: {error}") from error
         self.folder = folder
         self._prefix = prefix
+        self._on_meta = {
+            name.removeprefix(prefix): torch.empty(
+                entry.size, dtype=entry.properties.dtype, device="meta"
+            )
+            for name, entry in self._index.state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
 
     def below(self, prefix: str) -> "SavedTensors":
         """Those whose names go on with `prefix`."""
@@ -53,34 +60,35 @@ class SavedTensors(Mapping[str, Tensor]):
 
     def on_meta(self) -> dict[str, Tensor]:
         """Their shapes and dtypes, in tensors on ``meta``."""
-        known = self._index.state_dict_metadata
-        return {
-            name.removeprefix(self._prefix): torch.empty(
-                entry.size, dtype=entry.properties.dtype, device="meta"
-            )
-            for name, entry in known.items()
-            if name.startswith(self._prefix) and isinstance(entry, TensorStorageMetadata)
-        }
+        return dict(self._on_meta)
 
     def load_into(self, targets: Mapping[str, Tensor]) -> None:
-        """Fill tensors by name; of a DTensor, the part that this process holds."""
+        """Fill tensors by name; of a DTensor, the part that this process holds.
+
+        Raises:
+            UserError: There is none of a name or shape, or it cannot be read.
+        """
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(
-            {f"{self._prefix}{name}": tensor for name, tensor in targets.items()},
-            storage_reader=_Reader(self.folder, self._index),
-            no_dist=True,  # each process reads what it needs, and need not wait for others
-        )
+        try:
+            dcp.load(
+                {f"{self._prefix}{name}": tensor for name, tensor in targets.items()},
+                storage_reader=_Reader(self.folder, self._index),
+                no_dist=True,  # each process reads what it needs, and need not wait for others
+            )
+        except dcp.CheckpointException as error:
+            cause = next(cause for cause, _ in error.failures.values())
+            raise UserError(f"checkpoint {self.folder} cannot be loaded: {cause}") from cause
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.empty_like(self.on_meta()[name], device="cpu")
+        tensor = torch.empty_like(self._on_meta[name], device="cpu")
         self.load_into({name: tensor})
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.on_meta())
+        return iter(self._on_meta)
 
     def __len__(self) -> int:
-        return len(self.on_meta())
+        return len(self._on_meta)
 
 
 def is_checkpoint_folder(path: Path) -> bool:

@@ -131,7 +131,7 @@ def _run_files(folder: Path) -> Any:
             yield folder / name
     if folder.is_dir():
         yield from folder.glob("events.out.tfevents.*")
-        for pattern in ("step_*", "last", "best"):
+        for pattern in ("step_*.ckpt", "step_" + 8 * "[0-9]", "last", "best"):
             yield from (folder / CHECKPOINTS).glob(pattern)
 
 
