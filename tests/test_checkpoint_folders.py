@@ -287,7 +287,7 @@ def test_tensors_are_read_as_they_are_asked_for(saved, monkeypatch):
     )  # fmt: skip
     assert list(tensors) == ["a", "b"] and len(tensors) == 2 and not read
     assert tensors["b"].shape == (3,) and read == ["state_dict.b"]
-    with pytest.raises(UserError, match="step_00000001 cannot be loaded: .*state_dict.c"):
+    with pytest.raises(UserError, match=r"step_00000001 cannot be loaded: .*state_dict\.c"):
         tensors.load_into({"c": torch.empty(3)})
-    with pytest.raises(UserError, match="(?i)size"):
+    with pytest.raises(UserError, match=r"(?i)size"):
         tensors.load_into({"b": torch.empty(4)})

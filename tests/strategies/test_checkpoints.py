@@ -81,7 +81,8 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
             assert (tmp_path / name / way / "metrics.csv").read_text() == text, (name, way)
             path = (tmp_path / name / way / "checkpoints/last").resolve()
             assert path.name == "step_00000007" and fault_in(path) is None
-            assert len(list(path.glob("*.distcp"))) == 2, "each process has written its own"
+            sizes = [shards.stat().st_size for shards in path.glob("*.distcp")]
+            assert len(sizes) == 2 and max(sizes) < 0.7 * sum(sizes), "each has written its own"
             ends[way] = flat(load_whole_folder(path, trusted=True))
         for way in ("background", "resumed"):
             assert ends[way].keys() == ends["whole"].keys()
