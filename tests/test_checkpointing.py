@@ -5,102 +5,23 @@ import resource
 import signal
 from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from noisy_run import newest, run, sigterm_at
 
 from mhc_lightning import checkpoint_files
-from mhc_lightning.checkpoint_files import (
+from mhc_lightning.checkpoint_files import point_link, write_checkpoint
+from mhc_lightning.checkpointing import RunCheckpoint
+from mhc_lightning.errors import UserError
+from mhc_lightning.random_state import capture_random_state, restore_random_state
+from mhc_lightning.saved_checkpoints import (
     candidates_for_last,
     fault_in,
     load_checkpoint,
-    point_link,
     remove_leftovers,
     saved_steps,
-    write_checkpoint,
 )
-from mhc_lightning.checkpointing import RunCheckpoint
-from mhc_lightning.errors import UserError
-from mhc_lightning.loggers import MetricsCSV
-from mhc_lightning.random_state import capture_random_state, restore_random_state
-
-
-class Numbers(IterableDataset):
-    """An endless stream whose k-th item is a function of k."""
-
-    def __init__(self, start):
-        self.start = start
-
-    def __iter__(self):
-        k = self.start
-        while True:
-            yield torch.sin(torch.arange(8.0) + k)
-            k += 1
-
-
-class Data(pl.LightningDataModule):
-    micro = 2
-
-    def train_dataloader(self):
-        position = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.micro
-        return DataLoader(Numbers(position), batch_size=self.micro)
-
-    def val_dataloader(self):
-        return DataLoader([torch.cos(torch.arange(8.0) + k) for k in range(6)], batch_size=2)
-
-
-class Noisy(pl.LightningModule):
-    """A module whose every loss depends on all that went before, and on three generators."""
-
-    def __init__(self, hook=None):
-        super().__init__()
-        torch.manual_seed(3)
-        self.layer = torch.nn.Linear(8, 8)
-        self.hook = hook or (lambda *_: None)
-
-    def training_step(self, batch, batch_idx):
-        self.hook("train", self.trainer, batch_idx)
-        noise = torch.rand(8) + random.random() + np.random.rand()
-        loss = (self.layer(batch * noise) - 1).square().mean()
-        self.log("train/loss", loss)
-        self.log("step", float(self.trainer.global_step + 1))
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        self.hook("val", self.trainer, batch_idx)
-        self.log("val/loss", self.layer(batch).square().mean())
-
-    def on_validation_epoch_end(self):
-        self.log("step", float(self.trainer.global_step))
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=0.01)
-
-
-def run(folder, steps=12, hook=None, resume=None, accumulate=3, callbacks=(), **settings):
-    checkpoint = RunCheckpoint(folder / "checkpoints", **{"every_n_steps": 4, **settings})
-    trainer = pl.Trainer(
-        default_root_dir=folder,
-        max_steps=steps,
-        accelerator="cpu",
-        logger=[MetricsCSV(folder)],
-        log_every_n_steps=1,
-        callbacks=[*callbacks, checkpoint],
-        accumulate_grad_batches=accumulate,
-        val_check_interval=5 * accumulate,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    if resume is None:
-        pl.seed_everything(7, verbose=False)
-    else:
-        pl.seed_everything(999, verbose=False)  # what is not restored will show
-    trainer.fit(Noisy(hook), datamodule=Data(), ckpt_path=resume, weights_only=True)
-    return checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -108,19 +29,6 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run(folder)
     return (folder / "metrics.csv").read_text()
-
-
-def sigterm_at(stage, step, batch):
-    def hook(where, trainer, batch_idx):
-        micro = batch_idx % 3 if where == "train" else batch_idx
-        if (where, trainer.global_step, micro) == (stage, step, batch):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return hook
-
-
-def newest(folder):
-    return candidates_for_last(folder / "checkpoints")[0]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +212,14 @@ def test_random_state_survives_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"every_n_steps": 0}, {"keep_last": 0}, {"keep_best": -1}, {"mode": "least"}],
+    [
+        {"every_n_steps": 0},
+        {"keep_last": 0},
+        {"keep_best": -1},
+        {"mode": "least"},
+        {"sharded": "often"},
+        {"asynchronous": True, "sharded": False},
+    ],
 )
 def test_settings_out_of_range_are_named(settings):
     with pytest.raises(UserError, match=f"checkpoint.{next(iter(settings))}"):

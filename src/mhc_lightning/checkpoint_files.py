@@ -1,11 +1,10 @@
-"""Checkpoint files: written so that no crash can lose the last good one, checked when read."""
+"""Files written so that no crash can lose what was there, and checkpoints of one such file."""
 
 import contextlib
 import os
-import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -13,21 +12,7 @@ import torch
 
 from mhc_lightning.errors import UserError
 
-_NAME = re.compile(r"step_(\d+)\.ckpt")
-_ASIDE = ".aside-"
-
-
-def checkpoint_name(step: int) -> str:
-    """File name of the checkpoint after `step` optimizer steps, e.g. ``step_00000100.ckpt``."""
-    return f"step_{step:08d}.ckpt"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, ascending; empty if there is none."""
-    if not folder.is_dir():
-        return []
-    matches = (_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_file())
-    return sorted(int(match.group(1)) for match in matches if match)
+ASIDE = ".aside-"  # begins the names of what is not complete yet
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
@@ -40,17 +25,11 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
             and nothing is left aside.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f"{_ASIDE}{path.name}"
+    aside = path.parent / f"{ASIDE}{path.name}"
     try:
         with open(aside, "wb") as file:
-            stream = _ErrorKeepingWriter(file)
-            try:
-                torch.save(checkpoint, cast(IO[bytes], stream))
-            except RuntimeError:
-                # torch's archive writer hides the reason behind an error of its own.
-                if stream.error is not None:
-                    raise stream.error from None
-                raise
+            with keeping_errors(file) as stream:
+                torch.save(checkpoint, stream)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -63,7 +42,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 def point_link(link: Path, target_name: str) -> None:
     """Make `link` a relative symbolic link to `target_name` beside it, in one atomic step."""
-    aside = link.parent / f"{_ASIDE}{link.name}"
+    aside = link.parent / f"{ASIDE}{link.name}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(target_name)
     os.replace(aside, link)
@@ -72,7 +51,7 @@ def point_link(link: Path, target_name: str) -> None:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` (UTF-8) in one atomic, durable step."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=_ASIDE)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=ASIDE)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             os.fchmod(file.fileno(), 0o644)
@@ -86,14 +65,6 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`."""
-    if folder.is_dir():
-        for entry in folder.iterdir():
-            if entry.name.startswith(_ASIDE):
-                entry.unlink(missing_ok=True)
-
-
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable, where the file system can."""
     with contextlib.suppress(OSError):
@@ -104,8 +75,8 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def fault_in(path: Path) -> str | None:
-    """Why the checkpoint at `path` cannot be trusted, or None if it is complete.
+def fault_in_file(path: Path) -> str | None:
+    """Why the checkpoint file at `path` cannot be trusted, or None if it is complete.
 
     Reads the whole file: the archive carries a checksum for every tensor, which `torch.load`
     does not look at.
@@ -126,22 +97,8 @@ def fault_in(path: Path) -> str | None:
     return None
 
 
-def candidates_for_last(folder: Path) -> list[Path]:
-    """Checkpoints to try for `last`, best first: what the link names, then the earlier steps.
-
-    Later steps than the link's are left out: they belong to a branch that was given up by
-    resuming from an earlier checkpoint.
-    """
-    steps = saved_steps(folder)
-    link = folder / "last"
-    match = _NAME.fullmatch(os.readlink(link)) if link.is_symlink() else None
-    if match:
-        steps = [step for step in steps if step <= int(match.group(1))]
-    return [folder / checkpoint_name(step) for step in reversed(steps)]
-
-
-def load_checkpoint(path: Path, *, trusted: bool) -> dict[str, Any]:
-    """Read a checkpoint into CPU memory, lazily where the file system allows it (memory-mapped).
+def load_file(path: Path, *, trusted: bool) -> dict[str, Any]:
+    """Read a checkpoint file into CPU memory, lazily (memory-mapped) where the file system can.
 
     Args:
         path: The file.
@@ -167,6 +124,22 @@ def load_checkpoint(path: Path, *, trusted: bool) -> dict[str, Any]:
     return checkpoint
 
 
+@contextlib.contextmanager
+def keeping_errors(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """A stream to `file` for torch, whose archive writer hides why the system refused a write.
+
+    Raises:
+        OSError: the reason, in place of torch's error.
+    """
+    stream = _ErrorKeepingWriter(file)
+    try:
+        yield cast(IO[bytes], stream)
+    except RuntimeError:
+        if stream.error is not None:
+            raise stream.error from None
+        raise
+
+
 class _ErrorKeepingWriter:
     """A binary stream that remembers the operating system's reason when a write fails."""
 
@@ -181,5 +154,5 @@ class _ErrorKeepingWriter:
             self.error = error
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)

@@ -1,10 +1,11 @@
 """Which checkpoints to keep: the newest, those at round steps, the best."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
-from mhc_lightning.checkpoint_files import checkpoint_name, saved_steps
 from mhc_lightning.errors import UserError
+from mhc_lightning.saved_checkpoints import checkpoints_of, remove_checkpoint, saved_steps
 
 
 class Retention:
@@ -54,19 +55,29 @@ class Retention:
         sign = 1 if self.mode == "min" else -1
         return sorted(self.scores, key=lambda step: (sign * self.scores[step], step))
 
-    def prune(self, folder: Path, newest: int) -> None:
+    def spared(self) -> set[int]:
+        """Steps whose checkpoints stay however many come: the best, and those kept for good."""
+        return {*self.scores, *self.kept}
+
+    def prune(self, folder: Path, newest: int, spared: Iterable[int]) -> None:
         """Delete what need not be kept, now that the checkpoint of step `newest` is there.
 
         Later steps are left alone: they belong to a branch of the run that was given up, and
         are overwritten as this one reaches them.
 
+        Args:
+            folder: Where the checkpoints are.
+            newest: The step.
+            spared: What `spared` was when its writing began.
+
         Raises:
-            OSError: a file could not be deleted.
+            OSError: a checkpoint could not be deleted.
         """
         steps = [step for step in saved_steps(folder) if step <= newest]
         keep = set(steps if self.keep_last is None else steps[-self.keep_last :])
-        keep.update(self.scores, self.kept)
+        keep.update(spared)
         if self.keep_every is not None:
             keep.update(step for step in steps if step % self.keep_every == 0)
         for step in set(steps) - keep:
-            (folder / checkpoint_name(step)).unlink(missing_ok=True)
+            for path in checkpoints_of(folder, step):
+                remove_checkpoint(path)

@@ -13,20 +13,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mhc_lightning.checkpoint_files import (
-    checkpoint_name,
-    point_link,
-    remove_leftovers,
-    saved_steps,
-    write_checkpoint,
-)
+from mhc_lightning.checkpoint_files import point_link
+from mhc_lightning.checkpoint_forms import Sharded, read_folders_too
 from mhc_lightning.checkpoint_retention import Retention
+from mhc_lightning.checkpoint_saver import CheckpointSaver
 from mhc_lightning.errors import UserError
 from mhc_lightning.random_state import capture_random_state, restore_random_state
+from mhc_lightning.saved_checkpoints import remove_leftovers, saved_steps
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves ``step_<n>.ckpt`` files, the relative links ``last`` and ``best``, and prunes old ones.
+    """Saves checkpoints, the relative links ``last`` and ``best``, and prunes old ones.
+
+    A checkpoint is a file, ``step_<n>.ckpt``, or a folder of shards, ``step_<n>``, to which each
+    process writes what it holds; a run goes on from either, in any layout.
 
     A checkpoint is the state at the end of an optimizer step. It is written after that step's
     metrics have reached the loggers, so a resumed run never misses a row. Beside what Lightning
@@ -48,9 +48,13 @@ class RunCheckpoint(Checkpoint):
         keep_best: How many to keep by `monitor`; 0 takes no notice of it.
         monitor: A logged validation metric.
         mode: ``min`` if less of it is better, else ``max``.
+        sharded: Whether checkpoints are folders; ``auto`` makes them so where no process holds all
+            of the model, and where they are written asynchronously.
+        asynchronous: Whether training goes on while a checkpoint is written, from a copy in CPU
+            memory. One is written at a time, and the run's end waits for it.
 
     Raises:
-        UserError: a setting is out of range.
+        UserError: a setting is out of range, or two do not go together.
     """
 
     def __init__(
@@ -62,6 +66,8 @@ class RunCheckpoint(Checkpoint):
         keep_best: int = 0,
         monitor: str = "val/loss",
         mode: str = "min",
+        sharded: Sharded = "auto",
+        asynchronous: bool = False,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(
@@ -72,8 +78,8 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.monitor = monitor
         self.retention = Retention(keep_last, keep_every, keep_best, mode)
+        self.saver = CheckpointSaver(self.folder, self.retention, sharded, asynchronous)
         self._seen_step = -1  # the last optimizer step whose end was seen
-        self._saved_step = -1
         self._snapshot: dict[str, Any] | None = None  # state at the end of _seen_step
         self._due = False
         self._asked = False  # by `save_at_step_end`
@@ -96,8 +102,12 @@ class RunCheckpoint(Checkpoint):
     # ---- the life of a run
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make the folder and clear what a killed run left half-written."""
-        if stage != "fit" or not trainer.is_global_zero:
+        """Choose the form; make the folder and clear what a killed run left half-written."""
+        read_folders_too(trainer.strategy)
+        if stage != "fit":
+            return
+        self.saver.set_up(trainer.strategy)
+        if not trainer.is_global_zero:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +130,7 @@ class RunCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Write what became due at the end of the step before, now that its metrics are logged."""
+        self.saver.settle(wait=False)
         if self._due:
             self._write(trainer, validation_pending=False)
         self._stop_if_asked(trainer)
@@ -147,14 +158,15 @@ class RunCheckpoint(Checkpoint):
         self._due = last or self._stopping or step % (self.every_n_steps or step + 1) == 0
         if self._asked:
             self._asked, self._due = False, True
-            before = [earlier for earlier in saved_steps(self.folder) if earlier < step]
+            written = {*saved_steps(self.folder), self.saver.saved_step}  # or being written
+            before = sorted(earlier for earlier in written if 0 <= earlier < step)
             self.retention.kept |= {step, *before[-1:]}
         epoch_loop = trainer.fit_loop.epoch_loop
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         if self._due or epoch_loop._should_check_val_fx(fetcher):
             # Tensors in it are the live ones: nothing changes them before it is written.
-            self._snapshot = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            self._snapshot = self.saver.take(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """On SIGTERM at the step just ended, save before its validation and stop."""
@@ -188,11 +200,22 @@ class RunCheckpoint(Checkpoint):
             self._write(trainer, validation_pending=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the end of the run."""
-        if self._snapshot is not None and self._saved_step != self._seen_step:
+        """Write the end of the run, and wait for what is being written."""
+        self.saver.settle()
+        if self._snapshot is not None and self.saver.saved_step != self._seen_step:
             self._write(trainer, validation_pending=False)
+        self.saver.settle()
         self._snapshot = None
         self._stop_if_asked(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Wait for what is being written; what befalls it does not hide the exception."""
+        try:
+            self.saver.settle()
+        except Exception as error:
+            rank_zero_warn(f"a checkpoint could not be saved: {error}", category=RuntimeWarning)
 
     # ---- what the checkpoint holds
 
@@ -201,7 +224,7 @@ class RunCheckpoint(Checkpoint):
         return {"scores": dict(self.retention.scores), "kept": sorted(self.retention.kept)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the scores and what is kept, as far as the files are still there."""
+        """Take up the scores and what is kept, as far as the checkpoints are still there."""
         there = set(saved_steps(self.folder))
         scores = state_dict["scores"]
         self.retention.scores = {s: scores[s] for s in scores if s in there}
@@ -222,51 +245,24 @@ class RunCheckpoint(Checkpoint):
         states = checkpoint.get("random_states", [])
         if len(states) == trainer.world_size:
             self._random_state = states[trainer.global_rank]
-        self._saved_step = checkpoint["global_step"]
+        self.saver.resume_from(Path(str(trainer.ckpt_path)), checkpoint["global_step"])
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             if hasattr(logger, "resume_from"):
                 logger.resume_from(checkpoint["global_step"])
-        source = Path(str(trainer.ckpt_path))
-        if source.parent.resolve() == self.folder.resolve() and source.is_file():
-            point_link(self.folder / "last", source.resolve().name)
+        if self.saver.resumed_from is not None:
+            point_link(self.folder / "last", self.saver.resumed_from.name)
 
     # ---- saving
 
     def _write(self, trainer: pl.Trainer, *, validation_pending: bool) -> None:
-        """Write the snapshot (process zero), then move the links, then prune."""
+        """Save the snapshot."""
         snapshot, self._due = self._snapshot, False
         assert snapshot is not None
-        step = snapshot["global_step"]
-        if not _is_finite(snapshot["state_dict"]):
-            rank_zero_warn(
-                f"no checkpoint at step {step}: the model holds NaN or infinite values",
-                category=RuntimeWarning,
-            )
-            return
         snapshot["loops"] = _loops_at_step_end(snapshot["loops"], validation_pending)
         snapshot["callbacks"][self.state_key] = self.state_dict()
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.save()  # a resumed run keeps what was logged up to here
-            name = checkpoint_name(step)
-            try:
-                write_checkpoint(snapshot, self.folder / name)
-                point_link(self.folder / "last", name)
-                if step in self.retention.scores:
-                    best = self.retention.best_steps()[0]
-                    point_link(self.folder / "best", checkpoint_name(best))
-                self.retention.prune(self.folder, newest=step)
-            except OSError as error:
-                rank_zero_warn(
-                    f"could not save the checkpoint of step {step} in {self.folder}:"
-                    f" {error.strerror or error}; the run goes on, earlier checkpoints are intact",
-                    category=RuntimeWarning,
-                )
-                self.retention.scores.pop(step, None)
-                return
-        self._saved_step = step
+        self.saver.save(trainer, snapshot)
 
     def _is_among_best(self, trainer: pl.Trainer) -> bool:
         if self.retention.keep_best == 0:
@@ -278,6 +274,7 @@ class RunCheckpoint(Checkpoint):
                 f"checkpoint.monitor is {self.monitor!r}, which the validation does not log"
                 f" (it logs: {known})"
             )
+        self.saver.settle()  # so that all processes agree on what is there
         return self.retention.admit(self._seen_step, float(value))
 
     def _gather_random_states(self, trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -295,10 +292,7 @@ class RunCheckpoint(Checkpoint):
 
     def _agree_on_stopping(self, trainer: pl.Trainer) -> None:
         """Stop all processes at the same step if any of them was told to."""
-        if trainer.world_size > 1:
-            self._stopping = trainer.strategy.reduce_boolean_decision(self._sigterm, all=False)
-        else:
-            self._stopping = self._sigterm
+        self._stopping = trainer.strategy.reduce_boolean_decision(self._sigterm, all=False)
 
     def _leave_validation_if_asked(self, trainer: pl.Trainer) -> None:
         over = self._seen_step >= trainer.max_steps > 0  # nothing could resume this validation
@@ -309,16 +303,9 @@ class RunCheckpoint(Checkpoint):
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         if self._stopping:
             # A launcher ends the other processes when one leaves: not before all is written.
+            self.saver.settle()
             trainer.strategy.barrier("RunCheckpoint")
             raise SIGTERMException(128 + signal.SIGTERM)
-
-
-def _is_finite(state: dict[str, Any]) -> bool:
-    return all(
-        bool(torch.isfinite(value).all())
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    )
 
 
 def _loops_at_step_end(loops: dict[str, Any], validation_pending: bool) -> dict[str, Any]:

@@ -25,7 +25,10 @@ def test_wrong_layouts_end_with_one_line(command, capsys):
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_any_layout(command):
-    """Two stages, one device, two sharded pipelines, four stages; optimizer state and all."""
+    """Two stages, one device, two sharded pipelines, four stages; optimizer state and all.
+
+    One device saves a file, the others folders of shards.
+    """
     layouts = {
         2: (*PIPELINE, "strategy.schedule=zbv"),
         3: (),
@@ -56,3 +59,7 @@ def test_a_run_goes_on_in_any_layout(command):
     assert measured[1] == pytest.approx(measured[0], rel=1e-5)
     output, _ = command("generate", *COMMON, "output_dir=moving", "ckpt_path=last", "prompt=the")
     assert output
+    assert command.inside("export", *COMMON, "output_dir=moving", "ckpt_path=last",
+                          "output=exported") == 0  # fmt: skip
+    output = json.loads((command.folder / "exported/config.json").read_text())
+    assert output["step"] == 6

@@ -4,20 +4,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhc_lightning.checkpoint_files import candidates_for_last, fault_in, load_checkpoint
+from mhc_lightning.checkpoint_folders import SavedTensors, is_checkpoint_folder
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import CHECKPOINTS, holds_run
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange.exported import check_settings, is_exported, open_exported
 from mhc_lightning.interchange.importing import weights_checkpoint
 from mhc_lightning.interchange.tensor_names import check_tensors
+from mhc_lightning.saved_checkpoints import candidates_for_last, fault_in, load_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 def find_checkpoint(experiment: Experiment) -> Path | None:
-    """The file that `ckpt_path` means: sound, and if damaged and named `last`, the one before.
+    """What `ckpt_path` means: a sound checkpoint; if `last` is damaged, the one before.
 
     Returns:
         None if `ckpt_path` is null, or if it is `last` and the run has not saved any yet.
@@ -38,10 +39,13 @@ def find_checkpoint(experiment: Experiment) -> Path | None:
             " (checkpoint.keep_best=1 keeps one)" if asked == "best" else "; or use ckpt_path=last"
         )
         raise UserError(f"no checkpoint at {path}{hint}")
-    if path.is_dir():
+    if path.is_dir() and not is_checkpoint_folder(path):
         if is_exported(path):
             return path.resolve()
-        raise UserError(f"checkpoint {path} is a folder; name a file in it, or use ckpt_path=last")
+        raise UserError(
+            f"{path} is no checkpoint; name one (step_…) in a run's checkpoints/, or use"
+            " ckpt_path=last"
+        )
     fault = fault_in(path)
     if fault:
         raise UserError(f"checkpoint {path} is {fault}; use another, or ckpt_path=last")
@@ -69,7 +73,7 @@ def _newest_sound(folder: Path, output_dir: Path) -> Path | None:
 
 
 def require_checkpoint(experiment: Experiment) -> Path:
-    """The file that `ckpt_path` means, for commands that cannot do without.
+    """The file or folder that `ckpt_path` means, for commands that cannot do without.
 
     Raises:
         UserError: as `find_checkpoint`, and where that finds none.
@@ -79,7 +83,7 @@ def require_checkpoint(experiment: Experiment) -> Path:
         raise UserError(
             f"the run in {experiment.values()['output_dir']} has no checkpoint yet"
             if experiment.values()["ckpt_path"]
-            else "ckpt_path is missing: say ckpt_path=last, ckpt_path=best or a checkpoint file"
+            else "ckpt_path is missing: say ckpt_path=last, ckpt_path=best or a checkpoint"
         )
     return path
 
@@ -100,7 +104,7 @@ def load_fitting(
         UserError: names the tensors that differ, and their shapes in the file and in the model; or
             the setting that an exported model differs in.
     """
-    if path.is_dir():
+    if is_exported(path):
         exported = open_exported(path)
         checkpoint = weights_checkpoint(exported, model.state_dict())
         check_settings(exported, experiment.values()["model"])
@@ -108,7 +112,9 @@ def load_fitting(
     own = Path(experiment.values()["output_dir"]).resolve()
     trusted = may_run_code and path.resolve().is_relative_to(own)
     checkpoint = load_checkpoint(path, trusted=trusted)
-    shapes = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items()}
+    saved = checkpoint["state_dict"]
+    described = saved.on_meta() if isinstance(saved, SavedTensors) else saved
+    shapes = {name: tensor.shape for name, tensor in described.items()}
     hint = "use the settings it was trained with (config.yaml of its run)"
     check_tensors(shapes, model.state_dict(), f"checkpoint {path}", hint)
     return checkpoint

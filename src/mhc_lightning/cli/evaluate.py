@@ -27,7 +27,7 @@ def evaluate(experiment: Experiment, arguments: Arguments) -> None:
     if not tasks:
         raise UserError("evaluate needs tasks=NAME,NAME,…; tasks=paper runs the paper's eight")
     if values["ckpt_path"] is None:
-        raise UserError("evaluate needs ckpt_path=last, ckpt_path=best or a checkpoint file")
+        raise UserError("evaluate needs ckpt_path=last, ckpt_path=best or a checkpoint")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "evaluate needs lm-evaluation-harness, which is not installed; install the extra"
@@ -62,7 +62,7 @@ def measure(experiment: Experiment, tasks: list[str]) -> dict[str, Any]:
     module = build_model(experiment)
     checkpoint = load_fitting(path, module, experiment)
     tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
-    module.load_state_dict(checkpoint["state_dict"])
+    module.start_from(checkpoint["state_dict"])
     precision = trainer.precision_plugin
     precision.convert_module(module.to(trainer.strategy.root_device)).eval()
     model = HarnessModel(module.model, tokenizer, seed=values["seed"], **sizes)

@@ -17,8 +17,9 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     if "output" not in experiment.literal:
         raise UserError("export needs output=FOLDER, the new folder to write")
     if values["ckpt_path"] is None:
-        raise UserError("export needs ckpt_path=last, ckpt_path=best or a checkpoint file")
+        raise UserError("export needs ckpt_path=last, ckpt_path=best or a checkpoint")
 
+    from mhc_lightning.checkpoint_folders import SavedTensors
     from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.tokenizer import tokenizer_of
@@ -30,8 +31,11 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     module = build_model(experiment, on_meta=True)  # for its shapes
     checkpoint = load_fitting(path, module, experiment)
     tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
+    saved = checkpoint["state_dict"]
     export_model(
-        {name.removeprefix("model."): t for name, t in checkpoint["state_dict"].items()},
+        saved.below("model.")
+        if isinstance(saved, SavedTensors)
+        else {name.removeprefix("model."): tensor for name, tensor in saved.items()},
         values["output"],
         settings=values["model"],
         tokenizer=tokenizer,

@@ -20,7 +20,7 @@ def generate(experiment: Experiment, arguments: Arguments) -> None:
     if not prompt:
         raise UserError('generate needs a prompt: prompt="Once upon a time"')
     if experiment.values()["ckpt_path"] is None:
-        raise UserError("generate needs ckpt_path=last, ckpt_path=best or a checkpoint file")
+        raise UserError("generate needs ckpt_path=last, ckpt_path=best or a checkpoint")
     output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         _write_continuation(experiment, str(prompt), output)
@@ -42,7 +42,7 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
     module = build_model(experiment)
     checkpoint = load_fitting(path, module, experiment)
     tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
-    module.load_state_dict(checkpoint["state_dict"])
+    module.start_from(checkpoint["state_dict"])
     accelerator = values["trainer"]["accelerator"]
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     model = module.model.to("cuda" if on_gpu else "cpu").eval()

@@ -94,7 +94,7 @@ usage: {_PROGRAM} fit --config PATH_OR_NAME [key=value ...]
                        files, checkpoints/
   ckpt_path=last       go on from the newest checkpoint of output_dir, exactly as if the run had
                        not stopped; should it be damaged, from the one before, with a warning
-  ckpt_path=FILE       go on from this checkpoint
+  ckpt_path=PATH       go on from this checkpoint, a file or a folder of any layout
   overwrite=true       delete the run that output_dir holds and start anew
 
   trainer.max_steps=N             length, in optimizer steps
@@ -105,6 +105,9 @@ usage: {_PROGRAM} fit --config PATH_OR_NAME [key=value ...]
   checkpoint.keep_last=N          newest checkpoints to keep (null: all)
   checkpoint.keep_every=N         keep those at multiples of N for good
   checkpoint.keep_best=N          also keep the best N by checkpoint.monitor
+  checkpoint.sharded=true         a folder to which each process writes its own shards, instead of
+                                  a file; auto does so under strategy=fsdp and strategy=pipeline
+  checkpoint.asynchronous=true    train on while a folder is written, from a copy in CPU memory
   data.batch_size=N               sequences per optimizer step, over all devices
   data.micro_batch_size=N         sequences per forward pass; gradients are accumulated
   model.*, connection=…, optimizer.*, compile=true, strategy=ddp, trainer.devices=N
@@ -119,10 +122,10 @@ examples:
     "validate": f"""\
 Measure a checkpoint on the validation text.
 
-usage: {_PROGRAM} validate --config PATH_OR_NAME ckpt_path=last|best|FILE [key=value ...]
+usage: {_PROGRAM} validate --config PATH_OR_NAME ckpt_path=last|best|PATH [key=value ...]
 
   --json               print one JSON object and nothing else on standard output
-  ckpt_path=last|best  of the run in output_dir;  ckpt_path=FILE  any checkpoint
+  ckpt_path=last|best  of the run in output_dir;  ckpt_path=PATH  any checkpoint
   data.path=DIR        what to validate on
 
 Prints val/loss (nats per token) and val/perplexity, and val/bits_per_byte where the data tell how
@@ -133,7 +136,7 @@ example:
     "generate": f"""\
 Continue a prompt. The text goes to standard output as it is drawn, and nothing else does.
 
-usage: {_PROGRAM} generate --config PATH_OR_NAME ckpt_path=last|best|FILE prompt=TEXT
+usage: {_PROGRAM} generate --config PATH_OR_NAME ckpt_path=last|best|PATH prompt=TEXT
        [key=value ...]
 
   prompt=TEXT          taken as it is: only your shell's own quotes matter
@@ -152,7 +155,7 @@ example:
     "evaluate": f"""\
 Run benchmarks of EleutherAI's lm-evaluation-harness on a checkpoint.
 
-usage: {_PROGRAM} evaluate --config PATH_OR_NAME ckpt_path=last|best|FILE
+usage: {_PROGRAM} evaluate --config PATH_OR_NAME ckpt_path=last|best|PATH
        tasks=NAME[,NAME...] [key=value ...]
 
   tasks=NAME,NAME      tasks, groups or tags; `paper` is the paper's eight with its numbers of
@@ -202,7 +205,7 @@ example:
     "export": f"""\
 Write a checkpoint's weights as safetensors, with what is needed to use them.
 
-usage: {_PROGRAM} export --config PATH_OR_NAME ckpt_path=last|best|FILE output=DIR
+usage: {_PROGRAM} export --config PATH_OR_NAME ckpt_path=last|best|PATH output=DIR
        [key=value ...]
 
   output=DIR           the new folder: model.safetensors, config.json (the network and its

@@ -20,9 +20,10 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
     if not source or len(source) != 1:
         raise UserError("import needs input=FOLDER, one that `export` wrote")
 
-    from mhc_lightning.checkpoint_files import checkpoint_name, point_link, write_checkpoint
+    from mhc_lightning.checkpoint_files import point_link, write_checkpoint
     from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting
+    from mhc_lightning.saved_checkpoints import checkpoint_name
 
     folder = Path(values["output_dir"])
     module = build_model(experiment, on_meta=True)  # for its shapes

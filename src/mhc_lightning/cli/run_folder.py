@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,7 +189,7 @@ def _run_files(folder: Path) -> Any:
             yield folder / name
     if folder.is_dir():
         yield from folder.glob("events.out.tfevents.*")
-        for pattern in ("step_*.ckpt", "last", "best"):
+        for pattern in ("step_*.ckpt", "step_" + 8 * "[0-9]", "last", "best"):
             yield from (folder / CHECKPOINTS).glob(pattern)
 
 
@@ -201,8 +202,11 @@ def delete_run(folder: Path) -> None:
     if not is_first_process():
         return
     try:
-        for file in list(_run_files(folder)):
-            file.unlink(missing_ok=True)
+        for path in list(_run_files(folder)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot delete the run in {folder}: {error.strerror or error}; choose another"

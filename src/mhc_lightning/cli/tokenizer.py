@@ -5,7 +5,7 @@ from typing import Any
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.data.tokenizers import Tokenizer, load_tokenizer
 from mhc_lightning.errors import UserError
-from mhc_lightning.interchange.exported import open_exported
+from mhc_lightning.interchange.exported import is_exported, open_exported
 
 
 def tokenizer_of(
@@ -30,7 +30,7 @@ def tokenizer_of(
     told = values["data"]["tokenizer"]
     if told is not None:
         tokenizer = load_tokenizer(told, values["prepare"]["end_of_document"])
-    elif path.is_dir():
+    elif is_exported(path):
         tokenizer = open_exported(path).tokenizer()
     else:
         from mhc_lightning.cli.building import build_data

@@ -18,7 +18,7 @@ def validate(experiment: Experiment, arguments: Arguments) -> None:
         UserError: the settings, the data or the checkpoint are no good.
     """
     if experiment.values()["ckpt_path"] is None:
-        raise UserError("validate needs ckpt_path=last, ckpt_path=best or a checkpoint file")
+        raise UserError("validate needs ckpt_path=last, ckpt_path=best or a checkpoint")
     with contextlib.redirect_stdout(sys.stderr):
         metrics = measure(experiment)
     if not is_first_process():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import mhc_lightning
 from mhc_lightning.checkpoint_files import sync_folder
+from mhc_lightning.checkpoint_folders import SavedTensors
 from mhc_lightning.data.tokenizers import TOKENIZER_FILE, JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange.exported import (
@@ -46,7 +47,7 @@ def export_model(
     The folder appears when it is complete: everything is written aside and then takes its name.
 
     Args:
-        model: The network, or its state dict.
+        model: The network, or its state dict, whose tensors are read as they are written.
         folder: The new folder.
         settings: The section ``model`` of the run's configuration, ``connection`` within it
             (``_target_`` names a class).
@@ -71,8 +72,9 @@ def export_model(
     tensors = model.state_dict() if isinstance(model, Transformer) else model
     with torch.device("meta"):
         rebuilt = build_network(record["model"], record["connection"], "the configuration")
+    described = tensors.on_meta() if isinstance(tensors, SavedTensors) else tensors
     check_tensors(
-        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: tensor.shape for name, tensor in described.items()},
         rebuilt.state_dict(),
         "the model to export",
     )

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mhc_lightning.checkpoint_folders import SavedTensors
 from mhc_lightning.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
@@ -37,7 +38,9 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
     """
     if shard_bytes < 1:
         raise UserError(f"export.shard_bytes must be at least 1, not {shard_bytes}")
-    shards = _shards(tensors, shard_bytes)
+    described = tensors.on_meta() if isinstance(tensors, SavedTensors) else tensors
+    sizes = {name: tensor.nbytes for name, tensor in described.items()}
+    shards = _shards(sizes, shard_bytes)
     if len(shards) == 1:
         _save(tensors, shards[0], folder / SINGLE_FILE)
         return
@@ -46,7 +49,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _save(tensors, names, folder / file)
         files.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}}
+    index = {"metadata": {"total_size": sum(sizes.values())}}
     text = json.dumps({**index, "weight_map": files}, indent=2)
     (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -79,15 +82,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
-            size = 0
+            filled = 0
         shards[-1].append(name)
-        size += tensor.nbytes
+        filled += size
     return shards
 
 

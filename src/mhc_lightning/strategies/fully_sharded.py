@@ -7,8 +7,8 @@ from mhc_lightning.strategies.whole_state import WholeState
 class FullyShardedStrategy(WholeFileStrategy):
     """Lightning's ModelParallelStrategy with every process in the data-parallel dimension.
 
-    The LightningModule shards itself over ``device_mesh["data_parallel"]``. Checkpoints are whole
-    files, so that a run resumes under any strategy and number of devices.
+    The LightningModule shards itself over ``device_mesh["data_parallel"]``. A run resumes under any
+    strategy and number of devices.
 
     Attributes:
         materialises_model: A module may come with its network on ``meta``: no process ever builds

@@ -41,8 +41,7 @@ class PipelineStrategy(WholeFileStrategy):
     loss is refused.
 
     Several pipelines share the batch, and shard each stage's parameters, gradients and optimizer
-    state among them (FSDP2). Checkpoints are whole files, so that a run resumes under any strategy
-    and number of devices.
+    state among them (FSDP2). A run resumes under any strategy and number of devices.
 
     Args:
         schedule: ``gpipe``, ``1f1b``, ``interleaved_1f1b``, ``zbv`` or ``dualpipev``.

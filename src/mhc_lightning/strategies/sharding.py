@@ -13,6 +13,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from mhc_lightning.checkpoint_folders import SavedTensors
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.connection import Unmerged
 
@@ -142,8 +143,12 @@ def load_rows(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     Args:
         module: A module that was sharded.
-        weights: A whole state dict of it, which may be mapped from a file.
+        weights: A whole state dict of it, which may be mapped from a file or lie in a folder.
     """
+    if isinstance(weights, SavedTensors):
+        weights.load_into(module.state_dict())
+        return
     for name, tensor in module.state_dict().items():
         rows, first = held_rows(tensor)
-        rows.copy_(weights[name][first : first + len(rows)])
+        whole = weights[name]
+        rows.copy_(whole if rows is tensor else whole[first : first + len(rows)])

@@ -1,5 +1,8 @@
 """The base of strategies that spread a module, and save it as one process would."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -9,29 +12,46 @@ from mhc_lightning.strategies.whole_state import WholeState
 
 
 class WholeFileStrategy(ModelParallelStrategy):
-    """Saves whole files, so that a run resumes under any strategy and number of devices.
+    """Loads and saves so that a run resumes under any strategy and number of devices.
 
     A module may come with its network on ``meta``: each process gives only its part memory and
-    values.
+    values. What Lightning saves is one file, whole; `RunCheckpoint` asks for parts.
     """
 
     materialises_model = True
+    _gathers = True
 
     def whole_state(self) -> WholeState:
         """What gathers and loads this process's part; a subclass defines it."""
         raise TypeError(f"{type(self).__name__} must define whole_state")
 
+    @contextmanager
+    def in_parts(self) -> Iterator[None]:
+        """Let the module's state be what this process holds of it, and leave out optimizers'."""
+        self._gathers = False
+        try:
+            yield
+        finally:
+            self._gathers = True
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole module's state on rank zero, nothing elsewhere."""
+        if not self._gathers:
+            assert self.model is not None
+            return self.model.state_dict()
         return self.whole_state().gather_module()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole optimizer's state on rank zero, as one process would have it; else nothing."""
+        if not self._gathers:
+            return {}
         return self.whole_state().gather_optimizer(getattr(optimizer, "_optimizer", optimizer))
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load this process's part of a whole checkpoint file."""
-        path = self.broadcast(checkpoint_path)
-        return self.whole_state().load_file(path, self.optimizers, weights_only)
+        """Load this process's part of a checkpoint, a whole file or a folder."""
+        path = Path(self.broadcast(checkpoint_path))
+        whole = self.whole_state()
+        load = whole.load_folder if path.is_dir() else whole.load_file
+        return load(path, self.optimizers, weights_only)

@@ -1,7 +1,8 @@
 """The state of a module whose stages and shards lie on different processes, as one process has it.
 
 What is gathered is what a single device would save, and any layout loads its part of that: names
-are those of the whole module, and an optimizer's parameters are numbered as in the whole one.
+are those of the whole module, and an optimizer's parameters are numbered as in the whole one. What
+is taken in parts has the same names, parameters of optimizers included, and needs no numbers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,16 +16,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from mhc_lightning.checkpoint_folders import SavedTensors, load_folder
 from mhc_lightning.strategies.sharding import held_rows, load_rows
 
 
 class WholeState:
-    """Gathers to rank zero, and loads, the state of a module and its optimizers.
+    """Gathers to rank zero, or takes in parts, and loads the state of a module and its optimizers.
 
     Args:
         module: While it is still whole; it may be on ``meta``. It becomes this process's part.
         device: What this process sends from and receives to.
-        shards: The processes that hold the shards of the same tensors.
+        shards: The processes that hold the shards of the same tensors; None if each process has
+            all of every tensor (nothing needs to be gathered then).
         stages: The processes of a pipeline; None if each process has a part of every tensor.
     """
 
@@ -32,7 +35,7 @@ class WholeState:
         self,
         module: nn.Module,
         device: torch.device,
-        shards: DeviceMesh,
+        shards: DeviceMesh | None,
         stages: DeviceMesh | None = None,
     ) -> None:
         self._module = module
@@ -59,7 +62,7 @@ class WholeState:
         """Load this process's part of a checkpoint file, and return all of it.
 
         Args:
-            path: As one process would have saved it, or any layout of ours.
+            path: The file, which holds what one process would have saved.
             optimizers: Those whose state to load; none for a run that does not train.
             weights_only: ``torch.load``'s.
         """
@@ -70,28 +73,56 @@ class WholeState:
                 self.load_optimizer(optimizer, state)
         return checkpoint
 
+    def load_folder(
+        self, path: Path, optimizers: Sequence[Optimizer], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load this process's part of a checkpoint folder, and return what is not sharded.
+
+        Nothing but this part is read, except for the shards that it overlaps with, one at a time.
+
+        Args:
+            path: The folder.
+            optimizers: Those whose state to load; none for a run that does not train.
+            weights_only: ``torch.load``'s.
+        """
+        checkpoint = load_folder(path, trusted=weights_only is False)
+        self.load_module(checkpoint["state_dict"])
+        if optimizers:
+            states = checkpoint["optimizer_states"]
+            for k, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
+                saved = SavedTensors(path, f"optimizer_states.{k}.")
+                self._load_optimizer_part(optimizer, saved, state["param_groups"])
+        return checkpoint
+
     # ---- optimizers
+
+    def optimizer_part(self, optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict]]:
+        """What this process holds of an optimizer, without moving it.
+
+        Every process must call it.
+
+        Returns:
+            The tensors, by ``<entry>.<name of the parameter>``, and the parameter groups of the
+            whole optimizer, with the parameters' names.
+        """
+        groups = zip(optimizer.param_groups, self._whole_groups(optimizer), strict=True)
+        return self._optimizer_tensors(optimizer), [
+            {**group, "params": names} for group, names in groups
+        ]
 
     def gather_optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole optimizer's ``state_dict`` on rank zero; else an empty one.
 
         Every process must call it.
         """
-        names = self._names()
-        flat = {
-            f"{key}\n{names[parameter]}": value
-            for parameter, state in optimizer.state.items()
-            for key, value in state.items()
-            if isinstance(value, Tensor)
-        }
         groups = self._whole_groups(optimizer)
-        gathered = self._gather(flat)
+        gathered = self._gather(self._optimizer_tensors(optimizer))
         if dist.get_rank() != 0:
             return {}
         states: dict[int, dict[str, Tensor]] = {}
         numbers = {name: k for k, name in enumerate(name for group in groups for name in group)}
         for key in sorted(gathered):
-            entry, name = key.split("\n")
+            entry, name = key.split(".", 1)
             states.setdefault(numbers[name], {})[entry] = gathered[key]
         param_groups = [
             {
@@ -105,24 +136,56 @@ class WholeState:
     def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Load this process's part of a whole optimizer's ``state_dict``."""
         parameters = {name: p for p, name in self._names().items()}
-        local = optimizer.state_dict()
-        numbers = [number for group in local["param_groups"] for number in group["params"]]
-        own = [p for group in optimizer.param_groups for p in group["params"]]
-        number_of = {id(p): number for p, number in zip(own, numbers, strict=True)}
-        loaded: dict[int, dict[str, Any]] = {}
-        for names, group in zip(self._whole_groups(optimizer), state["param_groups"], strict=True):
-            for name, number in zip(names, group["params"], strict=True):
-                if name in parameters and number in state["state"]:
-                    parameter = parameters[name]
-                    loaded[number_of[id(parameter)]] = {
-                        key: _part(value, parameter)
-                        for key, value in state["state"][number].items()
-                    }
-        groups = [
-            {**{k: v for k, v in saved.items() if k != "params"}, "params": ours["params"]}
-            for saved, ours in zip(state["param_groups"], local["param_groups"], strict=True)
+        values = {
+            name: {key: _part(value, parameters[name]) for key, value in entries.items()}
+            for names, group in zip(
+                self._whole_groups(optimizer), state["param_groups"], strict=True
+            )
+            for name, number in zip(names, group["params"], strict=True)
+            if name in parameters and (entries := state["state"].get(number)) is not None
+        }
+        self._install(optimizer, values, state["param_groups"])
+
+    def _load_optimizer_part(
+        self, optimizer: Optimizer, saved: SavedTensors, groups: Sequence[Mapping[str, Any]]
+    ) -> None:
+        parameters = {name: p for p, name in self._names().items()}
+        parts: dict[str, Tensor] = {}
+        values: dict[str, dict[str, Tensor]] = {}
+        for key, like in saved.on_meta().items():
+            entry, name = key.split(".", 1)
+            if name in parameters:
+                parts[key] = values.setdefault(name, {})[entry] = _empty_part(
+                    like, parameters[name]
+                )
+        saved.load_into(parts)
+        self._install(optimizer, values, groups)
+
+    def _install(
+        self,
+        optimizer: Optimizer,
+        values: Mapping[str, Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Give an optimizer the state of its own parameters, by name, and groups' settings."""
+        names = self._names()
+        local = optimizer.state_dict()["param_groups"]
+        numbers = [number for group in local for number in group["params"]]
+        own = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        state = {k: values[name] for k, name in zip(numbers, own, strict=True) if name in values}
+        merged = [
+            {**saved, "params": ours["params"]} for saved, ours in zip(groups, local, strict=True)
         ]
-        optimizer.load_state_dict({"state": loaded, "param_groups": groups})
+        optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+    def _optimizer_tensors(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        names = self._names()
+        return {
+            f"{entry}.{names[parameter]}": value
+            for parameter, state in optimizer.state.items()
+            for entry, value in state.items()
+            if isinstance(value, Tensor)
+        }
 
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self._module.named_parameters()}
@@ -149,7 +212,7 @@ class WholeState:
         if self._stages is not None:
             place, count = self._stages.get_local_rank(), self._stages.size()
         # Every process of a stage helps to make its tensors whole; the first one moves them.
-        moves = self._shards.get_local_rank() == 0
+        moves = self._shards is None or self._shards.get_local_rank() == 0
         gathered: dict[str, Tensor] = {}
         if place > 0:
             listing: list[Any] = [[(n, t.shape, t.dtype) for n, t in tensors.items()]]
@@ -175,6 +238,13 @@ class WholeState:
 def _whole_tensors(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _empty_part(like: Tensor, parameter: Tensor) -> Tensor:
+    """Memory for what a process holds of a value that belongs to the whole of a parameter."""
+    if like.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=like.dtype, requires_grad=False)
+    return torch.empty_like(like, device="cpu")
 
 
 def _part(value: Any, parameter: Tensor) -> Any:

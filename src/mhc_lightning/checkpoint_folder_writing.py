@@ -1,0 +1,135 @@
+"""Writing a checkpoint folder: all processes at once, in the background if asked, atomically."""
+
+import contextlib
+import copy
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import IO, Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from mhc_lightning.checkpoint_files import ASIDE, keeping_errors, sync_folder, write_checkpoint
+from mhc_lightning.checkpoint_folders import RUN, shortfall
+
+
+def save_folder(
+    tensors: dict[str, Any],
+    rest: Mapping[str, Any],
+    path: Path,
+    commit: Callable[[], None],
+    *,
+    group: dist.ProcessGroup | None,
+    asynchronous: bool,
+) -> "Future[Any]":
+    """Write a checkpoint folder; every process of the run calls it with its own tensors.
+
+    All of it goes to a folder aside, reaches the disk (fsync), and only then takes the name.
+
+    Args:
+        tensors: Nested dicts of tensors, DTensors among them.
+        rest: All else; the first process's counts.
+        path: The checkpoint; one that is there already is replaced.
+        commit: What the first process is to do when it has its name.
+        group: All processes, over gloo; None for a single one.
+        asynchronous: Whether to return once all is copied to CPU memory, and write the copy while
+            the run goes on.
+
+    Returns:
+        Done when `commit` is, or failed in the same way on every process: with an OSError if that
+        is what any of them met, and then nothing is left aside.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    writer = _Writer(path, copy.deepcopy(rest) if asynchronous else rest, commit)
+    written: Future[Any] = Future()
+    if asynchronous:
+        started: Any = dcp.async_save(tensors, storage_writer=writer, process_group=group)
+        started.add_done_callback(lambda done: writer.pass_on(done.exception(), written))
+        return written
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+    except dcp.CheckpointException as error:
+        writer.pass_on(error, written)
+    else:
+        writer.pass_on(None, written)
+    return written
+
+
+class _Writer(dcp.FileSystemWriter):
+    def __init__(self, path: Path, rest: Mapping[str, Any], commit: Callable[[], None]) -> None:
+        self._aside = path.parent / f"{ASIDE}{path.name}"
+        super().__init__(self._aside, sync_files=True)
+        self.fs = _Files()
+        self._name, self._rest, self._commit = path, rest, commit
+        self._is_first = False
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        self._is_first = is_coordinator
+        if is_coordinator:  # before any process may write
+            shutil.rmtree(self._aside, ignore_errors=True)
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A copy in CPU memory, before the run goes on."""
+        self.per_thread_copy_ahead = 0  # nothing is left to be copied from a GPU
+        return _copied(state_dict)
+
+    def storage_meta(self) -> StorageMeta | None:
+        return StorageMeta()  # a checkpoint does not depend on where and when it was written
+
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        """In the first process, once every process has written."""
+        write_checkpoint(self._rest, self._aside / RUN)
+        super().finish(metadata, results)
+        missing = shortfall(self._aside, metadata)
+        if missing:
+            raise OSError(f"{missing}; all nodes must share the file system of output_dir")
+        sync_folder(self._aside)
+        replaced = self._aside.with_name(f"{ASIDE}replaced-{self._name.name}")
+        if self._name.exists():
+            os.replace(self._name, replaced)  # no link names it: this step is being taken anew
+        os.replace(self._aside, self._name)
+        sync_folder(self._name.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._commit()
+
+    def pass_on(self, error: BaseException | None, to: "Future[Any]") -> None:
+        """End a future as DCP ended: what any process's system refused becomes that OSError."""
+        if error is None:
+            to.set_result(None)
+            return
+        if isinstance(error, dcp.CheckpointException):
+            causes = [cause for cause, _ in error.failures.values()]
+            others = [cause for cause in causes if not isinstance(cause, OSError)]
+            if others:
+                error = RuntimeError(f"could not write {self._name}: {others[0]!r}")
+            else:
+                error = causes[0]
+                if self._is_first:
+                    shutil.rmtree(self._aside, ignore_errors=True)
+        to.set_exception(error)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
+    # DCP's own copying of DTensors (2.13) fails for some that an optimizer has loaded.
+    return value.detach().to("cpu", copy=True)
+
+
+class _Files(FileSystem):
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as file:
+            if mode == "rb":
+                yield file
+            else:
+                stream: IO[bytes] = file  # type: ignore[assignment]
+                with keeping_errors(stream) as kept:
+                    yield kept

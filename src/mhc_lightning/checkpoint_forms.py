@@ -1,0 +1,174 @@
+"""The two forms that a run's checkpoints are saved in: one whole file, or a folder of shards."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from mhc_lightning.checkpoint_files import write_checkpoint
+from mhc_lightning.checkpoint_folder_writing import save_folder
+from mhc_lightning.checkpoint_folders import load_whole_folder
+from mhc_lightning.errors import UserError
+from mhc_lightning.strategies.whole_files import WholeFileStrategy
+from mhc_lightning.strategies.whole_state import WholeState
+
+Sharded = Literal["auto", True, False]
+
+
+class WholeFile:
+    """One file, which the first process writes, after all others have sent it what they hold."""
+
+    is_folder = False
+
+    def take(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """The run's state, of which the first process gets the whole; every process calls it."""
+        return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+    def write(
+        self, trainer: pl.Trainer, taken: dict[str, Any], path: Path, commit: Callable[[], None]
+    ) -> "Future[Any]":
+        """Write what was taken; done on return, or failed, on every process, with an OSError."""
+
+        def write() -> None:
+            write_checkpoint(taken, path)
+            commit()
+
+        return _in_first_process(trainer, write)
+
+
+class ShardedFolder:
+    """A folder, to which each process writes what it holds.
+
+    Args:
+        strategy: The run's, whose process group is there.
+        asynchronous: Whether the run goes on while shards are written.
+
+    Raises:
+        UserError: The strategy's shards are not known here.
+    """
+
+    is_folder = True
+
+    def __init__(self, strategy: Strategy, asynchronous: bool) -> None:
+        if not isinstance(strategy, WholeFileStrategy | SingleDeviceStrategy | DDPStrategy):
+            raise UserError(
+                f"checkpoint.sharded=true does not work with {type(strategy).__name__}; use"
+                " checkpoint.sharded=false"
+            )
+        self.asynchronous = asynchronous
+        # Of its own, because shards are written while the run communicates too.
+        alone = not (dist.is_available() and dist.is_initialized())
+        self._group = None if alone else dist.new_group(backend="gloo")
+
+    def take(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """The run's state, with this process's part of the tensors; every process calls it."""
+        strategy: Any = trainer.strategy
+        spread = isinstance(strategy, WholeFileStrategy)
+        with strategy.in_parts() if spread else nullcontext():
+            taken = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        whole = (
+            strategy.whole_state()
+            if spread
+            else WholeState(strategy.lightning_module, strategy.root_device, None)
+        )
+        taken["optimizer_states"] = [whole.optimizer_part(o) for o in strategy.optimizers]
+        return taken
+
+    def write(
+        self, trainer: pl.Trainer, taken: dict[str, Any], path: Path, commit: Callable[[], None]
+    ) -> "Future[Any]":
+        """Write what was taken; in the background if asynchronous.
+
+        Returns:
+            Done when `commit` is, or failed, on every process, with an OSError.
+        """
+        optimizers = taken["optimizer_states"]
+        tensors = {
+            "state_dict": taken["state_dict"],
+            "optimizer_states": {str(k): part for k, (part, _) in enumerate(optimizers)},
+        }
+        groups = [{"param_groups": groups} for _, groups in optimizers]
+        return save_folder(
+            tensors,
+            {**taken, "state_dict": {}, "optimizer_states": groups},
+            path,
+            commit,
+            group=self._group,
+            asynchronous=self.asynchronous,
+        )
+
+
+def choose_form(
+    strategy: Strategy, sharded: Sharded, asynchronous: bool
+) -> WholeFile | ShardedFolder:
+    """The form for a run; every process calls it, once the process group is there.
+
+    Args:
+        strategy: The run's.
+        sharded: ``auto`` takes folders where the model is spread over several processes, and where
+            shards are to be written while the run goes on.
+        asynchronous: Whether they are.
+
+    Raises:
+        UserError: The form does not go with the strategy.
+    """
+    if sharded == "auto":
+        spread = isinstance(strategy, WholeFileStrategy) and strategy.world_size > 1
+        sharded = spread or asynchronous
+    return ShardedFolder(strategy, asynchronous) if sharded else WholeFile()
+
+
+def read_folders_too(strategy: Strategy) -> None:
+    """Let a strategy of Lightning's own go on with a checkpoint folder; ours do anyway."""
+    if not isinstance(strategy, WholeFileStrategy):
+        strategy.checkpoint_io = _FolderReadingIO(strategy.checkpoint_io)
+
+
+class _FolderReadingIO(CheckpointIO):
+    """Lets Lightning's own strategies go on with a checkpoint folder; files are left to `inner`."""
+
+    def __init__(self, inner: CheckpointIO) -> None:
+        self.inner = inner
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a file or folder, whole, into CPU memory."""
+        if Path(path).is_dir():
+            return load_whole_folder(Path(path), trusted=weights_only is False)
+        return self.inner.load_checkpoint(path, map_location, weights_only)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As `inner`."""
+        self.inner.save_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """As `inner`."""
+        self.inner.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """As `inner`."""
+        self.inner.teardown()
+
+
+def _in_first_process(trainer: pl.Trainer, action: Callable[[], None]) -> "Future[Any]":
+    """Have the first process do something, and every one know whether it failed."""
+    error = None
+    if trainer.is_global_zero:
+        try:
+            action()
+        except OSError as failure:
+            error = failure
+    error = trainer.strategy.broadcast(error)
+    done: Future[Any] = Future()
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
+    return done

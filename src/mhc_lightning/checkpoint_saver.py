@@ -1,0 +1,135 @@
+"""Saves a run's checkpoints one at a time, and knows which of them are there."""
+
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed.tensor import DTensor
+
+from mhc_lightning.checkpoint_files import point_link
+from mhc_lightning.checkpoint_forms import Sharded, ShardedFolder, WholeFile, choose_form
+from mhc_lightning.checkpoint_retention import Retention
+from mhc_lightning.errors import UserError
+from mhc_lightning.saved_checkpoints import checkpoint_name, checkpoints_of, remove_checkpoint
+
+
+class CheckpointSaver:
+    """Saves what it has taken, then moves the links and prunes; all processes go through it alike.
+
+    Args:
+        folder: Where checkpoints go.
+        retention: Which of them to keep.
+        sharded: Whether they are folders; see `choose_form`.
+        asynchronous: Whether the run goes on while one is written.
+
+    Attributes:
+        saved_step: The step of the last one that was saved, or is being written.
+        resumed_from: The checkpoint that the run goes on from, if it is one of its own.
+
+    Raises:
+        UserError: The settings do not go together.
+    """
+
+    def __init__(
+        self, folder: Path, retention: Retention, sharded: Sharded, asynchronous: bool
+    ) -> None:
+        if sharded not in ("auto", True, False):
+            raise UserError(f"checkpoint.sharded is {sharded!r}; it must be auto, true or false")
+        if asynchronous and sharded is False:
+            raise UserError(
+                "checkpoint.asynchronous=true writes folders of shards;"
+                " leave out checkpoint.sharded=false"
+            )
+        self.folder = folder
+        self.retention = retention
+        self.sharded: Sharded = sharded
+        self.asynchronous = asynchronous
+        self.saved_step = -1
+        self.resumed_from: Path | None = None
+        self._form: WholeFile | ShardedFolder = WholeFile()
+        self._writing: tuple[int, Future[Any]] | None = None  # of a step
+
+    def set_up(self, strategy: Strategy) -> None:
+        """Choose the form, now that the process group is there."""
+        self._form = choose_form(strategy, self.sharded, self.asynchronous)
+
+    def resume_from(self, path: Path, step: int) -> None:
+        """Take note of the checkpoint that the run goes on from."""
+        path = path.resolve()
+        own = path.parent == self.folder.resolve() and path.exists()
+        self.resumed_from = self.folder / path.name if own else None
+        self.saved_step = step
+
+    def take(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """What to save of the run as it is; the tensors in it may be the live ones."""
+        return self._form.take(trainer)
+
+    def save(self, trainer: pl.Trainer, taken: dict[str, Any]) -> None:
+        """Save what was taken, or begin to: nothing of it is needed when this returns.
+
+        A state with a NaN or infinity in the model is not saved, with a warning.
+        """
+        step = taken["global_step"]
+        self.settle()
+        if not trainer.strategy.reduce_boolean_decision(_is_finite(taken["state_dict"])):
+            rank_zero_warn(
+                f"no checkpoint at step {step}: the model holds NaN or infinite values",
+                category=RuntimeWarning,
+            )
+            return
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()  # a resumed run keeps what was logged up to here
+        path = self.folder / checkpoint_name(step, folder=self._form.is_folder)
+        best = self.retention.best_steps()[0] if step in self.retention.scores else None
+        commit = partial(self._commit, path, step, best, self.retention.spared())
+        self._writing = step, self._form.write(trainer, taken, path, commit)
+        self.saved_step = step
+        if not self.asynchronous:
+            self.settle()
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Take note of how the writing ended, if it has; a failure is a warning.
+
+        Args:
+            wait: Whether to wait for its end. All processes know the same only if they did.
+        """
+        if self._writing is None or not (wait or self._writing[1].done()):
+            return
+        (step, writing), self._writing = self._writing, None
+        try:
+            writing.result()
+        except OSError as error:
+            rank_zero_warn(
+                f"could not save the checkpoint of step {step} in {self.folder}:"
+                f" {error.strerror or error}; the run goes on, earlier checkpoints are intact",
+                category=RuntimeWarning,
+            )
+            self.retention.scores.pop(step, None)
+            self.saved_step = -1
+
+    def _commit(self, path: Path, step: int, best: int | None, spared: set[int]) -> None:
+        """In the first process, once a checkpoint has its name: move the links, then prune."""
+        point_link(self.folder / "last", path.name)
+        for other in checkpoints_of(self.folder, step):
+            if other != path:
+                remove_checkpoint(other)  # of the other form
+        if best is not None:
+            for saved in checkpoints_of(self.folder, best):
+                point_link(self.folder / "best", saved.name)
+        self.retention.prune(self.folder, newest=step, spared=spared)
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    """Whether what this process has of a state is."""
+    own = (value.to_local() if isinstance(value, DTensor) else value for value in state.values())
+    return all(
+        bool(torch.isfinite(value).all())
+        for value in own
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    )
