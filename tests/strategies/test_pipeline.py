@@ -1,11 +1,14 @@
 """The pipeline in two and four processes against one process, and what is refused without any."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
@@ -24,10 +27,18 @@ def case(schedule: str, devices: int, **changes: Any) -> dict[str, Any]:
     return {"devices": devices, "experts": True, **changes, "strategy": layout}
 
 
-def launch(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> Any:
+class Launched(NamedTuple):
+    """How a launch ended; ``left_behind`` are the processes of it that still run."""
+
+    returncode: int
+    stderr: str
+    left_behind: list[int]
+
+
+def launch(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> Launched:
     """Run all cases in one launch of so many processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
+    process = subprocess.Popen(
         [
             sys.executable,
             *(launcher if processes > 1 else []),
@@ -35,12 +46,32 @@ def launch(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> An
             json.dumps(cases),
             str(folder),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "stderr").open("w"),
+        start_new_session=True,
     )
+    try:
+        process.wait(timeout=400)
+        left, until = members_of(process.pid), time.monotonic() + 20
+        while left and time.monotonic() < until:
+            time.sleep(0.2)
+            left = members_of(process.pid)
+    finally:
+        for member in members_of(process.pid):
+            os.kill(member, signal.SIGKILL)
+    return Launched(process.returncode, (folder / "stderr").read_text(), left)
+
+
+def members_of(session: int) -> list[int]:
+    """The running processes of a session."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = status.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found.append(int(status.parent.name))
+    return found
 
 
 def train(folder: Path, processes: int, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -112,11 +143,73 @@ def test_sharded_stages_and_long_pipelines_train_as_one_process_does(
 
 
 @pytest.mark.slow
+def test_paired_stages_may_overlap_and_results_stay_the_same_to_the_bit(tmp_path: Path) -> None:
+    """On streams that only keep account: what has to wait for what, and what has not to.
+
+    The first step has as many pairs as the schedule says; the halves of none wait for each other,
+    and each half's result is sent before the other is done.
+    """
+    cases = {
+        "plain": case("dualpipev", 2, recompute=3, strategy={"overlap": False}),
+        "recorded": case("dualpipev", 2, recompute=3, watched=True, recorded=True),
+    }
+    plain, ours = train(tmp_path, 2, cases).values()
+    for part in ("gradients", "state"):
+        for key, wanted in plain[part].items():
+            assert torch.equal(ours[part][key], wanted), (part, key)
+    assert [row["train/loss"] for row in ours["rows"]] == [r["train/loss"] for r in plain["rows"]]
+
+    for rank, record in enumerate(ours["records"]):
+        pairs, operations = record["pairs"], record["operations"]
+        assert len(pairs) == 11, "of 16 forward passes of a device"
+        first: dict[tuple[str, int, int], int] = {}
+        for index, operation in enumerate(operations):
+            first.setdefault(operation[:3], index)
+
+        def at(kind: str, stage: int, part: int) -> Any:
+            return operations[first[kind, stage, part]]  # noqa: B023
+
+        def next_on(stream: int, operation: Any) -> Any:
+            later = operations[operations.index(operation) + 1 :]  # noqa: B023
+            return next(o for o in later if o.stream == stream)
+
+        merging = {o.stream for o in operations if o.kind == "merge"}
+        computing = {o.stream for o in operations if o.kind != "merge"}
+        assert len(computing) == 2 and merging.isdisjoint(computing)
+        for (stage, part), (other, earlier) in pairs:
+            forward, backward = at("forward", stage, part), at("backward", other, earlier)
+            assert not forward.follows(backward) and not backward.follows(forward)
+            if stage in (0, 2):  # stage 1 hands on to this device, and stage 3 is the last
+                merge, send = (
+                    operations[first[forward[:3]] + 1],
+                    next_on(forward.stream, forward),
+                )
+                assert (merge.kind, send.kind) == ("merge", "send")
+                assert merge.follows(forward) and send.follows(merge)
+                assert not send.follows(backward)
+            if other in (1, 3):
+                send = next_on(backward.stream, backward)
+                assert send.kind == "send" and not send.follows(forward)
+        for kind, stage, part in first:
+            if kind in ("backward", "weights"):
+                assert at(kind, stage, part).follows(at("forward", stage, part))
+        if rank == 1:  # what a device hands to itself
+            for part in range(8):
+                assert at("forward", 2, part).follows(at("forward", 1, part))
+                assert at("backward", 1, part).follows(at("backward", 2, part))
+        assert record["ends"]
+        for count, behind in record["ends"]:
+            assert all(behind.get(o.stream, 0) >= o.number for o in operations[:count])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
         ("raise", "failed: ArithmeticError: out of luck"),
-        ("kill", "gives no sign of life: it was killed or cut off"),
+        ("SIGKILL", "gives no sign of life: it was killed or cut off"),
+        ("SIGSTOP", "gives no sign of life: it was killed or cut off"),
+        ("hang", "hangs at step 3, forward of micro-batch 0 in stage 1 (pipeline_in_processes.py:"),
     ],
 )
 def test_the_cause_of_a_fault_is_named_by_the_survivors(
@@ -124,15 +217,24 @@ def test_the_cause_of_a_fault_is_named_by_the_survivors(
 ) -> None:
     """The run ends by itself, in far less than the time that processes wait for each other.
 
-    Lightning starts the second process here.
+    Lightning starts the second process here. Nothing of the run is left, not even what was stopped.
     """
-    result = launch(tmp_path, 1, {"fault": case("zbv", 2, fault=fault)})
+    wait = 10.0 if fault in ("SIGSTOP", "hang") else 1800.0
+    layout = {"timeout_seconds": wait}
+    result = launch(tmp_path, 1, {"fault": case("zbv", 2, fault=fault, strategy=layout)})
     assert result.returncode != 0
+    assert result.left_behind == []
     # Lightning's launcher may notice first that a process it started was killed.
-    if fault == "kill" and "terminated with code -9" in result.stderr:
+    if fault == "SIGKILL" and "terminated with code -9" in result.stderr:
         return
     assert f"error: rank 1 (pipeline stage 1, 2) {cause}" in result.stderr
-    assert result.stderr.count("error: rank") == 1, "each process prints the other's fault alone"
+    if fault == "hang":  # it says so itself, too
+        assert result.stderr.count("error: rank 1") == 2 and "in oversleep" in result.stderr
+        assert "Thread 0x" in result.stderr, "where it hangs is shown"
+    else:
+        assert result.stderr.count("error: rank") == 1, (
+            "each process prints the other's fault alone"
+        )
 
 
 def test_what_cannot_run_is_refused_without_processes(tiny_transformer) -> None:

@@ -1,6 +1,7 @@
 """`plan`: what a run will need and how long it should take; `fit`'s refusal of what cannot fit."""
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.cli.arguments import Arguments
@@ -34,6 +35,7 @@ def plan(experiment: Experiment, arguments: Arguments) -> None:
     else:
         device = _device(values["trainer"])
         machine = this_machine(_configured_devices(values["trainer"], device), device)
+    _note_choice(experiment, machine)
     model, planned = _planned(experiment, machine)
     if arguments.json:
         print(json.dumps(planned.record()))
@@ -41,6 +43,16 @@ def plan(experiment: Experiment, arguments: Arguments) -> None:
         print(report(experiment.file.stem, planned))
     if named is not None:
         _require_room(model, planned)
+
+
+def _note_choice(experiment: Experiment, machine: "Machine") -> None:
+    """Say what `strategy=pipeline_or_fsdp` will be, if that is not what is planned here."""
+    from mhc_lightning.cli.strategy_choice import settled
+
+    nodes = experiment.values()["trainer"].get("num_nodes", 1)
+    found, choice = settled(experiment, machine.devices, machine.devices // nodes)
+    if choice is not None and _strategy_name(found.values()["strategy"]) == "pipelinestrategy":
+        print(f"{choice}; planned as strategy=fsdp, with its sums", file=sys.stderr)
 
 
 def check_room(experiment: Experiment, devices: int, device: "torch.device") -> None:
