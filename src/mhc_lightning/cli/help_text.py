@@ -91,7 +91,8 @@ usage: {_PROGRAM} fit --config PATH_OR_NAME [key=value ...]
   checkpoint.keep_best=N          also keep the best N by checkpoint.monitor
   data.batch_size=N               sequences per optimizer step, over all devices
   data.micro_batch_size=N         sequences per forward pass; gradients are accumulated
-  model.*, connection=…, optimizer.*, compile=true, strategy=ddp, trainer.devices=N
+  strategy=ddp|fsdp|pipeline|pipeline_or_fsdp, trainer.devices=N
+  model.*, connection=…, optimizer.*, compile=true
   +logger.NAME._target_=CLASS     one more logger, with +logger.NAME.ARGUMENT=…
 
 examples:

@@ -17,6 +17,7 @@ _BEAT_SECONDS = 0.5
 _SILENT_SECONDS = 2.0  # without a beat, when something has gone wrong already
 _LOST_SECONDS = 60.0  # without a beat, when nothing else is known
 _GRACE_SECONDS = 10.0  # for a process to end by itself once a fault is known
+_STALLED = "(strategy.timeout_seconds)"
 
 
 class _Beat(NamedTuple):
@@ -103,11 +104,11 @@ class FaultWatch(threading.Thread):
                 self._fault = f"{self._holder} gives no sign of life: it was stopped or cut off"
             if self._fault is not None:
                 self._print(self._fault)
+                if self._own_name in self._fault and _STALLED in self._fault:
+                    faulthandler.dump_traceback()
                 time.sleep(_GRACE_SECONDS)
                 if self._done:
                     return
-                if self._own_name in self._fault:
-                    faulthandler.dump_traceback()
                 self._leave()
                 os._exit(1)
             time.sleep(_BEAT_SECONDS)
@@ -127,10 +128,10 @@ class FaultWatch(threading.Thread):
                 time.sleep(_BEAT_SECONDS)
                 fault = self._look(_SILENT_SECONDS)
             first = self._agree(fault or own)
-            if first != own:
-                self._print(first)
-            else:
+            if first == own:
+                self._printed = True  # by whoever handles the exception
                 self._let_others_read()
+            self._print(first)
         except Exception:
             self._print(f"{self._holder} is gone: it was killed or cut off")
 
@@ -205,7 +206,7 @@ class FaultWatch(threading.Thread):
             f"{self._name_of(rank)}{' hangs' if alone else ''} at {beat.doing} ({beat.sight.where})"
             for rank, beat in (causes if alone else beats).items()
         )
-        for_long = f"for {self._timeout:g} s (strategy.timeout_seconds)"
+        for_long = f"for {self._timeout:g} s {_STALLED}"
         if alone:
             return f"{told}: others have waited {for_long}"
         return f"{told}: none has got any further {for_long}"

@@ -1,11 +1,13 @@
 """The base of strategies whose processes watch over each other."""
 
 import os
+import threading
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mhc_lightning.strategies.fault_watch import FaultWatch
@@ -53,6 +55,7 @@ class WatchedStrategy(WholeFileStrategy):
             leave=self._end_launched,
         )
         self._watch.start()
+        _relieve_observer()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's."""
@@ -97,3 +100,13 @@ class WatchedStrategy(WholeFileStrategy):
         """End the processes that Lightning's launcher has started from this one."""
         for process in getattr(self.launcher, "procs", ()):
             process.kill()  # one that was stopped would not heed anything else
+
+
+def _relieve_observer() -> None:
+    """Have Lightning's observer of the processes it started end; the watch does what it does.
+
+    It kills all of them as soon as one has died, before any can say which that was.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []
