@@ -44,7 +44,7 @@ class Watched(LanguageModel):
         super().__init__(*args, **kwargs)
         self.rows: list[dict[str, float]] = []
         self.gradients: dict[str, torch.Tensor] = {}
-        self.fault: str | None = None
+        self.fault, self.culprit = "", 0
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         if not self.gradients:
@@ -64,7 +64,7 @@ class Watched(LanguageModel):
                     self.rows[-1].update(callback.last)
 
     def on_train_batch_start(self, *_: object) -> None:
-        if self.fault and self.trainer.global_step == 2 and self.trainer.global_rank == 1:
+        if self.fault and (self.trainer.global_step, self.trainer.global_rank) == (2, self.culprit):
             if self.fault == "raise":
                 raise ArithmeticError("out of luck")
             if self.fault == "hang":
@@ -110,7 +110,7 @@ def build(case: dict[str, Any]) -> Watched:
 
 def run(case: dict[str, Any], output: Path) -> None:
     model = build(case)
-    model.fault = case.get("fault")
+    model.fault, model.culprit = case.get("fault", ("", 0))
     layout = case.get("strategy")
     strategy = PipelineStrategy(**layout) if layout else SingleDeviceStrategy(torch.device("cpu"))
     accumulate = 2

@@ -240,34 +240,36 @@ def test_paired_stages_may_overlap_and_results_stay_the_same_to_the_bit(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "cause"),
+    ("fault", "rank", "cause"),
     [
-        ("raise", "failed: ArithmeticError: out of luck"),
-        ("SIGKILL", "gives no sign of life: it was killed or cut off"),
-        ("SIGSTOP", "gives no sign of life: it was killed or cut off"),
-        ("hang", "hangs at step 3, forward of micro-batch 0 in stage 1 (pipeline_in_processes.py:"),
+        ("raise", 1, "failed: ArithmeticError: out of luck"),
+        ("raise", 0, "failed: ArithmeticError: out of luck"),
+        ("SIGKILL", 1, "gives no sign of life: it was killed or cut off"),
+        ("SIGKILL", 0, "is gone: it was killed or cut off"),
+        ("SIGSTOP", 1, "gives no sign of life: it was killed or cut off"),
+        ("hang", 1, "hangs at step 3, forward of micro-batch 0 in stage 1 (pipeline_in_processes"),
     ],
 )
 def test_the_cause_of_a_fault_is_named_by_the_survivors(
-    fault: str, cause: str, tmp_path: Path
+    fault: str, rank: int, cause: str, tmp_path: Path
 ) -> None:
     """The run ends by itself, in far less than the time that processes wait for each other.
 
-    Lightning starts the second process here. Nothing of the run is left, not even what was stopped.
+    Lightning starts rank 1 from rank 0, which holds the store. Nothing of the run is left, not even
+    what was stopped.
     """
-    wait = 10.0 if fault in ("SIGSTOP", "hang") else 1800.0
-    layout = {"timeout_seconds": wait}
-    result = launch(tmp_path, 1, {"fault": case("zbv", 2, fault=fault, strategy=layout)})
+    layout = {"timeout_seconds": 10.0 if fault in ("SIGSTOP", "hang") else 1800.0}
+    faulty = case("zbv", 2, fault=(fault, rank), strategy=layout)
+    result = launch(tmp_path, 1, {"fault": faulty})
     assert result.returncode != 0
     assert result.left_behind == []
-    assert f"error: rank 1 (pipeline stage 1, 2) {cause}" in result.stderr
-    if fault == "hang":  # it says so itself, too
+    name = f"rank {rank} (pipeline stage {'1, 2' if rank else '0, 3'})"
+    assert f"error: {name} {cause}" in result.stderr
+    if fault == "hang":  # it says so itself, too, and shows where
         assert result.stderr.count("error: rank 1") == 2 and "in oversleep" in result.stderr
-        assert "Thread 0x" in result.stderr, "where it hangs is shown"
+        assert "Thread 0x" in result.stderr
     else:
-        assert result.stderr.count("error: rank") == 1, (
-            "each process prints the other's fault alone"
-        )
+        assert result.stderr.count("error: ") == 1, "each prints the other's fault alone"
 
 
 def test_what_cannot_run_is_refused_without_processes(tiny_transformer) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _batch_p2p, _wait_batch_p2p
 from torch.utils._pytree import tree_leaves
@@ -63,11 +64,15 @@ class StageStreams:
         self.compute = self.backend.Stream()
         self.urgent = self.backend.Stream(priority=-1)
 
+    def on_compute(self) -> Any:
+        """A context in which work goes to the stage's stream, behind nothing but what is there."""
+        return self.backend.stream(self.compute)
+
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Compute on the stage's stream, behind what the caller's has been given so far."""
+        """The same, behind what the caller's stream has been given so far."""
         self.compute.wait_stream(self.backend.current_stream())
-        with self.backend.stream(self.compute):
+        with self.on_compute():
             yield
 
     def merge(self, unmerged: Any) -> Any:
@@ -136,10 +141,11 @@ class OverlappingStage(EngineStage):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def perform_reduce_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Reduce gradients; the runtime's stream, where parameters are let go of, comes behind."""
+        """Reduce gradients; gathered parameters are let go of on the runtime's stream, behind."""
         with self.streams.turn():
             super().perform_reduce_grad(*args, **kwargs)
-        self.streams.join()
+        if isinstance(self.submod, FSDPModule):
+            self.streams.join()
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
         """Take what the stage before, on this device too, hands on."""
@@ -161,13 +167,13 @@ class OverlappingStage(EngineStage):
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Send what forward has made, from this stage's stream; the runtime has nothing to do."""
-        with self.streams.turn():
+        with self.streams.on_compute():
             self._works.append(_batch_p2p(super().get_fwd_send_ops(fwd_chunk_id)))
         return []
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """Send what backward has made, from this stage's stream; the runtime has nothing to do."""
-        with self.streams.turn():
+        with self.streams.on_compute():
             self._works.append(_batch_p2p(super().get_bwd_send_ops(bwd_chunk_id)))
         return []
 

@@ -5,7 +5,6 @@ import threading
 from datetime import timedelta
 from typing import Any
 
-import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -92,9 +91,8 @@ class WatchedStrategy(WholeFileStrategy):
         super().teardown()
 
     def _doing(self) -> str:
-        module: pl.LightningModule | None = self.lightning_module
-        step = 0 if module is None else module.trainer.global_step
-        return f"step {step + 1}, {self.activity}"
+        trainer = getattr(self.lightning_module, "_trainer", None)  # none before and after a run
+        return f"step {1 + getattr(trainer, 'global_step', 0)}, {self.activity}"
 
     def _end_launched(self) -> None:
         """End the processes that Lightning's launcher has started from this one."""
