@@ -286,6 +286,8 @@ def test_what_cannot_run_is_refused_without_processes(tiny_transformer) -> None:
 
     with pytest.raises(UserError, match="one of gpipe"):
         PipelineStrategy("chimera")
+    with pytest.raises(UserError, match="above 0"):
+        PipelineStrategy(timeout_seconds=0)
     assert "makes 4 stages" in refusal(schedule="zbv")
     assert "bf16-mixed" in refusal(precision="16-true")
     assert "at least 2 micro-batches" in refusal(microbatches=1)

@@ -64,7 +64,7 @@ class PipelineStrategy(WatchedStrategy):
     ends; so does the one that hangs.
 
     Raises:
-        UserError: There is no such schedule.
+        UserError: There is no such schedule, or no time to wait.
     """
 
     def __init__(
@@ -81,6 +81,8 @@ class PipelineStrategy(WatchedStrategy):
             raise UserError(
                 f"strategy.schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}"
             )
+        if not timeout_seconds > 0:
+            raise UserError(f"strategy.timeout_seconds must be above 0, not {timeout_seconds}")
         self.schedule = schedule
         self.micro_batches = microbatches
         self.pipeline_size = pipeline_size
