@@ -15,8 +15,8 @@ from mhc_lightning.cli.strategy_choice import (
     settled,
 )
 from mhc_lightning.errors import UserError
+from mhc_lightning.planning.stages import plan_stages
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
-from mhc_lightning.strategies.stages import plan_stages
 
 
 def compose(name, *words):

@@ -10,7 +10,7 @@ from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhc_lightning.strategies.stages import StagePlan
+    from mhc_lightning.planning.stages import StagePlan
 
 NAME = "pipeline_or_fsdp"
 EVEN = 0.85  # the mean device's predicted work over the busiest one's, at least
@@ -82,7 +82,7 @@ def choose_pipelines(
     Raises:
         UserError: Nothing will do; says why for the shortest pipeline.
     """
-    from mhc_lightning.strategies.stages import pipeline_size_of, plan_stages
+    from mhc_lightning.planning.stages import pipeline_size_of, plan_stages
 
     if devices < 2:
         raise UserError("there is one device")
@@ -165,7 +165,7 @@ def settled(
     """
     if OmegaConf.select(experiment.config, "strategy.name") != NAME:
         return experiment, None
-    from mhc_lightning.strategies.stages import SCHEDULES
+    from mhc_lightning.planning.stages import SCHEDULES
 
     values = experiment.values()
     if devices is None:
@@ -213,12 +213,11 @@ def devices_per_node(trainer: dict[str, Any]) -> int:
 def _work(experiment: Experiment) -> Work:
     from mhc_lightning.cli.building import build
     from mhc_lightning.planning import ShapesOnly
-    from mhc_lightning.strategies.pipeline_stage import PipelinedNetwork
-    from mhc_lightning.strategies.stages import block_cost
+    from mhc_lightning.planning.stages import block_cost
 
     with ShapesOnly():
         network = build(experiment, "model")
-    if not isinstance(network, PipelinedNetwork):
+    if not hasattr(network, "parts_before_blocks"):  # as `strategies.PipelinedNetwork` has
         raise UserError(f"{type(network).__name__} cannot be cut into stages")
     data = experiment.values()["data"]
     return Work(

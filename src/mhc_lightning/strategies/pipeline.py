@@ -12,18 +12,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.planning.stages import (
+    SCHEDULES,
+    StagePlan,
+    cut_network,
+    pipeline_size_of,
+)
 from mhc_lightning.strategies.backward_within_step import run_backward_within_step
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
 from mhc_lightning.strategies.sharding import bring_to_life, shard_parts
-from mhc_lightning.strategies.stages import (
-    SCHEDULES,
-    StagePlan,
-    block_cost,
-    pipeline_size_of,
-    plan_stages,
-)
 from mhc_lightning.strategies.watched import WatchedStrategy
 from mhc_lightning.strategies.whole_state import WholeState
 
@@ -129,16 +128,10 @@ class PipelineStrategy(WatchedStrategy):
             UserError: The network or the devices do not fit the schedule.
         """
         devices = self.num_nodes * self.num_processes
-
-        def cost(names: Any) -> float:
-            return sum(block_cost(getattr(network, name)) for name in names)
-
-        return plan_stages(
-            [block_cost(block) for block in network.blocks],
+        return cut_network(
+            network,
             schedule=self.schedule,
             devices=pipeline_size_of(devices, self.pipeline_size),
-            before=cost(network.parts_before_blocks),
-            after=cost(network.parts_behind_blocks),
             blocks_per_stage=self.blocks_per_stage,
         )
 

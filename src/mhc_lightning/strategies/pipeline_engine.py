@@ -17,10 +17,10 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.planning.stages import StagePlan
 from mhc_lightning.strategies.engine_stage import EngineStage, OverlappingStage, StageStreams
 from mhc_lightning.strategies.main_thread import Activity
 from mhc_lightning.strategies.pipeline_stage import Stage
-from mhc_lightning.strategies.stages import StagePlan
 
 _FORWARD_HALF = tuple(
     _ComputationType.from_str(name) for name in ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.strategies.stages import (
+from mhc_lightning.planning.stages import (
     SCHEDULES,
     StagePlan,
     block_cost,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 from torch import nn
 
@@ -181,6 +182,34 @@ def plan_stages(
     sizes = blocks_per_stage or _balanced(costs, count, before, after)
     ends = [0, *accumulate(sizes)]
     return StagePlan(schedule, devices, tuple(range(a, b) for a, b in pairwise(ends)))
+
+
+def cut_network(
+    network: Any, *, schedule: str, devices: int, blocks_per_stage: Sequence[int] | None = None
+) -> StagePlan:
+    """The stages of a network, which may be on ``meta``, by the predicted cost of its parts.
+
+    Args:
+        network: Has ``blocks``, and names its ``parts_before_blocks`` and ``parts_behind_blocks``.
+        schedule: A key of ``SCHEDULES``.
+        devices: Devices of one pipeline.
+        blocks_per_stage: As ``plan_stages`` takes them.
+
+    Raises:
+        UserError: The network or the devices do not fit the schedule.
+    """
+
+    def cost(names: Sequence[str]) -> float:
+        return sum(block_cost(getattr(network, name)) for name in names)
+
+    return plan_stages(
+        [block_cost(block) for block in network.blocks],
+        schedule=schedule,
+        devices=devices,
+        before=cost(network.parts_before_blocks),
+        after=cost(network.parts_behind_blocks),
+        blocks_per_stage=blocks_per_stage,
+    )
 
 
 def _balanced(costs: Sequence[float], count: int, before: float, after: float) -> list[int]:
