@@ -192,6 +192,7 @@ def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
     from mhc_lightning.cli.arguments import parse_arguments
     from mhc_lightning.cli.building import build_model_for, build_trainer, check_layout, replicas
     from mhc_lightning.cli.composition import compose_experiment
+    from mhc_lightning.cli.strategy_choice import settled
 
     layouts, module = [], None
     for line in commands_in("README.md", SCALED):
@@ -199,6 +200,7 @@ def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
         if words[0] == "plan":  # run below
             continue
         experiment = compose_experiment(parse_arguments([*words, "trainer.accelerator=cpu"]))
+        experiment, _ = settled(experiment)
         trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
         module = module or build_model_for(experiment, trainer)
         data = experiment.config.data
@@ -207,7 +209,7 @@ def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
         assert data.batch_size % (size * replicas(trainer)) == 0, line
         layouts.append((type(trainer.strategy).__name__, trainer.world_size, replicas(trainer)))
     assert layouts == [
-        ("FullyShardedStrategy", 8, 8),
+        ("PipelineStrategy", 8, 4),
         ("PipelineStrategy", 8, 1),
         ("PipelineStrategy", 8, 1),
         ("PipelineStrategy", 32, 4),

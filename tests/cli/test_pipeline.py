@@ -1,6 +1,10 @@
 """`strategy=pipeline` on the command line, and one run that changes its layout as it goes on."""
 
 import json
+import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 
@@ -24,27 +28,48 @@ def test_wrong_layouts_end_with_one_line(command, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_any_layout(command):
+def test_a_run_goes_on_in_any_layout_after_a_process_has_died(command):
     """Two stages, one device, two sharded pipelines, four stages; optimizer state and all.
 
     One device saves a file, the others folders of shards.
     """
-    layouts = {
-        2: (*PIPELINE, "strategy.schedule=zbv"),
-        3: (),
-        4: ("strategy=pipeline", "trainer.devices=4", "strategy.pipeline_size=2",
-            "data.micro_batch_size=2"),
-        5: ("strategy=pipeline", "trainer.devices=4", "strategy.schedule=gpipe"),
-        6: ("strategy=fsdp", "trainer.devices=2"),
-    }  # fmt: skip
-    for last, words in layouts.items():
-        resume = ("ckpt_path=last",) if last > 2 else ()
-        command("fit", *COMMON, *words, *resume, "output_dir=moving", f"trainer.max_steps={last}",
-                "trainer.val_check_interval=2", "checkpoint.every_n_steps=1")  # fmt: skip
-    command("fit", *COMMON, "output_dir=still", "trainer.max_steps=6",
+    often = ("trainer.val_check_interval=2", "checkpoint.every_n_steps=1")
+    first = command.start("fit", *COMMON, *PIPELINE, "strategy.schedule=zbv", *often,
+                          "output_dir=moving", "trainer.max_steps=400")  # fmt: skip
+    last = command.folder / "moving" / "checkpoints" / "last"
+    while not last.is_symlink():
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    launched = [
+        pid for pid in children if b"mhc_lightning" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(launched) == 1
+    os.kill(int(launched[0]), signal.SIGKILL)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode not in (0, 2)
+    assert "error: rank 1 (pipeline stage 1, 2) gives no sign of life" in errors
+
+    layouts = (
+        ("strategy=pipeline_or_fsdp", "trainer.devices=2", "strategy.pipeline_size=2",
+         "data.micro_batch_size=1"),
+        (),
+        ("strategy=pipeline", "trainer.devices=4", "strategy.pipeline_size=2",
+         "data.micro_batch_size=2"),
+        ("strategy=pipeline", "trainer.devices=4", "strategy.schedule=gpipe"),
+        ("strategy=fsdp", "trainer.devices=2"),
+    )  # fmt: skip
+    died = int(last.readlink().stem.removeprefix("step_"))
+    for step, words in enumerate(layouts, died + 1):
+        _, errors = command("fit", *COMMON, *words, *often, "output_dir=moving", "ckpt_path=last",
+                            f"trainer.max_steps={step}")  # fmt: skip
+        if "strategy=pipeline_or_fsdp" in words:
+            assert "strategy: 1 pipeline of 2 devices, schedule 1f1b, 4 micro" in errors
+    steps = died + len(layouts)
+    command("fit", *COMMON, "output_dir=still", f"trainer.max_steps={steps}",
             "trainer.val_check_interval=2")  # fmt: skip
     moving, still = command.metrics("moving"), command.metrics("still")
-    assert list(moving) == list(still) == [1, 2, 3, 4, 5, 6]
+    assert list(moving) == list(still) == list(range(1, steps + 1))
     for step, row in still.items():
         for tag in ("train/loss", "train/grad_norm", "val/loss", "experts/max_violation"):
             if row.get(tag):

@@ -4,12 +4,15 @@ import json
 import os
 import signal
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from recorded_streams import recorded
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -41,7 +44,7 @@ class Watched(LanguageModel):
         super().__init__(*args, **kwargs)
         self.rows: list[dict[str, float]] = []
         self.gradients: dict[str, torch.Tensor] = {}
-        self.fault: str | None = None
+        self.fault, self.culprit = "", 0
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         if not self.gradients:
@@ -61,14 +64,22 @@ class Watched(LanguageModel):
                     self.rows[-1].update(callback.last)
 
     def on_train_batch_start(self, *_: object) -> None:
-        if self.fault and self.trainer.global_step == 2 and self.trainer.global_rank == 1:
+        if self.fault and (self.trainer.global_step, self.trainer.global_rank) == (2, self.culprit):
             if self.fault == "raise":
                 raise ArithmeticError("out of luck")
-            os.kill(os.getpid(), signal.SIGKILL)
+            if self.fault == "hang":
+                for block in self.model.blocks:
+                    block.register_forward_pre_hook(oversleep)
+            else:
+                os.kill(os.getpid(), signal.Signals[self.fault])
 
     def on_validation_end(self) -> None:
         metrics = self.trainer.callback_metrics
         self.rows[-1]["val/loss"] = float(metrics["val/loss"])
+
+
+def oversleep(*_: object) -> None:
+    time.sleep(3600)
 
 
 def build(case: dict[str, Any]) -> Watched:
@@ -91,14 +102,15 @@ def build(case: dict[str, Any]) -> Watched:
             num_active_experts=2,
             num_shared_experts=1,
         )
-    network.double()  # rounding hides nothing
+    if "precision" not in case:
+        network.double()  # rounding hides nothing
     optimizer = Sgd(lr=0.1, weight_decay=0.0, schedule="constant")
     return Watched(network, optimizer, recompute=case.get("recompute", "off"))
 
 
 def run(case: dict[str, Any], output: Path) -> None:
     model = build(case)
-    model.fault = case.get("fault")
+    model.fault, model.culprit = case.get("fault", ("", 0))
     layout = case.get("strategy")
     strategy = PipelineStrategy(**layout) if layout else SingleDeviceStrategy(torch.device("cpu"))
     accumulate = 2
@@ -107,6 +119,8 @@ def run(case: dict[str, Any], output: Path) -> None:
         callbacks=watching,
         accelerator="cpu",
         devices=case.get("devices", 1),
+        num_nodes=case.get("nodes", 1),
+        precision=case.get("precision", "32-true"),
         strategy=strategy,
         max_steps=5,
         accumulate_grad_batches=accumulate,
@@ -129,15 +143,20 @@ def run(case: dict[str, Any], output: Path) -> None:
     share = tokens.unflatten(1, (replicas, -1))[:, rank].flatten(0, 1)
     size = SEQUENCES // accumulate // replicas
     loaders = [DataLoader(share, batch_size=size) for _ in range(2)]
-    trainer.fit(model, loaders[0], DataLoader(share[: 2 * size], batch_size=size))
+    with recorded(strategy) if case.get("recorded") else nullcontext() as record:
+        trainer.fit(model, loaders[0], DataLoader(share[: 2 * size], batch_size=size))
     state = trainer.strategy.lightning_module_state_dict()
     gradients = [model.gradients]
     if layout:
         gradients = [{} for _ in range(trainer.world_size)]
         torch.distributed.all_gather_object(gradients, model.gradients)
+    records: list[Any] = [None] * trainer.world_size
+    if case.get("recorded"):
+        torch.distributed.all_gather_object(records, record)
     if trainer.is_global_zero:
         every = {name: grad for part in gradients for name, grad in part.items()}
-        torch.save({"rows": model.rows, "state": state, "gradients": every}, output)
+        seen = {"rows": model.rows, "state": state, "gradients": every, "records": records}
+        torch.save(seen, output)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from mhc_lightning.cli.composition import Experiment, escaped_tree
+from mhc_lightning.cli.strategy_choice import settled
 from mhc_lightning.cli.value_types import check_arguments
 from mhc_lightning.errors import UserError
 
@@ -62,9 +63,12 @@ def build_members(experiment: Experiment, section: str) -> list[Any]:
 def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
     """The trainer, without callbacks and loggers unless given, for the configured strategy.
 
+    `strategy=pipeline_or_fsdp` is what it is here: see `strategy_choice.settled`.
+
     What counts optimizer steps in the configuration counts batches in Lightning: see
     `count_optimizer_steps`.
     """
+    experiment, _ = settled(experiment)
     config = experiment.config
     strategy: Any = OmegaConf.select(config, "strategy.name")
     if strategy is None:

@@ -43,7 +43,11 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     )
     from mhc_lightning.cli.checkpoints import find_checkpoint, holds_weights_alone, load_fitting
     from mhc_lightning.cli.plan import check_room
+    from mhc_lightning.cli.strategy_choice import settled
 
+    experiment, choice = settled(experiment)
+    if choice is not None and is_first_process():
+        print(choice, file=sys.stderr)
     checkpoint = find_checkpoint(experiment)
     if checkpoint is None and values["ckpt_path"] is not None:
         print(f"warning: the run in {folder} had not saved yet; starting over", file=sys.stderr)

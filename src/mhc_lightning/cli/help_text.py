@@ -110,7 +110,8 @@ usage: {_PROGRAM} fit --config PATH_OR_NAME [key=value ...]
   checkpoint.asynchronous=true    train on while a folder is written, from a copy in CPU memory
   data.batch_size=N               sequences per optimizer step, over all devices
   data.micro_batch_size=N         sequences per forward pass; gradients are accumulated
-  model.*, connection=…, optimizer.*, compile=true, strategy=ddp, trainer.devices=N
+  strategy=ddp|fsdp|pipeline|pipeline_or_fsdp, trainer.devices=N
+  model.*, connection=…, optimizer.*, compile=true
   callbacks=alarm                 watch loss, gradient norm and gains, and say when one shoots up;
                                   callbacks.stability_alarm.actions=[warn,checkpoint,skip_update,
                                   lower_lr] (any of these) does more

@@ -23,6 +23,7 @@ class PipelineSettings:
     pipeline_size: int | None = None
     blocks_per_stage: list[int] | None = None
     timeout_seconds: float = 1800
+    overlap: bool = False
 
     def replicas(self, devices: int) -> int:
         """Pipelines that share a batch.

@@ -1,6 +1,7 @@
 """`plan`: what a run will need and how long it should take; `fit`'s refusal of what cannot fit."""
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.cli.arguments import Arguments
@@ -15,6 +16,7 @@ from mhc_lightning.cli.pipeline_plan import (
     strategy_name,
 )
 from mhc_lightning.cli.plan_report import report
+from mhc_lightning.cli.strategy_choice import devices_per_node, settled
 from mhc_lightning.cli.units import in_units
 from mhc_lightning.errors import UserError
 
@@ -42,8 +44,12 @@ def plan(experiment: Experiment, arguments: Arguments) -> None:
     if named is not None:
         machine = machine_of(str(named))
     else:
-        device = _device(values["trainer"])
-        machine = this_machine(_configured_devices(values["trainer"], device), device)
+        count = devices_per_node(values["trainer"]) * values["trainer"].get("num_nodes", 1)
+        machine = this_machine(count, _device(values["trainer"]))
+    experiment, choice = settled(experiment, machine.devices, _per_node(machine, values["trainer"]))
+    if choice is not None:
+        print(choice, file=sys.stderr)
+    values = experiment.values()
     check_pipeline_settings(values)
     model, planned = _planned(experiment, machine)
     if planned.pipeline is not None:
@@ -56,6 +62,14 @@ def plan(experiment: Experiment, arguments: Arguments) -> None:
         draw(experiment.file.stem, planned.pipeline, values["picture"])
     if named is not None:
         _require_room(model, planned)
+
+
+def _per_node(machine: "Machine", trainer: dict[str, Any]) -> int:
+    """Devices of one node of a machine."""
+    nodes = trainer.get("num_nodes", 1)
+    if nodes > 1 or not machine.kind.is_gpu:
+        return machine.devices // nodes
+    return min(machine.devices, machine.kind.per_node)
 
 
 def check_room(experiment: Experiment, devices: int, device: "torch.device") -> None:
@@ -171,20 +185,6 @@ def _layout(strategy: dict[str, Any], devices: int) -> "tuple[Layout, PipelineSe
     sharded = any(word in name for word in ("shard", "fsdp", "modelparallel"))
     views = bool(strategy.get("gradient_as_bucket_view", False))
     return Layout(devices, sharded=sharded, copies_gradients=not sharded and not views), None
-
-
-def _configured_devices(trainer: dict[str, Any], device: "torch.device") -> int:
-    """How many devices the trainer will use on this machine."""
-    devices = trainer.get("devices", "auto")
-    if isinstance(devices, list):
-        count = len(devices)
-    elif str(devices).isdigit() and int(devices) > 0:
-        count = int(devices)
-    else:  # auto, or -1 for all
-        import torch
-
-        count = torch.cuda.device_count() if device.type == "cuda" else 1
-    return count * trainer.get("num_nodes", 1)
 
 
 def _device(trainer: dict[str, Any]) -> "torch.device":

@@ -42,8 +42,10 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
         replicas,
     )
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
+    from mhc_lightning.cli.strategy_choice import settled
     from mhc_lightning.cli.tokenizer import check_tokenizer
 
+    experiment, _ = settled(experiment)
     path = require_checkpoint(experiment)
     trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
     data = build_data(experiment, replicas(trainer))

@@ -42,7 +42,12 @@ class PreNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind its own connection."""
+    """Attention and feed-forward, each behind its own connection.
+
+    Attributes:
+        merge_last: Merges the feed-forward's output where the block is to; another may be put in
+            place of ``Unmerged.merge``, say to have it done on another stream of the device.
+    """
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class Block(nn.Module):
         self.attention = attention
         self.feed_forward_connection = feed_forward_connection
         self.feed_forward = feed_forward
+        self.merge_last: Callable[[Unmerged], tuple[Tensor, Tensor | None]] = Unmerged.merge
 
     def forward(
         self,
@@ -78,7 +84,7 @@ class Block(nn.Module):
         attention = self.attention if cache is None else partial(self.attention, cache=cache)
         between = self.attention_connection.run(streams, attention, carry)
         last = self.feed_forward_connection.run(between, self.feed_forward)
-        return last.merge() if merge else last
+        return self.merge_last(last) if merge else last
 
 
 class Transformer(nn.Module):

@@ -21,12 +21,14 @@ class ScheduleKind:
         v_shaped: Whether a device's second stage lies mirrored, so that the first device holds the
             last stage too; otherwise stages go round the devices in a loop.
         splits_backward: Whether gradients of inputs and of weights are taken at different times.
+        pairs_stages: Whether one stage of a device runs forward while the other runs backward.
     """
 
     engine_name: str
     stages_per_device: int | None = 1
     v_shaped: bool = False
     splits_backward: bool = False
+    pairs_stages: bool = False
 
 
 SCHEDULES = {
@@ -34,7 +36,9 @@ SCHEDULES = {
     "1f1b": ScheduleKind("1F1B"),
     "interleaved_1f1b": ScheduleKind("Interleaved1F1B", stages_per_device=None),
     "zbv": ScheduleKind("ZBVZeroBubble", 2, v_shaped=True, splits_backward=True),
-    "dualpipev": ScheduleKind("DualPipeV", 2, v_shaped=True, splits_backward=True),
+    "dualpipev": ScheduleKind(
+        "DualPipeV", 2, v_shaped=True, splits_backward=True, pairs_stages=True
+    ),
 }
 
 

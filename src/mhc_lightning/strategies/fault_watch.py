@@ -1,62 +1,116 @@
 """Tells every process of a run which of them failed and why, and ends those that would wait."""
 
+import faulthandler
+import json
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
+
+from mhc_lightning.strategies.main_thread import Sight, ThreadView
 
 _BEAT_SECONDS = 0.5
 _SILENT_SECONDS = 2.0  # without a beat, when something has gone wrong already
 _LOST_SECONDS = 60.0  # without a beat, when nothing else is known
 _GRACE_SECONDS = 10.0  # for a process to end by itself once a fault is known
+_STALLED = "(strategy.timeout_seconds)"
+
+
+class _Beat(NamedTuple):
+    """What a process last said of itself, and when another first read it."""
+
+    text: str
+    since: float
+    sight: Sight
+    doing: str
+
+    @property
+    def awaited(self) -> bool:
+        return self.text not in ("", "done")
 
 
 class FaultWatch(threading.Thread):
-    """A thread that beats, reads other processes' beats, and reads the first fault of the run.
+    """Watches over all processes of a run, by a thread in each.
 
-    A process that raises reports it; one that was killed stops beating. Either is printed on every
-    other process, each of which ends at the latest `_GRACE_SECONDS` afterwards: what its main
-    thread waits for will not come. A process that hangs goes on beating; the process group's
-    timeout is for that.
+    A process that raises reports it. One that was killed, stopped or cut off no longer beats. One
+    whose main thread hangs goes on beating, but every beat says whether the main thread is in a
+    communication, and for how long it has been at the same place: where one process has waited for
+    `timeout` seconds, those that are not in a communication are what it waits for. A process that
+    is busy alone for long (compilation, a checkpoint, its data) is therefore no fault until
+    another has waited for it so long, which a communication would not survive anyway.
+
+    The first fault of a run is printed on every other process. Each process ends at the latest
+    `_GRACE_SECONDS` afterwards, because what its main thread waits for will not come; the one that
+    hangs shows its stack before it does.
 
     Args:
         store: Shared by all processes.
         rank: This process's.
         world_size: Their number.
         name: What to call this process in a report.
+        doing: Tells what the main thread is at; called by another thread.
+        timeout: Seconds for which a process may wait for another.
+        meeting_point: Who holds the store, if that is not rank 0.
+        waits_show: Whether a communication keeps the main thread until it is done, as gloo's do.
+            NCCL's do not: there it counts as a fault if all main threads are at the same place for
+            `timeout` seconds, and all are named. (Not run on a GPU yet.)
+        leave: Called before the watch ends this process.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, name: str) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        name: str,
+        doing: Callable[[], str],
+        timeout: float,
+        meeting_point: str | None = None,
+        waits_show: bool = True,
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(daemon=True, name="fault-watch")
         # A connection of its own: a store answers one thread at a time.
         self._store = dist.PrefixStore("fault_watch", store.clone())  # type: ignore[attr-defined]
-        self._rank = rank
-        self._own_name = name
+        self._rank, self._own_name = rank, name
+        self._doing, self._main = doing, ThreadView()
+        self._timeout, self._lost = timeout, min(_LOST_SECONDS, timeout)
+        self._meeting_point, self._waits_show = meeting_point, waits_show
+        self._leave = leave
         self._lock = threading.Lock()
         self._done = False
         self._printed = False
-        now = time.monotonic()
-        self._beats = {other: ("", now) for other in range(world_size) if other != rank}
+        self._fault: str | None = None
+        self._count = 0
+        self._answered = time.monotonic()
+        nothing = _Beat("", self._answered, Sight(False, 0.0, ""), "")
+        self._beats = {other: nothing for other in range(world_size) if other != rank}
+        self._names = {rank: name}
         self._store.set(f"name/{rank}", name)
-        self._beat(0)
+        self._beat()
 
     def run(self) -> None:
-        """Beat and look, until `end`."""
-        count = 0
+        """Wait for a fault, until `end`; it is another thread that talks to the store.
+
+        The store may be where the fault is: it then does not answer at all.
+        """
+        threading.Thread(target=self._talk, daemon=True, name="fault-watch-talk").start()
         while not self._done:
-            count += 1
-            try:
-                self._beat(count)
-                fault = self._look(_LOST_SECONDS)
-            except Exception:  # the store is gone, and with it the process that holds it
-                fault = "the process that the others meet at (rank 0, or the launcher) is gone"
-            if fault and not self._done:
-                self._print(fault)
+            if self._fault is None and time.monotonic() - self._answered > self._lost:
+                self._fault = f"{self._holder} gives no sign of life: it was stopped or cut off"
+            if self._fault is not None:
+                self._print(self._fault)
+                if self._own_name in self._fault and _STALLED in self._fault:
+                    faulthandler.dump_traceback()
                 time.sleep(_GRACE_SECONDS)
-                if not self._done:
-                    os._exit(1)
+                if self._done:
+                    return
+                self._leave()
+                os._exit(1)
             time.sleep(_BEAT_SECONDS)
 
     def report(self, error: BaseException) -> None:
@@ -73,12 +127,13 @@ class FaultWatch(threading.Thread):
             while fault is None and follows and time.monotonic() < until:
                 time.sleep(_BEAT_SECONDS)
                 fault = self._look(_SILENT_SECONDS)
-            with self._lock:
-                first = self._store.compare_set("fault", "", fault or own).decode()
-            if first != own:
-                self._print(first)
+            first = self._agree(fault or own)
+            if first == own:
+                self._printed = True  # by whoever handles the exception
+                self._let_others_read()
+            self._print(first)
         except Exception:
-            self._print("the process that the others meet at (rank 0, or the launcher) is gone")
+            self._print(f"{self._holder} is gone: it was killed or cut off")
 
     def end(self) -> None:
         """Stop; nobody is to miss this process's beats."""
@@ -89,35 +144,105 @@ class FaultWatch(threading.Thread):
         except Exception:  # nobody is left who could miss them
             return
 
-    def _beat(self, count: int) -> None:
+    def _talk(self) -> None:
+        while not self._done:
+            try:
+                self._beat()
+                fault = self._look(self._lost)
+                if fault is not None and self._fault is None and not self._done:
+                    self._fault = self._agree(fault)
+                    with self._lock:
+                        self._store.set(f"read/{self._rank}", "yes")
+            except Exception:
+                self._fault = self._fault or f"{self._holder} is gone: it was killed or cut off"
+                return
+            self._answered = time.monotonic()
+            time.sleep(_BEAT_SECONDS)
+
+    @property
+    def _holder(self) -> str:
+        """Who holds the store."""
+        return self._meeting_point or self._names.get(0, "rank 0")
+
+    def _beat(self) -> None:
+        sight = self._main.look()
         with self._lock:
             if not self._done:
-                self._store.set(f"beat/{self._rank}", str(count))
+                self._count += 1
+                text = json.dumps([self._count, *sight, self._doing()])
+                self._store.set(f"beat/{self._rank}", text)
+                self._own = _Beat(text, 0.0, sight, self._doing())
 
-    def _look(self, limit: float) -> str | None:
-        """The first fault that is known, or that some process has not beaten for so long."""
+    def _look(self, lost: float) -> str | None:
+        """The first fault that is known, or what the beats say of one."""
         with self._lock:
-            if self._store.check(["fault"]):
-                return self._store.get("fault").decode()
+            known = self._get("fault")
+            if known:
+                return known
             now = time.monotonic()
-            for other, (last, since) in list(self._beats.items()):
-                key = f"beat/{other}"
-                beat = self._store.get(key).decode() if self._store.check([key]) else ""
-                if beat != last:
-                    self._beats[other] = beat, now
-                elif beat not in ("", "done") and now - since > limit:
-                    name = self._name_of(other)
-                    return f"{name} gives no sign of life: it was killed or cut off"
-        return None
+            for other, last in list(self._beats.items()):
+                if other not in self._names and (name := self._get(f"name/{other}")):
+                    self._names[other] = name
+                text = self._get(f"beat/{other}")
+                if text != last.text:
+                    self._beats[other] = _parsed(text, now)
+                elif last.awaited and now - last.since > lost:
+                    return f"{self._name_of(other)} gives no sign of life: it was killed or cut off"
+        return self._stalled()
+
+    def _stalled(self) -> str | None:
+        """What processes have waited for too long, if they have."""
+        known = sorted({self._rank: self._own, **self._beats}.items())
+        beats = {rank: beat for rank, beat in known if beat.awaited}
+        still = [beat.sight.still for beat in beats.values()]
+        waiting = [beat.sight.still for beat in beats.values() if beat.sight.waits]
+        if max(waiting, default=0.0) < self._timeout and (
+            self._waits_show or min(still, default=0.0) < self._timeout
+        ):
+            return None
+        causes = {rank: beat for rank, beat in beats.items() if not beat.sight.waits}
+        alone = causes and waiting
+        told = ", ".join(
+            f"{self._name_of(rank)}{' hangs' if alone else ''} at {beat.doing} ({beat.sight.where})"
+            for rank, beat in (causes if alone else beats).items()
+        )
+        for_long = f"for {self._timeout:g} s {_STALLED}"
+        if alone:
+            return f"{told}: others have waited {for_long}"
+        return f"{told}: none has got any further {for_long}"
+
+    def _agree(self, fault: str) -> str:
+        """The first fault that any process published."""
+        with self._lock:
+            return str(self._store.compare_set("fault", "", fault).decode())
+
+    def _let_others_read(self) -> None:
+        """Give the others time to read a fault: the store may end with this process."""
+        until = time.monotonic() + 8 * _BEAT_SECONDS
+        while time.monotonic() < until:
+            with self._lock:
+                waiting = [r for r, b in self._beats.items() if b.awaited]
+                if all(self._get(f"read/{rank}") for rank in waiting):
+                    return
+            time.sleep(_BEAT_SECONDS / 5)
+
+    def _get(self, key: str) -> str:
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _name_of(self, rank: int) -> str:
-        key = f"name/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else f"rank {rank}"
+        return self._names.get(rank, f"rank {rank}")
 
     def _print(self, fault: str) -> None:
         if not self._printed:
             self._printed = True
             print(f"error: {fault}", file=sys.stderr, flush=True)
+
+
+def _parsed(text: str, now: float) -> _Beat:
+    if text in ("", "done"):
+        return _Beat(text, now, Sight(False, 0.0, ""), "")
+    values: list[Any] = json.loads(text)
+    return _Beat(text, now, Sight(*values[1:4]), values[4])
 
 
 def _is_from_communication(error: BaseException) -> bool:

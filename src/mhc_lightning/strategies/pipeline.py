@@ -1,14 +1,12 @@
 """Pipeline parallelism for Lightning, on torch.distributed.pipelining."""
 
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
@@ -21,16 +19,15 @@ from mhc_lightning.planning.stages import (
     pipeline_size_of,
 )
 from mhc_lightning.strategies.backward_within_step import run_backward_within_step
-from mhc_lightning.strategies.fault_watch import FaultWatch
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
 from mhc_lightning.strategies.sharding import bring_to_life, shard_parts
-from mhc_lightning.strategies.whole_files import WholeFileStrategy
+from mhc_lightning.strategies.watched import WatchedStrategy
 from mhc_lightning.strategies.whole_state import WholeState
 
 
-class PipelineStrategy(WholeFileStrategy):
+class PipelineStrategy(WatchedStrategy):
     """Cuts a network into stages on different devices; what is left of them is data-parallel.
 
     The LightningModule stays as it is: it has one network that is a `PipelinedNetwork` (as
@@ -50,16 +47,22 @@ class PipelineStrategy(WholeFileStrategy):
         pipeline_size: Devices of one pipeline; None takes all devices for one.
         blocks_per_stage: Blocks of each stage; None balances their predicted cost, with that of
             the embedding and the head.
-        timeout_seconds: How long a process waits for another that hangs.
+        timeout_seconds: How long a process may wait for another; one that it waits for longer
+            counts as hung.
+        overlap: Under ``dualpipev``, run a device's two stages on streams of their own, so that
+            forward of one micro-batch and backward of another overlap, and merge the last
+            feed-forward's output of a stage, which is sent, on a stream of high priority. Results
+            are the same to the bit. Not run on a GPU yet; on a CPU it makes no difference.
 
     Attributes:
         materialises_model: A module may come with its network on ``meta``: each process gives only
             its stages memory and values.
 
-    If a process fails, every other one prints which (its rank and stages) and why, and ends.
+    If a process fails or hangs, every other one prints which (its rank and stages) and why, and
+    ends; so does the one that hangs.
 
     Raises:
-        UserError: There is no such schedule.
+        UserError: There is no such schedule, or no time to wait.
     """
 
     def __init__(
@@ -69,23 +72,22 @@ class PipelineStrategy(WholeFileStrategy):
         pipeline_size: int | None = None,
         blocks_per_stage: list[int] | None = None,
         timeout_seconds: float = 1800,
+        overlap: bool = False,
     ) -> None:
-        super().__init__(
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        super().__init__(timeout_seconds, tensor_parallel_size=1, save_distributed_checkpoint=False)
         if schedule not in SCHEDULES:
             raise UserError(
                 f"strategy.schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}"
             )
+        if not timeout_seconds > 0:
+            raise UserError(f"strategy.timeout_seconds must be above 0, not {timeout_seconds}")
         self.schedule = schedule
         self.micro_batches = microbatches
         self.pipeline_size = pipeline_size
         self.blocks_per_stage = blocks_per_stage
+        self.overlap = overlap
         self._engine: PipelineEngine | None = None
         self._whole: WholeState | None = None
-        self._watch: FaultWatch | None = None
 
     # ---- the layout
 
@@ -174,6 +176,8 @@ class PipelineStrategy(WholeFileStrategy):
             self.check(self.lightning_module, batch)
         self._setup_distributed()
         replicas = self.data_parallel_size
+        # Dimensions are asked for by name, so that a later one (expert parallelism, cut out of the
+        # data-parallel one) disturbs nobody; one of size 1 would only cost process groups now.
         self._device_mesh = init_device_mesh(
             self.root_device.type,
             (self.world_size // replicas, replicas),
@@ -187,7 +191,8 @@ class PipelineStrategy(WholeFileStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         if self._engine is None:
             self._split()
-        self._start_watch()
+        stages = ", ".join(map(str, self._engine.stage_numbers))  # type: ignore[union-attr]
+        self.start_watch(f"pipeline stage {stages}")
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -211,20 +216,6 @@ class PipelineStrategy(WholeFileStrategy):
                 " returned, unchanged: its gradients have been computed by then"
             )
         return out
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Tell the other processes, or learn from them what the cause was."""
-        super().on_exception(exception)
-        # A run that is told to stop does so everywhere, and has nothing to blame.
-        if self._watch is not None and not isinstance(exception, SIGTERMException):
-            self._watch.report(exception)
-
-    def teardown(self) -> None:
-        """Stop watching."""
-        if self._watch is not None:
-            self._watch.end()
-            self._watch = None
-        super().teardown()
 
     def whole_state(self) -> WholeState:
         """Every process has its stages, or shards of them."""
@@ -274,19 +265,11 @@ class PipelineStrategy(WholeFileStrategy):
             self.root_device,
             self.micro_batches,
             lambda: 1 / trainer.accumulate_grad_batches,
+            self.activity,
+            self.overlap,
         )
         network.loss = self._engine.loss
         network.token_losses = self._engine.token_losses
-
-    def _start_watch(self) -> None:
-        if self._watch is not None or self.world_size == 1:
-            return
-        assert self._engine is not None
-        stages = ", ".join(map(str, self._engine.stage_numbers))
-        name = f"rank {self.global_rank} (pipeline stage {stages})"
-        store = dist.distributed_c10d._get_default_store()
-        self._watch = FaultWatch(store, self.global_rank, self.world_size, name)
-        self._watch.start()
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,12 +1,13 @@
 """Runs a network's stages under a schedule of torch.distributed.pipelining."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
     _Action,
@@ -17,6 +18,8 @@ from torch.distributed.pipelining.schedules import (
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.planning.stages import StagePlan
+from mhc_lightning.strategies.engine_stage import EngineStage, OverlappingStage, StageStreams
+from mhc_lightning.strategies.main_thread import Activity
 from mhc_lightning.strategies.pipeline_stage import Stage
 
 _FORWARD_HALF = tuple(
@@ -37,6 +40,9 @@ class PipelineEngine:
         micro_batches: Parts that a batch is cut into; None cuts it into single sequences.
         share: Gives the part that one batch has in an optimizer step (one over the batches that
             gradients are accumulated for).
+        activity: Where to name what is being done.
+        overlap: Whether to let a device's stages run at the same time where the schedule pairs
+            them, and to merge a stage's last output on a stream of high priority.
 
     Attributes:
         last_loss: What ``loss`` returned last with gradients.
@@ -50,6 +56,8 @@ class PipelineEngine:
         device: torch.device,
         micro_batches: int | None,
         share: Callable[[], float],
+        activity: Activity,
+        overlap: bool = False,
     ) -> None:
         self._stages = stages
         self._plan = plan
@@ -57,6 +65,12 @@ class PipelineEngine:
         self._device = device
         self._micro_batches = micro_batches
         self._share = share
+        self._activity = activity
+        self._streams: dict[int, StageStreams] = {}
+        if overlap and plan.kind.pairs_stages:
+            self._streams = {stage.index: StageStreams(device) for stage in stages}
+            for stage in stages:
+                stage.merge_last_with(self._streams[stage.index].merge)
         self._schedules: dict[tuple[Any, ...], Any] = {}
         self.last_loss: Tensor | None = None
 
@@ -135,24 +149,28 @@ class PipelineEngine:
     def _schedule(self, purpose: str, parts: int, tokens: Tensor) -> Any:
         key = purpose, parts, tuple(tokens.shape), tokens.dtype, self._autocast_dtype()
         if key not in self._schedules:
-            stages = self._engine_stages(tokens[: len(tokens) // parts])
+            example = tokens[: len(tokens) // parts]
             build = self._training_schedule if purpose == "train" else self._forward_schedule
-            self._schedules[key] = build(stages, parts)
+            self._schedules[key] = build(example, parts)
         return self._schedules[key]
 
     def _autocast_dtype(self) -> torch.dtype | None:
         kind = self._device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
-    def _training_schedule(self, stages: list[PipelineStage], parts: int) -> Any:
+    def _training_schedule(self, example: Tensor, parts: int) -> Any:
+        stages = self._engine_stages(example, overlap=bool(self._streams))
+        last = self._streams.get(len(self._plan.blocks) - 1)
+
         def scaled(losses: Tensor, targets: Tensor) -> Tensor:
-            return losses.sum() * (self._share() / parts)
+            with nullcontext() if last is None else last.turn():
+                return losses.sum() * (self._share() / parts)
 
         cls: Any = get_schedule_class(self._plan.kind.engine_name)
         one = issubclass(cls, PipelineScheduleSingle)
         return cls(stages[0] if one else stages, parts, loss_fn=scaled, scale_grads=False)
 
-    def _forward_schedule(self, stages: list[PipelineStage], parts: int) -> Any:
+    def _forward_schedule(self, example: Tensor, parts: int) -> Any:
         """The forward half of a schedule that runs everything forward, then everything backward.
 
         torch's evaluation asserts under V-shaped schedules.
@@ -165,6 +183,7 @@ class PipelineEngine:
                 *(_Action(s, forward, k) for s in held for k in range(parts)),
                 *(_Action(s, backward, k) for s in reversed(held) for k in range(parts)),
             ]
+        stages = self._engine_stages(example, overlap=False)
         schedule = _PipelineScheduleRuntime(stages, parts, loss_fn=None)
         schedule._prepare_schedule_with_comms(order)
         schedule.pipeline_order_with_comms = {
@@ -173,7 +192,7 @@ class PipelineEngine:
         }
         return schedule
 
-    def _engine_stages(self, part: Tensor) -> list[PipelineStage]:
+    def _engine_stages(self, part: Tensor, *, overlap: bool) -> list[EngineStage]:
         """The stages with the shapes of one micro-batch; nothing is left to be inferred."""
 
         def example(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -182,8 +201,9 @@ class PipelineEngine:
 
         between = [example(*meta) for meta in self._boundary(part)]
         count = len(self._plan.blocks)
+        build: Any = partial(OverlappingStage, streams=self._streams) if overlap else EngineStage
         return [
-            PipelineStage(
+            build(
                 stage,
                 stage.index,
                 count,
@@ -191,6 +211,7 @@ class PipelineEngine:
                 input_args=(example(part.shape, part.dtype),) if stage.is_first else (*between,),
                 output_args=(example((1,), torch.float32),) if stage.is_last else (*between,),
                 group=self._group,
+                activity=self._activity,
             )
             for stage in self._stages
         ]

@@ -1,6 +1,6 @@
 """One stage of a pipelined network, and the network whose other stages are elsewhere."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -105,6 +105,12 @@ class Stage(nn.Module):
     def restart(self, task: str) -> None:
         """Begin to count micro-batches anew."""
         self.task, self._seen = task, 0
+
+    def merge_last_with(self, merge: Callable[[Any], tuple[Tensor, Tensor | None]]) -> None:
+        """Have blocks that know how leave the merge of what this stage sends to a function."""
+        block: Any = list(self.blocks.values())[-1]
+        if not self.is_last and hasattr(block, "merge_last"):
+            block.merge_last = merge
 
     def forward(self, *flow: Tensor, targets: Tensor | None = None) -> Any:
         """Tokens, or streams and their carry -> streams and their carry, or losses."""

@@ -1,0 +1,210 @@
+"""torch's pipeline stage, which says what it is at, and may run on a stream of its own."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _batch_p2p, _wait_batch_p2p
+from torch.utils._pytree import tree_leaves
+
+from mhc_lightning.strategies.main_thread import Activity
+
+
+class EngineStage(PipelineStage):
+    """A stage that names what it does.
+
+    Args:
+        arguments: Of ``PipelineStage``.
+        activity: Where to name it.
+        settings: Of ``PipelineStage``.
+    """
+
+    def __init__(self, *arguments: Any, activity: Activity, **settings: Any) -> None:
+        self.activity = activity
+        super().__init__(*arguments, **settings)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run forward."""
+        with self._noted("forward", fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run backward, or its half for the inputs."""
+        with self._noted("backward", bwd_chunk_id):
+            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run backward's half for the weights."""
+        with self._noted("backward for the weights", bwd_chunk_id):
+            return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    @contextmanager
+    def _noted(self, what: str, part: int) -> Iterator[None]:
+        with self.activity.during(f"{what} of micro-batch {part} in stage {self.stage_index}"):
+            yield
+
+
+class StageStreams:
+    """The device streams of one stage: one for what it computes, and one of high priority.
+
+    On a CPU the streams are torch's stand-ins, which do nothing; everything else is the same.
+
+    Args:
+        device: The stage's.
+        backend: The device's module of torch (``torch.cuda``); a test may put another in place.
+    """
+
+    def __init__(self, device: torch.device, backend: Any = None) -> None:
+        self.backend = backend or torch.get_device_module(device)
+        self.compute = self.backend.Stream()
+        self.urgent = self.backend.Stream(priority=-1)
+
+    def on_compute(self) -> Any:
+        """A context in which work goes to the stage's stream, behind nothing but what is there."""
+        return self.backend.stream(self.compute)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The same, behind what the caller's stream has been given so far."""
+        self.compute.wait_stream(self.backend.current_stream())
+        with self.on_compute():
+            yield
+
+    def merge(self, unmerged: Any) -> Any:
+        """``unmerged.merge()`` on the stream of high priority; the caller's waits for it."""
+        here = self.backend.current_stream()
+        self.urgent.wait_stream(here)
+        keep(unmerged, self.urgent)
+        with self.backend.stream(self.urgent):
+            merged = unmerged.merge()
+        here.wait_stream(self.urgent)
+        keep(merged, here)
+        return merged
+
+    def join(self) -> None:
+        """Have the caller's stream wait for all that was given to these."""
+        here = self.backend.current_stream()
+        here.wait_stream(self.compute)
+        here.wait_stream(self.urgent)
+
+
+class OverlappingStage(EngineStage):
+    """A stage on a stream of its own, so that a device's stages can run at the same time.
+
+    Under DualPipeV a device's two stages are paired for most of a step: the forward pass of one
+    micro-batch in one stage, the backward pass of another in the other (OVERLAP_F_B). torch's
+    runtime launches the halves after each other on one stream, where the second can only follow
+    the first. With a stream for each stage the device may run both. Autograd runs what belongs to a
+    forward operator on that operator's stream, so each stage's backward pass is on its stream too;
+    what a stage does for any two micro-batches stays in order, and so do all float operations.
+
+    A stage's stream waits for the runtime's, which waits for what is received, and for the other
+    stage's only where that one's result is its input. What is sent is sent from the stage's stream
+    as soon as its half is launched: the other half does not delay it. Sends keep torch's order.
+
+    This is done here and not by ``register_custom_function(OVERLAP_F_B, …)``, which would have to
+    repeat the runtime's bookkeeping (and is not there before torch 2.13). Not run on a GPU yet.
+
+    Args:
+        arguments: Of ``PipelineStage``.
+        streams: The streams of this device's stages, by stage.
+        settings: Of ``EngineStage``.
+    """
+
+    def __init__(
+        self, *arguments: Any, streams: Mapping[int, StageStreams], **settings: Any
+    ) -> None:
+        self._expected: dict[tuple[str, int], Any] = {}  # when an input from this device is there
+        self._works: list[list[dist.Work]] = []
+        self._all_streams = streams
+        super().__init__(*arguments, **settings)
+        self.streams = streams[self.stage_index]
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run forward."""
+        with self._turn("input", fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run backward, or its half for the inputs."""
+        with self._turn("gradient", bwd_chunk_id):
+            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Run backward's half for the weights."""
+        with self.streams.turn():
+            return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def perform_reduce_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Reduce gradients; gathered parameters are let go of on the runtime's stream, behind."""
+        with self.streams.turn():
+            super().perform_reduce_grad(*args, **kwargs)
+        if isinstance(self.submod, FSDPModule):
+            self.streams.join()
+
+    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
+        """Take what the stage before, on this device too, hands on."""
+        self._expect("input", mb_index, prev_stage_outputs, self.stage_index - 1)
+        super().set_local_fwd_input(prev_stage_outputs, mb_index)
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        """Take the gradients that the stage behind, on this device too, hands back."""
+        self._expect("gradient", mb_index, next_stage_bwd_outputs, self.stage_index + 1)
+        super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """What to receive before forward."""
+        return self._received(super().get_fwd_recv_ops(fwd_chunk_id))
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """What to receive before backward."""
+        return self._received(super().get_bwd_recv_ops(bwd_chunk_id))
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send what forward has made, from this stage's stream; the runtime has nothing to do."""
+        with self.streams.on_compute():
+            self._works.append(_batch_p2p(super().get_fwd_send_ops(fwd_chunk_id)))
+        return []
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Send what backward has made, from this stage's stream; the runtime has nothing to do."""
+        with self.streams.on_compute():
+            self._works.append(_batch_p2p(super().get_bwd_send_ops(bwd_chunk_id)))
+        return []
+
+    def clear_runtime_states(self) -> None:
+        """Wait for what was sent, and have the caller's stream come behind this stage's."""
+        for works in self._works:
+            _wait_batch_p2p(works)
+        self._works.clear()
+        self.streams.join()
+        super().clear_runtime_states()
+
+    @contextmanager
+    def _turn(self, kind: str, part: int) -> Iterator[None]:
+        with self.streams.turn():
+            event = self._expected.pop((kind, part), None)
+            if event is not None:
+                self.streams.compute.wait_event(event)
+            yield
+
+    def _expect(self, kind: str, part: int, tensors: Any, maker: int) -> None:
+        keep(tensors, self.streams.compute)
+        made = self._all_streams[maker].compute.record_event()
+        self._expected[kind, part] = made
+
+    def _received(self, operations: list[dist.P2POp]) -> list[dist.P2POp]:
+        keep([operation.tensor for operation in operations], self.streams.compute)
+        return operations
+
+
+def keep(tensors: Any, stream: Any) -> None:
+    """Have the allocator wait for a stream before it gives a tensor's memory to others."""
+    for tensor in tree_leaves(tensors):
+        if isinstance(tensor, Tensor) and not tensor.is_cpu:
+            tensor.record_stream(stream)

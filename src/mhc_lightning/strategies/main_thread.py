@@ -1,0 +1,76 @@
+"""What a process's main thread is doing, for another of its threads to tell."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+_TORCH = str(Path(torch.__file__).parent)
+_COMMUNICATION = str(Path(dist.__file__).parent)
+_DISPATCHER = str(Path(torch.__file__).parent / "_ops.py")  # functional collectives wait in it
+
+
+class Activity:
+    """Names what is being done; another thread may ask at any time."""
+
+    def __init__(self) -> None:
+        self._names = ["between steps"]
+
+    @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Give what happens within a name."""
+        self._names.append(name)
+        try:
+            yield
+        finally:
+            self._names.pop()
+
+    def __str__(self) -> str:
+        """The innermost name."""
+        return self._names[-1]
+
+
+class Sight(NamedTuple):
+    """How a thread was found.
+
+    Attributes:
+        waits: Whether it is in a communication with other processes.
+        still: Seconds for which it has been found at the same place, call by call.
+        where: The place in the innermost code that is not torch's.
+    """
+
+    waits: bool
+    still: float
+    where: str
+
+
+class ThreadView:
+    """Looks at the thread that made this, by its stack; it costs that thread nothing."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._place: tuple[tuple[int, int], ...] = ()
+        self._since = time.monotonic()
+
+    def look(self) -> Sight:
+        """Where the thread is now. Call it often: it compares with the call before."""
+        frame = sys._current_frames().get(self._thread)
+        place, where, files = [], "", []
+        while frame is not None:
+            file = frame.f_code.co_filename
+            place.append((id(frame.f_code), frame.f_lasti))
+            files.append(file)
+            if not where and not file.startswith((_TORCH, "<")):
+                where = f"{Path(file).name}:{frame.f_lineno}, in {frame.f_code.co_name}"
+            frame = frame.f_back
+        now = time.monotonic()
+        if tuple(place) != self._place:
+            self._place, self._since = tuple(place), now
+        innermost = next((file for file in files if file != _DISPATCHER), "")
+        return Sight(innermost.startswith(_COMMUNICATION), now - self._since, where)
