@@ -106,8 +106,8 @@ class PipelineForecast:
     def step_seconds(self) -> StepTime:
         """An optimizer step with nothing overlapped, as a mean over devices.
 
-        Measured times do not tell arithmetic from traffic: all of it is ``compute``, and ``traffic``
-        the optimizer's.
+        Measured times do not tell arithmetic from traffic: all of it is ``compute`` then, and
+        ``traffic`` the optimizer's.
         """
         line = self.sequential
         busy = self.passes * sum(map(line.busy, range(line.devices))) / line.devices
