@@ -139,7 +139,7 @@ BAD = {
     "output taken": ((*EXPORT, "output={exported}"), "already holds a model"),
     "shards of nothing": ((*EXPORT, "output=x", "shard_bytes=0"), "export.shard_bytes must be at"),
     "output not writable": ((*EXPORT, "output=/proc/x"), "cannot write /proc/x"),
-    "some other folder": (("validate", "ckpt_path=run"), "is a folder; name a file in it"),
+    "some other folder": (("validate", "ckpt_path=run"), "run is no checkpoint; name one"),
 }  # fmt: skip
 
 
