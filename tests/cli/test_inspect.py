@@ -267,6 +267,7 @@ def test_what_cannot_be_inspected_is_one_line(trained, exported, deepseek, inspe
         ([last, f"input={'x' * 33}"], "33 tokens, and the model is used on 32"),
         ([last, "model.dim=24"], "not those of the model"),
         ([folder, "seed=1"], "unknown key 'seed'"),
+        ([folder, "--config", "mhc_quickstart"], "--config belongs to"),
         ([deepseek, "input=x"], "no network"),
         ([deepseek, "eps=x"], "eps=x is no number"),
         ([deepseek, "sinkhorn_iterations=0"], "at least 1"),

@@ -136,7 +136,7 @@ def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> Ins
     from mhc_lightning.interchange.exported import load_exported, open_exported
     from mhc_lightning.interchange.safetensors_files import StoredTensors
 
-    _refuse_settings(arguments, ())
+    _typed_settings(arguments, ())
     exported = open_exported(path)
     if text is None:
         with torch.device("meta"):
@@ -184,7 +184,7 @@ def _deepseek_v4_settings(path: Path, arguments: Arguments) -> Any:
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(file.read_text(encoding="utf-8"))
         values = {key: record[key] for key in names.values() if key in record}
-    for key, typed in _refuse_settings(arguments, tuple(names)).items():
+    for key, typed in _typed_settings(arguments, tuple(names)).items():
         try:
             values[names[key]] = int(typed) if key == "sinkhorn_iterations" else float(typed)
         except ValueError as error:
@@ -195,8 +195,10 @@ def _deepseek_v4_settings(path: Path, arguments: Arguments) -> Any:
     return settings
 
 
-def _refuse_settings(arguments: Arguments, known: tuple[str, ...]) -> dict[str, str]:
-    """The settings that were typed, all of which must be known."""
+def _typed_settings(arguments: Arguments, known: tuple[str, ...]) -> dict[str, str]:
+    """What was typed for a model that brings its own configuration; all keys must be known."""
+    if arguments.config is not None:
+        raise UserError("--config belongs to a checkpoint of a run; leave it out")
     typed = dict(word.partition("=")[::2] for word in arguments.overrides)
     typed |= {key: values[-1] for key, values in arguments.literal.items() if key not in _OWN}
     for key in typed:
@@ -212,8 +214,8 @@ def _tokens(tokenizer: Any, text: str, most: int) -> list[int]:
         raise UserError("input= has no tokens; give a longer text")
     if len(tokens) > most:
         raise UserError(
-            f"input= has {len(tokens)} tokens, and the model is used on {most} at most"
-            " (data.sequence_length); give a shorter text"
+            f"input= has {len(tokens)} tokens, and the model is used on {most} at most;"
+            " give a shorter text"
         )
     return tokens
 
