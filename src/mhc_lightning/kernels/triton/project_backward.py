@@ -201,7 +201,7 @@ def padded_parts(coefficients: int) -> tuple[int, int]:
     """
     whole = max(16, triton.next_power_of_2(coefficients))
     rest = max(16, triton.next_power_of_2(coefficients - whole // 2))
-    return (whole // 2, rest) if 16 <= whole // 2 and rest < whole // 2 else (whole, 0)
+    return (whole // 2, rest) if whole // 2 >= 16 and rest < whole // 2 else (whole, 0)
 
 
 def project_backward(
