@@ -31,6 +31,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from mhc_lightning.kernels.triton.launch import Launch, intercept
+from mhc_lightning.kernels.triton.target import Target, assume
 from mhc_lightning.kernels.triton.workloads import Workload, workloads
 
 TARGETS = {
@@ -79,6 +80,10 @@ def recorded_launches(call: Callable[[], object]) -> list[Launch]:
     with intercept(launches.append):
         call()
     return launches
+
+
+def _kind(target: GPUTarget) -> Target:
+    return Target(target.backend, target.arch if isinstance(target.arch, int) else 0)
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
@@ -200,7 +205,9 @@ def compiled_workloads(
     """
     for name, workload in workloads(4096, n, width, dtype, random=False).items():
         if only in name:
-            for launch in recorded_launches(workload.run):
+            with assume(_kind(TARGETS[target])):
+                launches = recorded_launches(workload.run)
+            for launch in launches:
                 yield name, workload, compile_launch(launch, target)
 
 

@@ -1,5 +1,7 @@
 """Every kernel reads and writes each stream-sized operand once, and little else."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,16 +9,12 @@ from kernel_traffic import connection_traffic, kernel_traffic, many_tokens_per_p
 from mhc_lightning.kernels import triton
 from mhc_lightning.kernels.record import MappingGrads
 from mhc_lightning.kernels.rule import Rule
+from mhc_lightning.kernels.triton.project_backward import streams_per_program
 from mhc_lightning.kernels.triton.workloads import workloads
 from mhc_lightning.kernels.unfused_seam import seam_backward, seam_forward
 from traffic_counter import TrafficCounter
 
 NAMES = [name for name, work in workloads(1, 1, 16, torch.bfloat16).items() if work.elements]
-
-
-# The seam's backward sums each token's coefficients over blocks of 64 channels, and those partial
-# sums are 4.2% of the streams at n = 4 whatever C is.
-LIMITS = {"merge_project_backward": 1.071, "merge_project_backward_single_pass": 1.079}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +29,7 @@ def test_kernel_moves_what_it_has_to(name):
         every = kernel_traffic(tokens, n, width, only=name)
         (moved,) = (moved for moved in every if moved.name == name)
     assert moved.streams == moved.ideal, moved.table
-    assert moved.ratio <= LIMITS.get(name, 1.05), moved.table
+    assert moved.ratio <= 1.05, moved.table
 
 
 # Enough tokens for phi not to be taken for streams.
@@ -42,7 +40,11 @@ def test_odd_shapes_move_nothing_twice(tokens, n, width, dtype):
     with many_tokens_per_program(n, width, dtype.itemsize):
         moved = {moved.name: moved for moved in kernel_traffic(tokens, n, width, dtype)}
     ratios = {name: m.streams / m.ideal for name, m in moved.items() if m.ideal and name in NAMES}
-    assert ratios == dict.fromkeys(ratios, 1.0)
+    expected = dict.fromkeys(ratios, 1.0)
+    if n > 4:  # the gradient of the sub-layer's input is read once per program's streams
+        programs = math.ceil(n / streams_per_program(n, dtype.itemsize))
+        expected["project_backward"] = (3 * n + programs) / (3 * n + 1)
+    assert ratios == pytest.approx(expected, abs=1e-12)
     assert len(ratios) >= 10
 
 

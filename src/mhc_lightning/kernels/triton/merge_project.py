@@ -141,7 +141,7 @@ def _merge_project(
 def merge_project_config(n: int, width: int, itemsize: int) -> Config:
     """Tiles whose n + 1 operands and products stay in registers; phi is read per 64 tokens."""
     if itemsize == 4:
-        return Config(block_tokens=16, block_width=32, num_warps=4, num_stages=2)
+        return Config(block_tokens=16, block_width=32, num_warps=4, num_stages=1)
     return Config(block_tokens=64, block_width=32, num_warps=8, num_stages=3)
 
 
@@ -208,7 +208,7 @@ def merge_project(
         SINGLE_PASS=pre is not None,
         BLOCK_TOKENS=config.block_tokens,
         BLOCK_C=config.block_width,
-        PRECISION=product_precision(streams.dtype),
+        PRECISION=product_precision(streams),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -19,6 +19,7 @@ from mhc_lightning.kernels.triton.launch import launch
 from mhc_lightning.kernels.triton.merge_project import merged_stream
 from mhc_lightning.kernels.triton.precision import product_precision
 from mhc_lightning.kernels.triton.project_backward import ranges_of_tokens
+from mhc_lightning.kernels.triton.target import target_of
 
 
 @triton.jit(do_not_specialize=["tokens", "tokens_per_range"])
@@ -57,8 +58,10 @@ def _merge_project_backward(
     HAS_READ: tl.constexpr,
     SINGLE_PASS: tl.constexpr,
     SUMS: tl.constexpr,
+    PHI_ON_CHIP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -73,13 +76,14 @@ def _merge_project_backward(
     weights = ()
     phi_sums = ()
     for i in tl.static_range(N):
-        row = phi + (i * C + c)[:, None] * K + k[None, :]
-        weights = weights + (tl.load(row, mask=in_phi, other=0.0),)
+        if PHI_ON_CHIP:
+            rows = phi + (i * C + c)[:, None] * K + k[None, :]
+            weights = weights + (tl.load(rows, mask=in_phi, other=0.0),)
         phi_sums = phi_sums + (tl.zeros((BLOCK_C, PADDED_K), tl.float32),)
 
     first = token_range * tokens_per_range
     last = tl.minimum(first + tokens_per_range, tokens)
-    for start in tl.range(first, last, BLOCK_TOKENS):
+    for start in tl.range(first, last, BLOCK_TOKENS, num_stages=STAGES):
         t = start + tl.arange(0, BLOCK_TOKENS)
         in_t = t < last
         in_tile = in_t[:, None] & in_c[None, :]
@@ -124,10 +128,22 @@ def _merge_project_backward(
         sums = ()
         for i in tl.static_range(N):
             merged = merged_stream(i, xs, y, residual, post, t, in_t, dtype)
+            # The mask is for the compiler: it would else compute `merged` twice, once as laid out
+            # for the product, instead of moving it there.
+            merged = tl.where(in_t[:, None], merged, 0.0)
             product = tl.dot(tl.trans(merged), raw, phi_sums[i], input_precision=PRECISION)
             sums = sums + (product,)
-            grad = norm[:, None] * merged
-            grad += tl.dot(raw, tl.trans(weights[i]), input_precision=PRECISION)
+            # And the sum over one element lets what follows keep the layout of the loads: that of
+            # a product would else be carried along, and every later sum be moved back by itself.
+            if PHI_ON_CHIP:
+                grad = tl.dot(weights[i], tl.trans(raw), input_precision=PRECISION)
+                grad = tl.trans(tl.sum(grad[:, :, None], 2))
+            else:
+                rows = phi + (i * C + c)[:, None] * K + k[None, :]
+                phi_rows = tl.trans(tl.load(rows, mask=in_phi, other=0.0))
+                grad = tl.dot(raw, phi_rows, input_precision=PRECISION)
+                grad = tl.sum(grad[:, :, None], 2)
+            grad += norm[:, None] * merged
             if HAS_READ:
                 weight = tl.load(pre + t * N + i, mask=in_t, other=0.0)
                 grad += weight[:, None] * outer.to(tl.float32)
@@ -159,15 +175,29 @@ def _merge_project_backward(
             target = streams_grad + t[:, None] * (N * C) + j * C + c[None, :]
             tl.store(target, to_streams[j].to(dtype), mask=in_tile)
 
+    # By columns: the offsets of phi's rows would else be kept in registers until here.
     partial = phi_grad + token_range.to(tl.int64) * (N * C * K)
     for i in tl.static_range(N):
-        tl.store(partial + (i * C + c)[:, None] * K + k[None, :], phi_sums[i], mask=in_phi)
+        tl.store(
+            partial + (i * K + k)[:, None] * C + c[None, :],
+            tl.trans(phi_sums[i]),
+            mask=in_k[:, None] & in_c[None, :],
+        )
 
 
-def merge_project_backward_config(n: int, width: int, itemsize: int) -> Config:
-    """As many channels as leave both sides of the seam and phi's gradient in registers."""
-    wide = 128 if n <= 2 and itemsize == 2 else 64
-    return Config(block_tokens=16, block_width=wide, num_warps=8, num_stages=2)
+def merge_project_backward_config(
+    n: int, width: int, itemsize: int, capability: int = 90
+) -> Config:
+    """As many channels as leave both sides of the seam and phi's gradient in registers.
+
+    Wide blocks of channels make few partial sums of the tokens' coefficients: 128 channels' are
+    2.1% of the streams at n = 4, 64 channels' 4.2%. A thread holds 16 bytes of each tile then, and
+    the next tokens' tiles are fetched meanwhile. Before Hopper, products keep phi in registers too,
+    which leaves room for half as many channels; after it, fetching ahead takes the registers.
+    """
+    wide = 256 // itemsize if capability >= 90 else 128 // itemsize
+    stages = 2 if itemsize == 2 and capability < 100 else 1
+    return Config(block_tokens=16, block_width=wide, num_warps=8, num_stages=stages)
 
 
 def merge_project_backward(
@@ -204,15 +234,19 @@ def merge_project_backward(
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
     name = "merge_project_backward" + ("_single_pass" if single_pass else "")
-    default = merge_project_backward_config(n, width, streams.element_size())
+    default = merge_project_backward_config(
+        n, width, streams.element_size(), target_of(streams).capability
+    )
     config = configured(name, n, width, streams.dtype, default)
     blocks = triton.cdiv(width, config.block_width)
-    ranges, per_range = ranges_of_tokens(tokens, blocks, config.block_tokens)
+    # Coefficients are a larger share of narrow streams: fewer partial sums fit in beside them.
+    least = 1024 if width >= 1024 else 2048
+    ranges, per_range = ranges_of_tokens(tokens, blocks, config.block_tokens, least)
     streams_grad = torch.empty_like(streams, memory_format=torch.contiguous_format)
     output_grad = torch.empty_like(output, memory_format=torch.contiguous_format)
     sums = n * n + (2 * n if single_pass and read_grad is not None else n)
     token_sums = streams.new_empty((blocks, tokens, sums), dtype=torch.float32)
-    partials = streams.new_empty((ranges, *phi.shape), dtype=torch.float32)
+    partials = streams.new_empty((ranges, n, coefficients, width), dtype=torch.float32)
     outer = output if read_grad is None else read_grad
     behind = streams if new_grad is None else new_grad
     launch(
@@ -246,9 +280,11 @@ def merge_project_backward(
         HAS_READ=read_grad is not None,
         SINGLE_PASS=single_pass,
         SUMS=sums,
+        PHI_ON_CHIP=streams.element_size() == 2,
         BLOCK_TOKENS=config.block_tokens,
         BLOCK_C=config.block_width,
-        PRECISION=product_precision(streams.dtype),
+        STAGES=config.num_stages,
+        PRECISION=product_precision(streams),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -258,6 +294,6 @@ def merge_project_backward(
         output_grad,
         token_sums[..., : n * n].sum(0).view(tokens, n, n),
         token_sums[..., n * n : n * n + n].sum(0),
-        partials.sum(0),
+        partials.sum(0).mT.reshape(phi.shape),
         token_sums[..., n * n + n :].sum(0) if has_pre else None,
     )

@@ -78,9 +78,9 @@ def _project(
 
 def project_config(n: int, width: int, itemsize: int) -> Config:
     """Tiles that keep about 100 KB in flight per multiprocessor and read phi once per 128 rows."""
-    coefficients = n * n + 2 * n
-    if itemsize == 4 or coefficients > 64:
-        return Config(block_tokens=64, block_width=32, num_warps=4, num_stages=3)
+    if itemsize == 4 or n * n + 2 * n > 64:
+        stages = 2 if itemsize == 4 else 3
+        return Config(block_tokens=64, block_width=32, num_warps=4, num_stages=stages)
     return Config(block_tokens=128, block_width=64, num_warps=8, num_stages=4)
 
 
@@ -130,7 +130,7 @@ def project(streams: Tensor, phi: Tensor, per_stream: bool = False) -> tuple[Ten
         PADDED_K=max(16, triton.next_power_of_2(coefficients)),
         BLOCK_ROWS=config.block_tokens,
         BLOCK_C=block_width,
-        PRECISION=product_precision(streams.dtype),
+        PRECISION=product_precision(streams),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

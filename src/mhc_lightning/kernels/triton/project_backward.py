@@ -43,9 +43,11 @@ def _project_backward(
     kept_stride_stream,
     kept_stride_channel,
     N: tl.constexpr,
+    GROUP: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
-    PADDED_K: tl.constexpr,
+    MAIN_K: tl.constexpr,
+    REST_K: tl.constexpr,
     PER_STREAM: tl.constexpr,
     HAS_READ: tl.constexpr,
     HAS_KEPT: tl.constexpr,
@@ -57,44 +59,51 @@ def _project_backward(
 ):
     token_range = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    k = tl.arange(0, PADDED_K)
     in_c = c < C
-    in_k = k < K
-    in_phi = in_c[:, None] & in_k[None, :]
+    # A program's streams are `first_stream` and the next ones, the last one's fewer than GROUP.
+    first_stream = 0 if GROUP == N else tl.program_id(2) * GROUP
     raw_rows: tl.constexpr = N if PER_STREAM else 1
+    parts: tl.constexpr = 2 if REST_K else 1  # of the coefficients, see `padded_parts`
 
     weights = ()
     phi_sums = ()
-    for i in tl.static_range(1 if PER_STREAM else N):
-        if NEED_STREAMS:
-            row = phi + (i * C + c)[:, None] * K + k[None, :]
-            weights = weights + (tl.load(row, mask=in_phi, other=0.0),)
-        phi_sums = phi_sums + (tl.zeros((BLOCK_C, PADDED_K), tl.float32),)
+    for j in tl.static_range(1 if PER_STREAM else GROUP):
+        i = first_stream + j
+        for part in tl.static_range(parts):
+            k = part * MAIN_K + tl.arange(0, REST_K if part else MAIN_K)
+            if NEED_STREAMS:
+                row = phi + (i * C + c)[:, None] * K + k[None, :]
+                in_phi = in_c[:, None] & (k < K)[None, :] & (i < N)
+                weights = weights + (tl.load(row, mask=in_phi, other=0.0),)
+            phi_sums = phi_sums + (tl.zeros((BLOCK_C, k.shape[0]), tl.float32),)
 
     first = token_range * tokens_per_range
     last = tl.minimum(first + tokens_per_range, tokens)
     for start in tl.range(first, last, BLOCK_TOKENS):
         t = start + tl.arange(0, BLOCK_TOKENS)
         in_t = t < last
-        in_tile = in_t[:, None] & in_c[None, :]
+        in_token = in_t[:, None] & in_c[None, :]
         t = t.to(tl.int64)
         if HAS_READ:
             outer = tl.load(
                 read_grad
                 + t[:, None] * read_stride_token
                 + (c.to(tl.int64) * read_stride_channel)[None, :],
-                mask=in_tile,
+                mask=in_token,
                 other=0.0,
             ).to(tl.float32)
         sums = ()
-        for i in tl.static_range(N):
+        for j in tl.static_range(GROUP):
+            i = first_stream + j
+            in_tile = in_token & (i < N)
             row_of_raw = t * raw_rows + (i if PER_STREAM else 0)
-            if PER_STREAM or i == 0:
-                raw = tl.load(
-                    raw_grad + k[None, :].to(tl.int64) * (tokens * raw_rows) + row_of_raw[:, None],
-                    mask=in_t[:, None] & in_k[None, :],
-                    other=0.0,
-                )
+            if PER_STREAM or j == 0:
+                raw = ()
+                for part in tl.static_range(parts):
+                    k = part * MAIN_K + tl.arange(0, REST_K if part else MAIN_K)
+                    columns = raw_grad + k[None, :].to(tl.int64) * (tokens * raw_rows)
+                    in_raw = in_t[:, None] & (k < K)[None, :]
+                    raw = raw + (tl.load(columns + row_of_raw[:, None], mask=in_raw, other=0.0),)
             x = tl.load(
                 streams
                 + t[:, None] * stride_token
@@ -104,14 +113,22 @@ def _project_backward(
                 other=0.0,
             ).to(tl.float32)
             if NEED_PHI:
-                so_far = phi_sums[i] if not PER_STREAM else phi_sums[0] if i == 0 else sums[0]
-                product = tl.dot(tl.trans(x), raw, so_far, input_precision=PRECISION)
-                sums = (product,) if PER_STREAM else sums + (product,)
+                more = ()
+                for part in tl.static_range(parts):
+                    if PER_STREAM:
+                        so_far = phi_sums[0] if j == 0 else sums[0]
+                    else:
+                        so_far = phi_sums[j * parts + part]
+                    product = tl.dot(tl.trans(x), raw[part], so_far, input_precision=PRECISION)
+                    more = more + (product,)
+                sums = more if PER_STREAM else sums + more
             if NEED_STREAMS:
                 norm = tl.load(scale + row_of_raw, mask=in_t, other=0.0)
                 grad = norm[:, None] * x
                 if HAS_READ:
-                    grad += tl.load(pre + t * N + i, mask=in_t, other=0.0)[:, None] * outer
+                    grad += (
+                        tl.load(pre + t * N + i, mask=in_t & (i < N), other=0.0)[:, None] * outer
+                    )
                 if HAS_KEPT:
                     grad += tl.load(
                         kept_grad
@@ -121,8 +138,9 @@ def _project_backward(
                         mask=in_tile,
                         other=0.0,
                     ).to(tl.float32)
-                phi_rows = tl.trans(weights[0 if PER_STREAM else i])
-                grad += tl.dot(raw, phi_rows, input_precision=PRECISION)
+                for part in tl.static_range(parts):
+                    phi_rows = tl.trans(weights[(0 if PER_STREAM else j) * parts + part])
+                    grad += tl.dot(raw[part], phi_rows, input_precision=PRECISION)
                 tl.store(
                     streams_grad + t[:, None] * (N * C) + i * C + c[None, :],
                     grad.to(streams_grad.dtype.element_ty),
@@ -132,25 +150,58 @@ def _project_backward(
             phi_sums = sums
 
     if NEED_PHI:
+        # By columns: the offsets of phi's rows would else be kept in registers until here.
         phi_rows_of_range: tl.constexpr = C if PER_STREAM else N * C
         partial = phi_grad + token_range.to(tl.int64) * (phi_rows_of_range * K)
-        for i in tl.static_range(1 if PER_STREAM else N):
-            out = partial + (i * C + c)[:, None] * K + k[None, :]
-            tl.store(out, phi_sums[i], mask=in_phi)
+        for j in tl.static_range(1 if PER_STREAM else GROUP):
+            i = first_stream + j
+            for part in tl.static_range(parts):
+                k = part * MAIN_K + tl.arange(0, REST_K if part else MAIN_K)
+                out = partial + (i * K + k)[:, None] * C + c[None, :]
+                in_phi = (k < K)[:, None] & in_c[None, :] & (i < N)
+                tl.store(out, tl.trans(phi_sums[j * parts + part]), mask=in_phi)
 
 
 def project_backward_config(n: int, width: int, itemsize: int) -> Config:
     """As many channels as leave phi and its gradient room in the registers of a program."""
     if n > 4 or itemsize == 4:
-        return Config(block_tokens=16, block_width=32, num_warps=8, num_stages=1)
+        wide = 32 if n > 4 else 64
+        return Config(block_tokens=16, block_width=wide, num_warps=8, num_stages=1)
     return Config(block_tokens=16, block_width=64, num_warps=4, num_stages=2)
 
 
-def ranges_of_tokens(tokens: int, channel_blocks: int, block_tokens: int) -> tuple[int, int]:
+def ranges_of_tokens(
+    tokens: int, channel_blocks: int, block_tokens: int, least: int = _LEAST_TOKENS
+) -> tuple[int, int]:
     """Split the tokens so that all multiprocessors work: (ranges, tokens per range)."""
-    ranges = max(1, min(tokens // _LEAST_TOKENS, _PROGRAMS // channel_blocks))
+    ranges = max(1, min(tokens // least, _PROGRAMS // channel_blocks))
     per_range = triton.cdiv(triton.cdiv(max(tokens, 1), ranges), block_tokens) * block_tokens
     return max(1, triton.cdiv(tokens, per_range)), per_range
+
+
+def streams_per_program(n: int, itemsize: int) -> int:
+    """How many streams' phi and gradient of phi fit the registers of a program.
+
+    All of up to 4. For more, ``read_grad`` is read once per 4 streams, or per 2 of float32, whose
+    products take twice the registers.
+    """
+    return n if n <= 4 else 8 // itemsize
+
+
+def padded_parts(coefficients: int) -> tuple[int, int]:
+    """Split a number of columns in two powers of two if they need less padding than one does.
+
+    Products take powers of two of at least 16: 80 columns are 64 and 16 instead of 128.
+
+    Args:
+        coefficients: K.
+
+    Returns:
+        Widths of both parts; the second is 0 if there is but one.
+    """
+    whole = max(16, triton.next_power_of_2(coefficients))
+    rest = max(16, triton.next_power_of_2(coefficients - whole // 2))
+    return (whole // 2, rest) if whole // 2 >= 16 and rest < whole // 2 else (whole, 0)
 
 
 def project_backward(
@@ -194,12 +245,15 @@ def project_backward(
     streams_grad = streams.new_empty(streams.shape) if need_streams else None
     partials = None
     if need_phi:
-        partials = streams.new_empty((ranges, *phi.shape), dtype=torch.float32)
+        shape = (ranges, phi.shape[0] // width, coefficients, width)
+        partials = streams.new_empty(shape, dtype=torch.float32)
+    main, rest = padded_parts(coefficients)
+    group = n if per_stream else streams_per_program(n, streams.element_size())
     outer = streams if read_grad is None else read_grad
     kept = streams if kept_grad is None else kept_grad
     launch(
         _project_backward,
-        (channel_blocks, ranges),
+        (channel_blocks, ranges, triton.cdiv(n, group)),
         streams,
         phi,
         raw_grad,
@@ -216,9 +270,11 @@ def project_backward(
         outer.stride(-1),
         *kept.stride(),
         N=n,
+        GROUP=group,
         C=width,
         K=coefficients,
-        PADDED_K=max(16, triton.next_power_of_2(coefficients)),
+        MAIN_K=main,
+        REST_K=rest,
         PER_STREAM=per_stream,
         HAS_READ=read_grad is not None,
         HAS_KEPT=kept_grad is not None,
@@ -226,8 +282,8 @@ def project_backward(
         NEED_PHI=need_phi,
         BLOCK_TOKENS=config.block_tokens,
         BLOCK_C=config.block_width,
-        PRECISION=product_precision(streams.dtype),
+        PRECISION=product_precision(streams),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return streams_grad, None if partials is None else partials.sum(0)
+    return streams_grad, None if partials is None else partials.sum(0).mT.reshape(phi.shape)
