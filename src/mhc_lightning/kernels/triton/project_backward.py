@@ -15,6 +15,7 @@ from torch import Tensor
 from mhc_lightning.kernels.triton.configs import Config, configured
 from mhc_lightning.kernels.triton.launch import launch
 from mhc_lightning.kernels.triton.precision import product_precision
+from mhc_lightning.kernels.triton.target import target_of
 
 _PROGRAMS = 264
 # Below this many tokens a range's partial sum of phi's gradient costs more than it parallelises.
@@ -162,11 +163,16 @@ def _project_backward(
                 tl.store(out, tl.trans(phi_sums[j * parts + part]), mask=in_phi)
 
 
-def project_backward_config(n: int, width: int, itemsize: int) -> Config:
-    """As many channels as leave phi and its gradient room in the registers of a program."""
+def project_backward_config(n: int, width: int, itemsize: int, backend: str = "cuda") -> Config:
+    """As many channels as leave phi and its gradient room in the registers of a program.
+
+    With half as many warps, each has twice the registers on AMD's chips.
+    """
     if n > 4 or itemsize == 4:
-        wide = 32 if n > 4 else 64
-        return Config(block_tokens=16, block_width=wide, num_warps=8, num_stages=1)
+        on_amd = backend == "hip"
+        wide = 32 if n > 4 or on_amd else 64
+        warps = 4 if n > 4 and on_amd else 8
+        return Config(block_tokens=16, block_width=wide, num_warps=warps, num_stages=1)
     return Config(block_tokens=16, block_width=64, num_warps=4, num_stages=2)
 
 
@@ -237,7 +243,7 @@ def project_backward(
         return None, None
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
-    default = project_backward_config(n, width, streams.element_size())
+    default = project_backward_config(n, width, streams.element_size(), target_of(streams).backend)
     config = configured("project_backward", n, width, streams.dtype, default)
     channel_blocks = triton.cdiv(width, config.block_width)
     ranges, per_range = ranges_of_tokens(tokens, channel_blocks, config.block_tokens)
