@@ -74,7 +74,9 @@ def _project_backward(
             k = part * MAIN_K + tl.arange(0, REST_K if part else MAIN_K)
             if NEED_STREAMS:
                 row = phi + (i * C + c)[:, None] * K + k[None, :]
-                in_phi = in_c[:, None] & (k < K)[None, :] & (i < N)
+                in_phi = in_c[:, None] & (k < K)[None, :]
+                if N % GROUP:
+                    in_phi = in_phi & (i < N)
                 weights = weights + (tl.load(row, mask=in_phi, other=0.0),)
             phi_sums = phi_sums + (tl.zeros((BLOCK_C, k.shape[0]), tl.float32),)
 
@@ -96,7 +98,8 @@ def _project_backward(
         sums = ()
         for j in tl.static_range(GROUP):
             i = first_stream + j
-            in_tile = in_token & (i < N)
+            in_tile = in_token & (i < N) if N % GROUP else in_token
+            in_pre = in_t & (i < N) if N % GROUP else in_t
             row_of_raw = t * raw_rows + (i if PER_STREAM else 0)
             if PER_STREAM or j == 0:
                 raw = ()
@@ -127,9 +130,7 @@ def _project_backward(
                 norm = tl.load(scale + row_of_raw, mask=in_t, other=0.0)
                 grad = norm[:, None] * x
                 if HAS_READ:
-                    grad += (
-                        tl.load(pre + t * N + i, mask=in_t & (i < N), other=0.0)[:, None] * outer
-                    )
+                    grad += tl.load(pre + t * N + i, mask=in_pre, other=0.0)[:, None] * outer
                 if HAS_KEPT:
                     grad += tl.load(
                         kept_grad
@@ -159,7 +160,9 @@ def _project_backward(
             for part in tl.static_range(parts):
                 k = part * MAIN_K + tl.arange(0, REST_K if part else MAIN_K)
                 out = partial + (i * K + k)[:, None] * C + c[None, :]
-                in_phi = (k < K)[:, None] & in_c[None, :] & (i < N)
+                in_phi = (k < K)[:, None] & in_c[None, :]
+                if N % GROUP:
+                    in_phi = in_phi & (i < N)
                 tl.store(out, tl.trans(phi_sums[j * parts + part]), mask=in_phi)
 
 
