@@ -76,7 +76,7 @@ def _project_backward(
                 row = phi + (i * C + c)[:, None] * K + k[None, :]
                 in_phi = in_c[:, None] & (k < K)[None, :]
                 if N % GROUP:
-                    in_phi = in_phi & (i < N)
+                    in_phi = in_phi & (i + tl.zeros_like(k) < N)[None, :]
                 weights = weights + (tl.load(row, mask=in_phi, other=0.0),)
             phi_sums = phi_sums + (tl.zeros((BLOCK_C, k.shape[0]), tl.float32),)
 
@@ -98,8 +98,8 @@ def _project_backward(
         sums = ()
         for j in tl.static_range(GROUP):
             i = first_stream + j
-            in_tile = in_token & (i < N) if N % GROUP else in_token
-            in_pre = in_t & (i < N) if N % GROUP else in_t
+            in_tile = in_token & (i + tl.zeros_like(c) < N)[None, :] if N % GROUP else in_token
+            in_pre = in_t & (i + tl.zeros_like(t) < N) if N % GROUP else in_t
             row_of_raw = t * raw_rows + (i if PER_STREAM else 0)
             if PER_STREAM or j == 0:
                 raw = ()
@@ -162,7 +162,7 @@ def _project_backward(
                 out = partial + (i * K + k)[:, None] * C + c[None, :]
                 in_phi = (k < K)[:, None] & in_c[None, :]
                 if N % GROUP:
-                    in_phi = in_phi & (i < N)
+                    in_phi = in_phi & (i + tl.zeros_like(k) < N)[:, None]
                 tl.store(out, tl.trans(phi_sums[j * parts + part]), mask=in_phi)
 
 
