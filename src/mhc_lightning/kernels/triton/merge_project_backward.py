@@ -192,10 +192,11 @@ def merge_project_backward_config(
 
     Wide blocks of channels make few partial sums of the tokens' coefficients: 128 channels' are
     2.1% of the streams at n = 4, 64 channels' 4.2%. A thread holds 16 bytes of each tile then, and
-    the next tokens' tiles are fetched meanwhile. Before Hopper, products keep phi in registers too,
-    which leaves room for half as many channels; after it, fetching ahead takes the registers.
+    the next tokens' tiles are fetched meanwhile. Before Hopper (before
+    Blackwell, of float32) there is room for half as many channels, since products keep their
+    operands in registers too; on Blackwell, fetching ahead would take too many.
     """
-    wide = 256 // itemsize if capability >= 90 else 128 // itemsize
+    wide = 256 // itemsize if capability >= (90 if itemsize == 2 else 100) else 128 // itemsize
     stages = 2 if itemsize == 2 and capability < 100 else 1
     return Config(block_tokens=16, block_width=wide, num_warps=8, num_stages=stages)
 

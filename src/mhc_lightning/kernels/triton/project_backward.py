@@ -15,6 +15,7 @@ from torch import Tensor
 from mhc_lightning.kernels.triton.configs import Config, configured
 from mhc_lightning.kernels.triton.launch import launch
 from mhc_lightning.kernels.triton.precision import product_precision
+from mhc_lightning.kernels.triton.target import target_of
 
 _PROGRAMS = 264
 # Below this many tokens a range's partial sum of phi's gradient costs more than it parallelises.
@@ -73,7 +74,9 @@ def _project_backward(
             k = part * MAIN_K + tl.arange(0, REST_K if part else MAIN_K)
             if NEED_STREAMS:
                 row = phi + (i * C + c)[:, None] * K + k[None, :]
-                in_phi = in_c[:, None] & (k < K)[None, :] & (i < N)
+                in_phi = in_c[:, None] & (k < K)[None, :]
+                if N % GROUP:
+                    in_phi = in_phi & (i + tl.zeros_like(k) < N)[None, :]
                 weights = weights + (tl.load(row, mask=in_phi, other=0.0),)
             phi_sums = phi_sums + (tl.zeros((BLOCK_C, k.shape[0]), tl.float32),)
 
@@ -95,7 +98,8 @@ def _project_backward(
         sums = ()
         for j in tl.static_range(GROUP):
             i = first_stream + j
-            in_tile = in_token & (i < N)
+            in_tile = in_token & (i + tl.zeros_like(c) < N)[None, :] if N % GROUP else in_token
+            in_pre = in_t & (i + tl.zeros_like(t) < N) if N % GROUP else in_t
             row_of_raw = t * raw_rows + (i if PER_STREAM else 0)
             if PER_STREAM or j == 0:
                 raw = ()
@@ -126,9 +130,7 @@ def _project_backward(
                 norm = tl.load(scale + row_of_raw, mask=in_t, other=0.0)
                 grad = norm[:, None] * x
                 if HAS_READ:
-                    grad += (
-                        tl.load(pre + t * N + i, mask=in_t & (i < N), other=0.0)[:, None] * outer
-                    )
+                    grad += tl.load(pre + t * N + i, mask=in_pre, other=0.0)[:, None] * outer
                 if HAS_KEPT:
                     grad += tl.load(
                         kept_grad
@@ -158,15 +160,22 @@ def _project_backward(
             for part in tl.static_range(parts):
                 k = part * MAIN_K + tl.arange(0, REST_K if part else MAIN_K)
                 out = partial + (i * K + k)[:, None] * C + c[None, :]
-                in_phi = (k < K)[:, None] & in_c[None, :] & (i < N)
+                in_phi = (k < K)[:, None] & in_c[None, :]
+                if N % GROUP:
+                    in_phi = in_phi & (i + tl.zeros_like(k) < N)[:, None]
                 tl.store(out, tl.trans(phi_sums[j * parts + part]), mask=in_phi)
 
 
-def project_backward_config(n: int, width: int, itemsize: int) -> Config:
-    """As many channels as leave phi and its gradient room in the registers of a program."""
+def project_backward_config(n: int, width: int, itemsize: int, backend: str = "cuda") -> Config:
+    """As many channels as leave phi and its gradient room in the registers of a program.
+
+    With half as many warps, each has twice the registers on AMD's chips.
+    """
     if n > 4 or itemsize == 4:
-        wide = 32 if n > 4 else 64
-        return Config(block_tokens=16, block_width=wide, num_warps=8, num_stages=1)
+        on_amd = backend == "hip"
+        wide = 32 if n > 4 or on_amd else 64
+        warps = 4 if n > 4 and on_amd else 8
+        return Config(block_tokens=16, block_width=wide, num_warps=warps, num_stages=1)
     return Config(block_tokens=16, block_width=64, num_warps=4, num_stages=2)
 
 
@@ -238,7 +247,7 @@ def project_backward(
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
     name = "project_backward_per_stream" if per_stream else "project_backward"
-    default = project_backward_config(n, width, streams.element_size())
+    default = project_backward_config(n, width, streams.element_size(), target_of(streams).backend)
     config = configured(name, n, width, streams.dtype, default)
     channel_blocks = triton.cdiv(width, config.block_width)
     ranges, per_range = ranges_of_tokens(tokens, channel_blocks, config.block_tokens)
