@@ -168,7 +168,7 @@ class TrafficCounter:
         return self.rows.setdefault((where, argument), Row(where, argument, sized))
 
     def _note(self, addresses: np.ndarray, itemsize: int, stored: bool) -> None:
-        if addresses.size == 0:
+        if addresses.size == 0 or not self._busy:  # a kernel that is no operation: the toolchain's
             return
         first, last = int(addresses.min()), int(addresses.max())
         for region in self._regions:
