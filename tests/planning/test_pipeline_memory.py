@@ -48,7 +48,8 @@ class Device:
         self.mesh, mixed = mesh, precision == "bf16-mixed"
         for stage in self.stages.values():
             if mixed:
-                stage.autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+                shares = not plan.kind.splits_backward
+                stage.autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=shares)
             if mesh is not None:
                 low = torch.bfloat16 if mixed else None
                 blocks, cpu = stage.blocks.values(), torch.device("cpu")
@@ -101,6 +102,10 @@ class Device:
             self.received[False, k - 1][part] = back[0]
 
     def step(self, slots):
+        with torch.autocast("cpu", enabled=False):  # as the engine's, it keeps the copies
+            self.work(slots)
+
+    def work(self, slots):
         for kind, k, part in (action for slot in slots for action in slot):
             if kind is Kind.FORWARD:
                 self.forward(k, part)
@@ -179,6 +184,18 @@ def test_the_bytes_that_a_stage_keeps_are_those_predicted(
                             keep(out)
             wanted = sum(found.activations[kind] for kind in KINDS if kind != "tokens")
             assert sum(kept.values()) == pytest.approx(wanted, rel=0.01), (schedule, found.device)
+
+
+def test_micro_batches_share_copies_of_weights_unless_backward_is_split(build):
+    model = build("mhc", "bf16-mixed", **SIZES)
+    batch = MicroBatch(2, 64, precision_of("bf16-mixed"), False)
+
+    def copies(schedule, parts):
+        plan = cut_network(model, schedule=schedule, devices=2)
+        return [d.activations["weight_copies"] for d in predicted(model, plan, parts, batch)]
+
+    assert copies("gpipe", 4) == copies("gpipe", 1) != [0, 0]
+    assert copies("zbv", 4) > copies("zbv", 1)
 
 
 RUNS = [

@@ -1,6 +1,7 @@
 """What recomputation keeps of a block of sub-layers, and how backward gets the rest again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +31,26 @@ class Norm(NamedTuple):
             kept.append(tensor.detach())
 
         x = x.detach().requires_grad_(self.requires_grad)
-        enabled = self.autocast is not None
-        autocast = torch.autocast(x.device.type, self.autocast, enabled=enabled)
         # Autograd's thread may be in another mode than the forward pass was.
+        autocast = _autocast(x.device.type, self.autocast)
         with torch.enable_grad(), autocast, saved_tensors_hooks(pack, _discarded):
             return self.forward(x).detach(), kept
+
+
+@contextmanager
+def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """``torch.autocast``, or none, that leaves alone the copies of weights it finds.
+
+    At its exit from autograd's thread torch's would drop those that forward passes still share.
+    """
+    enabled, before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, dtype is not None)
+    torch.set_autocast_dtype(device, dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, before)
 
 
 class Block:

@@ -64,13 +64,14 @@ class PipelineDevice:
     activations: dict[str, int]
 
 
-_WAITING = "gradients_for_weights"
+_WAITING, _COPIES = "gradients_for_weights", "weight_copies"
 
 
 class _Stage(NamedTuple):
     """Bytes for one micro-batch on a stage."""
 
     saved: dict[str, int]
+    copies: int  # of weights, for all micro-batches of a step together
     waiting: int  # from the first half of a backward pass to the second
     handed_back: int  # from the first half on
     logits: int
@@ -98,9 +99,13 @@ def pipeline_memory(
     """
     parts = [part_of(model, blocks) for blocks in plan.blocks]
     boundary = boundary_bytes(model, batch)
+    every = [_saved(parts, index, batch, layout, plan) for index in range(len(parts))]
+    # Autocast's copies are made once a step, unless its backward passes come in halves.
+    shares = not plan.kind.splits_backward
     stages = [
         _Stage(
-            saved=_saved(parts, index, batch, layout, plan),
+            saved={**every[index], **({_COPIES: 0} if shares else {})},
+            copies=every[index].get(_COPIES, 0) if shares else 0,
             waiting=gradients_for_weights(part, batch),
             handed_back=boundary if index and _sends(plan, index, index - 1) else 0,
             logits=loss_bytes(part, batch, layout),
@@ -186,7 +191,7 @@ def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemor
         held[stage] += forward
         halves[stage] += kind is Kind.BACKWARD_INPUT
         split[stage] += kind is Kind.BACKWARD_INPUT
-        kept = sum(count * sizes[index] for index, count in held.items())
+        kept = sum(count * sizes[index] + stages[index].copies for index, count in held.items())
         kept += sum(count * stages[index].waiting for index, count in halves.items())
         back = sum(count * stages[index].handed_back for index, count in split.items())
         # The first stage takes its whole backward pass in the second half.
@@ -204,6 +209,7 @@ def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemor
         kind: sum(count * stages[index].saved[kind] for index, count in counts[0].items())
         for kind in KINDS
     }
+    kinds[_COPIES] += sum(stages[index].copies for index in counts[0])
     kinds[_WAITING] = sum(count * stages[index].waiting for index, count in counts[1].items())
     return best, kinds
 

@@ -125,12 +125,14 @@ class PipelineEngine:
         self, schedule: Any, task: str, tokens: Tensor, targets: Tensor, **options: Any
     ) -> Any:
         kind = self._device.type
+        # All micro-batches use one copy of each weight, which the contexts around this one keep
+        # until the training step ends; a backward pass in halves takes graphs of its own.
+        shares = torch.is_grad_enabled() and not self._plan.kind.splits_backward
         for stage in self._stages:
             stage.restart(task)
             if torch.is_autocast_enabled(kind):
-                # Each weight is used once per micro-batch: there is nothing to gain by caching.
                 stage.autocast = torch.autocast(
-                    kind, torch.get_autocast_dtype(kind), cache_enabled=False
+                    kind, torch.get_autocast_dtype(kind), cache_enabled=shares
                 )
         arguments = (tokens,) if self._stages[0].is_first else ()
         if self._stages[-1].is_last:
@@ -225,6 +227,7 @@ class PipelineEngine:
             network: Any = first._network[0]
             with torch.no_grad():
                 streams = first(part)
+            torch.clear_autocast_cache()  # of copies that have no graph
             if not (streams.is_floating_point() and len(streams) == len(part)):
                 raise UserError(
                     f"embed returned {streams.dtype} {tuple(streams.shape)} for"

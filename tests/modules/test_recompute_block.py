@@ -1,0 +1,30 @@
+import threading
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from mhc_lightning.modules.recompute_block import Norm
+
+
+def test_a_norm_replayed_by_autograds_thread_leaves_copies_of_weights_to_those_who_share_them():
+    weight, x, norm = nn.Parameter(torch.randn(8, 8)), torch.randn(2, 8), nn.RMSNorm(8)
+    replay = Norm(norm.forward, True, torch.bfloat16)
+
+    def copy_of_weight():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            linear(x.clone().requires_grad_(), weight)
+        return next(t for t in kept if t.shape == (8, 8)).untyped_storage().data_ptr()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        before = copy_of_weight()
+        thread = threading.Thread(target=replay, args=(x,))
+        thread.start()
+        thread.join()
+        assert copy_of_weight() == before
+        assert torch.is_autocast_enabled("cpu")
+        plain = Norm(norm.forward, True, None)
+        assert plain(x)[0].dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
