@@ -295,6 +295,6 @@ def merge_project_backward(
         output_grad,
         token_sums[..., : n * n].sum(0).view(tokens, n, n),
         token_sums[..., n * n : n * n + n].sum(0),
-        partials.sum(0).mT.reshape(phi.shape),
+        partials.sum(0).mT.reshape(phi.shape).contiguous(),
         token_sums[..., n * n + n :].sum(0) if has_pre else None,
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 from mhc_lightning.kernels.triton.configs import Config, configured
 from mhc_lightning.kernels.triton.launch import launch
 from mhc_lightning.kernels.triton.precision import product_precision
+from mhc_lightning.kernels.triton.target import target_of
 
 # Enough programs for two on each multiprocessor of the largest chips; short batches are split
 # along C until there are that many, or until partial sums are this share of what is read.
@@ -76,11 +77,13 @@ def _project(
     tl.store(squares + split.to(tl.int64) * rows + row, square, mask=in_rows)
 
 
-def project_config(n: int, width: int, itemsize: int) -> Config:
+def project_config(n: int, width: int, itemsize: int, capability: int = 90) -> Config:
     """Tiles that keep about 100 KB in flight per multiprocessor and read phi once per 128 rows."""
-    if itemsize == 4 or n * n + 2 * n > 64:
-        stages = 2 if itemsize == 4 else 3
-        return Config(block_tokens=64, block_width=32, num_warps=4, num_stages=stages)
+    if itemsize == 4:
+        rows, stages = (64, 2) if capability >= 100 else (32, 3)
+        return Config(block_tokens=rows, block_width=32, num_warps=4, num_stages=stages)
+    if n * n + 2 * n > 64:
+        return Config(block_tokens=64, block_width=32, num_warps=4, num_stages=3)
     return Config(block_tokens=128, block_width=64, num_warps=8, num_stages=4)
 
 
@@ -101,7 +104,8 @@ def project(streams: Tensor, phi: Tensor, per_stream: bool = False) -> tuple[Ten
     rows = tokens * n if per_stream else tokens
     streams_per_row = 1 if per_stream else n
     name = "project_per_stream" if per_stream else "project"
-    default = project_config(n, width, streams.element_size())
+    capability = target_of(streams).capability
+    default = project_config(n, width, streams.element_size(), capability)
     config = configured(name, n, width, streams.dtype, default)
     block_width = min(config.block_width, max(16, triton.next_power_of_2(width)))
     row_blocks = triton.cdiv(rows, config.block_tokens)

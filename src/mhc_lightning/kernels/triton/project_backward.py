@@ -166,14 +166,16 @@ def _project_backward(
                 tl.store(out, tl.trans(phi_sums[j * parts + part]), mask=in_phi)
 
 
-def project_backward_config(n: int, width: int, itemsize: int, backend: str = "cuda") -> Config:
+def project_backward_config(
+    n: int, width: int, itemsize: int, backend: str = "cuda", per_stream: bool = False
+) -> Config:
     """As many channels as leave phi and its gradient room in the registers of a program.
 
     With half as many warps, each has twice the registers on AMD's chips.
     """
     if n > 4 or itemsize == 4:
         on_amd = backend == "hip"
-        wide = 32 if n > 4 or on_amd else 64
+        wide = 32 if on_amd or (n > 4 and not (per_stream and itemsize == 2)) else 64
         warps = 4 if n > 4 and on_amd else 8
         return Config(block_tokens=16, block_width=wide, num_warps=warps, num_stages=1)
     return Config(block_tokens=16, block_width=64, num_warps=4, num_stages=2)
@@ -247,7 +249,8 @@ def project_backward(
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
     name = "project_backward_per_stream" if per_stream else "project_backward"
-    default = project_backward_config(n, width, streams.element_size(), target_of(streams).backend)
+    backend = target_of(streams).backend
+    default = project_backward_config(n, width, streams.element_size(), backend, per_stream)
     config = configured(name, n, width, streams.dtype, default)
     channel_blocks = triton.cdiv(width, config.block_width)
     ranges, per_range = ranges_of_tokens(tokens, channel_blocks, config.block_tokens)
@@ -295,4 +298,6 @@ def project_backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return streams_grad, None if partials is None else partials.sum(0).mT.reshape(phi.shape)
+    if partials is None:
+        return streams_grad, None
+    return streams_grad, partials.sum(0).mT.reshape(phi.shape).contiguous()
