@@ -179,7 +179,7 @@ def _read_amd(asm: Any) -> dict[str, Any]:
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "spills": number("vgpr_spill_count"),  # scalar ones go to lanes of vector registers
         "loads": widths("load"),
         "stores": widths("store"),
         "atomics": len(re.findall(r"\b(?:global|buffer)_atomic", code)),

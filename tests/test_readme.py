@@ -83,6 +83,7 @@ def run_command(line: str, workplace: Path, *more: str) -> str:
     return run([sys.executable, *words, *OVERRIDES[words[2]], *more], workplace)
 
 
+@pytest.mark.slow
 def test_commands_on_ones_own_text(workplace, commands_in):
     fits = 0
     for line in commands_in("README.md", "Use it on your text"):
@@ -145,22 +146,22 @@ def rounded(value: float, shown: str) -> str:
 
 
 def test_the_table_is_what_plan_predicts(repository, capsys, tmp_path):
-    def planned(name: str, machine: str, *words: str) -> dict:
-        given = ["plan", "--config", name, f"machine={machine}", "--json", *words]
+    def planned(name: str, machine: str) -> dict:
+        given = ["plan", "--config", name, f"machine={machine}", "--json"]
         with contextlib.chdir(tmp_path):
             assert main(given) == 0
         return json.loads(capsys.readouterr().out)
 
     text = (repository / "README.md").read_text(encoding="utf-8")
+    text = text.split("\n## The paper's models\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `mhc_(\w+)` \| (.*) \|$", text, flags=re.MULTILINE)
     assert len(rows) == 8
     units = {"B": 1e9, "M": 1e6, "days": 1, "hours": 1 / 24, "minutes": 1 / 24 / 60}
     for size, row in rows:
         total, active, machine, memory, speed, time = row.split(" | ")
         count, kind = re.match(r"(\d) × (H\d+)", machine).groups()
-        strategy = ["strategy=fsdp"] if "FSDP2" in machine else []
         plans = [
-            planned(f"{family}_{size}", f"{count}x{kind.lower()}", *strategy)
+            planned(f"{family}_{size}", f"{count}x{kind.lower()}")
             for family in ("mhc", "hc", "baseline")
         ]
         for shown, key in ((total, "total"), (active, "active")):
@@ -209,7 +210,7 @@ def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
         assert data.batch_size % (size * replicas(trainer)) == 0, line
         layouts.append((type(trainer.strategy).__name__, trainer.world_size, replicas(trainer)))
     assert layouts == [
-        ("PipelineStrategy", 8, 4),
+        ("PipelineStrategy", 8, 2),
         ("PipelineStrategy", 8, 1),
         ("PipelineStrategy", 8, 1),
         ("PipelineStrategy", 32, 4),

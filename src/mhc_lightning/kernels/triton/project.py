@@ -79,9 +79,11 @@ def _project(
 
 def project_config(n: int, width: int, itemsize: int, capability: int = 90) -> Config:
     """Tiles that keep about 100 KB in flight per multiprocessor and read phi once per 128 rows."""
+    if itemsize == 4 and capability >= 100:
+        warps = 8 if n <= 2 else 4
+        return Config(block_tokens=64, block_width=32, num_warps=warps, num_stages=2)
     if itemsize == 4:
-        rows, stages = (64, 2) if capability >= 100 else (32, 3)
-        return Config(block_tokens=rows, block_width=32, num_warps=4, num_stages=stages)
+        return Config(block_tokens=32, block_width=32, num_warps=4, num_stages=3)
     if n * n + 2 * n > 64:
         return Config(block_tokens=64, block_width=32, num_warps=4, num_stages=3)
     return Config(block_tokens=128, block_width=64, num_warps=8, num_stages=4)
