@@ -13,7 +13,13 @@ import yaml
 
 from mhc_lightning.cli.main import main
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "recipes/README.md", "recipes/quickstart/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "recipes/README.md",
+    "recipes/quickstart/README.md",
+    "recipes/stability/README.md",
+]
 TINY = [
     *("model.dim=32", "model.num_layers=1", "model.ffn_dim=32"),
     *("data.sequence_length=32", "data.batch_size=4", "data.num_workers=0"),

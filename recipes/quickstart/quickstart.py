@@ -11,10 +11,7 @@ text if it is still the same, and the run, which it goes on with (`overwrite=tru
 """
 
 import json
-import shlex
-import subprocess
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,47 +19,16 @@ from typing import Any
 
 import numpy as np
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
+
 from bits import bits_per_byte, xz_bits_per_byte
+from commands import run
+from library_text import prepare_words
 from trigram import Trigram
 
 EXPERIMENT = "mhc_quickstart"
 PROMPT = "def read_lines(path):\n"
-_HELD_OUT = "prepare.validation_fraction=0.05"
-_NOT_THE_LIBRARY = "exclude=[site-packages,dist-packages,test,tests,idle_test,__pycache__]"
-
-
-def standard_library() -> Path:
-    """The folder of this Python's own modules.
-
-    Raises:
-        SystemExit: They come without their sources.
-    """
-    folder = Path(sysconfig.get_path("stdlib"))
-    if not (folder / "argparse.py").is_file():
-        raise SystemExit(
-            f"error: the standard library of {sys.executable} comes without its source text"
-            f" ({folder} has no argparse.py); use another Python: make quickstart PYTHON=..."
-        )
-    return folder
-
-
-def command(*words: str) -> list[str]:
-    """The command line that runs a command of this package."""
-    return [sys.executable, "-m", "mhc_lightning", *words]
-
-
-def run(*words: str, capture: bool = False) -> str:
-    """Show and run a command of this package; returns its standard output if captured.
-
-    Raises:
-        SystemExit: It failed; with its exit code.
-    """
-    print(f"\n$ python -m mhc_lightning {shlex.join(words)}", flush=True)
-    stdout = subprocess.PIPE if capture else None
-    done = subprocess.run(command(*words), stdout=stdout, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return done.stdout or ""
 
 
 @dataclass(frozen=True)
@@ -155,10 +121,7 @@ def main(overrides: list[str]) -> None:
     data_path = setting(overrides, "data.path", "data/quickstart")
     folder = Path(setting(overrides, "output_dir", f"runs/{EXPERIMENT}"))
     experiment = ["--config", EXPERIMENT]
-    run(
-        *("prepare", *experiment, f"input={standard_library()}", f"output={data_path}"),
-        *("include=['*.py']", _NOT_THE_LIBRARY, _HELD_OUT, "overwrite=true"),
-    )
+    run(*prepare_words(EXPERIMENT, data_path))
     begun = (folder / "checkpoints" / "last").exists() and "overwrite=true" not in overrides
     trained = time.monotonic()
     run("fit", *experiment, *(["ckpt_path=last"] if begun else []), *overrides)

@@ -2,4 +2,5 @@ import sys
 from pathlib import Path
 
 # The recipes are scripts, not a package: each finds its neighbours beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes" / "quickstart"))
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+sys.path[:0] = [str(RECIPES / name) for name in ("shared", "quickstart", "stability")]

@@ -52,12 +52,6 @@ def test_trigram_learns_from_the_training_text_and_pays_for_the_predicted_tokens
     assert quickstart.trigram_bits_per_byte(data, measured) == pytest.approx(expected)
 
 
-def test_a_standard_library_without_sources_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(SystemExit, match=r"^error: .*PYTHON="):
-        quickstart.standard_library()
-
-
 def test_the_last_override_counts():
     overrides = ["output_dir=a", "output_dir_of=b", "output_dir=c=d"]
     assert quickstart.setting(overrides, "output_dir", "default") == "c=d"

@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+import sweep
+
+import stability
+from mhc_lightning.cli.arguments import parse_arguments
+from mhc_lightning.cli.composition import compose_experiment
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu", "paper"])
+def test_every_connection_gets_the_same_run(size):
+    runs = stability.runs_of(size, "", ("seed=3",))
+    assert runs[0].name == stability.BASELINE and {"hc", "mhc"} <= {run.name for run in runs}
+    found = []
+    for run in runs:
+        words = ["fit", "--config", run.config, *run.overrides]
+        values = compose_experiment(parse_arguments(words)).values()
+        found.append(values.pop("connection")["_target_"])
+        for section in (values["model"], values["logger"], values["checkpoint"]):
+            section.pop("connection", None)
+        assert values["seed"] == 3 and values["model"]["num_layers"] >= 24
+        for key in ("output_dir", "logger", "checkpoint"):
+            values.pop(key)
+        found.append(values)
+    assert all(values == found[1] for values in found[1::2])
+    assert len(set(found[::2])) == len(runs)
+
+
+def test_an_unknown_size_or_connection_is_one_line():
+    for size, only in (("huge", ""), ("cpu", "mch"), ("paper", "krom")):
+        with pytest.raises(SystemExit, match="is not known; choose from"):
+            stability.runs_of(size, only, ())
+
+
+def test_the_page_is_on_all_runs_beside_the_residual_one(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stability, "run", lambda *words: commands.append(words))
+
+    def run_all(runs, folder, slurm):
+        return {run.name: sweep.Outcome(folder / run.name, False) for run in runs}
+
+    monkeypatch.setattr(stability, "run_all", run_all)
+    stability.main(["only=hc,residual", "output=here"])
+    prepare, report = commands
+    assert prepare[0] == "prepare" and "output=data/python" in prepare
+    folders = [str(Path("here") / name) for name in ("hc", "residual")]
+    assert report == ("report", *folders, "baseline=here/residual", "output=here/report")

@@ -1,0 +1,107 @@
+"""A sweep's bookkeeping, with a stand-in for `fit` that notes how it is called."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import sweep
+from sweep import Run
+
+FIT = """
+import sys, pathlib
+words = dict(word.partition("=")[::2] for word in sys.argv[2:])
+own = pathlib.Path(words["output_dir"])
+(own / "checkpoints").mkdir(parents=True, exist_ok=True)
+with open(own / "calls", "a") as file:
+    print(" ".join(sys.argv[1:]), file=file)
+if words.get("saves") == "true":
+    (own / "checkpoints" / "last").touch()
+code = own / "exit_code"
+sys.exit(int(code.read_text()) if code.exists() else 0)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    script = tmp_path / "fit.py"
+    script.write_text(FIT)
+    monkeypatch.setattr(sweep, "command", lambda *words: [sys.executable, str(script), *words])
+    return tmp_path / "runs"
+
+
+def calls(folder, name):
+    return (folder / name / "calls").read_text().splitlines()
+
+
+def exits_with(folder, name, code):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / "exit_code").write_text(str(code))
+
+
+def test_what_has_ended_is_skipped_and_what_was_stopped_goes_on(folder):
+    runs = [Run("a", "x.yaml", ("lr=1", "saves=true")), Run("b", "x.yaml", ("lr=2", "saves=true"))]
+    exits_with(folder, "b", 143)
+    with pytest.raises(SystemExit) as stopped:
+        sweep.run_all(runs, folder)
+    assert stopped.value.code == 143
+    exits_with(folder, "b", 0)
+    outcomes = sweep.run_all(runs, folder)
+    assert [(name, outcome.diverged) for name, outcome in outcomes.items()] == [
+        ("a", False),
+        ("b", False),
+    ]
+    assert calls(folder, "a") == [f"fit --config x.yaml output_dir={folder}/a lr=1 saves=true"]
+    begun, resumed = calls(folder, "b")
+    assert begun.endswith("overwrite=true")  # the folder was there, with nothing saved in it
+    assert resumed.endswith("ckpt_path=last")
+
+
+def test_a_loss_that_stops_being_finite_is_a_result(folder):
+    exits_with(folder, "a", 3)
+    assert sweep.run_all([Run("a", "x.yaml")], folder)["a"].diverged
+    assert sweep.run_all([Run("a", "x.yaml")], folder)["a"].diverged
+    assert len(calls(folder, "a")) == 1
+    assert json.loads((folder / "a" / sweep.RECORD).read_text())["exit_code"] == 3
+
+
+def test_a_folder_with_other_settings_is_not_taken_for_the_run(folder):
+    sweep.run_all([Run("a", "x.yaml", ("lr=1",))], folder)
+    with pytest.raises(SystemExit, match=r"^error: .*lr=1.*output=FOLDER"):
+        sweep.run_all([Run("a", "x.yaml", ("lr=2",))], folder)
+
+
+def test_jobs_are_submitted_together_and_waited_for(folder, monkeypatch):
+    made = []
+
+    class Executor:
+        def __init__(self, folder, cluster):
+            self.parameters, self.jobs = {}, 0
+            made.append(self)
+
+        def update_parameters(self, **parameters):
+            self.parameters = parameters
+
+        def submit(self, call, *arguments):
+            self.jobs += 1
+            return SimpleNamespace(result=lambda: call(*arguments))
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
+    words = sweep.read_words(
+        ["slurm.partition=gpu", "slurm.timeout_min=90", "x=1"], {"size": "cpu"}
+    )
+    assert words.overrides == ("x=1",) and words.settings == {"size": "cpu"}
+    outcomes = sweep.run_all([Run("a", "c"), Run("b", "c")], folder, words.slurm)
+    assert set(outcomes) == {"a", "b"}
+    (executor,) = made
+    assert executor.jobs == 2
+    assert executor.parameters == {"slurm_partition": "gpu", "timeout_min": 90}
+
+
+def test_words_of_a_recipe():
+    words = sweep.read_words(["size=gpu", "optimizer.lr=1e-3"], {"size": "cpu", "only": ""})
+    assert words.settings == {"size": "gpu", "only": ""}
+    assert words.slurm is None and words.overrides == ("optimizer.lr=1e-3",)
+    assert sweep.chosen("only", "", "ab") == ["a", "b"]
+    with pytest.raises(SystemExit, match="only=c is not known; choose from a, b"):
+        sweep.chosen("only", "a,c", "ab")
