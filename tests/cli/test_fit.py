@@ -59,6 +59,11 @@ def test_a_run_leaves_everything_in_its_folder_and_is_not_overwritten(command):
     assert "the run is complete" in errors
     assert yaml.safe_load((folder / "config.yaml").read_text())["logger"] == config["logger"]
     assert command.metrics(folder) == rows
+    other = ("output_dir=other", "ckpt_path=null")  # another folder, so another run
+    assert command.inside("fit", *other, config=folder / "config.yaml") == 0
+    assert os.readlink(command.folder / "other/checkpoints/last") == "step_00000006.ckpt"
+    assert list(command.metrics("other")) == list(rows)
+    assert command.metrics(folder) == rows
 
     command("fit", f"output_dir={output_dir}", "overwrite=true", "trainer.max_steps=2",
             "callbacks=minimal")  # fmt: skip

@@ -84,7 +84,8 @@ def write_records(folder: Path, values: dict[str, Any], words: list[str], **abou
 
     Args:
         folder: The run folder.
-        values: The configuration, resolved.
+        values: The configuration, resolved. Folders in `output_dir` are written as such, so that
+            the file with another `output_dir` is another run.
         words: The command line, without the program's name.
         about: More entries for `environment.json`: what only the built run knows.
 
@@ -96,7 +97,8 @@ def write_records(folder: Path, values: dict[str, Any], words: list[str], **abou
 
     if not is_first_process():
         return
-    config = yaml.safe_dump(escaped_tree(values), sort_keys=False, allow_unicode=True)
+    escaped = _within_output(escaped_tree(values), escaped_tree(str(values["output_dir"])))
+    config = yaml.safe_dump(escaped, sort_keys=False, allow_unicode=True)
     record = {**describe_environment(), "arguments": words, **about}
     if before := _read_environment(folder):
         record["earlier"] = [*before.pop("earlier", []), before]
@@ -107,6 +109,16 @@ def write_records(folder: Path, values: dict[str, Any], words: list[str], **abou
         raise UserError(
             f"output_dir {folder} cannot be written to: {error.strerror or error}"
         ) from error
+
+
+def _within_output(value: Any, output_dir: str) -> Any:
+    """Name what lies in ``output_dir`` from there, in nested lists and mappings."""
+    if isinstance(value, dict):
+        return {key: _within_output(item, output_dir) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_within_output(item, output_dir) for item in value]
+    inside = isinstance(value, str) and value.startswith(f"{output_dir}/")
+    return "${output_dir}" + value[len(output_dir) :] if inside else value
 
 
 @contextlib.contextmanager
