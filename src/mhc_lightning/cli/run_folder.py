@@ -97,8 +97,9 @@ def write_records(folder: Path, values: dict[str, Any], words: list[str], **abou
 
     if not is_first_process():
         return
-    escaped = _within_output(escaped_tree(values), escaped_tree(str(values["output_dir"])))
-    config = yaml.safe_dump(escaped, sort_keys=False, allow_unicode=True)
+    escaped = escaped_tree(values)
+    relative = _from_output(escaped, escaped["output_dir"]) | {"output_dir": escaped["output_dir"]}
+    config = yaml.safe_dump(relative, sort_keys=False, allow_unicode=True)
     record = {**describe_environment(), "arguments": words, **about}
     if before := _read_environment(folder):
         record["earlier"] = [*before.pop("earlier", []), before]
@@ -111,13 +112,13 @@ def write_records(folder: Path, values: dict[str, Any], words: list[str], **abou
         ) from error
 
 
-def _within_output(value: Any, output_dir: str) -> Any:
-    """Name what lies in ``output_dir`` from there, in nested lists and mappings."""
+def _from_output(value: Any, output_dir: str) -> Any:
+    """Name ``output_dir`` and what lies in it from there, in nested lists and mappings."""
     if isinstance(value, dict):
-        return {key: _within_output(item, output_dir) for key, item in value.items()}
+        return {key: _from_output(item, output_dir) for key, item in value.items()}
     if isinstance(value, list):
-        return [_within_output(item, output_dir) for item in value]
-    inside = isinstance(value, str) and value.startswith(f"{output_dir}/")
+        return [_from_output(item, output_dir) for item in value]
+    inside = isinstance(value, str) and f"{value}/".startswith(f"{output_dir}/")
     return "${output_dir}" + value[len(output_dir) :] if inside else value
 
 
