@@ -67,6 +67,16 @@ class Experiment:
             place[name] = self.literal_value(key)
         return {str(key): value for key, value in values.items()}
 
+    def record(self) -> dict[str, Any]:
+        """The configuration to write down: resolved, and an experiment that says the same.
+
+        What is named from `output_dir` stays so: with another one it is another run.
+        """
+        raw = OmegaConf.to_container(self.config, resolve=False)
+        record = _kept_from_output(raw, escaped_tree(self.values()))
+        assert isinstance(record, dict)
+        return record
+
     def literal_value(self, key: str) -> str | list[str] | None:
         """What was typed for a literal key: a list for `input`, else the last that was given."""
         typed = self.literal[key]
@@ -214,6 +224,12 @@ def escaped_tree(value: Any) -> Any:
     if isinstance(value, list):
         return [escaped_tree(item) for item in value]
     return escaped(value) if isinstance(value, str) else value
+
+
+def _kept_from_output(raw: Any, escaped: Any) -> Any:
+    if isinstance(escaped, dict) and isinstance(raw, dict):
+        return {key: _kept_from_output(raw[key], item) for key, item in escaped.items()}
+    return raw if isinstance(raw, str) and raw.startswith("${output_dir}") else escaped
 
 
 def _require(keys: Iterable[str], experiment: Experiment) -> None:

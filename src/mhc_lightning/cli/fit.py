@@ -27,7 +27,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         NonFiniteLossError: the loss became NaN or infinite.
         SIGTERMException: stopped by SIGTERM, after saving.
     """
-    values = experiment.values()
+    values, record = experiment.values(), experiment.record()
     folder = Path(values["output_dir"])
     claim(folder, resumes=values["ckpt_path"] is not None, overwrite=values["overwrite"])
 
@@ -85,7 +85,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         delete_run(folder)  # only now: whatever was wrong would have been found by here
     write_records(
         folder,
-        values,
+        record,
         arguments.words,
         processes=trainer.world_size,
         parameters={"total": sum(parameter.numel() for parameter in module.parameters())},

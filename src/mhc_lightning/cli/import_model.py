@@ -30,7 +30,7 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
     checkpoint = load_fitting(_folder(source[0]), module, experiment)
     claim(folder, resumes=False, overwrite=values["overwrite"])
     delete_run(folder)
-    write_records(folder, values, arguments.words)
+    write_records(folder, experiment.record(), arguments.words)
     file = folder / CHECKPOINTS / checkpoint_name(0)
     try:
         write_checkpoint(checkpoint, file)

@@ -79,13 +79,12 @@ def claim(folder: Path, *, resumes: bool, overwrite: bool) -> None:
         ) from error
 
 
-def write_records(folder: Path, values: dict[str, Any], words: list[str], **about: Any) -> None:
+def write_records(folder: Path, config: dict[str, Any], words: list[str], **about: Any) -> None:
     """Write `config.yaml` and `environment.json`, which keeps the records of earlier starts.
 
     Args:
         folder: The run folder.
-        values: The configuration, resolved. Folders in `output_dir` are written as such, so that
-            the file with another `output_dir` is another run.
+        config: The experiment's `record`.
         words: The command line, without the program's name.
         about: More entries for `environment.json`: what only the built run knows.
 
@@ -93,33 +92,20 @@ def write_records(folder: Path, values: dict[str, Any], words: list[str], **abou
         UserError: they cannot be written.
     """
     from mhc_lightning.checkpoint_files import write_text_atomically
-    from mhc_lightning.cli.composition import escaped_tree
 
     if not is_first_process():
         return
-    escaped = escaped_tree(values)
-    relative = _from_output(escaped, escaped["output_dir"]) | {"output_dir": escaped["output_dir"]}
-    config = yaml.safe_dump(relative, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     record = {**describe_environment(), "arguments": words, **about}
     if before := _read_environment(folder):
         record["earlier"] = [*before.pop("earlier", []), before]
     try:
-        write_text_atomically(folder / CONFIG, config)
+        write_text_atomically(folder / CONFIG, text)
         _write_environment(folder, record)
     except OSError as error:
         raise UserError(
             f"output_dir {folder} cannot be written to: {error.strerror or error}"
         ) from error
-
-
-def _from_output(value: Any, output_dir: str) -> Any:
-    """Name ``output_dir`` and what lies in it from there, in nested lists and mappings."""
-    if isinstance(value, dict):
-        return {key: _from_output(item, output_dir) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_from_output(item, output_dir) for item in value]
-    inside = isinstance(value, str) and f"{value}/".startswith(f"{output_dir}/")
-    return "${output_dir}" + value[len(output_dir) :] if inside else value
 
 
 @contextlib.contextmanager
