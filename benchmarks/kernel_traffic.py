@@ -11,10 +11,11 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
 from mhc_lightning.kernels.triton.aggregate import (
     aggregate_backward_config,
     aggregate_forward_config,
@@ -91,7 +92,37 @@ def connection_traffic(
 
     Everything that runs counts: gradients that are added up, casts and copies of torch as well.
     """
-    connection = ManifoldHyperConnection(width, n, 0)
+    ideal = least_of_a_connection(n) * width * dtype.itemsize
+    run = _chain(1, tokens, n, width, dtype)
+    return _count("connection", ideal, tokens, width, run)
+
+
+def fused_connection_traffic(
+    tokens: int, n: int, width: int, dtype: torch.dtype = torch.bfloat16
+) -> Moved:
+    """Count a connection between two fused seams: what a chain of three moves more than of two.
+
+    The least is 3n + 2 elements forward and 4n + 4 backward.
+    """
+    ideal = (7 * n + 6) * width * dtype.itemsize
+    two, three = (
+        _count("fused connection", ideal, tokens, width, _chain(k, tokens, n, width, dtype))
+        for k in (2, 3)
+    )
+    return replace(
+        three,
+        streams=three.streams - two.streams,
+        other=three.other - two.other,
+        repeated=three.repeated - two.repeated,
+        launches=three.launches - two.launches,
+    )
+
+
+def _chain(
+    length: int, tokens: int, n: int, width: int, dtype: torch.dtype
+) -> Callable[[], object]:
+    """Runs some connections one after the other, forward and backward."""
+    chain = [ManifoldHyperConnection(width, n, k) for k in range(length)]
     streams = torch.randn(tokens, n, width).to(dtype).requires_grad_()
     grad = torch.randn(tokens, n, width).to(dtype)
     output, read_grad = (torch.randn(tokens, width).to(dtype) for _ in range(2))
@@ -108,11 +139,14 @@ def connection_traffic(
             return read_grad
 
     def run() -> None:
-        merged = connection(streams, Sublayer.apply)
-        torch.autograd.grad(merged, [streams, *connection.parameters()], grad)
+        flow = streams
+        for connection in chain:
+            flow = connection.run(flow, Sublayer.apply)
+        merged, _ = flow.merge()
+        parameters = [p for connection in chain for p in connection.parameters()]
+        torch.autograd.grad(merged, [streams, *parameters], grad)
 
-    ideal = least_of_a_connection(n) * width * dtype.itemsize
-    return _count("connection", ideal, tokens, width, run)
+    return run
 
 
 def _count(name: str, ideal: int, tokens: int, width: int, run: Callable[[], object]) -> Moved:
@@ -161,6 +195,8 @@ def main() -> None:
         yield from kernel_traffic(args.tokens, args.streams, args.width, only=args.only)
         if args.only in "connection":
             yield connection_traffic(args.tokens, args.streams, args.width)
+        if args.only in "fused connection" and args.streams <= MOST_FUSED_STREAMS:
+            yield fused_connection_traffic(args.tokens, args.streams, args.width)
 
     print("| bytes per token | launches | ideal | streams | ratio | coefficients | repeated |")
     print("|---|---|---|---|---|---|---|")

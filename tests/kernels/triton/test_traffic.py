@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from kernel_traffic import connection_traffic, kernel_traffic, many_tokens_per_program
+from kernel_traffic import (
+    connection_traffic,
+    fused_connection_traffic,
+    kernel_traffic,
+    many_tokens_per_program,
+)
 from mhc_lightning.kernels import triton
 from mhc_lightning.kernels.record import MappingGrads
 from mhc_lightning.kernels.rule import Rule
@@ -74,3 +79,11 @@ def test_whole_connection_with_the_sum_of_its_gradients(monkeypatch):
     # the one from reading, for 2 C more than nothing, is not in them.
     assert moved.streams == 100 * 512, moved.table
     assert moved.ratio <= 1.05, moved.table
+
+
+@pytest.mark.slow
+def test_whole_connection_between_fused_seams():
+    with many_tokens_per_program(4, 512, 2):
+        moved = fused_connection_traffic(4096, 4, 512)
+    assert moved.streams == moved.ideal == 2 * 34 * 512, moved.table
+    assert moved.ratio <= 1.05, moved
