@@ -389,5 +389,6 @@ def test_processes_decide_alike(strategies: list[str], tmp_path: Path) -> None:
         assert "largest gradient in model." in one["interventions"][0][1]
         assert "train/loss nan" in one["interventions"][1][1]
         assert one["step"] == 28 and one["state"]["skipped_updates"] == 2
-        assert {"step_00000020.ckpt", "step_00000025.ckpt"} <= set(one["saved"])
+        saved = {name.removesuffix(".ckpt") for name in one["saved"]}  # or folders of shards
+        assert {"step_00000020", "step_00000025"} <= saved
         assert one["rates"][19:21] == pytest.approx([1e-3, 0.5e-3 * 1.001])

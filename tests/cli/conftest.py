@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import count
 
 import pytest
 
@@ -35,6 +36,9 @@ def prepared(tmp_path_factory):
     return folder / "tokens"
 
 
+# Where processes of a run meet. Lightning looks for a free port and lets it go again, and another
+# run may take it: each run gets one of its own, below those that systems give away.
+_PORTS = count(20_000 + 2_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 TIMINGS = ("train/tokens_per_second", "train/mfu", "train/peak_memory_bytes")
 
 
@@ -67,7 +71,7 @@ class Command:
             [sys.executable, "-m", "mhc_lightning", *self.words(command, *words, **options)],
             preexec_fn=preexec,
             cwd=self.folder,
-            env=self.env,
+            env={**self.env, "MASTER_PORT": str(next(_PORTS))},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
