@@ -3,6 +3,13 @@
 import shlex
 import subprocess
 import sys
+from pathlib import Path
+
+
+def shown(file: Path) -> str:
+    """A file as one would type it here: from the working directory if it is below that."""
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
 
 
 def command(*words: str) -> list[str]:

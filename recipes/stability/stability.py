@@ -12,13 +12,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
-from commands import run
+from commands import run, shown
 from library_text import prepare_words
 from sweep import Run, chosen, read_words, run_all
 
 HERE = Path(__file__).parent
 BASELINE = "residual"
-VARIANTS = (BASELINE, "hc", "mhc", "mhc_single_pass", "mhc_lite", "krom", "identity")
+VARIANTS = (
+    *(BASELINE, "hc", "mhc", "mhc_single_pass", "mhc_lite", "krom", "identity"),
+    *("hc_static", "hc_linear"),
+)
 PAPER = {BASELINE: "baseline_27b", "hc": "hc_27b", "mhc": "mhc_27b"}
 
 
@@ -31,7 +34,7 @@ def runs_of(size: str, only: str, overrides: tuple[str, ...]) -> list[Run]:
     if size == "paper":
         return [Run(name, PAPER[name], overrides) for name in chosen("only", only, PAPER)]
     chosen("size", size, ("cpu", "gpu", "paper"))
-    config = str(HERE / f"{size}.yaml")
+    config = shown(HERE / f"{size}.yaml")
     names = chosen("only", only, VARIANTS)
     return [Run(name, config, (f"connection={name}", *overrides)) for name in names]
 

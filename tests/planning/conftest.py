@@ -1,5 +1,6 @@
 """Small models in some variety, and what they really keep."""
 
+import gc
 from collections.abc import Callable
 from functools import partial
 
@@ -117,6 +118,7 @@ def _peak(device: str, work: Callable[[], None]) -> int:
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # garbage of earlier work, freed during this, would count against it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = profiler.profiler.kineto_results.events()

@@ -16,7 +16,7 @@ def test_every_connection_gets_the_same_run(size):
     for run in runs:
         words = ["fit", "--config", run.config, *run.overrides]
         values = compose_experiment(parse_arguments(words)).values()
-        found.append(values.pop("connection")["_target_"])
+        found.append(str(values.pop("connection")))
         for section in (values["model"], values["logger"], values["checkpoint"]):
             section.pop("connection", None)
         assert values["seed"] == 3 and values["model"]["num_layers"] >= 24
