@@ -1,4 +1,4 @@
-"""Several runs of `fit`, one after the other or as SLURM jobs.
+"""Several runs of `fit`: one after the other, some at a time, or as SLURM jobs.
 
 A sweep can be stopped and started again: runs that have ended are skipped, one that was stopped
 goes on from its last checkpoint. How each ended is in its `sweep.json`. A run whose loss stopped
@@ -6,15 +6,19 @@ being finite has ended too: that is a result.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+import torch
 from commands import command, show
 
 RECORD = "sweep.json"
@@ -50,7 +54,7 @@ class Outcome:
 
 
 def run_all(
-    runs: Iterable[Run], folder: Path, slurm: dict[str, Any] | None = None
+    runs: Iterable[Run], folder: Path, slurm: dict[str, Any] | None = None, jobs: int = 1
 ) -> dict[str, Outcome]:
     """Run what has not ended yet.
 
@@ -59,6 +63,8 @@ def run_all(
         folder: Where each has a folder of its name.
         slurm: Submit them with these settings of submitit (``partition``, ``timeout_min``, …), all
             at once, and wait for them; None runs them here.
+        jobs: How many run here at a time. If several, each has its share of the processor's cores,
+            and a GPU of its own as far as there are any; what it prints goes to a file.
 
     Returns:
         By name.
@@ -71,8 +77,12 @@ def run_all(
     for run in runs:
         if run not in left:
             print(f"{folder / run.name}: has ended before", file=sys.stderr)
-    here = (execute(run, folder) for run in left)
-    codes = here if slurm is None else _submit(left, folder, dict(slurm))
+    if slurm is not None:
+        codes = _submit(left, folder, dict(slurm))
+    elif jobs > 1:
+        codes = _side_by_side(left, folder, jobs)
+    else:
+        codes = (execute(run, folder) for run in left)
     for run, code in zip(left, codes, strict=True):
         if code not in (FINISHED, DIVERGED):
             print(f"error: the run in {folder / run.name} failed", file=sys.stderr)
@@ -81,8 +91,15 @@ def run_all(
     return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
 
-def execute(run: Run, folder: Path) -> int:
-    """Begin a run or go on with it; returns the exit code of `fit`."""
+def execute(run: Run, folder: Path, own_device: dict[str, str] | None = None) -> int:
+    """Begin a run or go on with it; returns the exit code of `fit`.
+
+    Args:
+        run: What to run.
+        folder: The sweep's.
+        own_device: Environment variables for one of several at a time: its output goes to
+            ``output/NAME.txt``. None shows it.
+    """
     own = folder / run.name
     words = ["fit", "--config", run.config, f"output_dir={own}", *run.overrides]
     if (own / "checkpoints" / "last").exists():
@@ -91,7 +108,21 @@ def execute(run: Run, folder: Path) -> int:
         words.append("overwrite=true")  # it was stopped before it saved anything
     show(*words)
     began = time.monotonic()
-    code = subprocess.run(command(*words), check=False).returncode
+    if own_device is None:
+        code = subprocess.run(command(*words), check=False).returncode
+    else:
+        text = folder / "output" / f"{run.name}.txt"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        with text.open("a", encoding="utf-8") as file:
+            code = subprocess.run(
+                command(*words),
+                env={**os.environ, **own_device},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            ).returncode
+        ended = {FINISHED: "ended", DIVERGED: "diverged"}.get(code, f"failed (see {text})")
+        print(f"{own}: {ended} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     if code in (FINISHED, DIVERGED):
         record = {
             "exit_code": code,
@@ -121,6 +152,30 @@ def recorded(run: Run, folder: Path) -> Outcome | None:
     return Outcome(own, record["exit_code"] == DIVERGED)
 
 
+def _side_by_side(runs: list[Run], folder: Path, jobs: int) -> list[int]:
+    """Run some at a time; after a failure none is begun any more. Returns their exit codes."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    gpus = torch.cuda.device_count()
+    devices: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for job in range(jobs):
+        gpu = {"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus > 1 else {}
+        devices.put({"OMP_NUM_THREADS": threads, **gpu})
+    failed = False
+
+    def one(run: Run) -> int:
+        nonlocal failed
+        if failed:
+            return 0
+        device = devices.get()
+        code = execute(run, folder, device)
+        devices.put(device)
+        failed = failed or code not in (FINISHED, DIVERGED)
+        return code
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, runs))
+
+
 def _submit(runs: list[Run], folder: Path, settings: dict[str, Any]) -> Iterable[int]:
     try:
         import submitit
@@ -145,11 +200,13 @@ class Words:
     Attributes:
         settings: The recipe's own, by name.
         slurm: Those of SLURM, if any was named (``slurm.partition=NAME``).
+        jobs: How many runs at a time (``jobs=N``).
         overrides: All others, for `fit`.
     """
 
     settings: dict[str, str]
     slurm: dict[str, Any] | None
+    jobs: int
     overrides: tuple[str, ...]
 
 
@@ -159,17 +216,24 @@ def read_words(words: Iterable[str], defaults: dict[str, str]) -> Words:
     Args:
         words: ``key=value``.
         defaults: The recipe's own keys with their values.
+
+    Raises:
+        SystemExit: ``jobs`` is not a positive integer.
     """
-    settings, slurm, overrides = dict(defaults), {}, []
+    settings, slurm, overrides, jobs = dict(defaults), {}, [], "1"
     for word in words:
         key, _, value = word.partition("=")
         if key in settings:
             settings[key] = value
         elif key.startswith("slurm."):
             slurm[key.removeprefix("slurm.")] = int(value) if value.isdigit() else value
+        elif key == "jobs":
+            jobs = value
         else:
             overrides.append(word)
-    return Words(settings, slurm or None, tuple(overrides))
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise SystemExit(f"error: jobs={jobs} is not a number of runs, 1 or more")
+    return Words(settings, slurm or None, int(jobs), tuple(overrides))
 
 
 def chosen(name: str, value: str, among: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The paper's stability comparison: every connection on the same model, data, order and seed.
 
     python recipes/stability/stability.py [size=cpu|gpu|paper] [only=hc,mhc] [output=FOLDER]
-        [slurm.partition=NAME ...] [key=value ...]
+        [jobs=N | slurm.partition=NAME ...] [key=value ...]
 
 Runs what has not ended yet, then writes one page about all of them, with the figures that
 correspond to 2, 3, 5, 7 and 8 of arXiv 2512.24880. Other settings go to every `fit`.
@@ -47,7 +47,7 @@ def main(words: list[str]) -> None:
     runs = runs_of(size, read.settings["only"], read.overrides)
     if size != "paper" and not any(word.startswith("data.path=") for word in read.overrides):
         run(*prepare_words(runs[0].config, "data/python"))
-    outcomes = run_all(runs, folder, read.slurm)
+    outcomes = run_all(runs, folder, read.slurm, read.jobs)
     folders = [str(outcome.folder) for outcome in outcomes.values()]
     compared = [f"baseline={outcomes[BASELINE].folder}"] if BASELINE in outcomes else []
     run("report", *folders, *compared, f"output={folder / 'report'}")

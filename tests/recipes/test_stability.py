@@ -38,7 +38,7 @@ def test_the_page_is_on_all_runs_beside_the_residual_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stability, "run", lambda *words: commands.append(words))
 
-    def run_all(runs, folder, slurm):
+    def run_all(runs, folder, slurm, jobs):
         return {run.name: sweep.Outcome(folder / run.name, False) for run in runs}
 
     monkeypatch.setattr(stability, "run_all", run_all)

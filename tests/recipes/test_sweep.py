@@ -9,12 +9,18 @@ import sweep
 from sweep import Run
 
 FIT = """
-import sys, pathlib
+import os, sys, pathlib, time
 words = dict(word.partition("=")[::2] for word in sys.argv[2:])
 own = pathlib.Path(words["output_dir"])
 (own / "checkpoints").mkdir(parents=True, exist_ok=True)
 with open(own / "calls", "a") as file:
     print(" ".join(sys.argv[1:]), file=file)
+if "meets" in words:  # wait for another run to be under way
+    (own.parent / f"{own.name} is here").touch()
+    until = time.monotonic() + 60
+    while not (own.parent / f"{words['meets']} is here").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    print(os.environ["OMP_NUM_THREADS"], time.monotonic() < until)
 if words.get("saves") == "true":
     (own / "checkpoints" / "last").touch()
 code = own / "exit_code"
@@ -71,6 +77,29 @@ def test_a_folder_with_other_settings_is_not_taken_for_the_run(folder):
         sweep.run_all([Run("a", "x.yaml", ("lr=2",))], folder)
 
 
+def test_runs_side_by_side(folder, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep.os, "cpu_count", lambda: 6)
+    folder.mkdir()
+    runs = [Run("a", "c", ("meets=b",)), Run("b", "c", ("meets=a",)), Run("c", "c", ("meets=c",))]
+    exits_with(folder, "b", 3)
+    outcomes = sweep.run_all(runs, folder, jobs=2)
+    assert [outcome.diverged for outcome in outcomes.values()] == [False, True, False]
+    for name in "abc":  # each with its half of the cores, and none alone but the last
+        assert (folder / "output" / f"{name}.txt").read_text() == "3 True\n"
+
+
+def test_after_a_failure_no_run_is_begun(folder):
+    names = "abcdef"
+    for name in names:
+        exits_with(folder, name, 2)
+    with pytest.raises(SystemExit) as failed:
+        sweep.run_all([Run(name, "c") for name in names], folder, jobs=2)
+    assert failed.value.code == 2
+    begun = [name for name in names if (folder / name / "calls").exists()]
+    assert len(begun) <= 3 and not (folder / "f" / "calls").exists()
+
+
 def test_jobs_are_submitted_together_and_waited_for(folder, monkeypatch):
     made = []
 
@@ -102,6 +131,10 @@ def test_words_of_a_recipe():
     words = sweep.read_words(["size=gpu", "optimizer.lr=1e-3"], {"size": "cpu", "only": ""})
     assert words.settings == {"size": "gpu", "only": ""}
     assert words.slurm is None and words.overrides == ("optimizer.lr=1e-3",)
+    assert words.jobs == 1 and sweep.read_words(["jobs=3"], {}).jobs == 3
+    for wrong in ("0", "two", "-1"):
+        with pytest.raises(SystemExit, match=f"error: jobs={wrong} is not a number of runs"):
+            sweep.read_words([f"jobs={wrong}"], {})
     assert sweep.chosen("only", "", "ab") == ["a", "b"]
     with pytest.raises(SystemExit, match="only=c is not known; choose from a, b"):
         sweep.chosen("only", "a,c", "ab")
