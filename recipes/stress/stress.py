@@ -1,0 +1,215 @@
+"""What each connection survives: learning rates that double until training fails.
+
+    python recipes/stress/stress.py [size=cpu|gpu] [only=hc,mhc] [depths=8,24]
+        [precisions=32-true] [rates=0.004,0.008] [output=FOLDER]
+        [jobs=N | slurm.partition=NAME ...] [key=value ...]
+
+For every connection, depth (in blocks) and precision the learning rate rises through `rates` until
+a run fails. What failing means is in outcome.py. Other settings go to every `fit`.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
+
+import pictures
+from commands import run, shown
+from library_text import prepare_words
+from outcome import Outcome, judge
+from provenance import provenance, write_json
+from sweep import Run, chosen, read_words, run_all
+
+from mhc_lightning.reporting.reading import Run as ReadRun
+from mhc_lightning.reporting.reading import read_runs
+from mhc_lightning.reporting.series import Series
+
+HERE = Path(__file__).parent
+PAPERS = ("residual", "hc", "mhc")
+NO_SERIES = Series.of((), ())
+VARIANTS = (*PAPERS, "mhc_single_pass", "mhc_lite", "krom", "identity")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is tried at one size.
+
+    Attributes:
+        depths: In blocks of two sub-layers.
+        precisions: Of the trainer, with the connections that are tried in each.
+        rates: Learning rates, rising.
+    """
+
+    depths: tuple[int, ...]
+    precisions: dict[str, tuple[str, ...]]
+    rates: tuple[float, ...]
+
+
+SIZES = {
+    "cpu": Size(
+        (8, 24),
+        {"32-true": VARIANTS, "bf16-mixed": PAPERS},
+        tuple(0.008 * 2**k for k in range(8)),
+    ),
+    "gpu": Size(
+        (12, 30, 60),
+        {"32-true": VARIANTS, "bf16-mixed": VARIANTS},
+        tuple(0.001 * 2**k for k in range(11)),
+    ),
+}
+
+
+@dataclass
+class Cell:
+    """One connection at one depth in one precision, and what became of its runs.
+
+    Attributes:
+        connection: Of the configurations' group.
+        depth: In blocks.
+        precision: Of the trainer.
+        outcomes: By learning rate, rising.
+        gains: The largest finite composite gains of those runs, forward and backward.
+    """
+
+    connection: str
+    depth: int
+    precision: str
+    outcomes: dict[float, Outcome] = field(default_factory=dict)
+    gains: dict[float, tuple[float | None, ...]] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a learning rate was found that it does not survive."""
+        return any(not outcome.stable for outcome in self.outcomes.values())
+
+    @property
+    def largest_stable(self) -> float | None:
+        """The last learning rate before the first failure; None if the first one failed."""
+        stable = [rate for rate, outcome in self.outcomes.items() if outcome.stable]
+        return max(stable, default=None)
+
+    def run(self, rate: float, config: str, overrides: tuple[str, ...]) -> Run:
+        """Its run at a learning rate."""
+        own = (
+            f"connection={self.connection}",
+            f"model.num_layers={self.depth}",
+            f"trainer.precision={self.precision}",
+            f"optimizer.lr={rate:g}",
+        )
+        name = f"{self.connection}_{self.depth}_{self.precision}_{rate:g}"
+        return Run(name, config, (*own, *overrides))
+
+    def add(self, rate: float, found: ReadRun | None, stopped: bool) -> None:
+        """Take in a run that has ended; None: before it logged anything."""
+        best = min((o.loss for o in self.outcomes.values()), default=float("inf"))
+        logged = {} if found is None else found.scalars
+        self.outcomes[rate] = judge(logged.get("train/loss", NO_SERIES), stopped, best)
+        forward, backward = (
+            logged.get(f"amax_gain/composite/{side}", NO_SERIES).finite().values
+            for side in ("forward", "backward")
+        )
+        self.gains[rate] = tuple(float(v.max()) if len(v) else None for v in (forward, backward))
+
+
+def cells_of(size: Size, only: list[str], depths: list[int], precisions: list[str]) -> list[Cell]:
+    """All that is tried; what was asked for by name is tried in every precision asked for."""
+    return [
+        Cell(connection, depth, precision)
+        for precision in precisions or size.precisions
+        for depth in depths or size.depths
+        for connection in only or size.precisions.get(precision, VARIANTS)
+    ]
+
+
+def numbers(name: str, value: str, kind: type[int] | type[float]) -> list[Any]:
+    """Positive numbers, comma-separated, in rising order.
+
+    Raises:
+        SystemExit: One is none.
+    """
+    try:
+        found = [kind(part) for part in value.split(",") if part]
+    except ValueError:
+        found = [0]
+    if not all(0 < number < float("inf") for number in found):
+        raise SystemExit(f"error: {name}={value} is not a list of positive numbers")
+    return sorted(found)
+
+
+def table(cells: list[Cell]) -> str:
+    """The result as text."""
+    lines = ["connection        blocks  precision    largest stable  fails at   how"]
+    for cell in cells:
+        last = cell.largest_stable
+        fails = next(((r, o) for r, o in cell.outcomes.items() if not o.stable), None)
+        lines.append(
+            f"{cell.connection:16}  {cell.depth:6}  {cell.precision:11}"
+            f"  {'none' if last is None else f'{last:g}':>14}"
+            + (f"  {fails[0]:8g}   {fails[1].state}" if fails else "      none")
+        )
+    return "\n".join(lines)
+
+
+def record(cells: list[Cell], runs: list[ReadRun], words: list[str]) -> dict[str, Any]:
+    """The result as plain values."""
+    return {
+        **provenance(runs, words),
+        "cells": [
+            {
+                "connection": cell.connection,
+                "blocks": cell.depth,
+                "precision": cell.precision,
+                "largest_stable_learning_rate": cell.largest_stable,
+                "failed": cell.failed,
+                "runs": [
+                    {
+                        "learning_rate": rate,
+                        "outcome": outcome.state,
+                        "last_loss": outcome.loss,
+                        "lowest_loss": outcome.lowest,
+                        "largest_composite_gain_forward": cell.gains[rate][0],
+                        "largest_composite_gain_backward": cell.gains[rate][1],
+                    }
+                    for rate, outcome in cell.outcomes.items()
+                ],
+            }
+            for cell in cells
+        ],
+    }
+
+
+def main(words: list[str]) -> None:
+    """Prepare the text, raise learning rates, write what was found."""
+    defaults = dict.fromkeys(("only", "depths", "precisions", "rates", "output"), "")
+    read = read_words(words, {"size": "cpu", **defaults})
+    name = chosen("size", read.settings["size"], SIZES)[0]
+    config, size = shown(HERE / f"{name}.yaml"), SIZES[name]
+    only = chosen("only", read.settings["only"], VARIANTS) if read.settings["only"] else []
+    depths = numbers("depths", read.settings["depths"], int)
+    rates = numbers("rates", read.settings["rates"], float) or size.rates
+    precisions = [part for part in read.settings["precisions"].split(",") if part]
+    cells = cells_of(size, only, depths, precisions)
+    folder = Path(read.settings["output"] or f"runs/stress/{name}")
+    if not any(word.startswith("data.path=") for word in read.overrides):
+        run(*prepare_words(config, "data/python"))
+    found: list[ReadRun] = []
+    for rate in rates:
+        climbing = [cell for cell in cells if not cell.failed]
+        runs = [cell.run(rate, config, read.overrides) for cell in climbing]
+        ended = run_all(runs, folder, read.slurm, read.jobs)
+        for cell, one in zip(climbing, runs, strict=True):
+            own = ended[one.name].folder
+            logged = read_runs([str(own)]) if (own / "metrics.csv").is_file() else []
+            cell.add(rate, next(iter(logged), None), ended[one.name].diverged)
+            found += logged
+    results = folder / "results"
+    write_json(record(cells, found, words), results / "stress.json")
+    pictures.loss_by_rate(cells, results / "loss_by_learning_rate.png")
+    pictures.largest_stable(cells, results / "largest_stable_learning_rate.png")
+    print(f"\n{table(cells)}\n\nwrote {results}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
