@@ -15,11 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
-import pictures
 from commands import run, shown
 from library_text import prepare_words
 from outcome import Outcome, judge
 from provenance import provenance, write_json
+from rate_pictures import draw_largest_stable, draw_loss_by_rate
 from sweep import Run, chosen, read_words, run_all
 
 from mhc_lightning.reporting.reading import Run as ReadRun
@@ -206,8 +206,8 @@ def main(words: list[str]) -> None:
             found += logged
     results = folder / "results"
     write_json(record(cells, found, words), results / "stress.json")
-    pictures.loss_by_rate(cells, results / "loss_by_learning_rate.png")
-    pictures.largest_stable(cells, results / "largest_stable_learning_rate.png")
+    draw_loss_by_rate(cells, results / "loss_by_learning_rate.png")
+    draw_largest_stable(cells, results / "largest_stable_learning_rate.png")
     print(f"\n{table(cells)}\n\nwrote {results}")
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from axes import plain, save
+
 from mhc_lightning.reporting.drawing import DASHES, FAINT, GRID, INK, RUN_COLOURS, TEXT
 
 if TYPE_CHECKING:
@@ -11,10 +13,8 @@ if TYPE_CHECKING:
 
     from stress import Cell
 
-_RESOLUTION = 160  # pixels per inch
 
-
-def loss_by_rate(cells: Sequence["Cell"], file: Path) -> None:
+def draw_loss_by_rate(cells: Sequence["Cell"], file: Path) -> None:
     """Last loss against learning rate: a panel for each depth and precision.
 
     A cross marks the run that failed; one whose loss was not finite stands at the upper edge.
@@ -33,7 +33,7 @@ def loss_by_rate(cells: Sequence["Cell"], file: Path) -> None:
     colours = _colours(cells)
     for row, precision in zip(grid, precisions, strict=True):
         for axes, depth in zip(row, depths, strict=True):
-            _quiet(axes)
+            plain(axes)
             _rates_across(axes, cells)
             axes.set_title(f"{depth} blocks, {precision}", fontsize=10, color=INK, loc="left")
             for cell in cells:
@@ -45,10 +45,10 @@ def loss_by_rate(cells: Sequence["Cell"], file: Path) -> None:
         row[0].set_ylabel("last training loss (nats)", fontsize=TEXT, color=FAINT)
     handles, labels = _legend(grid[0][0], colours)
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=TEXT)
-    _save(figure, file)
+    save(figure, file)
 
 
-def largest_stable(cells: Sequence["Cell"], file: Path) -> None:
+def draw_largest_stable(cells: Sequence["Cell"], file: Path) -> None:
     """The largest stable learning rate of each connection, for every depth and precision."""
     from matplotlib.figure import Figure
 
@@ -56,7 +56,7 @@ def largest_stable(cells: Sequence["Cell"], file: Path) -> None:
     places = list(dict.fromkeys((cell.depth, cell.precision) for cell in cells))
     figure = Figure(figsize=(8.4, 0.62 * len(names) + 1.3), layout="constrained")
     axes = figure.subplots()
-    _quiet(axes)
+    plain(axes)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     colours = {place: RUN_COLOURS[1 + k] for k, place in enumerate(places)}
     for k, (place, colour) in enumerate(colours.items()):
@@ -79,7 +79,7 @@ def largest_stable(cells: Sequence["Cell"], file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("largest stable learning rate", fontsize=TEXT, color=FAINT)
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=TEXT)
-    _save(figure, file)
+    save(figure, file)
 
 
 def _climb(axes: "Axes", cell: "Cell", look: tuple[str, object], edge: float) -> None:
@@ -116,20 +116,3 @@ def _legend(axes: "Axes", colours: dict[str, tuple[str, object]]) -> tuple[list[
     ]
     cross = axes.plot([], [], "x", color=FAINT)[0]
     return [*lines, cross], [*colours, "failed"]
-
-
-def _quiet(axes: "Axes") -> None:
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=TEXT - 0.5, labelcolor=FAINT)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set(color=FAINT, linewidth=0.8)
-
-
-def _save(figure: object, file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    assert isinstance(figure, Figure)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=_RESOLUTION, facecolor="white")

@@ -1,0 +1,49 @@
+"""What initialisations came to, drawn."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from axes import plain, save
+
+from mhc_lightning.reporting.drawing import FAINT, GRID, INK, RUN_COLOURS, TEXT
+
+if TYPE_CHECKING:
+    from initialisation import Candidate
+
+
+def draw_diversity(
+    candidates: Sequence["Candidate"], default: "Candidate | None", file: Path
+) -> None:
+    """Diversity over time and over depth, and validation losses: a point for every seed.
+
+    Losses are drawn minus the default's of the same seed, if that was run.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.5, 3.9), layout="constrained")
+    over_time, over_depth, losses = figure.subplots(1, 3)
+    for axes, title, across in (
+        (over_time, "stream diversity, mean of sub-layers", "step"),
+        (over_depth, "stream diversity at the end", "sub-layer"),
+        (losses, "validation loss (nats)" + (", minus the default's" if default else ""), ""),
+    ):
+        plain(axes)
+        axes.set_title(title, fontsize=10, color=INK, loc="left")
+        axes.set_xlabel(across, fontsize=TEXT, color=FAINT)
+    handles = []
+    for k, candidate in enumerate(candidates):
+        colour = RUN_COLOURS[k % len(RUN_COLOURS)]
+        handles += over_time.plot(*candidate.diversity_by_step(), color=colour, linewidth=1.7)
+        over_depth.plot(*candidate.diversity_by_layer(), color=colour, linewidth=1.7)
+        values = (
+            candidate.gaps(default) if default else list(candidate.validation_losses().values())
+        )
+        losses.plot(values, [k] * len(values), "o", color=colour, markersize=5, clip_on=False)
+    names = [candidate.name for candidate in candidates]
+    losses.set_yticks(range(len(names)), names)
+    losses.tick_params(axis="y", labelcolor=INK)
+    losses.grid(axis="x", color=GRID, linewidth=0.8)
+    losses.invert_yaxis()
+    figure.legend(handles, names, loc="outside lower center", ncols=7, frameon=False, fontsize=TEXT)
+    save(figure, file)

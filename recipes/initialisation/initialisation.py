@@ -1,0 +1,178 @@
+"""How mHC's streams come to differ: initialisations, compared over depth and time.
+
+    python recipes/initialisation/initialisation.py [size=cpu|gpu] [only=default,symmetric]
+        [seeds=1,2,3] [output=FOLDER] [jobs=N | slurm.partition=NAME ...] [key=value ...]
+
+The candidates are in starts.py. Other settings go to every `fit`.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
+
+from commands import run, shown
+from diversity_picture import draw_diversity
+from library_text import prepare_words
+from provenance import provenance, write_json
+from sweep import Run, chosen, read_words, run_all
+
+from mhc_lightning.reporting.reading import Run as ReadRun
+from mhc_lightning.reporting.reading import read_runs
+from mhc_lightning.reporting.series import layer_matrix
+from mhc_lightning.reporting.statistics import mean_interval
+
+HERE = Path(__file__).parent
+DEFAULT = "default"
+STARTS = "recipes.initialisation.starts"
+CANDIDATES = {
+    DEFAULT: "mhc_lightning.modules.ManifoldHyperConnection",
+    "symmetric": f"{STARTS}.Symmetric",
+    "strong_mixing": f"{STARTS}.StrongMixing",
+    "uniform_mixing": f"{STARTS}.UniformMixing",
+    "signed_writes": f"{STARTS}.SignedWrites",
+    "xavier_projection": f"{STARTS}.XavierProjection",
+    "small_projection": f"{STARTS}.SmallProjection",
+}
+DIVERSITY = "stream_diversity"
+GAIN = "amax_gain/composite/backward"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One initialisation and its runs.
+
+    Attributes:
+        name: Of `CANDIDATES`.
+        runs: By seed; those whose loss stopped being finite are left out.
+        diverged: The seeds that are left out.
+    """
+
+    name: str
+    runs: dict[int, ReadRun]
+    diverged: list[int]
+
+    def validation_losses(self) -> dict[int, float]:
+        """The last one of each seed."""
+        return {s: float(r.scalars["val/loss"].values[-1]) for s, r in self.runs.items()}
+
+    def diversity_by_step(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps, and diversity averaged over sub-layers (but the first) and seeds."""
+        found = [run.scalars[f"{DIVERSITY}/mean"] for run in self.runs.values()]
+        return found[0].steps, np.mean([series.values for series in found], axis=0)
+
+    def diversity_by_layer(self) -> tuple[list[int], np.ndarray]:
+        """Sub-layers, and their diversity at the end, averaged over seeds."""
+        found = [layer_matrix(run.scalars, DIVERSITY) for run in self.runs.values()]
+        return found[0][0], np.mean([values[:, -1] for _, _, values in found], axis=0)
+
+    def largest_gain(self) -> float:
+        """The largest composite backward gain of all seeds."""
+        return max(float(run.scalars[GAIN].values.max()) for run in self.runs.values())
+
+    def gaps(self, other: "Candidate") -> list[float]:
+        """Its validation losses minus those of another one with the same seeds."""
+        theirs = other.validation_losses()
+        return [v - theirs[s] for s, v in self.validation_losses().items() if s in theirs]
+
+
+def runs_of(size: str, only: str, seeds: str, overrides: tuple[str, ...]) -> dict[str, list[Run]]:
+    """The runs of each candidate, by seed.
+
+    Raises:
+        SystemExit: There is no such size or candidate, or a seed is not a number.
+    """
+    chosen("size", size, ("cpu", "gpu"))
+    if not all(seed.isdecimal() for seed in seeds.split(",")):
+        raise SystemExit(f"error: seeds={seeds} is not a list of numbers")
+    config = shown(HERE / f"{size}.yaml")
+    return {
+        name: [
+            Run(
+                f"{name}_{seed}",
+                config,
+                (f"connection._target_={CANDIDATES[name]}", f"seed={seed}", *overrides),
+            )
+            for seed in seeds.split(",")
+        ]
+        for name in chosen("only", only, CANDIDATES)
+    }
+
+
+def row(candidate: Candidate, default: Candidate | None) -> dict[str, Any]:
+    """What a candidate came to."""
+    if not candidate.runs:
+        return {"candidate": candidate.name, "diverged_seeds": candidate.diverged}
+    losses = candidate.validation_losses()
+    layers, by_layer = candidate.diversity_by_layer()
+    steps, by_step = candidate.diversity_by_step()
+    gaps = candidate.gaps(default) if default and default is not candidate else []
+    return {
+        "candidate": candidate.name,
+        "diverged_seeds": candidate.diverged,
+        "validation_loss": losses,
+        "mean_validation_loss": float(np.mean(list(losses.values()))),
+        "gap_to_default": gaps,
+        "mean_gap_to_default": float(np.mean(gaps)) if gaps else None,
+        "gap_interval_95": list(mean_interval(gaps)) if len(gaps) > 1 else None,
+        "largest_composite_gain_backward": candidate.largest_gain(),
+        "diversity_by_step": dict(zip(steps.tolist(), by_step.tolist(), strict=True)),
+        "diversity_by_layer": dict(zip(layers, by_layer.tolist(), strict=True)),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The result as text."""
+    lines = ["initialisation     validation loss  minus default (95%)      diversity  gain"]
+    for found in rows:
+        if "validation_loss" not in found:
+            lines.append(f"{found['candidate']:17}  diverged")
+            continue
+        gap, interval = found["mean_gap_to_default"], found["gap_interval_95"]
+        about = f"{gap:+.4f}" if gap is not None else ""
+        about += f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else ""
+        last = list(found["diversity_by_step"].values())[-1]
+        lines.append(
+            f"{found['candidate']:17}  {found['mean_validation_loss']:15.4f}  {about:25}"
+            f"{last:9.3f}  {found['largest_composite_gain_backward']:.3f}"
+            + (f"  diverged: seeds {found['diverged_seeds']}" if found["diverged_seeds"] else "")
+        )
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> None:
+    """Prepare the text, run, write what was found."""
+    read = read_words(words, {"size": "cpu", "only": "", "seeds": "1,2,3", "output": ""})
+    if Path.cwd() != HERE.parents[1]:
+        raise SystemExit(f"error: call this in {HERE.parents[1]}: its runs import {STARTS}")
+    size = read.settings["size"]
+    runs = runs_of(size, read.settings["only"], read.settings["seeds"], read.overrides)
+    folder = Path(read.settings["output"] or f"runs/initialisation/{size}")
+    if not any(word.startswith("data.path=") for word in read.overrides):
+        run(*prepare_words(shown(HERE / f"{size}.yaml"), "data/python"))
+    ended = run_all([r for own in runs.values() for r in own], folder, read.slurm, read.jobs)
+    candidates = []
+    for name, own in runs.items():
+        left, lost = {}, []
+        for one in own:
+            seed = int(one.name.rpartition("_")[2])
+            if ended[one.name].diverged:
+                lost.append(seed)
+            else:
+                (left[seed],) = read_runs([str(ended[one.name].folder)])
+        candidates.append(Candidate(name, left, lost))
+    default = next((c for c in candidates if c.name == DEFAULT and c.runs), None)
+    rows = [row(candidate, default) for candidate in candidates]
+    results = folder / "results"
+    about = provenance([r for c in candidates for r in c.runs.values()], words)
+    write_json({**about, "candidates": rows}, results / "initialisation.json")
+    draw_diversity([c for c in candidates if c.runs], default, results / "initialisation.png")
+    print(f"\n{table(rows)}\n\nwrote {results}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
