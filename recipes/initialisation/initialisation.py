@@ -35,6 +35,8 @@ CANDIDATES = {
     "strong_mixing": f"{STARTS}.StrongMixing",
     "uniform_mixing": f"{STARTS}.UniformMixing",
     "signed_writes": f"{STARTS}.SignedWrites",
+    "signed_writes_strong_mixing": f"{STARTS}.SignedWritesStrongMixing",
+    "one_stream_reads": f"{STARTS}.OneStreamReads",
     "xavier_projection": f"{STARTS}.XavierProjection",
     "small_projection": f"{STARTS}.SmallProjection",
 }
@@ -127,17 +129,19 @@ def row(candidate: Candidate, default: Candidate | None) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The result as text."""
-    lines = ["initialisation     validation loss  minus default (95%)      diversity  gain"]
+    lines = [
+        "initialisation               validation loss  minus default (95%)        diversity  gain"
+    ]
     for found in rows:
         if "validation_loss" not in found:
-            lines.append(f"{found['candidate']:17}  diverged")
+            lines.append(f"{found['candidate']:27}  diverged")
             continue
         gap, interval = found["mean_gap_to_default"], found["gap_interval_95"]
         about = f"{gap:+.4f}" if gap is not None else ""
         about += f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else ""
         last = list(found["diversity_by_step"].values())[-1]
         lines.append(
-            f"{found['candidate']:17}  {found['mean_validation_loss']:15.4f}  {about:25}"
+            f"{found['candidate']:27}  {found['mean_validation_loss']:15.4f}  {about:27}"
             f"{last:9.3f}  {found['largest_composite_gain_backward']:.3f}"
             + (f"  diverged: seeds {found['diverged_seeds']}" if found["diverged_seeds"] else "")
         )
@@ -154,7 +158,8 @@ def main(words: list[str]) -> None:
     folder = Path(read.settings["output"] or f"runs/initialisation/{size}")
     if not any(word.startswith("data.path=") for word in read.overrides):
         run(*prepare_words(shown(HERE / f"{size}.yaml"), "data/python"))
-    ended = run_all([r for own in runs.values() for r in own], folder, read.slurm, read.jobs)
+    by_seed = [one for same_seed in zip(*runs.values(), strict=True) for one in same_seed]
+    ended = run_all(by_seed, folder, read.slurm, read.jobs)
     candidates = []
     for name, own in runs.items():
         left, lost = {}, []

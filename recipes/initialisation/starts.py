@@ -62,6 +62,23 @@ class SignedWrites(_Start):
         mix.fill_(-8.0).fill_diagonal_(0.0)
 
 
+class SignedWritesStrongMixing(_Start):
+    """Writes prefer the stream that is read (logits ±1), and streams mix: logits 0 and -3."""
+
+    def change(self, pre: Tensor, post: Tensor, mix: Tensor, phi: Tensor) -> None:
+        """Writes and mixing."""
+        post.copy_(pre)
+        mix.fill_(-3.0).fill_diagonal_(0.0)
+
+
+class OneStreamReads(_Start):
+    """As HC starts, as nearly as σ can: reads 0.98 of one stream, 0.02 of the others."""
+
+    def change(self, pre: Tensor, post: Tensor, mix: Tensor, phi: Tensor) -> None:
+        """Read logits ±4 in place of ±1."""
+        pre.mul_(4)
+
+
 class XavierProjection(_Start):
     """As in Megatron-core's: biases 0, so uniform mixing, and Xavier-normal projections."""
 
