@@ -20,6 +20,8 @@ def test_a_run_is_reported_as_json_and_nothing_else(trained, capfd, tmp_path):
     record = json.loads(output)
     assert errors == "" and record["page"] == "a page/index.html"
     assert (tmp_path / "a page/index.html").is_file()
+    beside = json.loads((tmp_path / "a page/report.json").read_text())
+    assert {"page": record["page"], **beside} == record
     (run,) = record["runs"]
     rows = trained.metrics()
     assert run["ending"]["state"] == "complete" and run["last_step"] == 6

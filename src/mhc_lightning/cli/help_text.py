@@ -258,8 +258,8 @@ usage: {_PROGRAM} report RUN [RUN ...] [output=DIR] [baseline=RUN]
 
   RUN                  a run's folder (what `fit` calls output_dir), or one that holds several;
                        taken literally, as the shell gives it
-  output=DIR           where index.html and figures/*.png go (default: report); an earlier report
-                       there is replaced
+  output=DIR           where index.html, report.json (what --json prints) and figures/*.png go
+                       (default: report); an earlier report there is replaced
   baseline=RUN         the run that the others are compared with; without it, the first with the
                        plain residual connection, else the first
   --json               print one JSON object and nothing else on standard output

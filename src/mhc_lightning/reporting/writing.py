@@ -1,17 +1,19 @@
 """Writes a report to a folder."""
 
+import json
 from pathlib import Path
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.reporting.page import GENERATOR, page
+from mhc_lightning.reporting.record import record
 from mhc_lightning.reporting.report import Report
 from mhc_lightning.reporting.svg import png
 
-PAGE, FIGURES = "index.html", "figures"
+PAGE, NUMBERS, FIGURES = "index.html", "report.json", "figures"
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write ``index.html`` and ``figures/*.png``, in place of an earlier report's.
+    """Write ``index.html``, ``report.json`` and ``figures/*.png``, in place of an earlier report's.
 
     Returns:
         The page.
@@ -28,6 +30,8 @@ def write_report(report: Report, folder: Path) -> Path:
             for old in (folder / FIGURES).glob("*.png"):
                 old.unlink()
         file.write_text(page(report), encoding="utf-8")
+        numbers = json.dumps(record(report), indent=2)
+        (folder / NUMBERS).write_text(numbers + "\n", encoding="utf-8")
         for section in report.sections:
             for panel in section.panels:
                 (folder / FIGURES / f"{panel.name}.png").write_bytes(png(panel.drawing))
