@@ -177,20 +177,42 @@ def _side_by_side(runs: list[Run], folder: Path, jobs: int) -> list[int]:
 
 
 def _submit(runs: list[Run], folder: Path, settings: dict[str, Any]) -> Iterable[int]:
+    """Submit all at once; the exit codes come as the jobs end."""
     try:
+        import cloudpickle
         import submitit
     except ImportError:
-        raise SystemExit("error: slurm needs submitit: pip install submitit") from None
-    executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=settings.pop("cluster", None))
-    executor.update_parameters(
-        **{key if key in _OF_SUBMITIT else f"slurm_{key}": value for key, value in settings.items()}
-    )
-    jobs = [executor.submit(execute, run, folder) for run in runs]
-    print(f"submitted {len(jobs)} jobs; their output is in {folder / 'slurm'}", file=sys.stderr)
-    return (job.result() for job in jobs)
+        raise SystemExit(
+            "error: slurm needs submitit, which is not installed; install the extra `slurm`:"
+            " pip install 'mhc-lightning[slurm]'"
+        ) from None
+    for function in (execute, show):  # a job does not find the folder of these modules
+        cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
+    log = folder / "slurm"
+    try:
+        executor = submitit.AutoExecutor(folder=log, cluster=settings.pop("cluster", None))
+        if executor.cluster == "slurm":  # where Lightning expects one task for each device
+            settings.setdefault("tasks_per_node", settings.get("gpus_per_node", 1))
+        executor.update_parameters(
+            **{k if k in _OF_SUBMITIT else f"slurm_{k}": v for k, v in settings.items()}
+        )
+        jobs = [executor.submit(execute, run, folder) for run in runs]
+    except (AssertionError, NameError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"error: slurm: {str(error).partition(chr(10))[0]}") from error
+    print(f"submitted {len(jobs)} jobs; their output is in {log}", file=sys.stderr)
+
+    def exit_code(job: Any) -> int:
+        try:
+            return int(job.results()[0])  # of its first task
+        except submitit.core.utils.UncompletedJobError:  # its output says why
+            return 1
+
+    return map(exit_code, jobs)
 
 
-_OF_SUBMITIT = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node")
+_OF_SUBMITIT = frozenset(
+    ("timeout_min", "mem_gb", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node")
+)
 
 
 @dataclass(frozen=True)

@@ -100,12 +100,57 @@ def test_after_a_failure_no_run_is_begun(folder):
     assert len(begun) <= 3 and not (folder / "f" / "calls").exists()
 
 
-def test_jobs_are_submitted_together_and_waited_for(folder, monkeypatch):
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_jobs_run_and_are_waited_for(folder, cluster):
+    pytest.importorskip("submitit")
+    slurm = {"cluster": cluster, "timeout_min": 2}
+    runs = [Run("a", "c", ("x=1",)), Run("b", "c")]
+    exits_with(folder, "b", 3)
+    outcomes = sweep.run_all(runs, folder, slurm)
+    assert [outcome.diverged for outcome in outcomes.values()] == [False, True]
+    assert calls(folder, "a") == [f"fit --config c output_dir={folder}/a x=1"]
+    assert len(list((folder / "slurm").glob("*_0_log.out"))) == 2
+
+    assert sweep.run_all(runs, folder, slurm) == outcomes
+    assert len(calls(folder, "a")) == len(calls(folder, "b")) == 1
+
+
+def test_a_job_that_fails_ends_the_sweep(folder, capsys, monkeypatch):
+    pytest.importorskip("submitit")
+    slurm = {"cluster": "local", "timeout_min": 2}
+
+    def exit_code_of(run):
+        with pytest.raises(SystemExit) as failed:
+            sweep.run_all([run], folder, slurm)
+        assert f"error: the run in {folder / run.name} failed" in capsys.readouterr().err
+        assert sweep.recorded(run, folder) is None
+        return failed.value.code
+
+    exits_with(folder, "a", 2)
+    assert exit_code_of(Run("a", "c")) == 2
+    monkeypatch.setattr(sweep, "command", lambda *words: ["no such program"])  # the job itself
+    assert exit_code_of(Run("b", "c")) == 1
+
+
+def test_settings_of_slurm_that_are_no_good_are_one_line(folder):
+    pytest.importorskip("submitit")
+    for wrong in ({"cluster": "cloud"}, {"timeout_min": "long"}, {"partitoin": "gpu"}):
+        with pytest.raises(SystemExit, match=r"^error: slurm: .+$"):
+            sweep.run_all([Run("a", "c")], folder, {"cluster": "local", **wrong})
+
+
+def test_without_submitit_it_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(SystemExit, match=r"pip install 'mhc-lightning\[slurm\]'"):
+        sweep.run_all([Run("a", "c")], folder, {"partition": "gpu"})
+
+
+def test_jobs_of_slurm_have_a_task_for_each_gpu(folder, monkeypatch):
     made = []
 
     class Executor:
         def __init__(self, folder, cluster):
-            self.parameters, self.jobs = {}, 0
+            self.cluster, self.jobs = cluster or "slurm", 0
             made.append(self)
 
         def update_parameters(self, **parameters):
@@ -113,18 +158,22 @@ def test_jobs_are_submitted_together_and_waited_for(folder, monkeypatch):
 
         def submit(self, call, *arguments):
             self.jobs += 1
-            return SimpleNamespace(result=lambda: call(*arguments))
+            return SimpleNamespace(results=lambda: [call(*arguments), 1])
 
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
-    words = sweep.read_words(
-        ["slurm.partition=gpu", "slurm.timeout_min=90", "x=1"], {"size": "cpu"}
-    )
+    read = ["slurm.partition=gpu", "slurm.timeout_min=90", "slurm.gpus_per_node=4", "x=1"]
+    words = sweep.read_words(read, {"size": "cpu"})
     assert words.overrides == ("x=1",) and words.settings == {"size": "cpu"}
     outcomes = sweep.run_all([Run("a", "c"), Run("b", "c")], folder, words.slurm)
     assert set(outcomes) == {"a", "b"}
     (executor,) = made
     assert executor.jobs == 2
-    assert executor.parameters == {"slurm_partition": "gpu", "timeout_min": 90}
+    assert executor.parameters == {
+        "slurm_partition": "gpu",
+        "timeout_min": 90,
+        "gpus_per_node": 4,
+        "tasks_per_node": 4,
+    }
 
 
 def test_words_of_a_recipe():
