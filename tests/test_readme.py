@@ -17,6 +17,7 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "recipes/README.md",
+    "recipes/downstream/README.md",
     "recipes/quickstart/README.md",
     "recipes/stability/README.md",
 ]

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from axes import plain, save
 from benchmark_scores import MODELS, Row
 
-from mhc_lightning.reporting.drawing import FAINT, GRID, INK, RUN_COLOURS, TEXT
+from mhc_lightning.reporting.drawing import FAINT, INK, RUN_COLOURS, TEXT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ACROSS = 4  # panels
-_RESOLUTION = 160  # pixels per inch
 _COLOURS = dict(zip(MODELS, RUN_COLOURS, strict=False))
 
 
@@ -46,13 +46,13 @@ def draw(rows: Sequence[Row], about: str, file: Path) -> None:
         handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=TEXT,
         labelcolor=FAINT,
     )  # fmt: skip
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=_RESOLUTION, facecolor="white")
+    save(figure, file)
 
 
 def _panel(axes: "Axes", row: Row) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    plain(axes)
     shots = "" if row.shots is None else f", {row.shots}-shot"
     axes.set_title(f"{row.label}{shots}", fontsize=10, color=INK, loc="left", pad=16)
     axes.text(0, 1.02, row.unit, transform=axes.transAxes, fontsize=TEXT - 1, color=FAINT)
@@ -72,9 +72,3 @@ def _panel(axes: "Axes", row: Row) -> None:
     axes.margins(y=0.15)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter("{x:.4g}")
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=TEXT - 0.5, labelcolor=FAINT)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set(color=FAINT, linewidth=0.8)

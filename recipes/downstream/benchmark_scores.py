@@ -191,7 +191,7 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The same for JSON."""
     return [
         {

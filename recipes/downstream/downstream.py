@@ -23,7 +23,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
 from benchmark_picture import draw
-from benchmark_scores import MODELS, PAPER_SOURCE, markdown, plain, rows_of
+from benchmark_scores import MODELS, PAPER_SOURCE, as_records, markdown, rows_of
 from commands import run, shown
 from provenance import write_json
 from sweep import read_words
@@ -273,7 +273,7 @@ def compare(records: dict[str, dict[str, Any]], folder: Path, words: list[str]) 
         "settings": settings,
         "models": models,
         "paper": PAPER_SOURCE if of_paper else None,
-        "rows": plain(rows),
+        "rows": as_records(rows),
     }
     write_json(values, folder / "table.json")
     draw(rows, title, folder / "scores.png")
