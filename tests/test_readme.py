@@ -20,6 +20,8 @@ DOCUMENTS = [
     "recipes/downstream/README.md",
     "recipes/quickstart/README.md",
     "recipes/stability/README.md",
+    "recipes/compute_scaling/README.md",
+    "recipes/token_scaling/README.md",
 ]
 TINY = [
     *("model.dim=32", "model.num_layers=1", "model.ffn_dim=32"),
