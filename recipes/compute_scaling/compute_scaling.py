@@ -1,7 +1,8 @@
 """The paper's compute scaling (Fig. 6(a) of arXiv 2512.24880): loss gaps over a family of models.
 
     python recipes/compute_scaling/compute_scaling.py [size=cpu|gpu|paper] [members=NAME,...]
-        [only=hc,mhc] [seeds=1,2,3] [output=FOLDER] [slurm.partition=NAME ...] [key=value ...]
+        [only=hc,mhc] [seeds=1,2,3] [output=FOLDER] [jobs=N | slurm.partition=NAME ...]
+        [key=value ...]
 
 Runs what has not ended yet, then compares the last validation losses. Other settings go to every
 `fit`.
@@ -66,8 +67,8 @@ def main(words: list[str]) -> None:
     points = points_of(results)
     lines = gap_lines(points)
     write_results(
-        folder / "compute_scaling.json",
-        read,
+        folder / "results" / "compute_scaling.json",
+        words,
         results,
         points,
         (f"{FITTED}; {POWER_LAWS}", [*described_lines(lines), *power_laws(points)]),

@@ -5,12 +5,10 @@ in pairs of the same seed. Intervals are Student's, at 95%, over seeds.
 """
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -30,7 +28,7 @@ class Measured:
         max_steps: Optimizer steps that were asked for.
         validation_tokens: On how many tokens it was validated at most; None for all held out.
         diverged: Whether its loss stopped being finite.
-        environment: What made it: device, versions, commit and checksums of the text.
+        folder: Where it wrote, if anywhere.
     """
 
     losses: dict[int, float]
@@ -38,7 +36,7 @@ class Measured:
     max_steps: int
     validation_tokens: int | None = None
     diverged: bool = False
-    environment: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 def read_measured(folder: Path, diverged: bool) -> Measured:
@@ -52,7 +50,6 @@ def read_measured(folder: Path, diverged: bool) -> Measured:
         SystemExit: It was never validated.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     data, table = config["data"], folder / "metrics.csv"
     logged: dict[int, float] = {}
     if table.is_file():  # one that diverged at its first step logged nothing
@@ -73,7 +70,7 @@ def read_measured(folder: Path, diverged: bool) -> Measured:
         max_steps=config["trainer"]["max_steps"],
         validation_tokens=None if sequences is None else sequences * length,
         diverged=diverged,
-        environment={key: environment.get(key) for key in ("device", "versions", "commit", "data")},
+        folder=folder,
     )
 
 

@@ -143,7 +143,7 @@ def carry_out(members: Sequence[Member], words: Words, folder: Path) -> dict[str
     own_text = any(word.startswith("data.path=") for word in words.overrides)
     if words.settings["size"] == "cpu" and not own_text:
         run(*prepare_words(members[0].typed, "data/python"))
-    outcomes = run_all(runs.values(), folder, words.slurm)
+    outcomes = run_all(runs.values(), folder, words.slurm, words.jobs)
     results = {member.name: Results(costs[member.name], {}) for member in members}
     for (member_name, connection, seed), each in runs.items():
         outcome = outcomes[each.name]

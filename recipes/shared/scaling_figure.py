@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from axes import plain, save
 from gaps import BASELINE, Line, Point, estimate
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mhc_lightning.reporting.drawing import COLOURS, FAINT, GRID, INK, RUN_COLOURS, TEXT, tick
+from mhc_lightning.reporting.drawing import COLOURS, FAINT, INK, RUN_COLOURS, TEXT
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def draw(panels: Sequence[Panel], note: str, file: Path) -> None:
         note: Below them.
         file: The PNG.
     """
-    figure = Figure(figsize=(4.6 * len(panels), 4.0), facecolor="white")
+    figure = Figure(figsize=(4.6 * len(panels), 4.0))
     for k, panel in enumerate(panels):
         left = (k + 0.13) / len(panels)
         axes = figure.add_axes((left, 0.27, 0.83 / len(panels), 0.56))
@@ -102,13 +103,13 @@ def draw(panels: Sequence[Panel], note: str, file: Path) -> None:
     if panels[0].logarithmic:
         note += " Faint: each seed."
     figure.text(0.03, 0.02, note, fontsize=7.5, color=FAINT, va="bottom")
-    figure.savefig(file, dpi=160)
+    save(figure, file)
 
 
 def _fill(axes: Axes, panel: Panel) -> None:
     axes.axhline(panel.level, color=COLOURS["run-0"][0], linewidth=1.2, label=BASELINE, zorder=1)
     if panel.logarithmic:
-        axes.set_xscale("log")
+        _logarithmic(axes, [point.flops for point in panel.points])
     _marks(axes, panel.baseline, COLOURS["run-0"][0], 0)
     for k, (name, curve) in enumerate(panel.curves.items()):
         again, place = divmod(k, len(RUN_COLOURS) - 1)
@@ -116,12 +117,7 @@ def _fill(axes: Axes, panel: Panel) -> None:
         _curve(axes, name, curve, (colour, marker), panel.logarithmic)
         _marks(axes, curve.points, colour, k + 1)
     axes.set_xlabel("training FLOPs", fontsize=TEXT, color=FAINT, labelpad=3)
-    axes.tick_params(length=0, labelsize=TEXT - 0.5, labelcolor=FAINT, pad=4)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set(color=FAINT, linewidth=0.8)
+    plain(axes)
     axes.margins(x=0.06, y=0.12)
     rows = [panel.baseline, *(curve.points for curve in panel.curves.values())]
     marked = [row for row, points in enumerate(rows, 1) if any(point.diverged for point in points)]
@@ -129,20 +125,22 @@ def _fill(axes: Axes, panel: Panel) -> None:
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.08 * (1 + marked[-1]) * (high - low))
     axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
-    if panel.logarithmic:
-        flops = [point.flops for point in panel.points]
-        low, high = min(flops), max(flops)
-        margin = max((high / low) ** 0.06, 1.2)  # a single member has no width of its own
-        axes.set_xlim(low / margin, high * margin)
-        few, more, most = (1.0,), (1.0, 3.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
-        subs = few if high / low > 300 else more if high / low > 10 else most
-        axes.xaxis.set_major_locator(LogLocator(subs=subs))
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
+    if not panel.logarithmic:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _logarithmic(axes: Axes, flops: Sequence[float]) -> None:
+    low, high = min(flops), max(flops)
+    margin = max((high / low) ** 0.06, 1.2)  # a single member has no width of its own
+    axes.set_xscale("log")
+    axes.set_xlim(low / margin, high * margin)
+    few, more, most = (1.0,), (1.0, 3.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    subs = few if high / low > 300 else more if high / low > 10 else most
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _curve(axes: Axes, name: str, curve: Curve, look: tuple[str, str], bars: bool) -> None:
@@ -201,6 +199,11 @@ def _marks(axes: Axes, points: Sequence[Point], colour: str, row: int) -> None:
             xytext=(-6, 0), textcoords="offset points", ha="right", va="center", fontsize=7,
             color=colour,
         )  # fmt: skip
+
+
+def number(value: float) -> str:
+    """A gap or a ratio beside an axis, also a small one in full."""
+    return f"{round(value, 7):.7g}".replace("-", "−")
 
 
 def power_of_ten(value: float) -> str:

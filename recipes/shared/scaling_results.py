@@ -1,6 +1,5 @@
 """What the scaling recipes write and print: points and fits as JSON, a table, the figure."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -8,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gaps import BASELINE, Estimate, Line, Point, estimate, fit_line
-from scaling import Results, seeds_of
+from provenance import provenance, write_json
+from scaling import Results
 from scaling_figure import Panel, draw
-from sweep import Words
+
+from mhc_lightning.reporting.reading import read_runs
 
 _FIT_NOTE = (
     "Least squares for each seed; values are means over seeds with 95% intervals by Student's t."
@@ -107,7 +108,7 @@ def _described(values: dict[int, float]) -> dict[str, Any]:
 
 def write_results(
     file: Path,
-    words: Words,
+    words: Sequence[str],
     results: dict[str, Results],
     points: Sequence[Point],
     fits: tuple[str, Sequence[dict[str, Any]]],
@@ -116,41 +117,34 @@ def write_results(
     """Write the JSON and, beside it, the PNG; print the table, and say where they are.
 
     Args:
-        file: The JSON, named as the recipe is.
-        words: What it was called with.
+        file: The JSON.
+        words: What the recipe was called with.
         results: The runs by member.
         points: All points.
         fits: What they are, in words, and each for the JSON.
         panels: The figure's.
     """
-    seeds = seeds_of(words.settings["seeds"])
     runs = {name: list(found.runs.values()) for name, found in results.items()}
-    environments: list[dict[str, Any]] = []
-    for each in (run for found in runs.values() for run in found):
-        if each.environment not in environments:
-            environments.append(each.environment)
+    seeds = list(dict.fromkeys(seed for found in results.values() for _, seed in found.runs))
+    ended = [str(r.folder) for found in runs.values() for r in found if not r.diverged and r.folder]
     record = {
-        "recipe": file.stem,
-        "size": words.settings["size"],
+        **provenance(read_runs(ended), words),
         "baseline": BASELINE,
         "seeds": seeds,
-        "settings": list(words.overrides),
         "loss": "val/loss: nats per token on held-out text",
         "validation_tokens_at_most": {n: found[0].validation_tokens for n, found in runs.items()},
         "gap": f"loss minus that of {BASELINE} after the same tokens, in pairs of the same seed",
         "intervals": "95%, Student's t over seeds; none for a single seed",
         "flops": "plan's FLOPs per token (forward and backward) times tokens",
-        "environments": environments,
         "points": [described_point(point) for point in points],
         "fitted": f"{fits[0]}. {_FIT_NOTE}",
-        "fits": fits[1],
+        "fits": list(fits[1]),
     }
-    picture = file.with_suffix(".png")
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(record, file)
     many = f"Mean and 95% interval over {len(seeds)} seeds" if len(seeds) > 1 else "A single seed"
+    picture = file.with_suffix(".png")
     draw(panels, f"{many}. Dashed: straight lines in log10(FLOPs), fitted.", picture)
-    print("\n" + table(points))
-    print(f"\nwrote {file} and {picture}")
+    print(f"\n{table(points)}\n\nwrote {file} and {picture}")
 
 
 def table(points: Sequence[Point]) -> str:

@@ -1,7 +1,7 @@
 """The paper's token scaling (Fig. 6(b) of arXiv 2512.24880): loss gaps along one training.
 
     python recipes/token_scaling/token_scaling.py [size=cpu|gpu|paper] [only=hc,mhc] [seeds=1,2,3]
-        [output=FOLDER] [slurm.partition=NAME ...] [key=value ...]
+        [output=FOLDER] [jobs=N | slurm.partition=NAME ...] [key=value ...]
 
 Runs what has not ended yet, then compares every validation loss on the way. Other settings go to
 every `fit`.
@@ -53,8 +53,8 @@ def main(words: list[str]) -> None:
     steps = next(iter(found.runs.values())).max_steps
     lines = gap_lines(p for p in points if FIT_FROM * steps <= p.step <= FIT_TO * steps)
     write_results(
-        folder / "token_scaling.json",
-        read,
+        folder / "results" / "token_scaling.json",
+        words,
         results,
         points,
         (FITTED, described_lines(lines)),

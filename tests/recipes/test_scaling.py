@@ -77,6 +77,7 @@ def test_what_the_command_line_may_say():
     ("words", "message"),
     [
         (["size=huge"], r"size=huge is not known; choose from cpu, gpu, paper"),
+        (["jobs=0"], r"jobs=0 is not a number of runs, 1 or more"),
         (["seeds=1,x"], r"seeds=1,x is not understood; .*"),
         (["seeds="], r"seeds= is not understood; .*"),
         (["only=residual"], r"only=residual leaves nothing to compare with residual"),
@@ -140,17 +141,16 @@ def test_compute_scaling_from_runs_to_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     compute_scaling.main(["output=here", "seeds=1,2"])
     assert [words[0] for words in commands] == ["plan"] * 12 + ["prepare"]
-    record = json.loads(Path("here/compute_scaling.json").read_text())
-    assert Path("here/compute_scaling.png").stat().st_size > 10_000
+    record = json.loads(Path("here/results/compute_scaling.json").read_text())
+    assert Path("here/results/compute_scaling.png").stat().st_size > 10_000
     points = {(p["member"], p["connection"]): p for p in record["points"]}
     assert len(points) == 12 and "gap" not in points["3m", "residual"]
     mhc = points["700k", "mhc"]
     assert (mhc["tokens"], mhc["flops"]) == (10_000, 110 * 10_000)
     assert mhc["gap"]["mean"] == pytest.approx(-0.04)
     assert mhc["ratio_percent"]["by_seed"]["1"] == pytest.approx(100 * (1 - 0.04 / 2.6))
-    assert record["environments"] == [
-        {"device": "a CPU", "versions": None, "commit": "abc", "data": None}
-    ]
+    assert record["commit"] == ["abc"] and record["device"] == ["a CPU"]
+    assert record["command"].endswith(" output=here seeds=1,2")
     assert points["3m", "hc"]["diverged_seeds"] == [2]
     fits = {(fit["quantity"], fit["connection"]): fit["fit"] for fit in record["fits"]}
     assert set(fits) == {
@@ -180,9 +180,8 @@ def test_token_scaling_from_runs_to_files(tmp_path, monkeypatch):
     monkeypatch.setattr(token_scaling, "FIT_TO", 1.0)
     monkeypatch.chdir(tmp_path)
     token_scaling.main(["output=here", "data.path=mine"])
-    record = json.loads(Path("here/token_scaling.json").read_text())
-    assert Path("here/token_scaling.png").stat().st_size > 10_000
-    assert record["settings"] == ["data.path=mine"]
+    record = json.loads(Path("here/results/token_scaling.json").read_text())
+    assert Path("here/results/token_scaling.png").stat().st_size > 10_000
     points = {(p["step"], p["connection"]): p for p in record["points"]}
     assert len(points) == 9
     assert points[100, "hc"]["diverged_seeds"] == [3] and not points[10, "hc"]["diverged_seeds"]
@@ -215,7 +214,7 @@ def test_a_second_call_only_measures_again(tmp_path, monkeypatch, capfd):
     records = []
     for _ in range(2):
         compute_scaling.main(words)
-        file = Path("runs/compute_scaling/cpu/compute_scaling.json")
+        file = Path("runs/compute_scaling/cpu/results/compute_scaling.json")
         records.append(json.loads(file.read_text()))
     assert records[0] == records[1]
     assert capfd.readouterr().err.count("has ended before") == 2
