@@ -90,12 +90,12 @@ def draw(panels: Sequence[Panel], note: str, file: Path) -> None:
     """
     figure = Figure(figsize=(4.6 * len(panels), 4.0))
     for k, panel in enumerate(panels):
-        left = (k + 0.13) / len(panels)
-        axes = figure.add_axes((left, 0.27, 0.83 / len(panels), 0.56))
+        left = (k + 0.15) / len(panels)
+        axes = figure.add_axes((left, 0.27, 0.81 / len(panels), 0.56))
         _fill(axes, panel)
         title, up = panel.title, panel.up
-        figure.text(left - 0.04, 0.965, title, fontsize=10.5, color=INK, weight="bold", va="top")
-        figure.text(left - 0.04, 0.90, up, fontsize=8.3, color=FAINT, va="top")
+        figure.text(left - 0.05, 0.965, title, fontsize=10.5, color=INK, weight="bold", va="top")
+        figure.text(left - 0.05, 0.90, up, fontsize=8.3, color=FAINT, va="top")
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.02, 0.04),
         ncol=5, frameon=False, fontsize=TEXT, labelcolor="linecolor", handlelength=1.6,
