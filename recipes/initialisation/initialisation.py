@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
 from commands import run, shown
 from diversity_picture import draw_diversity
+from gaps import estimate
 from library_text import prepare_words
 from provenance import provenance, write_json
-from sweep import Run, chosen, read_words, run_all
+from sweep import Run, chosen, read_words, run_all, seeds_of
 
 from mhc_lightning.reporting.reading import Run as ReadRun
 from mhc_lightning.reporting.reading import read_runs
 from mhc_lightning.reporting.series import layer_matrix
-from mhc_lightning.reporting.statistics import mean_interval
 
 HERE = Path(__file__).parent
 DEFAULT = "default"
@@ -89,8 +89,6 @@ def runs_of(size: str, only: str, seeds: str, overrides: tuple[str, ...]) -> dic
         SystemExit: There is no such size or candidate, or a seed is not a number.
     """
     chosen("size", size, ("cpu", "gpu"))
-    if not all(seed.isdecimal() for seed in seeds.split(",")):
-        raise SystemExit(f"error: seeds={seeds} is not a list of numbers")
     config = shown(HERE / f"{size}.yaml")
     return {
         name: [
@@ -99,7 +97,7 @@ def runs_of(size: str, only: str, seeds: str, overrides: tuple[str, ...]) -> dic
                 config,
                 (f"connection._target_={CANDIDATES[name]}", f"seed={seed}", *overrides),
             )
-            for seed in seeds.split(",")
+            for seed in seeds_of(seeds)
         ]
         for name in chosen("only", only, CANDIDATES)
     }
@@ -113,14 +111,14 @@ def row(candidate: Candidate, default: Candidate | None) -> dict[str, Any]:
     layers, by_layer = candidate.diversity_by_layer()
     steps, by_step = candidate.diversity_by_step()
     gaps = candidate.gaps(default) if default and default is not candidate else []
+    gap = estimate(gaps)
     return {
         "candidate": candidate.name,
         "diverged_seeds": candidate.diverged,
         "validation_loss": losses,
         "mean_validation_loss": float(np.mean(list(losses.values()))),
         "gap_to_default": gaps,
-        "mean_gap_to_default": float(np.mean(gaps)) if gaps else None,
-        "gap_interval_95": list(mean_interval(gaps)) if len(gaps) > 1 else None,
+        "mean_gap_to_default": gap and vars(gap),  # with Student's 95% interval over seeds
         "largest_composite_gain_backward": candidate.largest_gain(),
         "diversity_by_step": dict(zip(steps.tolist(), by_step.tolist(), strict=True)),
         "diversity_by_layer": dict(zip(layers, by_layer.tolist(), strict=True)),
@@ -136,9 +134,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         if "validation_loss" not in found:
             lines.append(f"{found['candidate']:27}  diverged")
             continue
-        gap, interval = found["mean_gap_to_default"], found["gap_interval_95"]
-        about = f"{gap:+.4f}" if gap is not None else ""
-        about += f" [{interval[0]:+.4f}, {interval[1]:+.4f}]" if interval else ""
+        gap = found["mean_gap_to_default"]
+        about = f"{gap['mean']:+.4f}" if gap else ""
+        about += (
+            f" [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap and gap["low"] is not None else ""
+        )
         last = list(found["diversity_by_step"].values())[-1]
         lines.append(
             f"{found['candidate']:27}  {found['mean_validation_loss']:15.4f}  {about:27}"

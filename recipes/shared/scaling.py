@@ -9,7 +9,7 @@ from typing import TypeVar
 from commands import run, shown
 from gaps import BASELINE, Cost, Measured, read_measured
 from library_text import prepare_words
-from sweep import Run, Words, run_all
+from sweep import Run, Words, run_all, seeds_of
 
 SETTINGS = {"size": "cpu", "only": f"{BASELINE},hc,mhc", "seeds": "1,2,3", "output": ""}
 """The words of a scaling recipe, with their defaults."""
@@ -78,18 +78,6 @@ def connections_of(only: str) -> list[str]:
     if len(names) == 1:
         raise SystemExit(f"error: only={only} leaves nothing to compare with {BASELINE}")
     return names
-
-
-def seeds_of(text: str) -> list[int]:
-    """The seeds named.
-
-    Raises:
-        SystemExit: There is none, or one is no whole number.
-    """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.isdecimal() for word in words):
-        raise SystemExit(f"error: seeds={text} is not understood; whole numbers, as in seeds=1,2,3")
-    return list(dict.fromkeys(map(int, words)))
 
 
 def runs_of(

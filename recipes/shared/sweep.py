@@ -270,3 +270,15 @@ def chosen(name: str, value: str, among: Iterable[str]) -> list[str]:
         if part not in known:
             raise SystemExit(f"error: {name}={part} is not known; choose from {', '.join(known)}")
     return picked
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds named.
+
+    Raises:
+        SystemExit: There is none, or one is no whole number.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() for word in words):
+        raise SystemExit(f"error: seeds={text} is not understood; whole numbers, as in seeds=1,2,3")
+    return list(dict.fromkeys(map(int, words)))

@@ -97,7 +97,8 @@ def test_gaps_are_paired_by_seed(tmp_path, monkeypatch):
     assert default["mean_gap_to_default"] is None and default["mean_validation_loss"] == 2.5
     assert symmetric["gap_to_default"] == pytest.approx([0.1, 0.3])
     half = 12.706 * 0.1  # Student's t with one degree of freedom, standard error 0.1
-    assert symmetric["gap_interval_95"] == pytest.approx([0.2 - half, 0.2 + half], rel=1e-3)
+    gap = {"mean": 0.2, "low": 0.2 - half, "high": 0.2 + half}
+    assert symmetric["mean_gap_to_default"] == pytest.approx(gap, rel=1e-3)
     assert symmetric["largest_composite_gain_backward"] == 1.5
     assert symmetric["diversity_by_step"] == {"1": 0.5, "2": 0.7}
     assert symmetric["diversity_by_layer"] == {"0": 0.0, "1": 0.7}
