@@ -3,8 +3,9 @@
     python recipes/stability/stability.py [size=cpu|gpu|paper] [only=hc,mhc] [output=FOLDER]
         [jobs=N | slurm.partition=NAME ...] [key=value ...]
 
-Runs what has not ended yet, then writes one page about all of them, with the figures that
-correspond to 2, 3, 5, 7 and 8 of arXiv 2512.24880. Other settings go to every `fit`.
+Runs what has not ended yet, then writes one page about all of them and one that compares HC with
+mHC, with the figures that correspond to 2, 3, 5, 7 and 8 of arXiv 2512.24880. Other settings go to
+every `fit`.
 """
 
 import sys
@@ -48,9 +49,12 @@ def main(words: list[str]) -> None:
     if size != "paper" and not any(word.startswith("data.path=") for word in read.overrides):
         run(*prepare_words(runs[0].config, "data/python"))
     outcomes = run_all(runs, folder, read.slurm, read.jobs)
-    folders = [str(outcome.folder) for outcome in outcomes.values()]
-    compared = [f"baseline={outcomes[BASELINE].folder}"] if BASELINE in outcomes else []
-    run("report", *folders, *compared, f"output={folder / 'report'}")
+    folders = {name: str(outcome.folder) for name, outcome in outcomes.items()}
+    compared = [f"baseline={folders[BASELINE]}"] if BASELINE in folders else []
+    run("report", *folders.values(), *compared, f"output={folder / 'report'}")
+    if {"hc", "mhc"} <= folders.keys():  # figure 2 has no other run
+        words = (folders["mhc"], folders["hc"], f"baseline={folders['mhc']}")
+        run("report", *words, f"output={folder / 'report_hc_minus_mhc'}")
 
 
 if __name__ == "__main__":

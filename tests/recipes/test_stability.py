@@ -44,6 +44,12 @@ def test_the_page_is_on_all_runs_beside_the_residual_one(tmp_path, monkeypatch):
     monkeypatch.setattr(stability, "run_all", run_all)
     stability.main(["only=hc,residual", "output=here"])
     prepare, report = commands
+    stability.main(["only=hc,mhc", "output=here"])
+    assert commands[-2] == ("report", "here/hc", "here/mhc", "output=here/report")
+    assert commands[-1][1:] == (
+        *("here/mhc", "here/hc", "baseline=here/mhc"),
+        "output=here/report_hc_minus_mhc",
+    )
     assert prepare[0] == "prepare" and "output=data/python" in prepare
     folders = [str(Path("here") / name) for name in ("hc", "residual")]
     assert report == ("report", *folders, "baseline=here/residual", "output=here/report")
