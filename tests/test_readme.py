@@ -20,6 +20,8 @@ DOCUMENTS = [
     "recipes/downstream/README.md",
     "recipes/quickstart/README.md",
     "recipes/stability/README.md",
+    "recipes/stress/README.md",
+    "recipes/initialisation/README.md",
     "recipes/compute_scaling/README.md",
     "recipes/token_scaling/README.md",
 ]
