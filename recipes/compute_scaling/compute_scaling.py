@@ -15,10 +15,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
 from gaps import Point, last_step, points_at
-from scaling import SETTINGS, Member, Results, carry_out, of_size, tiny
+from recipe_words import chosen, of_size, read_words
+from scaling import SETTINGS, VARIED, Member, Results, carry_out, tiny
 from scaling_figure import panels
 from scaling_results import described_lines, described_power_law, gap_lines, write_results
-from sweep import chosen, read_words
 
 SIZES = {
     "cpu": [tiny("200k"), tiny("700k"), tiny("1700k"), tiny("3m")],
@@ -60,7 +60,7 @@ def power_laws(points: list[Point]) -> list[dict[str, Any]]:
 
 def main(words: list[str]) -> None:
     """Run, compare, write."""
-    read = read_words(words, {**SETTINGS, "members": ""})
+    read = read_words(words, {**SETTINGS, "members": ""}, VARIED)
     members = members_of(read.settings["size"], read.settings["members"])
     folder = Path(read.settings["output"] or f"runs/compute_scaling/{read.settings['size']}")
     results = carry_out(members, read, folder)

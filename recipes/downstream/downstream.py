@@ -26,7 +26,7 @@ from benchmark_picture import draw
 from benchmark_scores import MODELS, PAPER_SOURCE, as_records, markdown, rows_of
 from commands import run, shown
 from provenance import write_json
-from sweep import read_words
+from recipe_words import read_words
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange import Exported, open_exported
@@ -41,6 +41,7 @@ _DEFAULTS = {
     "include_path": "",
     "output": "runs/downstream",
 }
+_NAMED = dict.fromkeys(("ckpt_path", "output_dir"), "mhc=CHECKPOINT")
 _WITHOUT_EFFECT = ("batch_size", "evaluate.batch_size")  # on scores
 
 
@@ -204,13 +205,10 @@ def check_alike(reports: dict[str, dict[str, Any]]) -> None:
 
 def main(words: list[str]) -> None:
     """Evaluate what was not yet, then compare."""
-    read = read_words(words, _DEFAULTS)
+    read = read_words(words, _DEFAULTS, _NAMED)
     given, folder = read.settings, Path(read.settings["output"])
     if read.slurm or read.jobs != 1:
         raise SystemExit("error: this recipe has no jobs: models are evaluated one after another")
-    for word in read.overrides:
-        if word.partition("=")[0] in ("ckpt_path", "output_dir"):
-            raise SystemExit(f"error: {word}: name the checkpoint itself, as in mhc=CHECKPOINT")
     models = [find_model(name, given[name]) for name in MODELS if given[name]]
     if not models:
         raise SystemExit(

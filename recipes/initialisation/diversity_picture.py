@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from axes import plain, save
 
-from mhc_lightning.reporting.drawing import FAINT, GRID, INK, RUN_COLOURS, TEXT
+from mhc_lightning.reporting.drawing import DASHES, FAINT, GRID, INK, RUN_COLOURS, TEXT
 
 if TYPE_CHECKING:
     from initialisation import Candidate
@@ -33,9 +33,14 @@ def draw_diversity(
         axes.set_xlabel(across, fontsize=TEXT, color=FAINT)
     handles = []
     for k, candidate in enumerate(candidates):
-        colour = RUN_COLOURS[k % len(RUN_COLOURS)]
-        handles += over_time.plot(*candidate.diversity_by_step(), color=colour, linewidth=1.7)
-        over_depth.plot(*candidate.diversity_by_layer(), color=colour, linewidth=1.7)
+        turn, number = divmod(k, len(RUN_COLOURS))
+        colour, dash = RUN_COLOURS[number], DASHES[turn]
+        for axes, points in (
+            (over_time, candidate.diversity_by_step()),
+            (over_depth, candidate.diversity_by_layer()),
+        ):
+            (line,) = axes.plot(*points, color=colour, linestyle=dash, linewidth=1.7)
+        handles.append(line)
         values = (
             candidate.gaps(default) if default else list(candidate.validation_losses().values())
         )

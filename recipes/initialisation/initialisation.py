@@ -15,12 +15,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
-from commands import run, shown
+from commands import shown
 from diversity_picture import draw_diversity
 from gaps import estimate
-from library_text import prepare_words
+from library_text import prepare_library
 from provenance import provenance, write_json
-from sweep import Run, chosen, read_words, run_all, seeds_of
+from recipe_words import chosen, of_size, read_words, seeds_of
+from sweep import Run, run_all
 
 from mhc_lightning.reporting.reading import Run as ReadRun
 from mhc_lightning.reporting.reading import read_runs
@@ -39,6 +40,13 @@ CANDIDATES = {
     "one_stream_reads": f"{STARTS}.OneStreamReads",
     "xavier_projection": f"{STARTS}.XavierProjection",
     "small_projection": f"{STARTS}.SmallProjection",
+}
+FILES = {"cpu": "cpu.yaml", "gpu": "gpu.yaml"}
+VARIED = {
+    "connection": "only=default,symmetric",
+    "connection._target_": "only=default,symmetric",
+    "seed": "seeds=1,2,3",
+    "output_dir": "output=FOLDER",
 }
 DIVERSITY = "stream_diversity"
 GAIN = "amax_gain/composite/backward"
@@ -88,8 +96,7 @@ def runs_of(size: str, only: str, seeds: str, overrides: tuple[str, ...]) -> dic
     Raises:
         SystemExit: There is no such size or candidate, or a seed is not a number.
     """
-    chosen("size", size, ("cpu", "gpu"))
-    config = shown(HERE / f"{size}.yaml")
+    config = shown(HERE / of_size(size, FILES))
     return {
         name: [
             Run(
@@ -150,14 +157,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(words: list[str]) -> None:
     """Prepare the text, run, write what was found."""
-    read = read_words(words, {"size": "cpu", "only": "", "seeds": "1,2,3", "output": ""})
+    read = read_words(words, {"size": "cpu", "only": "", "seeds": "1,2,3", "output": ""}, VARIED)
     if Path.cwd() != HERE.parents[1]:
         raise SystemExit(f"error: call this in {HERE.parents[1]}: its runs import {STARTS}")
     size = read.settings["size"]
     runs = runs_of(size, read.settings["only"], read.settings["seeds"], read.overrides)
     folder = Path(read.settings["output"] or f"runs/initialisation/{size}")
-    if not any(word.startswith("data.path=") for word in read.overrides):
-        run(*prepare_words(shown(HERE / f"{size}.yaml"), "data/python"))
+    prepare_library(next(iter(runs.values()))[0].config, read.overrides)
     by_seed = [one for same_seed in zip(*runs.values(), strict=True) for one in same_seed]
     ended = run_all(by_seed, folder, read.slurm, read.jobs)
     candidates = []

@@ -2,7 +2,10 @@
 
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
+
+from commands import run
 
 
 def standard_library() -> Path:
@@ -28,3 +31,13 @@ def prepare_words(config: str, output: str) -> list[str]:
         "exclude=[site-packages,dist-packages,test,tests,idle_test,__pycache__]",
         *("prepare.validation_fraction=0.05", "overwrite=true"),
     ]
+
+
+def prepare_library(config: str, overrides: Iterable[str]) -> None:
+    """Prepare it as ``data/python`` for an experiment, unless another text is set for it.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    if not any(word.startswith("data.path=") for word in overrides):
+        run(*prepare_words(config, "data/python"))

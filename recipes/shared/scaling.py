@@ -1,22 +1,22 @@
 """What the scaling recipes do alike: their words, runs and costs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from commands import run, shown
 from gaps import BASELINE, Cost, Measured, read_measured
-from library_text import prepare_words
-from sweep import Run, Words, run_all, seeds_of
+from library_text import prepare_library
+from recipe_words import Words, seeds_of
+from sweep import Run, run_all
 
 SETTINGS = {"size": "cpu", "only": f"{BASELINE},hc,mhc", "seeds": "1,2,3", "output": ""}
 """The words of a scaling recipe, with their defaults."""
 
 _FAMILY = Path(__file__).parent / "family"
-_Value = TypeVar("_Value")
-_SET_HERE = {"seed": "seeds=1,2", "connection": "only=hc,mhc", "output_dir": "output=FOLDER"}
+VARIED = {"seed": "seeds=1,2", "connection": "only=hc,mhc", "output_dir": "output=FOLDER"}
+"""Settings by which their runs differ, with the words that choose them."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,6 @@ def tiny(name: str, overrides: tuple[str, ...] = ()) -> Member:
     return Member(name, str(_FAMILY / f"{name}.yaml"), overrides)
 
 
-def of_size(size: str, known: Mapping[str, _Value]) -> _Value:
-    """What is run at a size.
-
-    Raises:
-        SystemExit: There is no such size.
-    """
-    if size not in known:
-        raise SystemExit(f"error: size={size} is not known; choose from {', '.join(known)}")
-    return known[size]
-
-
 def connections_of(only: str) -> list[str]:
     """The connections named, with the baseline before them; `plan` refuses what is none.
 
@@ -86,14 +75,7 @@ def runs_of(
     seeds: Sequence[int],
     overrides: tuple[str, ...],
 ) -> dict[tuple[str, str, int], Run]:
-    """A run for each member, connection and seed.
-
-    Raises:
-        SystemExit: A setting would undo what the recipe compares.
-    """
-    for key, instead in _SET_HERE.items():
-        if any(word.startswith(f"{key}=") for word in overrides):
-            raise SystemExit(f"error: {key}= differs between the runs; say {instead} instead")
+    """A run for each member, connection and seed."""
     return {
         (member.name, connection, seed): Run(
             f"{member.name}_{connection}_seed{seed}",
@@ -128,9 +110,8 @@ def carry_out(members: Sequence[Member], words: Words, folder: Path) -> dict[str
     connections, seeds = connections_of(words.settings["only"]), seeds_of(words.settings["seeds"])
     runs = runs_of(members, connections, seeds, words.overrides)
     costs = {m.name: {c: planned(m, c, words.overrides) for c in connections} for m in members}
-    own_text = any(word.startswith("data.path=") for word in words.overrides)
-    if words.settings["size"] == "cpu" and not own_text:
-        run(*prepare_words(members[0].typed, "data/python"))
+    if words.settings["size"] == "cpu":
+        prepare_library(members[0].typed, words.overrides)
     outcomes = run_all(runs.values(), folder, words.slurm, words.jobs)
     results = {member.name: Results(costs[member.name], {}) for member in members}
     for (member_name, connection, seed), each in runs.items():

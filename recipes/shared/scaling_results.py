@@ -142,8 +142,10 @@ def write_results(
     }
     write_json(record, file)
     many = f"Mean and 95% interval over {len(seeds)} seeds" if len(seeds) > 1 else "A single seed"
+    fitted = any(curve.line is not None for panel in panels for curve in panel.curves.values())
+    lines = " Dashed: straight lines in log10(FLOPs), fitted." if fitted else ""
     picture = file.with_suffix(".png")
-    draw(panels, f"{many}. Dashed: straight lines in log10(FLOPs), fitted.", picture)
+    draw(panels, f"{many}.{lines}", picture)
     print(f"\n{table(points)}\n\nwrote {file} and {picture}")
 
 

@@ -5,13 +5,17 @@ goes on from its last checkpoint. How each ended is in its `sweep.json`. A run w
 being finite has ended too: that is a result.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,29 +74,33 @@ def run_all(
         By name.
 
     Raises:
-        SystemExit: A run failed, other than by its loss; with its exit code.
+        SystemExit: A run failed, other than by its loss; with its exit code. Or this was stopped.
     """
-    runs = list(runs)
+    runs = list(dict.fromkeys(runs))
     left = [run for run in runs if recorded(run, folder) is None]
     for run in runs:
         if run not in left:
             print(f"{folder / run.name}: has ended before", file=sys.stderr)
-    if slurm is not None:
+    codes: Iterable[int | None]
+    if slurm is not None and left:
         codes = _submit(left, folder, dict(slurm))
-    elif jobs > 1:
-        codes = _side_by_side(left, folder, jobs)
     else:
-        codes = (execute(run, folder) for run in left)
+        codes = _run_here(left, folder, jobs)
+    failed = []
     for run, code in zip(left, codes, strict=True):
-        if code not in (FINISHED, DIVERGED):
+        if code not in (FINISHED, DIVERGED, None):
             print(f"error: the run in {folder / run.name} failed", file=sys.stderr)
-            raise SystemExit(code)
+            failed.append(code if code > 0 else 128 - code)  # of a signal, as shells have it
+    if failed:
+        raise SystemExit(failed[0])
     outcomes = {run.name: recorded(run, folder) for run in runs}
     return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
 
 def execute(run: Run, folder: Path, own_device: dict[str, str] | None = None) -> int:
     """Begin a run or go on with it; returns the exit code of `fit`.
+
+    If another call is at the same run, this waits for it.
 
     Args:
         run: What to run.
@@ -101,37 +109,34 @@ def execute(run: Run, folder: Path, own_device: dict[str, str] | None = None) ->
             ``output/NAME.txt``. None shows it.
     """
     own = folder / run.name
-    words = ["fit", "--config", run.config, f"output_dir={own}", *run.overrides]
-    if (own / "checkpoints" / "last").exists():
-        words.append("ckpt_path=last")
-    elif own.exists():
-        words.append("overwrite=true")  # it was stopped before it saved anything
-    show(*words)
-    began = time.monotonic()
-    if own_device is None:
-        code = subprocess.run(command(*words), check=False).returncode
-    else:
-        text = folder / "output" / f"{run.name}.txt"
-        text.parent.mkdir(parents=True, exist_ok=True)
-        with text.open("a", encoding="utf-8") as file:
-            code = subprocess.run(
-                command(*words),
-                env={**os.environ, **own_device},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
-            ).returncode
-        ended = {FINISHED: "ended", DIVERGED: "diverged"}.get(code, f"failed (see {text})")
-        print(f"{own}: {ended} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    if code in (FINISHED, DIVERGED):
-        record = {
-            "exit_code": code,
-            "config": run.config,
-            "overrides": list(run.overrides),
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        (own / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return code
+    with _alone_with(run, folder) as lock:
+        ended = recorded(run, folder)
+        if ended is not None:
+            return DIVERGED if ended.diverged else FINISHED
+        words = ["fit", "--config", run.config, f"output_dir={own}", *run.overrides]
+        if (own / "checkpoints" / "last").exists():
+            words.append("ckpt_path=last")
+        elif own.exists():
+            words.append("overwrite=true")  # it was stopped before it saved anything
+        _record(run, folder, None, 0.0)
+        show(*words)
+        began = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            options: dict[str, Any] = {}
+            if own_device is not None:
+                text = folder / "output" / f"{run.name}.txt"
+                text.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(text.open("a", encoding="utf-8"))
+                options = {"stdout": file, "stderr": subprocess.STDOUT}
+                options["env"] = {**os.environ, **own_device}
+            code = _wait_for(subprocess.Popen(command(*words), pass_fds=lock, **options))
+        seconds = time.monotonic() - began
+        if code in (FINISHED, DIVERGED):
+            _record(run, folder, code, seconds)
+        if own_device is not None:
+            ended_how = {FINISHED: "ended", DIVERGED: "diverged"}.get(code, f"failed (see {text})")
+            print(f"{own}: {ended_how} after {seconds:.0f} s", file=sys.stderr, flush=True)
+        return code
 
 
 def recorded(run: Run, folder: Path) -> Outcome | None:
@@ -140,40 +145,132 @@ def recorded(run: Run, folder: Path) -> Outcome | None:
     Raises:
         SystemExit: The folder holds a run with other settings.
     """
-    own = folder / run.name
-    if not (own / RECORD).is_file():
+    file = folder / run.name / RECORD
+    if not file.is_file():
         return None
-    record = json.loads((own / RECORD).read_text(encoding="utf-8"))
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record["exit_code"] is None and not (file.parent / "checkpoints" / "last").exists():
+        return None  # it left nothing to go on with
     if [record["config"], record["overrides"]] != [run.config, list(run.overrides)]:
         raise SystemExit(
-            f"error: {own} holds a run with other settings ({shlex.join(record['overrides'])});"
-            " choose another output=FOLDER, or delete it"
+            f"error: {file.parent} holds a run with other settings"
+            f" ({shlex.join([record['config'], *record['overrides']])}); choose another"
+            " output=FOLDER, or delete it"
         )
-    return Outcome(own, record["exit_code"] == DIVERGED)
+    return None if record["exit_code"] is None else Outcome(file.parent, record["exit_code"] == 3)
 
 
-def _side_by_side(runs: list[Run], folder: Path, jobs: int) -> list[int]:
-    """Run some at a time; after a failure none is begun any more. Returns their exit codes."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    gpus = torch.cuda.device_count()
-    devices: SimpleQueue[dict[str, str]] = SimpleQueue()
-    for job in range(jobs):
-        gpu = {"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus > 1 else {}
-        devices.put({"OMP_NUM_THREADS": threads, **gpu})
-    failed = False
+def _record(run: Run, folder: Path, code: int | None, seconds: float) -> None:
+    """Write down what is run, and, once it has ended, how."""
+    if not _is_first_task():
+        return
+    file = folder / run.name / RECORD
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "exit_code": code,
+        "config": run.config,
+        "overrides": list(run.overrides),
+        "seconds": round(seconds, 1),
+    }
+    aside = file.with_name(f".{RECORD}")
+    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    aside.replace(file)
 
-    def one(run: Run) -> int:
-        nonlocal failed
-        if failed:
-            return 0
-        device = devices.get()
-        code = execute(run, folder, device)
+
+@contextlib.contextmanager
+def _alone_with(run: Run, folder: Path) -> Iterator[tuple[int, ...]]:
+    """Hold the run's lock; yields its file descriptor, for `fit` to hold it if this is killed."""
+    if not _is_first_task():
+        yield ()
+        return
+    file = folder / "locks" / run.name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder / run.name}: waits for another call's", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield (lock.fileno(),)
+
+
+def _is_first_task() -> bool:
+    """Whether this is the one of a SLURM job's tasks that writes; outside SLURM it is."""
+    return os.environ.get("SLURM_PROCID", "0") == "0"
+
+
+_running: set["subprocess.Popen[bytes]"] = set()
+
+
+def _wait_for(process: "subprocess.Popen[bytes]") -> int:
+    """Its exit code. If this is interrupted, the process is told to save and end, and may."""
+    _running.add(process)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        _running.discard(process)
+
+
+def _run_here(runs: list[Run], folder: Path, jobs: int) -> list[int | None]:
+    """Run some at a time; after a failure none is begun any more. Returns their exit codes.
+
+    Raises:
+        SystemExit: By Ctrl-C or SIGTERM; the runs have saved and can go on.
+    """
+    stopped = threading.Event()
+    devices: SimpleQueue[dict[str, str] | None] = SimpleQueue()
+    for device in _own_devices(jobs) if jobs > 1 else [None]:
         devices.put(device)
-        failed = failed or code not in (FINISHED, DIVERGED)
-        return code
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, runs))
+    def one(run: Run) -> int | None:
+        device = devices.get()
+        try:
+            if stopped.is_set():
+                return None
+            code = execute(run, folder, device)
+            if code not in (FINISHED, DIVERGED):
+                stopped.set()
+            return code
+        except BaseException:
+            stopped.set()
+            raise
+        finally:
+            devices.put(device)
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.set()
+        for process in list(_running):
+            process.terminate()
+        print("stopped: the same command goes on", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, stop) for number in signals]
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(one, runs))
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _own_devices(jobs: int) -> list[dict[str, str]]:
+    """The environment of each of several runs at a time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (cores or 1) // jobs)))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(k) for k in range(torch.cuda.device_count())]
+    return [
+        {
+            "OMP_NUM_THREADS": threads,
+            **({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if len(gpus) > 1 else {}),
+        }
+        for job in range(jobs)
+    ]
 
 
 def _submit(runs: list[Run], folder: Path, settings: dict[str, Any]) -> Iterable[int]:
@@ -188,9 +285,11 @@ def _submit(runs: list[Run], folder: Path, settings: dict[str, Any]) -> Iterable
         ) from None
     for function in (execute, show):  # a job does not find the folder of these modules
         cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
-    log = folder / "slurm"
+    log, cluster = folder / "slurm", settings.pop("cluster", None)
+    if cluster is None and submitit.AutoExecutor.which() != "slurm":
+        raise SystemExit("error: there is no SLURM here (no sbatch); leave out slurm.…")
     try:
-        executor = submitit.AutoExecutor(folder=log, cluster=settings.pop("cluster", None))
+        executor = submitit.AutoExecutor(folder=log, cluster=cluster)
         if executor.cluster == "slurm":  # where Lightning expects one task for each device
             settings.setdefault("tasks_per_node", settings.get("gpus_per_node", 1))
         executor.update_parameters(
@@ -213,72 +312,3 @@ def _submit(runs: list[Run], folder: Path, settings: dict[str, Any]) -> Iterable
 _OF_SUBMITIT = frozenset(
     ("timeout_min", "mem_gb", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node")
 )
-
-
-@dataclass(frozen=True)
-class Words:
-    """What a recipe was called with.
-
-    Attributes:
-        settings: The recipe's own, by name.
-        slurm: Those of SLURM, if any was named (``slurm.partition=NAME``).
-        jobs: How many runs at a time (``jobs=N``).
-        overrides: All others, for `fit`.
-    """
-
-    settings: dict[str, str]
-    slurm: dict[str, Any] | None
-    jobs: int
-    overrides: tuple[str, ...]
-
-
-def read_words(words: Iterable[str], defaults: dict[str, str]) -> Words:
-    """Sort out the words of a recipe's command line.
-
-    Args:
-        words: ``key=value``.
-        defaults: The recipe's own keys with their values.
-
-    Raises:
-        SystemExit: ``jobs`` is not a positive integer.
-    """
-    settings, slurm, overrides, jobs = dict(defaults), {}, [], "1"
-    for word in words:
-        key, _, value = word.partition("=")
-        if key in settings:
-            settings[key] = value
-        elif key.startswith("slurm."):
-            slurm[key.removeprefix("slurm.")] = int(value) if value.isdigit() else value
-        elif key == "jobs":
-            jobs = value
-        else:
-            overrides.append(word)
-    if not jobs.isdecimal() or int(jobs) < 1:
-        raise SystemExit(f"error: jobs={jobs} is not a number of runs, 1 or more")
-    return Words(settings, slurm or None, int(jobs), tuple(overrides))
-
-
-def chosen(name: str, value: str, among: Iterable[str]) -> list[str]:
-    """The members of a comma-separated list; all of them for an empty one.
-
-    Raises:
-        SystemExit: One is unknown.
-    """
-    known = list(among)
-    picked = [part for part in value.split(",") if part] or known
-    for part in picked:
-        if part not in known:
-            raise SystemExit(f"error: {name}={part} is not known; choose from {', '.join(known)}")
-    return picked
-
-
-def seeds_of(text: str) -> list[int]:
-    """The seeds named.
-
-    Raises:
-        SystemExit: There is none, or one is no whole number.
-    """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.isdecimal() for word in words):
-        raise SystemExit(f"error: seeds={text} is not understood; whole numbers, as in seeds=1,2,3")
-    return list(dict.fromkeys(map(int, words)))

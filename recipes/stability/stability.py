@@ -14,8 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
 from commands import run, shown
-from library_text import prepare_words
-from sweep import Run, chosen, read_words, run_all
+from library_text import prepare_library
+from recipe_words import chosen, of_size, read_words
+from sweep import Run, run_all
 
 HERE = Path(__file__).parent
 BASELINE = "residual"
@@ -23,7 +24,9 @@ VARIANTS = (
     *(BASELINE, "hc", "mhc", "mhc_single_pass", "mhc_lite", "krom", "identity"),
     *("hc_static", "hc_linear"),
 )
+FILES = {"cpu": "cpu.yaml", "gpu": "gpu.yaml"}
 PAPER = {BASELINE: "baseline_27b", "hc": "hc_27b", "mhc": "mhc_27b"}
+VARIED = {"connection": "only=hc,mhc", "output_dir": "output=FOLDER"}
 
 
 def runs_of(size: str, only: str, overrides: tuple[str, ...]) -> list[Run]:
@@ -34,22 +37,28 @@ def runs_of(size: str, only: str, overrides: tuple[str, ...]) -> list[Run]:
     """
     if size == "paper":
         return [Run(name, PAPER[name], overrides) for name in chosen("only", only, PAPER)]
-    chosen("size", size, ("cpu", "gpu", "paper"))
-    config = shown(HERE / f"{size}.yaml")
+    config = shown(HERE / of_size(size, FILES))
     names = chosen("only", only, VARIANTS)
     return [Run(name, config, (f"connection={name}", *overrides)) for name in names]
 
 
 def main(words: list[str]) -> None:
     """Prepare the text, run, report."""
-    read = read_words(words, {"size": "cpu", "only": "", "output": ""})
+    read = read_words(words, {"size": "cpu", "only": "", "output": ""}, VARIED)
     size = read.settings["size"]
     folder = Path(read.settings["output"] or f"runs/stability/{size}")
     runs = runs_of(size, read.settings["only"], read.overrides)
-    if size != "paper" and not any(word.startswith("data.path=") for word in read.overrides):
-        run(*prepare_words(runs[0].config, "data/python"))
+    if size != "paper":
+        prepare_library(runs[0].config, read.overrides)
     outcomes = run_all(runs, folder, read.slurm, read.jobs)
-    folders = {name: str(outcome.folder) for name, outcome in outcomes.items()}
+    folders = {}
+    for name, outcome in outcomes.items():
+        if (outcome.folder / "metrics.csv").is_file():
+            folders[name] = str(outcome.folder)
+        else:
+            print(f"{outcome.folder}: diverged before it logged anything", file=sys.stderr)
+    if not folders:
+        raise SystemExit("error: no run logged anything; lower optimizer.lr")
     compared = [f"baseline={folders[BASELINE]}"] if BASELINE in folders else []
     run("report", *folders.values(), *compared, f"output={folder / 'report'}")
     if {"hc", "mhc"} <= folders.keys():  # figure 2 has no other run

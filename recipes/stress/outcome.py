@@ -19,7 +19,8 @@ class Outcome:
     Attributes:
         state: ``trained``; ``not finite``: the loss stopped being a number; ``forgot``: it ended
             more than `MARGIN` above what the same run had reached; ``stalled``: it ended more than
-            `MARGIN` above the best run with a lower learning rate.
+            `MARGIN` above the best run with a lower learning rate, or less than that below its own
+            first loss.
         loss: Mean of the last tenth of the logged losses; infinite if not finite.
         lowest: The lowest mean over as many losses in a row.
     """
@@ -49,7 +50,8 @@ def judge(losses: Series, stopped: bool, best: float) -> Outcome:
     loss, lowest = float(values[-_width(values) :].mean()), _lowest(values)
     if loss > lowest + MARGIN:
         return Outcome(FORGOT, loss, lowest)
-    return Outcome(STALLED if loss > best + MARGIN else TRAINED, loss, lowest)
+    stalled = loss > min(best + MARGIN, float(values[0]) - MARGIN)
+    return Outcome(STALLED if stalled else TRAINED, loss, lowest)
 
 
 def _width(values: np.ndarray) -> int:

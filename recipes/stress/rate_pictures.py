@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
     from stress import Cell
 
+_TALLEST = 4.0  # nats from the lowest loss to the upper edge, at most
+
 
 def draw_loss_by_rate(cells: Sequence["Cell"], file: Path) -> None:
     """Last loss against learning rate: a panel for each depth and precision.
 
-    A cross marks the run that failed; one whose loss was not finite stands at the upper edge.
+    A cross marks the run that failed, an arrow at the upper edge one that lies above it or was not
+    finite.
     """
     from matplotlib.figure import Figure
 
@@ -29,7 +32,7 @@ def draw_loss_by_rate(cells: Sequence["Cell"], file: Path) -> None:
     grid = figure.subplots(len(precisions), len(depths), squeeze=False, sharex=True, sharey=True)
     shown = [o.loss for cell in cells for o in cell.outcomes.values() if o.loss < float("inf")]
     low, high = min(shown, default=0.0), max(shown, default=1.0)
-    edge = high + 0.06 * (high - low)
+    edge = min(high + 0.06 * (high - low), low + _TALLEST)
     colours = _colours(cells)
     for row, precision in zip(grid, precisions, strict=True):
         for axes, depth in zip(row, depths, strict=True):
@@ -58,7 +61,8 @@ def draw_largest_stable(cells: Sequence["Cell"], file: Path) -> None:
     axes = figure.subplots()
     plain(axes)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
-    colours = {place: RUN_COLOURS[1 + k] for k, place in enumerate(places)}
+    others = RUN_COLOURS[1:]
+    colours = {place: others[k % len(others)] for k, place in enumerate(places)}
     for k, (place, colour) in enumerate(colours.items()):
         drift = 0.5 * ((k + 0.5) / len(places) - 0.5)
         for cell in cells:
@@ -88,7 +92,8 @@ def _climb(axes: "Axes", cell: "Cell", look: tuple[str, object], edge: float) ->
     colour, dash = look
     axes.plot(rates, heights, color=colour, linestyle=dash, linewidth=1.6)  # type: ignore[arg-type]
     for rate, height, outcome in zip(rates, heights, cell.outcomes.values(), strict=True):
-        axes.plot(rate, height, "o" if outcome.stable else "x", color=colour, markersize=5)
+        shape = "o" if outcome.stable else "x" if outcome.loss < edge else "^"
+        axes.plot(rate, height, shape, color=colour, markersize=5)
 
 
 def _rates_across(axes: "Axes", cells: Sequence["Cell"]) -> None:
@@ -114,5 +119,5 @@ def _legend(axes: "Axes", colours: dict[str, tuple[str, object]]) -> tuple[list[
         axes.plot([], [], color=colour, linestyle=dash)[0]  # type: ignore[arg-type]
         for colour, dash in colours.values()
     ]
-    cross = axes.plot([], [], "x", color=FAINT)[0]
-    return [*lines, cross], [*colours, "failed"]
+    marks = [axes.plot([], [], shape, color=FAINT)[0] for shape in "x^"]
+    return [*lines, *marks], [*colours, "failed", "beyond, or not finite"]

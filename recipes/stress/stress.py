@@ -15,12 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
-from commands import run, shown
-from library_text import prepare_words
+from commands import shown
+from library_text import prepare_library
 from outcome import Outcome, judge
 from provenance import provenance, write_json
 from rate_pictures import draw_largest_stable, draw_loss_by_rate
-from sweep import Run, chosen, read_words, run_all
+from recipe_words import chosen, of_size, read_words
+from sweep import Run, run_all
 
 from mhc_lightning.reporting.reading import Run as ReadRun
 from mhc_lightning.reporting.reading import read_runs
@@ -30,6 +31,13 @@ HERE = Path(__file__).parent
 PAPERS = ("residual", "hc", "mhc")
 NO_SERIES = Series.of((), ())
 VARIANTS = (*PAPERS, "mhc_single_pass", "mhc_lite", "krom", "identity")
+VARIED = {
+    "connection": "only=hc,mhc",
+    "model.num_layers": "depths=8,24",
+    "trainer.precision": "precisions=32-true",
+    "optimizer.lr": "rates=0.008,0.016",
+    "output_dir": "output=FOLDER",
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def numbers(name: str, value: str, kind: type[int] | type[float]) -> list[Any]:
         found = [0]
     if not all(0 < number < float("inf") for number in found):
         raise SystemExit(f"error: {name}={value} is not a list of positive numbers")
-    return sorted(found)
+    return sorted(set(found))
 
 
 def table(cells: list[Cell]) -> str:
@@ -183,17 +191,16 @@ def record(cells: list[Cell], runs: list[ReadRun], words: list[str]) -> dict[str
 def main(words: list[str]) -> None:
     """Prepare the text, raise learning rates, write what was found."""
     defaults = dict.fromkeys(("only", "depths", "precisions", "rates", "output"), "")
-    read = read_words(words, {"size": "cpu", **defaults})
-    name = chosen("size", read.settings["size"], SIZES)[0]
-    config, size = shown(HERE / f"{name}.yaml"), SIZES[name]
+    read = read_words(words, {"size": "cpu", **defaults}, VARIED)
+    name = read.settings["size"]
+    size, config = of_size(name, SIZES), shown(HERE / f"{name}.yaml")
     only = chosen("only", read.settings["only"], VARIANTS) if read.settings["only"] else []
     depths = numbers("depths", read.settings["depths"], int)
     rates = numbers("rates", read.settings["rates"], float) or size.rates
-    precisions = [part for part in read.settings["precisions"].split(",") if part]
+    precisions = list(dict.fromkeys(filter(None, read.settings["precisions"].split(","))))
     cells = cells_of(size, only, depths, precisions)
     folder = Path(read.settings["output"] or f"runs/stress/{name}")
-    if not any(word.startswith("data.path=") for word in read.overrides):
-        run(*prepare_words(config, "data/python"))
+    prepare_library(config, read.overrides)
     found: list[ReadRun] = []
     for rate in rates:
         climbing = [cell for cell in cells if not cell.failed]

@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
 from gaps import Point, last_step, points_at
-from scaling import SETTINGS, Member, Results, carry_out, of_size, tiny
+from recipe_words import of_size, read_words
+from scaling import SETTINGS, VARIED, Member, Results, carry_out, tiny
 from scaling_figure import panels
 from scaling_results import described_lines, gap_lines, write_results
-from sweep import read_words
 
 LONG = (  # a tiny member for eight times its tokens, validated twenty times
     *("trainer.max_steps=3200", "trainer.val_check_interval=160"),
@@ -44,7 +44,7 @@ def points_of(member: str, results: Results) -> list[Point]:
 
 def main(words: list[str]) -> None:
     """Run, compare, write."""
-    read = read_words(words, SETTINGS)
+    read = read_words(words, SETTINGS, VARIED)
     member = of_size(read.settings["size"], SIZES)
     folder = Path(read.settings["output"] or f"runs/token_scaling/{read.settings['size']}")
     results = carry_out([member], read, folder)

@@ -29,6 +29,7 @@ def test_a_run_is_reported_as_json_and_nothing_else(trained, capfd, tmp_path):
     assert run["loss"]["value"] == pytest.approx(sum(last) / 3) and run["loss"]["low"] is None
     assert run["validation_loss"] == {"step": 6, "value": float(rows[6]["val/loss"])}
     assert run["verdict"]["state"] == "finite" and run["gains"] == {}
+    assert run["what_was_run"]["Steps"] == "6" and run["what_was_run"]["Device"]
     assert run["peak_memory_bytes"] is None and run["gap"] is None
     (command,) = run["commands"]
     assert command.startswith("python -m mhc_lightning fit --config mhc_quickstart model.dim=16")

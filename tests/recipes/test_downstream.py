@@ -211,7 +211,10 @@ def test_mistakes_are_one_line(words, models, commands):
         (["hc=saved"], "error: saved/config.json does not describe an exported model"),
         (["hc=begun"], "error: the run hc=begun has no checkpoint yet"),
         ([mhc], "error: an exported model does not say how many tokens"),
-        ([residual, "ckpt_path=best"], "error: ckpt_path=best: name the checkpoint itself"),
+        (
+            [residual, "ckpt_path=best"],
+            "error: ckpt_path= differs between the runs; say mhc=",
+        ),
         ([residual, "jobs=2"], "error: this recipe has no jobs"),
         ([residual, "slurm.partition=gpu"], "error: this recipe has no jobs"),
     ):

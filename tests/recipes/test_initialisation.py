@@ -1,6 +1,7 @@
 import json
 import math
 
+import library_text
 import pytest
 import sweep
 import torch
@@ -75,7 +76,7 @@ def test_what_the_starts_say_of_themselves():
 
 def test_gaps_are_paired_by_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(initialisation.HERE.parents[1])
-    monkeypatch.setattr(initialisation, "run", lambda *words: None)
+    monkeypatch.setattr(library_text, "run", lambda *words: None)
     validation = {"default_1": 2.0, "default_2": 3.0, "symmetric_1": 2.1, "symmetric_2": 3.3}
 
     def run_all(runs, folder, slurm, jobs):

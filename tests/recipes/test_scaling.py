@@ -1,8 +1,10 @@
 """The scaling recipes: what they run, and what they make of results that are known beforehand."""
 
 import json
+import math
 from pathlib import Path
 
+import library_text
 import pytest
 import scaling
 import yaml
@@ -124,7 +126,8 @@ def stand_in(monkeypatch, losses):
             outcomes[each.name] = Outcome(own, diverged=100 not in found)
         return outcomes
 
-    monkeypatch.setattr(scaling, "run", run)
+    for module in (scaling, library_text):
+        monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(scaling, "run_all", run_all)
     return commands
 
@@ -170,20 +173,20 @@ def test_compute_scaling_from_runs_to_files(tmp_path, monkeypatch, capsys):
 def test_token_scaling_from_runs_to_files(tmp_path, monkeypatch):
     def losses(member, connection, seed):
         slope = {"residual": 0.0, "hc": -0.01, "mhc": -0.02}[connection]
-        found = {10**k: 5.0 - k + seed + slope * k for k in (0, 1, 2)}
+        found = {step: 5.0 + seed + slope * math.log10(step) for step in (25, 50, 75)}
+        for step in (10, 90, 100):  # beside the part that lines are fitted to
+            found[step] = 2.0 + seed + (connection != "residual")
         if (connection, seed) == ("hc", 3):
-            del found[100]
+            del found[75], found[90], found[100]
         return found
 
     stand_in(monkeypatch, losses)
-    monkeypatch.setattr(token_scaling, "FIT_FROM", 0.01)
-    monkeypatch.setattr(token_scaling, "FIT_TO", 1.0)
     monkeypatch.chdir(tmp_path)
     token_scaling.main(["output=here", "data.path=mine"])
     record = json.loads(Path("here/results/token_scaling.json").read_text())
     assert Path("here/results/token_scaling.png").stat().st_size > 10_000
     points = {(p["step"], p["connection"]): p for p in record["points"]}
-    assert len(points) == 9
+    assert len(points) == 18
     assert points[100, "hc"]["diverged_seeds"] == [3] and not points[10, "hc"]["diverged_seeds"]
     fits = {(fit["quantity"], fit["connection"]): fit["fit"] for fit in record["fits"]}
     assert fits["gap", "mhc"]["slope"]["mean"] == pytest.approx(-0.02)
@@ -196,12 +199,16 @@ def test_a_power_law_is_found_again():
 
     points = []
     for flops_per_token in (10, 1000, 100_000):
-        loss = 4.0 * (flops_per_token / 1000) ** -0.1
-        runs = {("residual", seed): Measured({1: loss}, 1, 1) for seed in (1, 2)}
+        runs = {
+            ("residual", seed): Measured({1: 4.0 * (flops_per_token / 1000) ** -exponent}, 1, 1)
+            for seed, exponent in ((1, 0.1), (2, 0.12))
+        }
         points += points_at("x", 1, runs, {"residual": Cost({}, flops_per_token)})
     fit = described_power_law("residual", points)["fit"]
     assert fit["centre"] == pytest.approx(1000) and fit["factor"]["mean"] == pytest.approx(4.0)
-    assert [fit["exponent"][end] for end in ("low", "mean", "high")] == pytest.approx([0.1] * 3)
+    half = 12.706 * 0.01  # Student's t with one degree of freedom, standard error 0.01
+    expected = [0.11 - half, 0.11, 0.11 + half]
+    assert [fit["exponent"][end] for end in ("low", "mean", "high")] == pytest.approx(expected)
 
 
 @pytest.mark.slow

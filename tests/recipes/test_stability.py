@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import library_text
 import pytest
 import sweep
 
@@ -33,18 +34,25 @@ def test_an_unknown_size_or_connection_is_one_line():
             stability.runs_of(size, only, ())
 
 
-def test_the_page_is_on_all_runs_beside_the_residual_one(tmp_path, monkeypatch):
+def test_the_page_is_on_all_runs_beside_the_residual_one(tmp_path, monkeypatch, capsys):
     commands = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stability, "run", lambda *words: commands.append(words))
+    for module in (stability, library_text):
+        monkeypatch.setattr(module, "run", lambda *words: commands.append(words))
+    diverged = {"krom"}  # before they logged anything
 
     def run_all(runs, folder, slurm, jobs):
-        return {run.name: sweep.Outcome(folder / run.name, False) for run in runs}
+        outcomes = {run.name: sweep.Outcome(folder / run.name, False) for run in runs}
+        for name in outcomes.keys() - diverged:
+            outcomes[name].folder.mkdir(parents=True, exist_ok=True)
+            (outcomes[name].folder / "metrics.csv").touch()
+        return outcomes
 
     monkeypatch.setattr(stability, "run_all", run_all)
     stability.main(["only=hc,residual", "output=here"])
     prepare, report = commands
-    stability.main(["only=hc,mhc", "output=here"])
+    stability.main(["only=hc,krom,mhc", "output=here"])
+    assert "krom: diverged before it logged anything" in capsys.readouterr().err
     assert commands[-2] == ("report", "here/hc", "here/mhc", "output=here/report")
     assert commands[-1][1:] == (
         *("here/mhc", "here/hc", "baseline=here/mhc"),

@@ -1,5 +1,6 @@
 import json
 
+import library_text
 import numpy as np
 import pytest
 import sweep
@@ -27,11 +28,11 @@ def test_how_a_run_ended():
     assert forgot.state == FORGOT and not forgot.stable
     assert forgot.loss == pytest.approx(np.linspace(2, 4, 10)[-4:].mean())
     assert forgot.lowest == pytest.approx(np.mean([*falling[-3:], 2]))
-    stalled = judge(losses(*np.linspace(5, 3, 30)), False, 2.4)
-    assert stalled.state == STALLED and stalled.loss == pytest.approx(
-        np.linspace(5, 3, 30)[-3:].mean()
-    )
-    assert judge(losses(*np.linspace(5, 3, 30)), False, 2.7).state == TRAINED
+    slow = losses(*np.linspace(5, 3, 30))
+    assert judge(slow, False, 2.4).state == STALLED
+    assert judge(slow, False, 2.7).state == TRAINED
+    assert judge(slow, False, 2.7).loss == pytest.approx(slow.values[-3:].mean())
+    assert judge(losses(*[5.55] * 24), False, INFINITY).state == STALLED
 
 
 @pytest.mark.parametrize("size", stress.SIZES)
@@ -56,7 +57,7 @@ def test_runs_of_a_rung_differ_in_what_is_varied_alone(size):
 def test_rates_rise_until_a_run_fails(tmp_path, monkeypatch):
     """hc survives 0.02 and then forgets, mhc nothing: its first loss is not finite."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stress, "run", lambda *words: None)
+    monkeypatch.setattr(library_text, "run", lambda *words: None)
     tried = []
 
     def run_all(runs, folder, slurm, jobs):

@@ -1,15 +1,20 @@
 """A sweep's bookkeeping, with a stand-in for `fit` that notes how it is called."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import recipe_words
 import sweep
 from sweep import Run
 
 FIT = """
-import os, sys, pathlib, time
+import os, pathlib, signal, sys, time
 words = dict(word.partition("=")[::2] for word in sys.argv[2:])
 own = pathlib.Path(words["output_dir"])
 (own / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -23,6 +28,14 @@ if "meets" in words:  # wait for another run to be under way
     print(os.environ["OMP_NUM_THREADS"], time.monotonic() < until)
 if words.get("saves") == "true":
     (own / "checkpoints" / "last").touch()
+if words.get("lasts") == "true":  # until it is told to save and end
+    def save(*_):
+        (own / "saved").touch()
+        sys.exit(143)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, save)
+    (own / "lasts").touch()
+    time.sleep(60)
 code = own / "exit_code"
 sys.exit(int(code.read_text()) if code.exists() else 0)
 """
@@ -77,9 +90,94 @@ def test_a_folder_with_other_settings_is_not_taken_for_the_run(folder):
         sweep.run_all([Run("a", "x.yaml", ("lr=2",))], folder)
 
 
+def test_what_was_begun_with_other_settings_does_not_go_on(folder):
+    exits_with(folder, "a", 143)
+    with pytest.raises(SystemExit):
+        sweep.run_all([Run("a", "x.yaml", ("lr=1", "saves=true"))], folder)
+    with pytest.raises(SystemExit, match=r"^error: .*lr=1.*output=FOLDER"):
+        sweep.run_all([Run("a", "x.yaml", ("lr=2", "saves=true"))], folder)
+
+
+def test_what_left_nothing_may_be_begun_with_other_settings(folder):
+    exits_with(folder, "a", 2)
+    with pytest.raises(SystemExit):
+        sweep.run_all([Run("a", "x.yaml", ("lr=fast",))], folder)
+    exits_with(folder, "a", 0)
+    assert not sweep.run_all([Run("a", "x.yaml", ("lr=1",))], folder)["a"].diverged
+
+
+def test_a_run_named_twice_runs_once(folder):
+    sweep.run_all([Run("a", "c"), Run("a", "c")], folder, jobs=2)
+    assert len(calls(folder, "a")) == 1
+
+
+SWEEP = """
+import sys
+sys.path.insert(0, {shared!r})
+import sweep, pathlib
+sweep.command = lambda *words: [sys.executable, {script!r}, *words]
+runs = [sweep.Run(name, "c", ("lasts=true",)) for name in "ab"]
+sweep.run_all(runs, pathlib.Path({folder!r}), jobs={jobs})
+"""
+
+
+def begin(folder, jobs):
+    shared = str(Path(sweep.__file__).parent)
+    code = SWEEP.format(
+        shared=shared, script=str(folder.parent / "fit.py"), folder=str(folder), jobs=jobs
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_sweep_that_is_stopped_lets_its_runs_save(folder, jobs, number):
+    process = begin(folder, jobs)
+    names = "ab"[:jobs]
+    until(lambda: all((folder / name / "lasts").exists() for name in names))
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert "stopped: the same command goes on" in errors
+    assert all((folder / name / "saved").exists() for name in names)
+    assert jobs == 2 or not (folder / "b").exists()
+
+
+def test_a_second_call_waits_for_the_first_ones_run(folder):
+    first = begin(folder, 1)
+    until(lambda: (folder / "a" / "lasts").exists())
+    second = begin(folder, 1)
+    assert "waits for another call's" in second.stderr.readline()
+    assert len(calls(folder, "a")) == 1
+    for process in (first, second):
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_each_of_several_runs_has_a_gpu_of_those_allowed(monkeypatch):
+    def given(jobs):
+        return [device.get("CUDA_VISIBLE_DEVICES") for device in sweep._own_devices(jobs)]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count, expected in ((0, [None] * 3), (1, [None] * 3), (2, ["0", "1", "0"])):
+        monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda count=count: count)
+        assert given(3) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert given(2) == ["4", "5"]
+
+
 def test_runs_side_by_side(folder, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(sweep.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _: range(6), raising=False)
     folder.mkdir()
     runs = [Run("a", "c", ("meets=b",)), Run("b", "c", ("meets=a",)), Run("c", "c", ("meets=c",))]
     exits_with(folder, "b", 3)
@@ -145,10 +243,19 @@ def test_without_submitit_it_says_what_to_install(folder, monkeypatch):
         sweep.run_all([Run("a", "c")], folder, {"partition": "gpu"})
 
 
+def test_without_slurm_nothing_is_submitted(folder, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.AutoExecutor, "which", lambda: "local")
+    with pytest.raises(SystemExit, match=r"^error: there is no SLURM here"):
+        sweep.run_all([Run("a", "c")], folder, {"partition": "gpu"})
+
+
 def test_jobs_of_slurm_have_a_task_for_each_gpu(folder, monkeypatch):
     made = []
 
     class Executor:
+        which = staticmethod(lambda: "slurm")
+
         def __init__(self, folder, cluster):
             self.cluster, self.jobs = cluster or "slurm", 0
             made.append(self)
@@ -162,7 +269,7 @@ def test_jobs_of_slurm_have_a_task_for_each_gpu(folder, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
     read = ["slurm.partition=gpu", "slurm.timeout_min=90", "slurm.gpus_per_node=4", "x=1"]
-    words = sweep.read_words(read, {"size": "cpu"})
+    words = recipe_words.read_words(read, {"size": "cpu"}, {})
     assert words.overrides == ("x=1",) and words.settings == {"size": "cpu"}
     outcomes = sweep.run_all([Run("a", "c"), Run("b", "c")], folder, words.slurm)
     assert set(outcomes) == {"a", "b"}
@@ -174,16 +281,3 @@ def test_jobs_of_slurm_have_a_task_for_each_gpu(folder, monkeypatch):
         "gpus_per_node": 4,
         "tasks_per_node": 4,
     }
-
-
-def test_words_of_a_recipe():
-    words = sweep.read_words(["size=gpu", "optimizer.lr=1e-3"], {"size": "cpu", "only": ""})
-    assert words.settings == {"size": "gpu", "only": ""}
-    assert words.slurm is None and words.overrides == ("optimizer.lr=1e-3",)
-    assert words.jobs == 1 and sweep.read_words(["jobs=3"], {}).jobs == 3
-    for wrong in ("0", "two", "-1"):
-        with pytest.raises(SystemExit, match=f"error: jobs={wrong} is not a number of runs"):
-            sweep.read_words([f"jobs={wrong}"], {})
-    assert sweep.chosen("only", "", "ab") == ["a", "b"]
-    with pytest.raises(SystemExit, match="only=c is not known; choose from a, b"):
-        sweep.chosen("only", "a,c", "ab")

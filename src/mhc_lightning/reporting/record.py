@@ -55,6 +55,7 @@ def _run(summary: Summary, verdict: Verdict) -> dict[str, Any]:
         else {"median": gradient.median, "largest": gradient.largest, "step": gradient.step},
         "tokens_per_second": _plain(summary.speed),
         "peak_memory_bytes": _plain(summary.memory),
+        "what_was_run": facts.what_was_run(summary.run),
         "commands": facts.commands(summary.run),
     }
 
