@@ -87,11 +87,11 @@ def draw_largest_stable(cells: Sequence["Cell"], file: Path) -> None:
 
 
 def _climb(axes: "Axes", cell: "Cell", look: tuple[str, object], edge: float) -> None:
-    rates = list(cell.outcomes)
-    heights = [min(outcome.loss, edge) for outcome in cell.outcomes.values()]
+    rates, outcomes = zip(*sorted(cell.outcomes.items()), strict=True)
+    heights = [min(outcome.loss, edge) for outcome in outcomes]
     colour, dash = look
     axes.plot(rates, heights, color=colour, linestyle=dash, linewidth=1.6)  # type: ignore[arg-type]
-    for rate, height, outcome in zip(rates, heights, cell.outcomes.values(), strict=True):
+    for rate, height, outcome in zip(rates, heights, outcomes, strict=True):
         shape = "o" if outcome.stable else "x" if outcome.loss < edge else "^"
         axes.plot(rate, height, shape, color=colour, markersize=5)
 

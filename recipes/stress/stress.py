@@ -1,13 +1,15 @@
-"""What each connection survives: learning rates that double until training fails.
+"""What each connection survives: learning rates that rise until training fails.
 
     python recipes/stress/stress.py [size=cpu|gpu] [only=hc,mhc] [depths=8,24]
         [precisions=32-true] [rates=0.004,0.008] [output=FOLDER]
         [jobs=N | slurm.partition=NAME ...] [key=value ...]
 
 For every connection, depth (in blocks) and precision the learning rate rises through `rates` until
-a run fails. What failing means is in outcome.py. Other settings go to every `fit`.
+a run fails; then one half way (in the logarithm) to the rate before is tried. What failing means is
+in outcome.py. Other settings go to every `fit`.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,12 +61,12 @@ SIZES = {
     "cpu": Size(
         (8, 24),
         {"32-true": VARIANTS, "bf16-mixed": PAPERS},
-        tuple(0.008 * 2**k for k in range(8)),
+        tuple(0.008 * 4**k for k in range(6)),
     ),
     "gpu": Size(
         (12, 30, 60),
         {"32-true": VARIANTS, "bf16-mixed": VARIANTS},
-        tuple(0.001 * 2**k for k in range(11)),
+        tuple(0.001 * 4**k for k in range(7)),
     ),
 }
 
@@ -77,7 +79,7 @@ class Cell:
         connection: Of the configurations' group.
         depth: In blocks.
         precision: Of the trainer.
-        outcomes: By learning rate, rising.
+        outcomes: By learning rate.
         gains: The largest finite composite gains of those runs, forward and backward.
     """
 
@@ -95,8 +97,23 @@ class Cell:
     @property
     def largest_stable(self) -> float | None:
         """The last learning rate before the first failure; None if the first one failed."""
-        stable = [rate for rate, outcome in self.outcomes.items() if outcome.stable]
-        return max(stable, default=None)
+        last = None
+        for rate, outcome in sorted(self.outcomes.items()):
+            if not outcome.stable:
+                break
+            last = rate
+        return last
+
+    @property
+    def first_failure(self) -> float | None:
+        """The lowest learning rate that failed."""
+        return min((r for r, outcome in self.outcomes.items() if not outcome.stable), default=None)
+
+    @property
+    def half_way(self) -> float | None:
+        """The geometric mean of the largest stable learning rate and the first that failed."""
+        last, first = self.largest_stable, self.first_failure
+        return None if last is None or first is None else float(f"{math.sqrt(last * first):.3g}")
 
     def run(self, rate: float, config: str, overrides: tuple[str, ...]) -> Run:
         """Its run at a learning rate."""
@@ -111,7 +128,7 @@ class Cell:
 
     def add(self, rate: float, found: ReadRun | None, stopped: bool) -> None:
         """Take in a run that has ended; None: before it logged anything."""
-        best = min((o.loss for o in self.outcomes.values()), default=float("inf"))
+        best = min((o.loss for r, o in self.outcomes.items() if r < rate), default=float("inf"))
         logged = {} if found is None else found.scalars
         self.outcomes[rate] = judge(logged.get("train/loss", NO_SERIES), stopped, best)
         forward, backward = (
@@ -150,12 +167,11 @@ def table(cells: list[Cell]) -> str:
     """The result as text."""
     lines = ["connection        blocks  precision    largest stable  fails at   how"]
     for cell in cells:
-        last = cell.largest_stable
-        fails = next(((r, o) for r, o in cell.outcomes.items() if not o.stable), None)
+        last, first = cell.largest_stable, cell.first_failure
         lines.append(
             f"{cell.connection:16}  {cell.depth:6}  {cell.precision:11}"
             f"  {'none' if last is None else f'{last:g}':>14}"
-            + (f"  {fails[0]:8g}   {fails[1].state}" if fails else "      none")
+            + (f"  {first:8g}   {cell.outcomes[first].state}" if first else "      none")
         )
     return "\n".join(lines)
 
@@ -180,7 +196,7 @@ def record(cells: list[Cell], runs: list[ReadRun], words: list[str]) -> dict[str
                         "largest_composite_gain_forward": cell.gains[rate][0],
                         "largest_composite_gain_backward": cell.gains[rate][1],
                     }
-                    for rate, outcome in cell.outcomes.items()
+                    for rate, outcome in sorted(cell.outcomes.items())
                 ],
             }
             for cell in cells
@@ -202,15 +218,19 @@ def main(words: list[str]) -> None:
     folder = Path(read.settings["output"] or f"runs/stress/{name}")
     prepare_library(config, read.overrides)
     found: list[ReadRun] = []
-    for rate in rates:
-        climbing = [cell for cell in cells if not cell.failed]
-        runs = [cell.run(rate, config, read.overrides) for cell in climbing]
+
+    def try_out(tried: list[tuple[Cell, float]]) -> None:
+        runs = [cell.run(rate, config, read.overrides) for cell, rate in tried]
         ended = run_all(runs, folder, read.slurm, read.jobs)
-        for cell, one in zip(climbing, runs, strict=True):
+        for (cell, rate), one in zip(tried, runs, strict=True):
             own = ended[one.name].folder
             logged = read_runs([str(own)]) if (own / "metrics.csv").is_file() else []
             cell.add(rate, next(iter(logged), None), ended[one.name].diverged)
-            found += logged
+            found.extend(logged)
+
+    for rate in rates:
+        try_out([(cell, rate) for cell in cells if not cell.failed])
+    try_out([(cell, rate) for cell in cells if (rate := cell.half_way) is not None])
     results = folder / "results"
     write_json(record(cells, found, words), results / "stress.json")
     draw_loss_by_rate(cells, results / "loss_by_learning_rate.png")

@@ -55,7 +55,7 @@ def test_runs_of_a_rung_differ_in_what_is_varied_alone(size):
 
 
 def test_rates_rise_until_a_run_fails(tmp_path, monkeypatch):
-    """hc survives 0.02 and then forgets, mhc nothing: its first loss is not finite."""
+    """hc survives 0.03 and then forgets, mhc nothing: its first loss is not finite."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(library_text, "run", lambda *words: None)
     tried = []
@@ -68,7 +68,7 @@ def test_rates_rise_until_a_run_fails(tmp_path, monkeypatch):
             own.mkdir(parents=True)
             name, rate = run.name.split("_")[0], float(run.name.split("_")[-1])
             if name == "hc":
-                end = 4.0 if rate > 0.02 else 2.0
+                end = 4.0 if rate > 0.03 else 2.0
                 rows = [f"{k},{v},{k},1" for k, v in enumerate([5.0] * 5 + [2.0] * 5 + [end] * 5)]
                 tags = "step,train/loss,amax_gain/composite/forward,amax_gain/composite/backward"
                 (own / "metrics.csv").write_text("\n".join([tags, *rows, ""]))
@@ -84,11 +84,12 @@ def test_rates_rise_until_a_run_fails(tmp_path, monkeypatch):
         ["hc_3_32-true_0.02"],
         ["hc_3_32-true_0.04"],
         [],
+        ["hc_3_32-true_0.0283"],
     ]
     found = json.loads((tmp_path / "out/results/stress.json").read_text())
     hc, mhc = found["cells"]
-    assert hc["largest_stable_learning_rate"] == 0.02 and hc["failed"]
-    assert [run["outcome"] for run in hc["runs"]] == ["trained", "trained", "forgot"]
+    assert hc["largest_stable_learning_rate"] == 0.0283 and hc["failed"]
+    assert [run["outcome"] for run in hc["runs"]] == ["trained", "trained", "trained", "forgot"]
     assert hc["runs"][0]["largest_composite_gain_forward"] == 14
     assert mhc["largest_stable_learning_rate"] is None
     assert mhc["runs"][0]["last_loss"] == "inf"
