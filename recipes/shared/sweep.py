@@ -97,7 +97,12 @@ def run_all(
     return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
 
-def execute(run: Run, folder: Path, own_device: dict[str, str] | None = None) -> int:
+def execute(
+    run: Run,
+    folder: Path,
+    own_device: dict[str, str] | None = None,
+    stopping: threading.Event | None = None,
+) -> int:
     """Begin a run or go on with it; returns the exit code of `fit`.
 
     If another call is at the same run, this waits for it.
@@ -107,9 +112,13 @@ def execute(run: Run, folder: Path, own_device: dict[str, str] | None = None) ->
         folder: The sweep's.
         own_device: Environment variables for one of several at a time: its output goes to
             ``output/NAME.txt``. None shows it.
+        stopping: Ends that wait once it is set.
+
+    Raises:
+        SystemExit: It was set.
     """
     own = folder / run.name
-    with _alone_with(run, folder) as lock:
+    with _alone_with(run, folder, stopping) as lock:
         ended = recorded(run, folder)
         if ended is not None:
             return DIVERGED if ended.diverged else FINISHED
@@ -178,7 +187,9 @@ def _record(run: Run, folder: Path, code: int | None, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _alone_with(run: Run, folder: Path) -> Iterator[tuple[int, ...]]:
+def _alone_with(
+    run: Run, folder: Path, stopping: threading.Event | None
+) -> Iterator[tuple[int, ...]]:
     """Hold the run's lock; yields its file descriptor, for `fit` to hold it if this is killed."""
     if not _is_first_task():
         yield ()
@@ -186,11 +197,19 @@ def _alone_with(run: Run, folder: Path) -> Iterator[tuple[int, ...]]:
     file = folder / "locks" / run.name
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{folder / run.name}: waits for another call's", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        waits = False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waits:
+                    text = f"{folder / run.name}: waits for another call's"
+                    print(text, file=sys.stderr, flush=True)
+                waits = True
+            time.sleep(0.5)  # instead of a lock that waits, which nothing interrupts
+            if stopping is not None and stopping.is_set():
+                raise SystemExit(1)
         yield (lock.fileno(),)
 
 
@@ -221,7 +240,7 @@ def _run_here(runs: list[Run], folder: Path, jobs: int) -> list[int | None]:
     Raises:
         SystemExit: By Ctrl-C or SIGTERM; the runs have saved and can go on.
     """
-    stopped = threading.Event()
+    stopping = threading.Event()
     devices: SimpleQueue[dict[str, str] | None] = SimpleQueue()
     for device in _own_devices(jobs) if jobs > 1 else [None]:
         devices.put(device)
@@ -229,20 +248,20 @@ def _run_here(runs: list[Run], folder: Path, jobs: int) -> list[int | None]:
     def one(run: Run) -> int | None:
         device = devices.get()
         try:
-            if stopped.is_set():
+            if stopping.is_set():
                 return None
-            code = execute(run, folder, device)
+            code = execute(run, folder, device, stopping)
             if code not in (FINISHED, DIVERGED):
-                stopped.set()
+                stopping.set()
             return code
         except BaseException:
-            stopped.set()
+            stopping.set()
             raise
         finally:
             devices.put(device)
 
     def stop(number: int, frame: Any) -> None:
-        stopped.set()
+        stopping.set()
         for process in list(_running):
             process.terminate()
         print("stopped: the same command goes on", file=sys.stderr)

@@ -157,10 +157,11 @@ def test_a_second_call_waits_for_the_first_ones_run(folder):
     until(lambda: (folder / "a" / "lasts").exists())
     second = begin(folder, 1)
     assert "waits for another call's" in second.stderr.readline()
-    assert len(calls(folder, "a")) == 1
-    for process in (first, second):
-        process.terminate()
-        process.communicate(timeout=60)
+    second.send_signal(signal.SIGINT)
+    second.communicate(timeout=60)
+    assert second.returncode == 130 and len(calls(folder, "a")) == 1
+    first.terminate()
+    first.communicate(timeout=60)
 
 
 def test_each_of_several_runs_has_a_gpu_of_those_allowed(monkeypatch):
