@@ -138,7 +138,9 @@ def execute(
                 file = stack.enter_context(text.open("a", encoding="utf-8"))
                 options = {"stdout": file, "stderr": subprocess.STDOUT}
                 options["env"] = {**os.environ, **own_device}
-            code = _wait_for(subprocess.Popen(command(*words), pass_fds=lock, **options))
+            # In a group of its own Ctrl-C does not reach it, which would end it without saving.
+            options |= {"pass_fds": lock, "process_group": 0, "stdin": subprocess.DEVNULL}
+            code = _wait_for(subprocess.Popen(command(*words), **options))
         seconds = time.monotonic() - began
         if code in (FINISHED, DIVERGED):
             _record(run, folder, code, seconds)
@@ -238,7 +240,7 @@ def _run_here(runs: list[Run], folder: Path, jobs: int) -> list[int | None]:
     """Run some at a time; after a failure none is begun any more. Returns their exit codes.
 
     Raises:
-        SystemExit: By Ctrl-C or SIGTERM; the runs have saved and can go on.
+        SystemExit: By Ctrl-C, SIGTERM or SIGHUP; the runs have saved and can go on.
     """
     stopping = threading.Event()
     devices: SimpleQueue[dict[str, str] | None] = SimpleQueue()
@@ -267,7 +269,7 @@ def _run_here(runs: list[Run], folder: Path, jobs: int) -> list[int | None]:
         print("stopped: the same command goes on", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.signal(number, stop) for number in signals]
     try:
         with ThreadPoolExecutor(jobs) as pool:
