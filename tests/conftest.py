@@ -15,7 +15,7 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,17 @@ for _name in ("MAKEFLAGS", "MFLAGS", "ARGS", "VENV"):
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repository")
 torch.set_num_threads(1)
+
+# What Lightning tells processes that it launches, and leaves behind in its own: a later command
+# would wait for others, believing that somebody launches them.
+_LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _launched_by_nobody() -> Iterator[None]:
+    yield
+    for name in _LAUNCHED:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
