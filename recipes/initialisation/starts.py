@@ -20,7 +20,7 @@ class _Start(ManifoldHyperConnection):
 
     def change(self, pre: Tensor, post: Tensor, mix: Tensor, phi: Tensor) -> None:
         """Change the package's start in place: biases [n], [n], [n, n] and phi [n·C, n² + 2n]."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not implement change()")
 
     def normal(self, phi: Tensor, std: float) -> None:
         """Random projections, others in every sub-layer and the same in every run."""
