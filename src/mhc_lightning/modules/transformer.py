@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
@@ -18,12 +19,14 @@ from mhc_lightning.kernels import (
     mean_streams,
     token_losses,
 )
+from mhc_lightning.kernels.operands import compute_dtype
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
 from mhc_lightning.modules.connection import Connection, Unmerged
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.initialisation import NormalMatrices
 from mhc_lightning.modules.mixture_of_experts import LoadBalance, MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
+from mhc_lightning.modules.plain import plain_weight
 from mhc_lightning.modules.recompute import normalise, recomputing
 from mhc_lightning.modules.recompute_size import recompute_size
 
@@ -272,13 +275,20 @@ class Transformer(nn.Module):
         return self.head(*self.run_blocks(self.embed(tokens)))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of targets [B, S], a float32 scalar; never all logits at once."""
+        """Mean cross-entropy of targets [B, S], a float32 scalar; never all logits at once.
+
+        They are all there where ``output`` is no plain projection, and so has to be called: with an
+        adapter, a bias, hooks, a parametrization or a quantised weight.
+        """
         return self.head_loss(*self.run_blocks(self.embed(tokens)), targets)
 
     def head_loss(self, streams: Tensor, carry: Tensor | None, targets: Tensor) -> Tensor:
         """What ``loss`` does behind the blocks."""
+        weight = plain_weight(self.output)
+        if weight is None:
+            return self._called_head_losses(streams, carry, targets).mean()
         hidden = self.read_out(streams, carry)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+        return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
 
     def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each target [B, S], float32, without a gradient."""
@@ -286,9 +296,18 @@ class Transformer(nn.Module):
 
     def head_token_losses(self, streams: Tensor, carry: Tensor | None, targets: Tensor) -> Tensor:
         """What ``token_losses`` does behind the blocks."""
+        weight = plain_weight(self.output)
+        if weight is None:
+            with torch.no_grad():
+                return self._called_head_losses(streams, carry, targets).view(targets.shape)
         hidden = self.read_out(streams, carry)
-        losses = token_losses(hidden.flatten(0, 1), self.output.weight, targets.flatten())
-        return losses.view(targets.shape)
+        return token_losses(hidden.flatten(0, 1), weight, targets.flatten()).view(targets.shape)
+
+    def _called_head_losses(self, streams: Tensor, carry: Tensor | None, targets: Tensor) -> Tensor:
+        """The loss of each target [B·S], by a head that may be any module."""
+        logits = self.head(streams, carry).flatten(0, 1)
+        wide = logits.to(compute_dtype(logits))
+        return F.cross_entropy(wide, targets.flatten(), reduction="none")
 
     def new_caches(self, batch_size: int, max_length: int) -> list[LatentCache]:
         """An empty cache for every block, for ``forward_cached``."""
