@@ -55,17 +55,18 @@ clean: ## Remove the environment, builds and caches (never runs or data)
 # litdata brings torchvision, which nothing here uses; one that does not fit this torch has to go.
 define install
 	$(PIP) install --quiet --constraint constraints.txt --editable "$(1)"
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(VENV)/bin/python -c "import torchvision" 2>/dev/null || \
+	$(VENV)/bin/python -c "import torchvision" 2>/dev/null || \
 		$(PIP) uninstall --yes torchvision
 endef
 
-# torch comes first and pinned, so that nothing that comes after it can bring another one.
+# torch comes first and pinned, so that nothing that comes after it can bring another one, and with
+# the torchvision of the same index, which fits it.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'error: no Python 3.11 or newer on the PATH; name one: make PYTHON=...' >&2; exit 2; }
 	"$(PYTHON)" -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$(TORCH_REQUIREMENT)"
+		$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") "$(TORCH_REQUIREMENT)" torchvision
 	$(call install,.)
 	@$(VENV)/bin/python -c "import torch; print('torch', torch.__version__, 'on', \
 		torch.cuda.get_device_name() if torch.cuda.is_available() else 'the CPU')"

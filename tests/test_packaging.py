@@ -5,6 +5,7 @@ import sys
 import tomllib
 import venv
 import zipfile
+from configparser import ConfigParser
 from email import message_from_bytes
 from pathlib import Path
 
@@ -58,7 +59,13 @@ def test_wheel_says_what_it_is(wheel, project):
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == ">=3.11"
     (entry_points,) = (n for n in wheel.namelist() if n.endswith(".dist-info/entry_points.txt"))
-    assert b"mhc_lightning.__main__:main" in wheel.read(entry_points)
+    # No other group: what is in them runs in programs that know nothing of this package.
+    declared = ConfigParser()
+    declared.read_string(wheel.read(entry_points).decode())
+    scripts = {"mhc-lightning": "mhc_lightning.__main__:main"}
+    assert {name: dict(declared[name]) for name in declared.sections()} == {
+        "console_scripts": scripts
+    }
 
 
 def test_malicious_releases_of_lightning_are_excluded(project):
@@ -117,7 +124,7 @@ def test_wheel_installs_elsewhere_and_trains(
 
     assert run("python", "-c", show_torch) == before
     # Whatever torchvision came along, also where nothing has imported this package before.
-    run("python", "-c", "import lightning, torchmetrics, torchvision, litdata")
+    run("python", "-c", "import lightning, torchmetrics, litdata, mhc_lightning")
     home = run("python", "-c", "import mhc_lightning as m; print(m.__path__[0])").strip()
     assert home.startswith(str(elsewhere)) and (Path(home) / "py.typed").exists()
 

@@ -1,6 +1,7 @@
-"""A torchvision whose operators cannot load, played by packages of the same name."""
+"""A torchvision that cannot load, played by packages of the same name."""
 
 import importlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,11 @@ from pathlib import Path
 import pytest
 
 from mhc_lightning import _torchvision
+from mhc_lightning.errors import UserError
+
+MISSING_OPERATOR = (
+    "import torch\ntorch.library.register_fake('torchvision::nms')(lambda boxes: 0)\n"
+)
 
 
 @pytest.fixture
@@ -29,47 +35,28 @@ def torchvision(tmp_path, monkeypatch):
     sys.modules.pop("torchvision", None)
 
 
-def test_missing_operators_are_declared_one_after_the_other(torchvision):
-    module = torchvision("""
-        import torch
-        for operator in ("guard_first", "guard_second", "guard_third"):
-            @torch.library.register_fake(f"torchvision::{operator}")
-            def fake(boxes):
-                return boxes
-        complete = True
-    """)
-    assert module.complete
-
-
-def test_a_declared_operator_has_no_kernel(torchvision):
-    module = torchvision("""
-        import torch
-        @torch.library.register_fake("torchvision::guard_no_kernel")
-        def fake():
-            return None
-    """)
-    with pytest.raises(RuntimeError, match="guard_no_kernel"):
-        module.torch.ops.torchvision.guard_no_kernel()
-
-
 @pytest.mark.parametrize(
-    "statement",
+    ("source", "why"),
     [
-        "raise RuntimeError('compiled with different CUDA major versions')",
-        "raise RuntimeError('operator aten::nothing does not exist')",
-        "raise ImportError('operator torchvision::nms does not exist')",
-        "import torchvision.no_such_part",
+        (MISSING_OPERATOR, "RuntimeError: operator torchvision::nms does not exist"),
+        (
+            "raise RuntimeError('other CUDA major version')",
+            "RuntimeError: other CUDA major version",
+        ),
+        ("import torchvision.no_such_part", "ModuleNotFoundError: No module named 'torchvision.no"),
+        ("raise OSError('libcudart.so.13: no such file')", "OSError: libcudart.so.13"),
+        ("import torchvision; torchvision.extension", "AttributeError: partially initialized"),
     ],
 )
-def test_another_error_is_not_hidden(torchvision, statement):
-    with pytest.raises((RuntimeError, ImportError)) as caught:
-        torchvision(statement)
-    assert "no_such_part" in statement or str(caught.value) in statement
-
-
-def test_an_operator_that_stays_missing_is_reported(torchvision):
-    with pytest.raises(RuntimeError, match="torchvision::guard_stays does not exist"):
-        torchvision("raise RuntimeError('operator torchvision::guard_stays does not exist')")
+def test_the_error_says_what_failed_and_what_mends_it(torchvision, source, why):
+    with pytest.raises(ImportError) as caught:
+        torchvision(source)
+    message = str(caught.value)
+    assert isinstance(caught.value, UserError)
+    assert why in message and "pip uninstall torchvision" in message
+    assert "\n" not in message
+    assert str(caught.value.__cause__) in message
+    assert "torchvision" not in sys.modules
 
 
 def test_a_torchvision_that_loads_is_run_once_and_left_alone(torchvision):
@@ -84,31 +71,54 @@ def test_a_torchvision_that_loads_is_run_once_and_left_alone(torchvision):
 
 def test_installing_it_again_changes_nothing():
     before = list(sys.meta_path)
-    _torchvision.install_guard()
+    _torchvision.explain_failures()
     assert sys.meta_path == before
     assert sum(isinstance(f, _torchvision._TorchvisionFinder) for f in before) == 1
 
 
-def run(code: str, **environment: str) -> str:
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return done.stdout.strip()
-
-
-def test_the_package_installs_it_without_importing_torch():
-    finders = """
-        import sys, mhc_lightning
-        print("torch" in sys.modules, any("Torchvision" in type(f).__name__ for f in sys.meta_path))
-    """
-    assert run(finders) == "False True"
-
-
-def test_importing_torch_installs_it_for_programs_that_know_nothing_of_this_package(tmp_path):
+@pytest.fixture
+def program(tmp_path):
+    """Returns a function that runs Python in an environment whose torchvision is broken."""
     package = tmp_path / "torchvision"
     package.mkdir()
-    (package / "__init__.py").write_text(
-        "import torch\ntorch.library.register_fake('torchvision::nms')(lambda boxes: boxes)\n"
+    (package / "__init__.py").write_text(MISSING_OPERATOR)
+    # For those who look for an installed torchvision before they import it, as torchmetrics does.
+    metadata = tmp_path / "torchvision-9.8.7.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 9.8.7\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": path}
+        return subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+
+    return run
+
+
+def test_importing_the_package_imports_neither_torch_nor_torchvision(program):
+    code = (
+        "import sys, mhc_lightning; print({'torch', 'torchvision', 'lightning'} & {*sys.modules})"
     )
-    # Lightning imports torchmetrics, and that imports torchvision.
-    code = "import torch, torchvision; print(torchvision.torch is torch)"
-    assert run(code, PYTHONPATH=str(tmp_path)) == "True"
+    assert program("-c", code).stdout.strip() == "set()"
+
+
+def test_a_command_ends_in_one_line(program):
+    done = program("-m", "mhc_lightning", "fit", "--config", "mhc_quickstart")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: torchvision 9.8.7 cannot be imported beside torch 2.")
+    assert "Traceback" not in done.stdout
+
+
+def test_what_needs_no_lightning_runs(program):
+    assert program("-c", "import mhc_lightning.modules").returncode == 0
+    assert program("-m", "mhc_lightning", "--help").returncode == 0
+
+
+def test_programs_that_do_not_import_the_package_know_nothing_of_it(program):
+    code = "import sys, torch; print([m for m in sys.modules if m.startswith('mhc_lightning')])"
+    assert program("-c", code).stdout.strip() == "[]"
+    done = program("-c", "import torch, torchvision")
+    assert done.stderr.splitlines()[-1] == "RuntimeError: operator torchvision::nms does not exist"

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mhc_lightning._torchvision import install_guard
+from mhc_lightning._torchvision import explain_failures
 
 if TYPE_CHECKING:
     from mhc_lightning.data import TextDataModule
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LanguageModel", "TextDataModule"]
 
-install_guard()  # before anything here imports Lightning
+explain_failures()  # before anything here imports Lightning
 
 # Loaded at first use: they import Lightning, which takes seconds.
 _HOMES = {

@@ -1,50 +1,49 @@
-"""Let everything else work beside a torchvision whose compiled operators cannot load.
+"""Say how to mend it where a torchvision that cannot load keeps Lightning from being imported.
 
 litdata requires torchvision, and the build that a package index serves by default is linked
-against a CUDA torch. Beside a CPU torch its shared library does not load; torchvision carries on
-without it until it registers a shape function for an operator that this library would have
-defined, and then ``import torchvision`` raises ``operator torchvision::nms does not exist``.
-torchmetrics imports torchvision wherever it is installed, and Lightning imports torchmetrics, so a
-library that nothing here uses stops the whole program.
-
-torchvision can do without its operators: each function that needs one checks for it and says so.
-It is enough, then, to declare the operators it names, so that its import comes to an end.
+against a CUDA torch. Beside a CPU torch, or beside a torch of another version, importing it fails
+somewhere inside with an error such as ``operator torchvision::nms does not exist``. torchmetrics
+imports torchvision wherever it is installed, and Lightning imports torchmetrics, so the user meets
+this error, under the frames of four libraries, at the first use of this package.
 """
 
 import functools
-import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import Any
 
-_MISSING_OPERATOR = re.compile(r"operator torchvision::(\w+) does not exist")
-_libraries: list[Any] = []  # torch forgets a declaration when the Library that made it is freed
+from mhc_lightning.errors import UserError
+
+
+class BrokenTorchvisionError(UserError, ImportError):
+    """An installed torchvision cannot be imported; the message says what to do about it."""
+
+
+def _named(distribution: str) -> str:
+    try:
+        return f"{distribution} {version(distribution)}"
+    except PackageNotFoundError:
+        return distribution
 
 
 def _execute(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:
-    """Run torchvision's own ``__init__``, declaring each operator it misses.
+    """Run torchvision's own ``__init__``.
 
     Raises:
-        RuntimeError: Whatever torchvision raised, unless it was a missing operator.
+        BrokenTorchvisionError: If that fails, from the error that it failed with.
     """
-    declared: set[str] = set()
-    while True:
-        try:
-            return exec_module(module)
-        except RuntimeError as error:
-            missing = _MISSING_OPERATOR.search(str(error))
-            if missing is None or missing[1] in declared:
-                raise
-            import torch
-
-            # The signature does not matter: with no kernel behind it, it is never called.
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(f"{missing[1]}() -> ()")
-            _libraries.append(library)
-            declared.add(missing[1])
+    try:
+        exec_module(module)
+    except Exception as error:
+        raise BrokenTorchvisionError(
+            f"{_named('torchvision')} cannot be imported beside {_named('torch')}"
+            f" ({type(error).__name__}: {error}), and Lightning imports it where it is installed."
+            " Nothing in mhc-lightning needs it: uninstall it (pip uninstall torchvision), or"
+            " install the torchvision that belongs to this torch, from the index it came from"
+        ) from error
 
 
 class _TorchvisionFinder(MetaPathFinder):
@@ -63,8 +62,8 @@ class _TorchvisionFinder(MetaPathFinder):
         return spec
 
 
-def install_guard() -> None:
-    """Arrange that a later ``import torchvision``, by whomever, survives missing operators.
+def explain_failures() -> None:
+    """Have a later ``import torchvision`` in this process say, if it fails, how to mend it.
 
     Costs one entry in ``sys.meta_path``: torch and torchvision are not imported here, and a
     torchvision that loads, or is absent, behaves exactly as it would otherwise. Calling it again

@@ -1,6 +1,7 @@
 """From a composed experiment to the objects that Lightning trains with."""
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 import hydra.utils
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from mhc_lightning import LanguageModel, TextDataModule
+
+# It would show errors that are raised and caught here a second time.
+logging.getLogger("hydra.utils").disabled = True
 
 
 def build(experiment: Experiment, section: str, **more: Any) -> Any:
@@ -202,9 +206,9 @@ def _target(section: str, name: str) -> Any:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error behind Hydra's: the one that a constructor raised."""
+    """The error behind Hydra's: the one that a constructor raised, or says what the user can do."""
     seen: BaseException = error
-    while seen.__cause__ is not None:
+    while seen.__cause__ is not None and not isinstance(seen, UserError):
         seen = seen.__cause__
     return seen
 
@@ -218,7 +222,6 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 def _quiet() -> None:
     """Hide what Lightning tells everybody; show warnings as one line."""
-    import logging
     import warnings
 
     import lightning.pytorch  # noqa: F401  (it sets the level that is set here)
