@@ -6,9 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.generation import Sampling, generate, generate_together
+from mhc_lightning.generation import Sampling, _distribution, generate, generate_together
 from mhc_lightning.modules import Transformer
 
 
@@ -62,6 +63,53 @@ def test_top_k_and_top_p() -> None:
     assert (
         draw(model, top_k=100, top_p=1.0) - torch.tensor([0.5, 0.3, 0.15, 0.05])
     ).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [None, 1, 2, 7, 50, 100])
+@pytest.mark.parametrize("top_p", [None, 0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_settings_make_the_distribution_that_transformers_makes(
+    temperature: float, top_k: int | None, top_p: float | None, ties: bool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(50, generator=generator)
+    if ties:
+        logits = logits.round()
+        logits[7] = -torch.inf
+    warpers = [TemperatureLogitsWarper(temperature)]
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        warpers.append(TopPLogitsWarper(top_p))
+    warped = logits[None]
+    for warper in warpers:
+        warped = warper(torch.zeros(1, 1, dtype=torch.long), warped)
+    weights, tokens = _distribution(logits, Sampling(1, temperature, top_k, top_p))
+    found = torch.zeros(50).index_copy(0, tokens, weights / weights.sum())  # as multinomial does
+    expected = warped[0].softmax(-1)
+    # Of equally likely tokens at the border of top_p, each sorts another one first.
+    if ties:
+        found, expected = found.sort().values, expected.sort().values
+    assert (found - expected).abs().max() < 1e-6
+    assert torch.equal(found > 0, expected > 0)
+
+
+def test_top_p_is_of_what_top_k_left() -> None:
+    model = Fixed([0.4, 0.3, 0.2, 0.1])
+    # Of 4/7 and 3/7 the first holds 0.5 alone; of 0.4 and 0.3 it does not.
+    assert draw(model, top_k=2, top_p=0.5).tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_state_no_probabilities_are_refused(temperature: float, value: float) -> None:
+    model = Fixed([0.5, 0.3, 0.2])
+    assert list(generate(model, [0], max_new_tokens=2, temperature=1e-300)) == [0, 0]
+    with torch.no_grad():
+        model.logits[1] = value
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        list(generate(model, [0], max_new_tokens=1, temperature=temperature))
 
 
 def test_greedy_reads_what_it_wrote() -> None:
@@ -202,6 +250,11 @@ def test_bad_arguments() -> None:
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"seed": 2**64}, r"below 2\*\*64, not 18446744073709551616"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
     ):
         with pytest.raises(UserError, match=message):
             list(generate(Fixed([1.0]), [0], **{"max_new_tokens": 1, **bad}))

@@ -1,5 +1,6 @@
 """Sampling tokens from a language model, for one prompt or several at once."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,16 +12,22 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
 
 
+_SEEDS = 2**64  # those that torch's generators tell apart
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a prompt is continued.
 
+    The settings act in the order in which they stand here, each on what the one before left, its
+    probabilities summing to one, as in transformers and vLLM.
+
     Args:
         max_new_tokens: When to stop at the latest.
         temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Keep the k likeliest tokens.
+        top_k: Keep the k likeliest tokens, and those as likely as the last of them.
         top_p: Keep the likeliest tokens whose probabilities add up to at least p.
-        seed: Makes the draw repeatable.
+        seed: Makes the draw repeatable; at least 0 and below 2**64.
 
     Raises:
         UserError: If an argument is out of range.
@@ -35,12 +42,16 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise UserError(f"max_new_tokens must be at least 0, not {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            raise UserError(f"temperature must be at least 0, not {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature must be at least 0 and finite, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k must be at least 1, not {self.top_k}")
+            raise UserError(f"top_k must be at least 1, or null for all, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < _SEEDS):
+            raise UserError(
+                f"seed must be a whole number, at least 0 and below 2**64, not {self.seed}"
+            )
 
 
 def generate(
@@ -100,7 +111,7 @@ def generate_together(
         (index of the prompt, token), each prompt's tokens in their order.
 
     Raises:
-        UserError: A prompt is empty.
+        UserError: A prompt is empty, or the network states no probabilities (NaN).
     """
     if not all(prompts):
         raise UserError('the prompt is empty: give at least one character, prompt="…"')
@@ -148,8 +159,17 @@ def _generator(sampling: Sampling, device: torch.device) -> torch.Generator:
 def _draw(
     logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
 ) -> list[int]:
-    """A token for each row of logits [B, V]."""
-    tokens = logits.argmax(-1)
+    """A token for each row of logits [B, V].
+
+    Raises:
+        UserError: A row's largest logit is NaN or infinite.
+    """
+    largest, tokens = logits.max(-1)
+    if not largest.isfinite().all():
+        raise UserError(
+            "the model's logits are NaN or infinite, as after a run that diverged; use an earlier"
+            " checkpoint"
+        )
     for row, (sampling, generator) in enumerate(zip(samplings, generators, strict=True)):
         if sampling.temperature > 0:
             tokens[row] = _sample(logits[row], sampling, generator)
@@ -158,12 +178,19 @@ def _draw(
 
 def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """A token drawn from the distribution that logits [V] and the settings make."""
-    # The largest becomes zero first: no temperature, however low, makes them overflow.
-    scaled = (logits - logits.max()) / sampling.temperature
-    probabilities, tokens = scaled.softmax(-1).sort(descending=True)
-    if sampling.top_k is not None:
-        probabilities[sampling.top_k :] = 0
-    if sampling.top_p is not None:
-        before = probabilities.cumsum(0) - probabilities
-        probabilities[before >= sampling.top_p] = 0
+    probabilities, tokens = _distribution(logits, sampling)
     return tokens[torch.multinomial(probabilities, 1, generator=generator)].squeeze()
+
+
+def _distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """What to draw from, likeliest first: weights [V] and the tokens [V] they belong to."""
+    # The largest becomes zero first: no temperature, however low, makes them overflow.
+    temperature = max(sampling.temperature, torch.finfo(logits.dtype).tiny)
+    scaled, tokens = ((logits - logits.max()) / temperature).sort(descending=True, stable=True)
+    if sampling.top_k is not None and sampling.top_k < len(scaled):
+        scaled = scaled.masked_fill(scaled < scaled[sampling.top_k - 1], -math.inf)
+    probabilities = scaled.softmax(-1)
+    if sampling.top_p is not None and sampling.top_p < 1:  # rounding must not cut any off at 1
+        before = probabilities.cumsum(0) - probabilities
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    return probabilities, tokens
