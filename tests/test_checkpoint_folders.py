@@ -16,14 +16,9 @@ from mhc_lightning import checkpoint_folder_writing
 from mhc_lightning.checkpoint_files import point_link, write_checkpoint
 from mhc_lightning.checkpoint_folder_writing import save_folder
 from mhc_lightning.checkpoint_folders import INDEX, RUN, SavedTensors, load_whole_folder
+from mhc_lightning.checkpoint_names import candidates_for_last, saved_steps
 from mhc_lightning.errors import UserError
-from mhc_lightning.saved_checkpoints import (
-    candidates_for_last,
-    fault_in,
-    load_checkpoint,
-    remove_leftovers,
-    saved_steps,
-)
+from mhc_lightning.saved_checkpoints import fault_in, load_checkpoint, remove_leftovers
 
 FOLDERS = {"sharded": True}
 BACKGROUND = {"asynchronous": True}

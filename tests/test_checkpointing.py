@@ -12,16 +12,11 @@ from noisy_run import newest, run, sigterm_at
 
 from mhc_lightning import checkpoint_files
 from mhc_lightning.checkpoint_files import point_link, write_checkpoint
+from mhc_lightning.checkpoint_names import candidates_for_last, saved_steps
 from mhc_lightning.checkpointing import RunCheckpoint
 from mhc_lightning.errors import UserError
 from mhc_lightning.random_state import capture_random_state, restore_random_state
-from mhc_lightning.saved_checkpoints import (
-    candidates_for_last,
-    fault_in,
-    load_checkpoint,
-    remove_leftovers,
-    saved_steps,
-)
+from mhc_lightning.saved_checkpoints import fault_in, load_checkpoint, remove_leftovers
 
 
 @pytest.fixture(scope="module")

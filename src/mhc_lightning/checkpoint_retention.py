@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from mhc_lightning.checkpoint_names import checkpoints_of, saved_steps
 from mhc_lightning.errors import UserError
-from mhc_lightning.saved_checkpoints import checkpoints_of, remove_checkpoint, saved_steps
+from mhc_lightning.saved_checkpoints import remove_checkpoint
 
 
 class Retention:

@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from mhc_lightning.checkpoint_files import point_link
 from mhc_lightning.checkpoint_forms import Sharded, ShardedFolder, WholeFile, choose_form
+from mhc_lightning.checkpoint_names import checkpoint_name, checkpoints_of
 from mhc_lightning.checkpoint_retention import Retention
 from mhc_lightning.errors import UserError
-from mhc_lightning.saved_checkpoints import checkpoint_name, checkpoints_of, remove_checkpoint
+from mhc_lightning.saved_checkpoints import remove_checkpoint
 
 
 class CheckpointSaver:

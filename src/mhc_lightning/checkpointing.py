@@ -15,11 +15,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhc_lightning.checkpoint_files import point_link
 from mhc_lightning.checkpoint_forms import Sharded, read_folders_too
+from mhc_lightning.checkpoint_names import saved_steps
 from mhc_lightning.checkpoint_retention import Retention
 from mhc_lightning.checkpoint_saver import CheckpointSaver
 from mhc_lightning.errors import UserError
 from mhc_lightning.random_state import capture_random_state, restore_random_state
-from mhc_lightning.saved_checkpoints import remove_leftovers, saved_steps
+from mhc_lightning.saved_checkpoints import remove_leftovers
 
 
 class RunCheckpoint(Checkpoint):

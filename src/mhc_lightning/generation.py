@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
 
-
 _SEEDS = 2**64  # those that torch's generators tell apart
 
 

@@ -1,49 +1,12 @@
-"""The checkpoints of a run, files and folders alike: their names, which to use, whether sound."""
+"""The checkpoints of a run, files and folders alike: whether sound, read, and removed."""
 
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from mhc_lightning.checkpoint_files import ASIDE, fault_in_file, load_file
 from mhc_lightning.checkpoint_folders import fault_in_folder, load_folder
-
-_NAME = re.compile(r"step_(\d+)(\.ckpt)?")
-
-
-def checkpoint_name(step: int, *, folder: bool = False) -> str:
-    """Name of the checkpoint after `step` optimizer steps.
-
-    ``step_00000100.ckpt``, or ``step_00000100`` for a folder.
-    """
-    return f"step_{step:08d}" if folder else f"step_{step:08d}.ckpt"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, ascending; empty if there is none."""
-    return sorted({step for step, _ in _saved(folder)})
-
-
-def checkpoints_of(folder: Path, step: int) -> list[Path]:
-    """What `folder` holds of a step: a file, a folder, or, rarely, one of each."""
-    return [path for saved_step, path in _saved(folder) if saved_step == step]
-
-
-def candidates_for_last(folder: Path) -> list[Path]:
-    """Checkpoints to try for `last`, best first: what the link names, then the earlier steps.
-
-    Later steps than the link's are left out: they belong to a branch that was given up by
-    resuming from an earlier checkpoint.
-    """
-    saved = _saved(folder)
-    link = folder / "last"
-    named = os.readlink(link) if link.is_symlink() else ""
-    match = _NAME.fullmatch(named)
-    if match:
-        saved = [(step, path) for step, path in saved if step <= int(match.group(1))]
-    saved.sort(key=lambda found: (found[0], found[1].name == named), reverse=True)
-    return [path for _, path in saved]
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -96,13 +59,3 @@ def load_checkpoint(path: Path, *, trusted: bool) -> dict[str, Any]:
     """
     load = load_folder if path.is_dir() else load_file
     return load(path, trusted=trusted)
-
-
-def _saved(folder: Path) -> list[tuple[int, Path]]:
-    if not folder.is_dir():
-        return []
-    return [
-        (int(match.group(1)), path)
-        for path in folder.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir() == (match.group(2) is None)
-    ]

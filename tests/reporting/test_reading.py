@@ -100,3 +100,17 @@ def test_running_means_keep_lines_straight_and_ends_in_place():
     assert np.allclose(line.smoothed(7).values, line.values)
     bump = Series(np.arange(9), np.eye(9)[4])
     assert np.allclose(bump.smoothed(3).values, np.r_[0, 0, 0, 1, 1, 1, 0, 0, 0] / 3)
+
+
+def test_checkpoints_that_are_folders_are_seen_as_files_are(tmp_path, write):
+    """Names follow the rule that writing and resuming go by; what only looks like it does not."""
+    write.events(tmp_path, {"train/loss": {10: 1.0, 20: 0.5}})
+    folder = tmp_path / "checkpoints"
+    for name in ("step_00000100", "step_00000200.ckpt", "step_00000300", ".aside-step_00000400",
+                 "step_x", "step_00000500.ckpt.tmp"):  # fmt: skip
+        (folder / name).mkdir(parents=True)
+    for name in ("step_00000050.ckpt", "step_00000300.ckpt", "step_00000600", "steps.ckpt"):
+        (folder / name).touch()
+    (run,) = read_runs([str(tmp_path)])
+    assert run.saved_steps == (50, 100, 300)
+    assert run.last_step == 300

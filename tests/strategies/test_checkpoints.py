@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mhc_lightning.checkpoint_folders import load_whole_folder
-from mhc_lightning.saved_checkpoints import candidates_for_last, fault_in, saved_steps
+from mhc_lightning.checkpoint_names import candidates_for_last, saved_steps
+from mhc_lightning.saved_checkpoints import fault_in
 
 SCRIPT = Path(__file__).with_name("checkpoints_in_processes.py")
 FOLDERS: dict[str, Any] = {"sharded": True}

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from mhc_lightning.checkpoint_names import candidates_for_last
 from mhc_lightning.checkpointing import RunCheckpoint
 from mhc_lightning.loggers import MetricsCSV
-from mhc_lightning.saved_checkpoints import candidates_for_last
 
 
 class Numbers(IterableDataset):

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.checkpoint_folders import SavedTensors, is_checkpoint_folder
+from mhc_lightning.checkpoint_names import candidates_for_last
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import CHECKPOINTS, holds_run
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange.exported import check_settings, is_exported, open_exported
 from mhc_lightning.interchange.importing import weights_checkpoint
 from mhc_lightning.interchange.tensor_names import check_tensors
-from mhc_lightning.saved_checkpoints import candidates_for_last, fault_in, load_checkpoint
+from mhc_lightning.saved_checkpoints import fault_in, load_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn

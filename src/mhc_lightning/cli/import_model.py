@@ -21,9 +21,9 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
         raise UserError("import needs input=FOLDER, one that `export` wrote")
 
     from mhc_lightning.checkpoint_files import point_link, write_checkpoint
+    from mhc_lightning.checkpoint_names import checkpoint_name
     from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting
-    from mhc_lightning.saved_checkpoints import checkpoint_name
 
     folder = Path(values["output_dir"])
     module = build_model(experiment, on_meta=True)  # for its shapes

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mhc_lightning.checkpoint_names import saved_checkpoints
 from mhc_lightning.errors import NonFiniteLossError, UserError
 
 if TYPE_CHECKING:
@@ -188,8 +189,11 @@ def _run_files(folder: Path) -> Any:
             yield folder / name
     if folder.is_dir():
         yield from folder.glob("events.out.tfevents.*")
-        for pattern in ("step_*.ckpt", "step_" + 8 * "[0-9]", "last", "best"):
-            yield from (folder / CHECKPOINTS).glob(pattern)
+        for _, checkpoint in saved_checkpoints(folder / CHECKPOINTS):
+            yield checkpoint
+        for name in ("last", "best"):
+            if os.path.lexists(link := folder / CHECKPOINTS / name):  # it may lead nowhere
+                yield link
 
 
 def delete_run(folder: Path) -> None:

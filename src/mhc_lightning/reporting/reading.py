@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mhc_lightning.checkpoint_names import saved_steps
 from mhc_lightning.errors import UserError
 from mhc_lightning.reporting.event_reading import EVENT_FILES, Picture, read_events
 from mhc_lightning.reporting.series import Series
@@ -141,7 +142,7 @@ def _read(folder: Path, name: str) -> Run:
         pictures=events.pictures,
         config=_as_typed(_read_mapping(folder / _CONFIG)),
         environment=_read_mapping(folder / _ENVIRONMENT),
-        saved_steps=tuple(_saved_steps(folder / _CHECKPOINTS)),
+        saved_steps=tuple(saved_steps(folder / _CHECKPOINTS)),
     )
 
 
@@ -199,10 +200,3 @@ def _as_typed(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\\*)\\\$\{", lambda match: match[1][: len(match[1]) // 2] + "${", value)
     return value
-
-
-def _saved_steps(folder: Path) -> Iterator[int]:
-    if folder.is_dir():
-        for file in sorted(folder.glob("step_*.ckpt")):
-            if match := re.fullmatch(r"step_(\d+)\.ckpt", file.name):
-                yield int(match.group(1))
