@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from mhc_lightning.cli.arguments import parse_arguments
-from mhc_lightning.cli.composition import compose_experiment, escaped, nearest_key
+from mhc_lightning.cli.composition import compose_experiment, escaped
+from mhc_lightning.cli.overrides import nearest_key
 from mhc_lightning.cli.provenance import show_config
 from mhc_lightning.errors import UserError
 
@@ -59,6 +60,33 @@ def test_escaped_text_is_read_back_unchanged(text):
     assert config.b == f"{text}/x"
 
 
+# Hydra's grammar makes nothing of these, or several runs.
+TEXTS = ["run#3", "ü", "It's", "'x", '"x', "{x}", "[a", "a]", "a=b", "a;b!", "日本", "<x>", "(x)",
+         "~x", "a\\#", "x'y'z", "a\nb", "a,b", "range(1,3)", "[ü]", "{a: ü}"]  # fmt: skip
+
+
+def test_a_value_without_a_meaning_is_the_characters_typed():
+    added = compose(*(f"+new.k{k}={text}" for k, text in enumerate(TEXTS))).values()["new"]
+    assert list(added.values()) == TEXTS
+    for text in TEXTS[:3]:
+        words = f"text_field={text}", f"trainer.accelerator={text}", f"generate.top_p={text}"
+        values = compose(*words, command="prepare").values()  # the last has null as its default
+        assert values["prepare"]["text_field"] == values["trainer"]["accelerator"] == text
+        assert values["generate"]["top_p"] == text
+
+
+def test_a_value_with_a_meaning_keeps_it(monkeypatch):
+    monkeypatch.setenv("HERE", "a#{ü}")
+    meant = {
+        "null": None, "'a#b'": "a#b", '"null"': "null", "a b": "a b", "1e3": 1000.0, "": "",
+        "${oc.env:HERE}": "a#{ü}", "${oc.env:HERE}/#${oc.env:HERE}": "a#{ü}/#a#{ü}",
+        "\\${x}#": "${x}#", "${seed}#": "1#", "[*.py,'a#b']": ["*.py", "a#b"],
+        "{a: [1,null]}": {"a": [1, None]},
+    }  # fmt: skip
+    added = compose(*(f"+new.k{k}={text}" for k, text in enumerate(meant))).values()["new"]
+    assert list(added.values()) == list(meant.values())
+
+
 def test_input_may_be_given_several_times():
     assert compose("input=a, b", "input=c", command="prepare").values()["input"] == ["a, b", "c"]
 
@@ -94,7 +122,19 @@ def test_whole_numbers_may_be_written_as_powers_of_ten():
         (["trainer=5"], "available for trainer: default"),
         (["strategy=teleport"], "available for strategy: auto, ddp"),
         (["connection=mch"], "available for connection: hc, hc_linear, hc_static, identity, krom"),
-        (["optimizer.lr=a, b("], "cannot read the override"),
+        (["optimizer.lr=a, b("], "optimizer.lr must be a number, not 'a, b('"),
+        (["prepare.include=a,b"], "'prepare.include=a,b': it stands for several values"),
+        (["prepare.include=[a#b]"], '\'key=["a#b","c"]\''),
+        (["generate={a"], "cannot read the value of 'generate={a'"),
+        (["connection=mhc,hc"], "connection=mhc,hc: there is no such choice"),
+        (["prepare.text_field=a${b"], "write '\\${'"),
+        (["prepare.text_field=${oc.env:NO_SUCH_VARIABLE}"], "'NO_SUCH_VARIABLE' not found"),
+        (["=5"], "'' is no key"),
+        (["+=5"], "'+' is no key"),
+        (["seed@here=5"], "'seed@here' is no key"),
+        (["seed=18446744073709551616"], "seed must be a whole number, at least 0 and below 2**32"),
+        (["seed=-1"], "seed must be a whole number, at least 0 and below 2**32, not -1"),
+        (["seed=null"], "seed must be a whole number, at least 0 and below 2**32, not null"),
         (["optimizer.lr=${nope}"], "nope"),
         (["data.batch_size=???"], "data.batch_size has no value"),
     ],

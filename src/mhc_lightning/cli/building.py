@@ -165,8 +165,6 @@ def build_model(experiment: Experiment, *, on_meta: bool = False) -> "LanguageMo
     from mhc_lightning import LanguageModel
 
     values = experiment.values()
-    if not 0 <= values["seed"] < 2**32:
-        raise UserError(f"seed must be at least 0 and below 2**32, not {values['seed']}")
     pl.seed_everything(values["seed"], workers=True, verbose=False)
     with torch.device("meta") if on_meta else contextlib.nullcontext():
         network = build(experiment, "model")

@@ -1,6 +1,5 @@
 """Composing an experiment: files, groups and overrides become one checked configuration."""
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -20,6 +18,14 @@ from yaml import YAMLError
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.experiments import find_experiment, group_choices, shipped_folder
+from mhc_lightning.cli.overrides import (
+    flat,
+    full_key,
+    key_of,
+    split_by_group,
+    with_known_key,
+    with_readable_value,
+)
 from mhc_lightning.cli.value_types import check_overridden_values
 from mhc_lightning.errors import UserError
 
@@ -94,33 +100,36 @@ def compose_experiment(arguments: Arguments) -> Experiment:
     assert arguments.config is not None and arguments.command is not None
     file = find_experiment(arguments.config)
     groups = group_choices([file.parent, shipped_folder()])
-    choices, settings = _split_by_group(arguments.overrides, groups)
+    choices, settings = split_by_group(arguments.overrides, groups)
     try:
         with initialize_config_dir(str(file.parent), version_base="1.3", job_name="mhc_lightning"):
             plain = compose(config_name=file.stem, overrides=choices)
             keys = set(dotted_keys(OmegaConf.to_container(plain, resolve=False)))
             section = _SECTIONS.get(arguments.command, "")
-            settings = [_checked(word, keys, groups, section) for word in settings]
+            settings = [with_known_key(word, keys, groups, section) for word in settings]
+            settings = [with_readable_value(word, plain) for word in settings]
             overrides = choices + settings
             config = compose(config_name=file.stem, overrides=overrides)
-            check_overridden_values(plain, config, [_key(word) for word in settings])
+            check_overridden_values(plain, config, [key_of(word) for word in settings])
             literal = {
-                _full_key(key, keys, section): values for key, values in arguments.literal.items()
+                full_key(key, keys, section): values for key, values in arguments.literal.items()
             }
             experiment = Experiment(
                 file=file,
                 config=config,
                 literal=literal,
-                overridden={_key(word) for word in settings} | set(literal),
+                overridden={key_of(word) for word in settings} | set(literal),
                 defaults=_merged_files(file, overrides),
             )
             _place_literals(experiment)
             _require(_RUN_KEYS, experiment)
-            _check_recompute(experiment.values()["recompute"])
+            values = experiment.values()
+            _check_seed(values["seed"])
+            _check_recompute(values["recompute"])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, file)) from error
     except YAMLError as error:
-        raise UserError(f"config {file.name} is not valid YAML: {_flat(str(error))}") from error
+        raise UserError(f"config {file.name} is not valid YAML: {flat(str(error))}") from error
     return experiment
 
 
@@ -130,72 +139,6 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
         for key, value in node.items():
             yield f"{prefix}{key}"
             yield from dotted_keys(value, f"{prefix}{key}.")
-
-
-def nearest_key(key: str, keys: Iterable[str]) -> str | None:
-    """The key that was probably meant: the same last part counts most, then likeness."""
-    last = key.rpartition(".")[2]
-
-    def likeness(known: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, known).ratio()
-        part = difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio()
-        return whole + part
-
-    best = max(sorted(keys), key=likeness, default=None)
-    return best if best is not None and likeness(best) > 0.8 else None
-
-
-def _key(override: str) -> str:
-    """The key of ``key=value``, without Hydra's marks before it and a package after it."""
-    return override.partition("=")[0].lstrip("+~").partition("@")[0]
-
-
-def _split_by_group(
-    overrides: list[str], groups: dict[str, list[str]]
-) -> tuple[list[str], list[str]]:
-    """Overrides that choose a group's file, and the others; refuses files that do not exist."""
-    choices, settings = [], []
-    for word in overrides:
-        try:
-            parsed = OverridesParser.create().parse_override(word)
-        except HydraException as error:
-            raise UserError(
-                f"cannot read the override {word!r}: {_flat(str(error))}; quote a value with"
-                " special characters for Hydra, as in 'key=\"a, b\"'"
-            ) from error
-        group, value = _key(word), parsed.value()
-        if group not in groups or word.startswith("~"):
-            settings.append(word)
-            continue
-        for name in value if isinstance(value, list) else [value]:
-            if str(name) not in groups[group]:
-                raise UserError(
-                    f"{group}={name}: there is no such choice;"
-                    f" available for {group}: {', '.join(groups[group])}"
-                )
-        choices.append(word)
-    return choices, settings
-
-
-def _checked(word: str, keys: set[str], groups: dict[str, list[str]], section: str) -> str:
-    """An override of an existing key, written out in full; `+` may add one."""
-    marks = word[: len(word) - len(word.lstrip("+~"))]
-    if marks.startswith("+"):
-        return word
-    key = _key(word)
-    full = _full_key(key, keys, section)
-    if full not in keys:
-        near = nearest_key(key, keys | set(groups))
-        hint = f"did you mean {near!r}? " if near else ""
-        raise UserError(
-            f"unknown key {key!r}; {hint}--print-config lists all keys, and +{key}=… adds one"
-        )
-    return marks + full + word.lstrip("+~")[len(key) :]
-
-
-def _full_key(key: str, keys: set[str], section: str) -> str:
-    within = f"{section}.{key}"
-    return within if key not in keys and section and within in keys else key
 
 
 def _place_literals(experiment: Experiment) -> None:
@@ -241,6 +184,13 @@ def _require(keys: Iterable[str], experiment: Experiment) -> None:
             )
 
 
+def _check_seed(seed: Any) -> None:
+    """What numpy's generators take, which Lightning seeds, too."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        shown = "null" if seed is None else repr(seed)
+        raise UserError(f"seed must be a whole number, at least 0 and below 2**32, not {shown}")
+
+
 def _check_recompute(setting: Any) -> None:
     """What the modules refuse, too; here it is refused without importing them."""
     number = isinstance(setting, int) and setting >= (0 if setting is False else 1)
@@ -274,13 +224,7 @@ def _one_line(error: Exception, file: Path) -> str:
     key = re.search(r"full_key: (\S+)", message)
     if key and "Missing mandatory value" in message:
         return f"{key.group(1)} has no value; give {key.group(1)}=…"
-    return f"config {file.name}: {_flat(message)}"
-
-
-def _flat(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("object_type", "See "))]
-    return "; ".join(kept)
+    return f"config {file.name}: {flat(message)}"
 
 
 Plugins.instance().register(_ShippedGroups)

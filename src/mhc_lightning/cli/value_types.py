@@ -73,7 +73,10 @@ def check_arguments(section: str, target: Any, arguments: dict[str, Any]) -> Non
 
 def _wrong_type(key: str, value: Any, expected: str) -> UserError:
     shown = "null" if value is None else repr(value)
-    return UserError(f"{key} must be {expected}, not {shown} ({_kind(value)})")
+    quote = ""
+    if _NAMES[str] in expected and isinstance(value, int | float):
+        quote = f"; as a text it stands between quotes: {key}='\"{value}\"'"
+    return UserError(f"{key} must be {expected}, not {shown} ({_kind(value)}){quote}")
 
 
 def _kind(value: Any) -> str:
