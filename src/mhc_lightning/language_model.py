@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
+from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimization import AdamW
@@ -26,10 +27,24 @@ class TokenPerplexity(MeanMetric):
         return super().compute().exp()
 
 
+def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch [B, S + 1] as what is read and what is predicted, each [B, S].
+
+    Padding (-100) is read as token 0, which causal attention shows to nothing but more padding.
+    """
+    inputs = batch[:, :-1]
+    return inputs.masked_fill(inputs == IGNORE_INDEX, 0), batch[:, 1:]
+
+
 class LanguageModel(pl.LightningModule):
     """Next-token prediction with a ``Transformer``.
 
-    A batch is int64 tokens [B, S + 1]. Logs ``train/loss`` (the mean over the micro-batches of an
+    A batch is int64 tokens [B, S + 1]. Shorter sequences are padded behind their end with -100
+    (``IGNORE_INDEX``); padding is not predicted. The loss is the mean over the predicted tokens of
+    a micro-batch, and micro-batches and ranks weigh the same in a step, however much of them is
+    padding.
+
+    Logs ``train/loss`` (the mean over the micro-batches of an
     optimizer step), ``train/grad_norm`` (before clipping), ``train/learning_rate``, ``val/loss``
     and ``val/perplexity``, against the number of optimizer steps completed, first 1; with experts,
     also ``experts/max_violation`` and ``experts/mean_violation``, maximum and mean over layers of
@@ -109,7 +124,7 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one micro-batch."""
-        loss = self.model.loss(batch[:, :-1], batch[:, 1:])
+        loss = self.model.loss(*inputs_and_targets(batch))
         step = self.trainer.global_step
         if self._step_of_losses != step:
             self._step_losses, self._step_of_losses = [], step
@@ -122,7 +137,7 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Accumulate loss and perplexity over all tokens."""
-        losses = self.model.token_losses(batch[:, :-1], batch[:, 1:])
+        losses = self.model.token_losses(*inputs_and_targets(batch))
         self.validation_loss.update(losses)
         self.validation_perplexity.update(losses)
 

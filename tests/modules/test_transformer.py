@@ -101,6 +101,40 @@ def test_every_parameter_learns(
     assert all((p != before[name]).any() for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("plain_head", [True, False])
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_ignored_targets_change_neither_loss_nor_gradients(
+    ignore_index: int, plain_head: bool
+) -> None:
+    model = make(VARIANTS[-1], **EXPERTS)
+    if not plain_head:
+        model.output = torch.nn.Linear(32, 50)
+    model.double()
+    tokens, targets = torch.randint(0, 50, (2, 3, 16))
+    targets[0, 5:], targets[1, :4], targets[2] = ignore_index, ignore_index, ignore_index
+    logits = model(tokens).transpose(1, 2)
+    kept = torch.nn.functional.cross_entropy(
+        logits, targets, ignore_index=ignore_index, reduction="none"
+    )
+    expected = kept.sum() / (targets != ignore_index).sum()
+    loss = model.loss(tokens, targets, ignore_index=ignore_index)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    each = model.token_losses(tokens, targets, ignore_index=ignore_index)
+    assert (each - kept).abs().max() < 1e-12
+    parameters = list(model.parameters())
+    for ours, wanted in zip(
+        torch.autograd.grad(loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        assert (ours - wanted).abs().max() < 1e-12
+    nothing = model.loss(tokens, torch.full_like(tokens, -100))
+    assert nothing == 0
+    assert all(grad.count_nonzero() == 0 for grad in torch.autograd.grad(nothing, parameters))
+    with pytest.raises(UserError, match="targets must be from 0 to 49"):
+        model.loss(tokens, tokens.new_full(tokens.shape, 50), ignore_index=0)
+
+
 @pytest.mark.parametrize("connection", VARIANTS)
 def test_causal(connection: Callable[..., Connection]) -> None:
     model = make(connection)

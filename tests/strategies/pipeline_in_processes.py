@@ -138,6 +138,9 @@ def run(case: dict[str, Any], output: Path) -> None:
     tokens = torch.randint(0, 40, (5 * accumulate, SEQUENCES // accumulate, 9), generator=generator)
     # Frequent tokens come first, so that there is something to learn and gradients are clipped.
     tokens = (tokens * torch.rand(tokens.shape, generator=generator) ** 2).long()
+    if case.get("padded"):  # sequences of all lengths, also of none
+        lengths = torch.randint(0, 10, tokens.shape[:2], generator=generator)
+        tokens[torch.arange(9) >= lengths[..., None]] = -100
     replicas = getattr(strategy, "data_parallel_size", 1)
     rank = trainer.global_rank % replicas
     share = tokens.unflatten(1, (replicas, -1))[:, rank].flatten(0, 1)

@@ -99,6 +99,7 @@ def train(
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = {
         "experts": {"experts": True},
+        "padded": {"padded": True, "experts": True},
         "single_pass": {"single_pass": True},
         "watched": {"watched": True},
         "bf16-mixed": {"experts": True, "precision": "bf16-mixed"},
@@ -125,8 +126,9 @@ def assert_same_training(ours: dict[str, Any], expected: dict[str, Any], name: s
 def test_every_schedule_trains_as_one_process_does(single: Any, tmp_path: Path) -> None:
     """With experts, accumulation over two batches, clipping and validation; from meta or built.
 
-    Also with recomputation, and with instruments, which see the same tokens where there is but one
-    micro-batch; and in bfloat16, which rounds the same where there is.
+    Also with sequences that are padded, so that micro-batches weigh unlike; with recomputation, and
+    with instruments, which see the same tokens where there is but one micro-batch; and in bfloat16,
+    which rounds the same where there is.
     """
     cases = {
         "gpipe": case("gpipe", 2, strategy={"microbatches": 2}),
@@ -134,6 +136,7 @@ def test_every_schedule_trains_as_one_process_does(single: Any, tmp_path: Path) 
         "interleaved_1f1b": case("interleaved_1f1b", 2, recompute="auto"),
         "zbv": case("zbv", 2),
         "dualpipev": case("dualpipev", 2, recompute=3),
+        "padded": case("dualpipev", 2, padded=True),
         "single_pass": case("zbv", 2, experts=False, single_pass=True),
         "watched": case("zbv", 2, experts=False, watched=True, strategy={"microbatches": 1}),
         "bf16-mixed": case("gpipe", 2, precision="bf16-mixed", strategy={"microbatches": 1}),

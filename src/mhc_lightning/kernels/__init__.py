@@ -1,7 +1,7 @@
 """Functions on tensors: residual streams, and the loss. They know nothing of the package."""
 
 from mhc_lightning.kernels.backend import fuses_seams
-from mhc_lightning.kernels.cross_entropy import linear_cross_entropy, token_losses
+from mhc_lightning.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy, token_losses
 from mhc_lightning.kernels.ends import expand_streams, mean_streams
 from mhc_lightning.kernels.reading import (
     hyper_mappings,
@@ -16,6 +16,7 @@ from mhc_lightning.kernels.sinkhorn import sinkhorn_knopp
 from mhc_lightning.kernels.streams import aggregate_streams, merge_streams
 
 __all__ = [
+    "IGNORE_INDEX",
     "StreamMappings",
     "aggregate_streams",
     "expand_streams",

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import (
+    IGNORE_INDEX,
     aggregate_streams,
     expand_streams,
     linear_cross_entropy,
     mean_streams,
     token_losses,
 )
+from mhc_lightning.kernels.cross_entropy import check_targets
 from mhc_lightning.kernels.operands import compute_dtype
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
 from mhc_lightning.modules.connection import Connection, Unmerged
@@ -274,40 +276,70 @@ class Transformer(nn.Module):
         """Tokens [B, S] -> logits [B, S, V]."""
         return self.head(*self.run_blocks(self.embed(tokens)))
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
         """Mean cross-entropy of targets [B, S], a float32 scalar; never all logits at once.
 
         They are all there where ``output`` is no plain projection, and so has to be called: with an
-        adapter, a bias, hooks, a parametrization or a quantised weight.
+        adapter, a bias, hooks, a parametrization or a quantised weight. Targets equal to
+        ``ignore_index`` are left out, as in ``linear_cross_entropy``.
         """
-        return self.head_loss(*self.run_blocks(self.embed(tokens)), targets)
+        flow = self.run_blocks(self.embed(tokens))
+        return self.head_loss(*flow, targets, ignore_index=ignore_index)
 
-    def head_loss(self, streams: Tensor, carry: Tensor | None, targets: Tensor) -> Tensor:
+    def head_loss(
+        self,
+        streams: Tensor,
+        carry: Tensor | None,
+        targets: Tensor,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> Tensor:
         """What ``loss`` does behind the blocks."""
         weight = plain_weight(self.output)
         if weight is None:
-            return self._called_head_losses(streams, carry, targets).mean()
-        hidden = self.read_out(streams, carry)
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
+            losses = self._called_head_losses(streams, carry, targets, ignore_index)
+            count = self.count_targets(targets, ignore_index=ignore_index)
+            return losses.sum() / count.clamp(min=1)
+        hidden = self.read_out(streams, carry).flatten(0, 1)
+        return linear_cross_entropy(hidden, weight, targets.flatten(), ignore_index)
 
-    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each target [B, S], float32, without a gradient."""
-        return self.head_token_losses(*self.run_blocks(self.embed(tokens)), targets)
+    def count_targets(self, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+        """How many of the targets ``loss`` is the mean over, an int64 scalar."""
+        return (targets != ignore_index).sum()
 
-    def head_token_losses(self, streams: Tensor, carry: Tensor | None, targets: Tensor) -> Tensor:
+    def token_losses(
+        self, tokens: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX
+    ) -> Tensor:
+        """Cross-entropy of each target [B, S], float32, without a gradient; 0 if left out."""
+        flow = self.run_blocks(self.embed(tokens))
+        return self.head_token_losses(*flow, targets, ignore_index=ignore_index)
+
+    def head_token_losses(
+        self,
+        streams: Tensor,
+        carry: Tensor | None,
+        targets: Tensor,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> Tensor:
         """What ``token_losses`` does behind the blocks."""
         weight = plain_weight(self.output)
         if weight is None:
             with torch.no_grad():
-                return self._called_head_losses(streams, carry, targets).view(targets.shape)
-        hidden = self.read_out(streams, carry)
-        return token_losses(hidden.flatten(0, 1), weight, targets.flatten()).view(targets.shape)
+                losses = self._called_head_losses(streams, carry, targets, ignore_index)
+        else:
+            hidden = self.read_out(streams, carry).flatten(0, 1)
+            losses = token_losses(hidden, weight, targets.flatten(), ignore_index)
+        return losses.view(targets.shape)
 
-    def _called_head_losses(self, streams: Tensor, carry: Tensor | None, targets: Tensor) -> Tensor:
+    def _called_head_losses(
+        self, streams: Tensor, carry: Tensor | None, targets: Tensor, ignore_index: int
+    ) -> Tensor:
         """The loss of each target [B·S], by a head that may be any module."""
+        check_targets(targets, self.vocab_size, ignore_index)
         logits = self.head(streams, carry).flatten(0, 1)
         wide = logits.to(compute_dtype(logits))
-        return F.cross_entropy(wide, targets.flatten(), reduction="none")
+        return F.cross_entropy(wide, targets.flatten(), ignore_index=ignore_index, reduction="none")
 
     def new_caches(self, batch_size: int, max_length: int) -> list[LatentCache]:
         """An empty cache for every block, for ``forward_cached``."""

@@ -72,6 +72,7 @@ class PipelineEngine:
             for stage in stages:
                 stage.merge_last_with(self._streams[stage.index].merge)
         self._schedules: dict[tuple[Any, ...], Any] = {}
+        self._loss_dtype = torch.float32
         self.last_loss: Tensor | None = None
 
     @property
@@ -85,62 +86,88 @@ class PipelineEngine:
         places = [stage.place for stage in self._stages if stage.place is not None]
         return places[0] if places else None
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
         """The mean loss, a scalar without a graph; with gradients on, backward is done by then.
 
-        Gradients are added to those that parameters have.
+        Gradients are added to those that parameters have. Every target of the batch weighs the
+        same, in whichever micro-batch it is.
         """
         if not torch.is_grad_enabled():
-            return self._forward("head_loss", tokens, targets).mean()
+            means = self._forward("head_loss", tokens, targets, options)
+            weigh = self._weigher(targets, len(means), options)
+            weights = torch.stack([weigh(part) for part in targets.tensor_split(len(means))])
+            return (means * weights).sum().to(means.dtype)
         parts = self._micro_batches or len(tokens)
         self._plan.check_micro_batches(parts, len(tokens))
         schedule = self._schedule("train", parts, tokens)
+        self._weigh = self._weigher(targets, parts, options)
         losses: list[Tensor] = []
-        self._run(schedule, "head_loss", tokens, targets, losses=losses, return_outputs=False)
-        mean = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._run(
+            schedule, "head_loss", tokens, targets, options, losses=losses, return_outputs=False
+        )
+        mean = torch.zeros((), dtype=self._loss_dtype, device=self._device)
         if losses:
-            mean = torch.stack(losses).detach().sum().float() / self._share()
+            mean = torch.stack(losses).detach().sum().to(self._loss_dtype) / self._share()
         self._broadcast(mean)
         self.last_loss = mean
         return mean
 
     @torch.no_grad()
-    def token_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each target, as the network's ``head_token_losses`` gives them, float32."""
-        return self._forward("head_token_losses", tokens, targets)
+    def token_losses(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """The loss of each target, as the network's ``head_token_losses`` gives them."""
+        return self._forward("head_token_losses", tokens, targets, options)
 
-    def _forward(self, task: str, tokens: Tensor, targets: Tensor) -> Tensor:
+    def _weigher(
+        self, targets: Tensor, parts: int, options: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        """Gives the part that a micro-batch has in the batch's mean, float64, from its targets."""
+        network: Any = self._stages[0]._network[0]
+        if not hasattr(network, "count_targets"):
+            equal = torch.full((), 1 / parts, dtype=torch.float64, device=self._device)
+            return lambda part: equal
+        total = network.count_targets(targets, **options).clamp(min=1).double()
+        return lambda part: network.count_targets(part, **options) / total
+
+    def _forward(
+        self, task: str, tokens: Tensor, targets: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         wanted = self._micro_batches or len(tokens)
         parts = max(n for n in range(1, wanted + 1) if len(tokens) % n == 0)
         schedule = self._schedule("forward", parts, tokens)
-        losses = self._run(schedule, task, tokens, targets)
+        losses = self._run(schedule, task, tokens, targets, options)
         if losses is None:
             shape = (parts,) if task == "head_loss" else targets.shape
-            losses = torch.zeros(shape, dtype=torch.float32, device=self._device)
-        losses = losses.detach().float().contiguous()
+            losses = torch.zeros(shape, device=self._device)
+        losses = losses.detach().to(self._loss_dtype).contiguous()
         self._broadcast(losses)
         return losses
 
     def _run(
-        self, schedule: Any, task: str, tokens: Tensor, targets: Tensor, **options: Any
+        self,
+        schedule: Any,
+        task: str,
+        tokens: Tensor,
+        targets: Tensor,
+        options: dict[str, Any],
+        **settings: Any,
     ) -> Any:
         kind = self._device.type
         # All micro-batches use one copy of each weight, which the contexts around this one keep
         # until the training step ends; a backward pass in halves takes graphs of its own.
         shares = torch.is_grad_enabled() and not self._plan.kind.splits_backward
         for stage in self._stages:
-            stage.restart(task)
+            stage.restart(task, **options)
             if torch.is_autocast_enabled(kind):
                 stage.autocast = torch.autocast(
                     kind, torch.get_autocast_dtype(kind), cache_enabled=shares
                 )
         arguments = (tokens,) if self._stages[0].is_first else ()
         if self._stages[-1].is_last:
-            options["targets"] = targets
-            if "losses" in options:
-                options["target"] = targets
+            settings["targets"] = targets
+            if "losses" in settings:
+                settings["target"] = targets
         with torch.autocast(kind, enabled=False):
-            out = schedule.step(*arguments, **options)
+            out = schedule.step(*arguments, **settings)
         for stage in schedule._stages if hasattr(schedule, "_stages") else [schedule._stage]:
             stage.clear_runtime_states()
         return out
@@ -166,7 +193,8 @@ class PipelineEngine:
 
         def scaled(losses: Tensor, targets: Tensor) -> Tensor:
             with nullcontext() if last is None else last.turn():
-                return losses.sum() * (self._share() / parts)
+                weight = self._weigh(targets) * self._share()
+                return losses.sum() * weight.to(losses.dtype)
 
         cls: Any = get_schedule_class(self._plan.kind.engine_name)
         one = issubclass(cls, PipelineScheduleSingle)
@@ -202,6 +230,8 @@ class PipelineEngine:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=wants)
 
         between = [example(*meta) for meta in self._boundary(part)]
+        if between[0].dtype == torch.float64:
+            self._loss_dtype = torch.float64
         count = len(self._plan.blocks)
         build: Any = partial(OverlappingStage, streams=self._streams) if overlap else EngineStage
         return [
@@ -211,7 +241,7 @@ class PipelineEngine:
                 count,
                 self._device,
                 input_args=(example(part.shape, part.dtype),) if stage.is_first else (*between,),
-                output_args=(example((1,), torch.float32),) if stage.is_last else (*between,),
+                output_args=(example((1,), self._loss_dtype),) if stage.is_last else (*between,),
                 group=self._group,
                 activity=self._activity,
             )

@@ -18,8 +18,10 @@ class PipelinedNetwork(Protocol):
     A LightningModule calls ``network.loss(tokens, targets)`` in ``training_step``, and that or
     ``network.token_losses(tokens, targets)`` in ``validation_step``; both are the network's own
     without a pipeline. A network that hands nothing on but one tensor leaves carries alone (None).
-    It may have ``carry_like(streams)`` (an uninitialised carry) and ``head_token_losses`` (as
-    ``head_loss``, one value per target) beside these.
+    It may have ``carry_like(streams)`` (an uninitialised carry), ``head_token_losses`` (as
+    ``head_loss``, one value per target) and ``count_targets(targets)`` (over how many targets the
+    mean of ``head_loss`` is; without it all micro-batches of a batch weigh the same) beside these.
+    What else ``loss`` and ``token_losses`` are given by name, these get too.
 
     Attributes:
         blocks: What is cut.
@@ -79,6 +81,7 @@ class Stage(nn.Module):
     Attributes:
         task: What the last stage returns: ``head_loss`` as [1], or ``head_token_losses``; with
             ``embed`` the first stage returns what it would hand to the first block.
+        options: What the task is given by name.
         autocast: Makes the context that forward passes run in. The schedule runs outside of it, so
             that backward passes do.
         place: (stage, micro-batch) while a forward pass runs, else None.
@@ -98,13 +101,14 @@ class Stage(nn.Module):
         ]
         self.parts = nn.ModuleDict({name: getattr(network, name) for name in names})
         self.task = "head_loss"
+        self.options: dict[str, Any] = {}
         self.autocast: AbstractContextManager[Any] = nullcontext()
         self.place: tuple[int, int] | None = None
         self._seen = 0
 
-    def restart(self, task: str) -> None:
+    def restart(self, task: str, **options: Any) -> None:
         """Begin to count micro-batches anew."""
-        self.task, self._seen = task, 0
+        self.task, self.options, self._seen = task, options, 0
 
     def merge_last_with(self, merge: Callable[[Any], tuple[Tensor, Tensor | None]]) -> None:
         """Have blocks that know how leave the merge of what this stage sends to a function."""
@@ -130,7 +134,7 @@ class Stage(nn.Module):
                 blocks = list(self.blocks.values())
                 streams, carry = network.run_blocks(streams, carry, blocks)
                 if self.is_last:
-                    losses = getattr(network, self.task)(streams, carry, targets)
+                    losses = getattr(network, self.task)(streams, carry, targets, **self.options)
                     return losses.reshape(1) if losses.dim() == 0 else losses
                 handed_on = (streams,) if carry is None else (streams, carry)
                 return tuple(_Sent.apply(tensor.contiguous()) for tensor in handed_on)
