@@ -5,57 +5,109 @@ three-dimensional parameter, and with FSDP2 parameters are sharded. Both are han
 hybrid Newton-Schulz iteration of DeepSeek-V4 (arXiv 2606.19348).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim.adamw import adamw
 
 # Eight steps that drive all singular values near one, and two that settle them there.
 _NEWTON_SCHULZ = 8 * [(3.4445, -4.7750, 2.0315)] + 2 * [(2.0, -1.5, 0.5)]
+
+# Where an update fades: far below the norms of gradients that training lives on (1e-5 of a clipped
+# one is common), so that a direction which has died away, or is but rounding, moves nothing.
+_FADES_AT = 1e-7
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Orthogonalised momentum for groups with ``muon=True``, torch's AdamW for the others.
 
+    A Muon step is, for each matrix, a single one or one of a stack, by itself (arXiv 2502.16982)::
+
+        momentum ← β · momentum + (1 - β) · grad
+        look_ahead = β · momentum + (1 - β) · grad
+        matrix ← (1 - lr · weight_decay) · matrix
+                 - lr · update_rms · sqrt(max(m, n)) · orthogonalise(look_ahead)
+
+    A matrix whose gradient is zero, as that of an expert without tokens, goes on by its momentum,
+    as in other implementations, until that has decayed: see `orthogonalise`.
+
+    Schedulers that cycle the momentum, such as ``OneCycleLR``, cycle AdamW's first beta and leave
+    Muon's momentum.
+
     Args:
-        groups: Parameter groups with ``params``, ``weight_decay`` and ``muon``. The parameters of
-            a Muon group are matrices [m, n] or stacks of matrices [k, m, n].
+        groups: Parameter groups: dicts with ``params``, ``muon``, and what differs from the values
+            below. The parameters of a Muon group are matrices [m, n] or stacks [..., m, n]. One
+            that is added later and has no ``muon`` is AdamW's.
         lr: Learning rate of both.
-        momentum: Of Muon, with Nesterov's look-ahead.
+        momentum: β of Muon.
         update_rms: Root mean square of a Muon update before the learning rate. About that of
             AdamW's updates, so that both can share a learning rate.
         betas: Of AdamW.
         eps: Of AdamW.
+        weight_decay: Of both, times the learning rate.
+        fused: Whether AdamW runs as one kernel.
+
+    Raises:
+        ValueError: No group says whether it is Muon's, or a parameter is complex, or one of a Muon
+            group is no matrix.
+        RuntimeError: A gradient is sparse; nothing has been updated.
     """
 
     def __init__(
         self,
-        groups: list[dict[str, Any]],
-        lr: float,
+        groups: Iterable[dict[str, Any]],
+        lr: float | Tensor,
         momentum: float = 0.95,
         update_rms: float = 0.18,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-20,
+        weight_decay: float = 0.1,
+        fused: bool = True,
     ) -> None:
-        self._adamw: torch.optim.AdamW | None = None
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "update_rms": update_rms})
-        plain = [group for group in self.param_groups if not group["muon"]]
-        if plain:
-            self._adamw = torch.optim.AdamW(plain, lr=lr, betas=betas, eps=eps, fused=True)
-        self._share_state()
+        groups = list(groups)
+        if not any(isinstance(group, dict) and "muon" in group for group in groups):
+            raise ValueError(
+                "MuonAdamW takes parameter groups that say whose they are:"
+                ' [{"params": matrices, "muon": True}, {"params": others, "muon": False}]'
+            )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "update_rms": update_rms,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "fused": fused,
+            "muon": False,
+        }
+        super().__init__(groups, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a loaded state, for AdamW too."""
+        """Take over a loaded or copied state, in which groups may lack what came later."""
         super().__setstate__(state)
-        self._share_state()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
-    def _share_state(self) -> None:
-        """Let AdamW work on these groups and this state: schedulers and checkpoints see one."""
-        if self._adamw is not None:
-            self._adamw.param_groups = [g for g in self.param_groups if not g["muon"]]
-            self._adamw.state = self.state
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters, from the next step on.
+
+        Raises:
+            ValueError: As the class.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        shapes = [tuple(p.shape) for p in group["params"] if group["muon"] and p.dim() < 2]
+        refused = f"a Muon group takes matrices, not shape {shapes[0]}" if shapes else None
+        if any(p.is_complex() for p in group["params"]):
+            refused = "complex parameters are not supported"
+        if refused:
+            self.param_groups.pop()
+            raise ValueError(f"MuonAdamW: {refused}; give them to another group or optimizer")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -64,24 +116,57 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if group["muon"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._muon_step(parameter, parameter.grad, group)
-        if self._adamw is not None:
-            self._adamw.step()
+        trained = [
+            [p for p in group["params"] if p.grad is not None] for group in self.param_groups
+        ]
+        if any(p.grad.layout != torch.strided for parameters in trained for p in parameters):
+            raise RuntimeError(
+                "MuonAdamW does not support sparse gradients; use nn.Embedding(sparse=False)"
+            )
+        for group, parameters in zip(self.param_groups, trained, strict=True):
+            if not group["muon"]:
+                self._adamw_step(parameters, group)
+                continue
+            for parameter in parameters:
+                self._muon_step(parameter, group)
         return loss
 
-    def _muon_step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
+    def _muon_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        grad, state = parameter.grad, self.state[parameter]
+        assert grad is not None
+        if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
         direction = _orthogonal_like(grad.lerp(momentum, group["momentum"]))
         scale = group["update_rms"] * max(parameter.shape[-2:]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(direction, alpha=-group["lr"] * scale)
+
+    def _adamw_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if "exp_avg" not in state:
+                device = parameter.device if group["fused"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],  # type: ignore[misc]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def _orthogonal_like(matrices: Tensor) -> Tensor:
@@ -100,13 +185,29 @@ def _orthogonal_like(matrices: Tensor) -> Tensor:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """The nearly orthogonal factor of matrices [..., m, n]: singular values driven to one.
 
-    Runs in bfloat16 on a GPU and in float32 elsewhere; returns the dtype of ``matrices``.
+    Right for norms of any size that the dtype has. One that is not well above 1e-7 is taken for
+    the remains of a momentum, or for rounding: the factor is multiplied by norm / (norm + 1e-7),
+    with the Frobenius norm of each matrix. Zeros give zeros.
+
+    Iterates in bfloat16 on a GPU and in float32 elsewhere, for float64 matrices in float64.
+
+    Returns:
+        As ``matrices``, in their dtype.
     """
+    if matrices.numel() == 0:
+        return matrices.clone()
     wide = matrices.shape[-1] > matrices.shape[-2]
     x = matrices.mT if wide else matrices
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(precise)
+    # Squares of what is below 1e-23 or above 1e19 are no float32 numbers any more.
+    largest = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
+    x = x.to(torch.bfloat16 if x.is_cuda and precise == torch.float32 else precise)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=precise)
+    x = x / norm.clamp(min=1).to(x.dtype)  # it is at least 1, unless all is zero
     for a, b, c in _NEWTON_SCHULZ:
         gram = x.mT @ x
         x = a * x + x @ (b * gram + c * (gram @ gram))
+    x = x / (1 + _FADES_AT / (norm * largest))
     return (x.mT if wide else x).to(matrices.dtype)
