@@ -1,11 +1,14 @@
 """The norm of all gradients of a network that is spread over processes."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+_LEAST = 1e-15  # of a norm that float32 can make of squares
 
 
 def global_norm(
@@ -13,18 +16,17 @@ def global_norm(
 ) -> Tensor:
     """The Euclidean norm of all gradients, a scalar that is the same on every process.
 
+    At least in float32, whatever the gradients' dtype; right wherever that holds the norm, also
+    where it does not hold the squares.
+
     Args:
         parameters: This process's; sharded ones count whole.
         pipeline_group: The processes that hold the other stages, if there are any.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if pipeline_group is not None:
-        square = norm.double() ** 2
-        dist.all_reduce(square, group=pipeline_group)
-        norm = square.sqrt().to(norm.dtype)
+    norm = _norm(grads, torch.float32, pipeline_group)
+    if not _LEAST <= float(norm) < math.inf:
+        norm = _norm(grads, torch.float64, pipeline_group).to(norm.dtype)
     return norm
 
 
@@ -35,3 +37,22 @@ def clip_by_global_norm(
     trained = [p for p in parameters if p.grad is not None]
     norm = global_norm(trained, pipeline_group)
     torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+
+
+@torch.no_grad()
+def _norm(
+    grads: Sequence[Tensor], least: torch.dtype, pipeline_group: dist.ProcessGroup | None
+) -> Tensor:
+    """`global_norm`, summed in at least the given dtype."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):  # one kernel for each
+        alike = [grad for grad in grads if grad.dtype == dtype]
+        norms += torch._foreach_norm(alike, 2, torch.promote_types(dtype, least))
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if pipeline_group is not None:
+        square = norm.double() ** 2
+        dist.all_reduce(square, group=pipeline_group)
+        norm = square.sqrt().to(norm.dtype)
+    return norm
