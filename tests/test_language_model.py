@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
@@ -119,6 +120,22 @@ def test_validation_metrics_cover_all_tokens_and_share_the_axis(make: Make) -> N
             reference.update(model(batch[:, :-1]), batch[:, 1:])
     perplexity = run.logger.series("val/perplexity")[4]
     assert perplexity == pytest.approx(reference.compute().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_means_over_tokens_do_not_saturate_in_half_precision(make: Make, precision: Any) -> None:
+    """Cast by the precision plugin, by hand, or not; bfloat16 cannot count to 4,000."""
+    half = HalfPrecision(precision)
+    losses = torch.rand(500, 8) + torch.arange(500.0).unsqueeze(1) / 100
+    for cast in (half.convert_module, lambda m: m.bfloat16().half(), lambda m: m):
+        model = cast(make())
+        for part in losses:
+            model.validation_loss.update(part)
+            model.validation_perplexity.update(part)
+        mean = losses.double().mean()
+        assert model.validation_loss.compute().item() == pytest.approx(mean.item(), rel=1e-5)
+        perplexity = model.validation_perplexity.compute().item()
+        assert perplexity == pytest.approx(mean.exp().item(), rel=1e-5)
 
 
 def test_gradient_norm_is_before_clipping(make: Make) -> None:

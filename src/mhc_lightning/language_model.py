@@ -1,7 +1,7 @@
 """The LightningModule: loss, optimizer, schedule and the numbers every run logs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +19,25 @@ from mhc_lightning.strategies.gradient_norm import global_norm
 from mhc_lightning.strategies.sharding import load_rows, shard
 
 
-class TokenPerplexity(MeanMetric):
+class TokenMean(MeanMetric):
+    """A mean over tokens, whose sums stay float32 under ``.half()``, ``.bfloat16()`` and plugins.
+
+    In bfloat16 the number of tokens would stop to grow at a few hundred batches.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy="disable")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            coarse = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if coarse else moved
+
+        return super()._apply(keep_precision, exclude_state)
+
+
+class TokenPerplexity(TokenMean):
     """exp(mean cross-entropy), from the losses of tokens: no logits need to be kept for it."""
 
     def compute(self) -> Tensor:
@@ -72,8 +90,8 @@ class LanguageModel(pl.LightningModule):
         self.compile_sublayers = compile
         self._configured = False
         self._weights: Mapping[str, Tensor] | None = None
-        self.validation_loss = MeanMetric(nan_strategy="disable")
-        self.validation_perplexity = TokenPerplexity(nan_strategy="disable")
+        self.validation_loss = TokenMean()
+        self.validation_perplexity = TokenPerplexity()
         self._step_losses: list[Tensor] = []
         self._step_of_losses = -1
 
