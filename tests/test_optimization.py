@@ -9,7 +9,7 @@ from mhc_lightning.modules import (
     IdentityHyperConnection,
     ManifoldHyperConnection,
 )
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimization import AdamW, Muon
 
 
 def test_step_schedule_of_the_paper() -> None:
@@ -61,7 +61,45 @@ def test_bad_values() -> None:
     for lr in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"optimizer.lr must be a positive number"):
             AdamW(lr=lr)
+    for recipe, name in ((AdamW, "eps"), (Muon, "update_rms")):
+        for value in (0.0, -1.0, float("nan"), float("inf"), *([1e-60] if name == "eps" else [])):
+            with pytest.raises(UserError, match=rf"optimizer.{name} must be a positive number"):
+                recipe(lr=1.0, **{name: value})
+    for name in ("weight_decay", "final_fraction"):
+        for value in (-0.1, float("nan"), float("inf")):
+            with pytest.raises(UserError, match=rf"optimizer.{name} must be at least 0"):
+                AdamW(lr=1.0, **{name: value})  # type: ignore[arg-type]
+    for value in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match=r"optimizer.momentum must be from 0 to below 1"):
+            Muon(lr=1.0, momentum=value)
     with pytest.raises(UserError, match=r"optimizer.schedule must be step, cosine or constant"):
         AdamW(lr=1.0, schedule="linear")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"optimizer.warmup_steps"):
         AdamW(lr=1.0, warmup_steps=-1)
+
+
+@pytest.mark.parametrize("recipe", [AdamW(lr=1e-3), Muon(lr=1e-3)], ids=["AdamW", "Muon"])
+def test_parameters_too_coarse_for_their_updates_are_said_to_be(
+    recipe: AdamW, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What it says is so: a norm weight of 1 loses updates of 1e-3, and any below the part."""
+    for dtype, part in ((torch.bfloat16, 512), (torch.float16, 4096)):
+        network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).to(dtype)
+        network[0].bias.requires_grad_(False)
+        recipe.build(network, 10)
+        (said,) = {str(warning.message) for warning in recwarn.list}
+        recwarn.clear()
+        name = str(dtype).removeprefix("torch.")
+        assert f"3 of 3 trained parameters are {name}" in said and f"below 1/{part} of" in said
+        assert "trainer.precision=bf16-mixed" in said
+        lost = torch.rand(100) + 1
+        assert torch.equal((lost.to(dtype) * (1 - 0.99 / part)).to(dtype), lost.to(dtype))
+        assert torch.tensor(1.0).to(dtype) * (1 - 1.01 / part) < 1
+    for dtype in (torch.float32, torch.float64):
+        recipe.build(torch.nn.Linear(4, 4, dtype=dtype), 10)
+    recipe.build(torch.nn.Sequential(torch.nn.Linear(4, 4), frozen_half()), 10)
+    assert not recwarn.list
+
+
+def frozen_half() -> torch.nn.Module:
+    return torch.nn.Linear(4, 4).bfloat16().requires_grad_(False)

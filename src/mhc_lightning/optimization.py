@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -46,8 +48,16 @@ class AdamW:
             raise UserError(
                 f"optimizer.betas must be two numbers from 0 to below 1, not {list(self.betas)}"
             )
-        for name, value in (("weight_decay", self.weight_decay), ("eps", self.eps)):
-            if not value >= 0:
+        # Without it a value that has had no gradient yet becomes 0 / 0.
+        if not torch.finfo(torch.float32).tiny <= self.eps < math.inf:
+            raise UserError(
+                f"optimizer.eps must be a positive number that float32 holds, not {self.eps}"
+            )
+        for name, value in (
+            ("weight_decay", self.weight_decay),
+            ("final_fraction", self.final_fraction),
+        ):
+            if not 0 <= value < math.inf:
                 raise UserError(f"optimizer.{name} must be at least 0, not {value}")
         if self.warmup_steps < 0:
             raise UserError(f"optimizer.warmup_steps must be at least 0, not {self.warmup_steps}")
@@ -59,12 +69,15 @@ class AdamW:
     def build(self, module: nn.Module, total_steps: int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer and the scheduler (to be stepped once per optimizer step).
 
+        Warns if parameters are kept in a precision that loses updates.
+
         Args:
             module: Whose parameters to train; frozen ones are left out.
             total_steps: Steps of the whole run.
         """
         optimizer = self.build_optimizer(module)
-        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+        _warn_of_lost_updates(module)
+        return optimizer, LambdaLR(optimizer, partial(self.factor, total_steps=total_steps))
 
     def build_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer over the parameters of ``module`` that are trained."""
@@ -120,6 +133,16 @@ class Muon(AdamW):
     momentum: float = 0.95
     update_rms: float = 0.18
 
+    def __post_init__(self) -> None:
+        """Raise UserError for values that cannot be meant."""
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optimizer.momentum must be from 0 to below 1, not {self.momentum}")
+        if not 0 < self.update_rms < math.inf:
+            raise UserError(
+                f"optimizer.update_rms must be a positive number, not {self.update_rms}"
+            )
+
     def build_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer over the parameters of ``module`` that are trained."""
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -152,3 +175,19 @@ class Muon(AdamW):
             for table in (network.embedding.weight, network.output.weight)
         }
         return parameter.dim() > 1 and id(parameter) not in tables
+
+
+def _warn_of_lost_updates(module: nn.Module) -> None:
+    """Say so if parameters are too coarse for the updates that they get."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    half = [p for p in trained if p.is_floating_point() and p.dtype.itemsize < 4]
+    if not half:
+        return
+    name = str(half[0].dtype).removeprefix("torch.")
+    # Half the distance to the next number below, relative to a number just above a power of two.
+    part = round(4 / torch.finfo(half[0].dtype).eps)
+    rank_zero_warn(
+        f"{len(half)} of {len(trained)} trained parameters are {name}, and so is their optimizer"
+        f" state: an update below 1/{part} of a value is lost, which usually keeps norm weights"
+        " from ever moving; train with trainer.precision=bf16-mixed, which keeps parameters float32"
+    )
