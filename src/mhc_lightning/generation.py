@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.kernels.operands import widened
 from mhc_lightning.modules import Transformer
 
 _SEEDS = 2**64  # those that torch's generators tell apart
@@ -124,7 +125,7 @@ def generate_together(
     tokens = pad_sequence([torch.tensor(list(prompts[k])) for k in running], batch_first=True)
     counts = torch.tensor([len(prompts[k]) for k in running], device=device)
     caches = model.new_caches(len(running), max(len(prompts[k]) + left[k] for k in running))
-    logits = model.forward_cached(tokens.to(device), caches, counts).float()
+    logits = widened(model.forward_cached(tokens.to(device), caches, counts))
     while True:
         drawn = _draw(logits, [samplings[k] for k in running], [generators[k] for k in running])
         going_on = []
@@ -143,7 +144,7 @@ def generate_together(
                 cache.keep(kept)
         running = [running[row] for row in going_on]
         last = torch.tensor([[drawn[row]] for row in going_on], device=device)
-        logits = model.forward_cached(last, caches).float()
+        logits = widened(model.forward_cached(last, caches))
 
 
 def _generator(sampling: Sampling, device: torch.device) -> torch.Generator:

@@ -110,3 +110,46 @@ def test_bias_stays_float32() -> None:
 def test_more_active_experts_than_experts() -> None:
     with pytest.raises(UserError, match=r"num_active_experts must be between 1 .*\(4\), not 5"):
         make(num_experts=4, active=5)
+
+
+@pytest.mark.parametrize("logit", [-40.0, -70.0, -110.0, -1000.0])
+def test_affinities_too_small_for_float32(logit: float) -> None:
+    """As in DeepSeek-V3's code, 1e-20 is added to the sum: small affinities fade out."""
+    moe = make(shared=0)
+    nn.init.constant_(moe.router.weight, logit / 8)
+    x = torch.ones(3, 8, requires_grad=True)
+    gates, _ = moe.route(x)
+    affinity = torch.tensor(logit).sigmoid().double()  # rounded as float32 is
+    assert torch.allclose(gates.double(), affinity / (2 * affinity + 1e-20), rtol=1e-5)
+    out = moe(x)
+    assert out.isfinite().all()
+    grads = torch.autograd.grad(out.sum(), [x, *moe.parameters()])
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_no_tokens(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    moe = make().to(dtype)
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    moe(x).sum().backward()
+    assert x.grad.shape == shape
+    assert all((parameter.grad == 0).all() for parameter in moe.parameters())
+    assert (moe.balance.load == 0).all()
+    moe.balance.update()
+    assert (moe.balance.bias == 0).all()
+
+
+@pytest.mark.parametrize("expert_dim", [12, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_compiled(dtype: torch.dtype, expert_dim: int) -> None:
+    moe = make(expert_dim=expert_dim).to(dtype)
+    x = torch.randn(3, 5, 8).to(dtype).requires_grad_()
+    inputs, weights = [x, *moe.parameters()], torch.randn(3, 5, 8).to(dtype)
+    results = []
+    for call in (moe, torch.compile(moe, backend="aot_eager")):
+        out = call(x)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, weights)])
+    tolerance = 4 * torch.finfo(dtype).eps
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).abs().max() <= tolerance * expected.abs().max()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from mhc_lightning.modules import Transformer
+from mhc_lightning.modules import MixtureOfExperts, Transformer
 from mhc_lightning.modules.plain import plain_weight
 
 TOKENS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -152,6 +152,79 @@ def test_losses_of_a_quantised_head(model: Transformer) -> None:
     assert torch.allclose(model.loss(TOKENS, TARGETS), expected, rtol=1e-6)
     assert torch.allclose(model.token_losses(TOKENS, TARGETS).mean(), expected, rtol=1e-6)
     assert abs(expected - plain) > 1e-4
+
+
+PLACES = [
+    "blocks.0.attention.body.query",
+    "blocks.0.attention.body.latent",
+    "blocks.0.attention.body.key_value",
+    "blocks.1.attention.body.output",
+    "blocks.0.feed_forward.body.gate_up",
+    "blocks.1.feed_forward.body.router",
+    "blocks.1.feed_forward.body.shared.down",
+    "output",
+]
+
+
+def cached(model: Transformer, tokens: Tensor, first: int) -> Tensor:
+    """The last logits, of a network that reads the tokens in two goes."""
+    caches = model.new_caches(len(tokens), tokens.shape[1])
+    model.forward_cached(tokens[:, :first], caches)
+    return model.forward_cached(tokens[:, first:], caches)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_adapter_is_at_work_everywhere(place: str, model: Transformer) -> None:
+    model.eval()
+    before = model(TOKENS)
+    model.set_submodule(place, LoRA(model.get_submodule(place)))  # type: ignore[arg-type]
+    logits = model(TOKENS)
+    assert (logits - before).abs().max() > 1e-3
+    assert torch.allclose(cached(model, TOKENS, 4), logits[:, -1], atol=1e-5)
+    model.loss(TOKENS, TARGETS).backward()
+    for name, parameter in model.get_submodule(place).named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_is_the_full_network(kind: str, model: Transformer) -> None:
+    for place in PLACES:
+        model.set_submodule(place, KINDS[kind](model.get_submodule(place)))  # type: ignore[arg-type]
+    model.eval()
+    assert torch.allclose(cached(model, TOKENS, 4), model(TOKENS)[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization", "ignore:torch.quantize_per")
+def test_generation_of_a_quantised_network(model: Transformer) -> None:
+    """Dynamic quantisation has one scale for all tokens of a call, so numbers agree in part."""
+    model.eval()
+    exact = model(TOKENS)
+    for place in PLACES:
+        if not place.endswith("router"):
+            model.set_submodule(place, quantised(model.get_submodule(place)))  # type: ignore[arg-type]
+    logits = model(TOKENS)
+    assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
+    assert (cached(model, TOKENS, 4) - exact[:, -1]).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_who_looks_at_a_router_leaves_its_precision(precision: torch.dtype) -> None:
+    """Affinities are float32 whatever the network is: a hook or an idle adapter changes nothing."""
+    experts = MixtureOfExperts(16, 8, 8, 2, 0).to(precision)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(64, 16).to(precision)
+    gates, chosen = experts.route(x)
+    seen: list[Tensor] = []
+    experts.router.register_forward_hook(lambda *call: seen.append(call[2]))
+    idle = LoRA(experts.router)
+    nn.init.zeros_(idle.lora_b)
+    experts.router = idle.to(precision)  # type: ignore[assignment]
+    again = experts.route(x)
+    assert torch.equal(again[0], gates) and torch.equal(again[1], chosen)
+    assert gates.dtype == seen[0].dtype == torch.float32
+    exact = (x.double() @ idle.weight.double().T).sigmoid().gather(1, chosen)
+    assert torch.allclose(gates.double(), exact / exact.sum(1, keepdim=True), rtol=1e-5)
 
 
 def test_what_is_plain(model: Transformer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from live_storages import LiveStorages
@@ -321,6 +322,47 @@ def test_what_hooks_change_is_not_rebuilt_without_them() -> None:
         block.feed_forward.norm.register_forward_pre_hook(halved)
         block.attention_connection.window.register_forward_hook(mixed)
         assert equal(gradients(model, 4), gradients(model, 0))
+
+
+class Dropped(nn.Module):
+    """A norm with an adapter that is random."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.dropout = base, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.dropout(x)
+
+
+def test_a_norm_that_is_not_as_it_was_is_not_run_again() -> None:
+    def squared(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output * output.tanh()
+
+    def random(norm: nn.Module) -> nn.Module:
+        return Dropped(norm)
+
+    def hooked(norm: nn.Module) -> nn.Module:
+        norm.register_forward_hook(squared)
+        return norm
+
+    def hooked_backward(norm: nn.Module) -> nn.Module:
+        norm.register_full_backward_hook(lambda _module, grads, _out: (2 * grads[0],))
+        return norm
+
+    def parametrized(norm: nn.Module) -> nn.Module:
+        return parametrize.register_parametrization(norm, "weight", nn.Tanh())
+
+    for change in (random, hooked, hooked_backward, parametrized):
+        model = make(**EXPERTS)
+        for block in model.blocks:
+            for part in (block.attention, block.feed_forward):
+                part.norm = change(part.norm)
+        results = []
+        for size in (0, 4):
+            torch.manual_seed(3)
+            results.append(gradients(model, size))
+        assert equal(*results), change.__name__
 
 
 def test_compiled_sub_layers() -> None:

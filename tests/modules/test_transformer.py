@@ -171,11 +171,12 @@ def test_triton_kernels_and_fused_seams_give_the_same_gradients(
         assert error <= 1e-4 * expected.abs().max() + 1e-9, name
 
 
-def test_compiled_sublayers_give_the_same_gradients() -> None:
+@pytest.mark.parametrize("experts", [{}, pytest.param(EXPERTS, marks=pytest.mark.slow)])
+def test_compiled_sublayers_give_the_same_gradients(experts: dict[str, Any]) -> None:
     tokens = torch.randint(0, 50, (2, 9))
     results = []
     for compiled in (False, True):
-        model = make(ManifoldHyperConnection)
+        model = make(ManifoldHyperConnection, **experts)
         if compiled:
             model.compile_sublayers()
         model(tokens).square().mean().backward()
@@ -194,6 +195,42 @@ def test_autocast_takes_the_streams_to_bfloat16_and_leaves_coefficients() -> Non
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(torch.randint(0, 50, (2, 9)))
     assert set(seen) == {(torch.bfloat16, torch.float32)}
+
+
+@pytest.mark.parametrize("recompute", [0, 3])
+@pytest.mark.parametrize("connection", [*VARIANTS, STATIC_HC])
+def test_no_tokens(connection: Callable[..., Connection], recompute: int) -> None:
+    model = make(connection, **EXPERTS)
+    model.recompute_block = recompute
+    for shape in ((0, 9), (2, 0)):
+        model.zero_grad()
+        logits = model(torch.zeros(shape, dtype=torch.int64))
+        assert logits.shape == (*shape, 50)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        loss = model.loss(tokens, tokens)
+        (logits.sum() + loss).backward()
+        assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
+        assert model.token_losses(tokens, tokens).shape == shape
+
+
+@pytest.mark.parametrize("recompute", [0, 3])
+@pytest.mark.parametrize("connection", [*VARIANTS, STATIC_HC])
+def test_shapes_on_meta(connection: Callable[..., Connection], recompute: int) -> None:
+    with torch.device("meta"):
+        model = make(connection, **EXPERTS)
+        tokens = torch.randint(0, 50, (2, 9))
+    model.recompute_block = recompute
+    streams = model.embed(tokens)
+    assert streams.is_meta and streams.shape == (2, 9, model.num_streams, 32)
+    assert model(tokens).shape == (2, 9, 50)
+    assert model.token_losses(tokens, tokens).shape == (2, 9)
+    loss = model.loss(tokens, tokens)
+    assert loss.is_meta and loss.shape == ()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+    caches = model.new_caches(2, 9)
+    for part in (tokens[:, :4], tokens[:, 4:]):
+        assert model.forward_cached(part, caches).shape == (2, 50)
 
 
 def test_layer_indices_count_sublayers() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.kernels.operands import widened
 from mhc_lightning.modules import Transformer
 
 _ROWS = 1024  # predictions whose logits exist at once
@@ -95,10 +96,10 @@ def _score_batch(
 
 
 def _score_tokens(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [K] of targets [K] after [K, C], float32, and whether each is the best."""
+    """Log-probabilities [K] of targets [K] after [K, C], and whether each is the best."""
     log_likelihoods, greedy = [], []
     for rows, wanted in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True):
-        logits = model.output(rows).float()
+        logits = widened(model.output(rows))
         log_likelihoods.append(logits.log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1))
         greedy.append(logits.argmax(-1) == wanted)
     return torch.cat(log_likelihoods).cpu(), torch.cat(greedy).cpu()

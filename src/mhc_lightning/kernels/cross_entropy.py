@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.kernels.operands import full_precision
 
 IGNORE_INDEX = -100
 """The target that stands for none, as in torch."""
@@ -131,7 +132,7 @@ def linear_cross_entropy(
         RuntimeError: A second derivative is asked for.
     """
     check_targets(targets, weight.shape[0], ignore_index)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with full_precision(hidden):
         return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
 
 
@@ -144,7 +145,7 @@ def token_losses(
     It is 0 where the target is ``ignore_index``.
     """
     check_targets(targets, weight.shape[0], ignore_index)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with full_precision(hidden):
         low_weight = weight.to(hidden.dtype)
         return torch.cat(
             [

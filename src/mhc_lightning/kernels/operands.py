@@ -1,6 +1,6 @@
 """What the public functions check of their operands, and the dtype they compute in."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,9 +25,15 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is."""
+    return tensor.to(compute_dtype(tensor))
+
+
 def full_precision(streams: Tensor) -> AbstractContextManager:
     """Keep autocast away from the arithmetic of an operator."""
-    return torch.autocast(streams.device.type, enabled=False)
+    # There is no autocast on meta.
+    return nullcontext() if streams.is_meta else torch.autocast(streams.device.type, enabled=False)
 
 
 def empty(like: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.kernels.operands import compute_dtype, widened
 from mhc_lightning.modules.norm import RMSNorm
+from mhc_lightning.modules.plain import plain_weight
 from mhc_lightning.modules.rotary import rotary_angles, rotate
 
 
@@ -58,7 +60,8 @@ class LatentCache:
         rows = torch.arange(len(places), device=places.device)[:, None]
         self._latents[rows, places] = latents.to(self._latents.dtype)
         self._rope_keys[rows, places] = rope_keys.to(self._rope_keys.dtype)
-        return self._latents[:, :end], self._rope_keys[:, :end]
+        known = self._latents[:, :end], self._rope_keys[:, :end]
+        return known[0].to(latents.dtype), known[1].to(rope_keys.dtype)
 
     def advance(self, counts: Tensor, most: int) -> None:
         """Remember the first of the tokens just written: ``counts`` [B], ``most`` at most."""
@@ -118,7 +121,7 @@ class LatentAttention(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype) -> LatentCache:
         """An empty cache for ``max_length`` tokens of each of ``batch_size`` sequences."""
-        device = self.query.weight.device
+        device = next(self.parameters()).device
         return LatentCache(
             torch.zeros(batch_size, max_length, self.kv_rank, dtype=dtype, device=device),
             torch.zeros(batch_size, max_length, self.rope_dim, dtype=dtype, device=device),
@@ -135,10 +138,11 @@ class LatentAttention(nn.Module):
             positions = torch.arange(length, device=x.device)
         else:
             positions = cache.positions(length).unsqueeze(1)  # [B, 1, S]: the same for all heads
-        cos, sin = rotary_angles(positions, self.rope_dim, self.rope_theta)
+        cos, sin = rotary_angles(positions, self.rope_dim, self.rope_theta, compute_dtype(x))
 
-        query = self.query(x).view(batch, length, self.num_heads, -1).transpose(1, 2)
-        query, rope_query = query.split([self.head_dim, self.rope_dim], dim=-1)
+        widths = [self.head_dim, self.rope_dim]
+        query = self.query(x).view(batch, length, self.num_heads, sum(widths)).transpose(1, 2)
+        query, rope_query = query.split(widths, dim=-1)
         rope_query = rotate(rope_query, cos, sin)
 
         latents, rope_keys = self.latent(x).split([self.kv_rank, self.rope_dim], dim=-1)
@@ -148,14 +152,29 @@ class LatentAttention(nn.Module):
         if cache is None or known is None or cache.longest == 0:
             mixed = self._attend_all(query, rope_query, latents, rope_keys)
         else:
-            mixed = self._attend_latents(query, rope_query, *known, positions)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+            # A query sees the keys up to its own position: [B, 1, S, T].
+            seen = torch.arange(known[0].shape[1], device=x.device) <= positions.unsqueeze(-1)
+            weight = plain_weight(self.key_value)
+            if weight is None:
+                mixed = self._attend_all(query, rope_query, *known, seen)
+            else:
+                mixed = self._attend_latents(query, rope_query, *known, seen, weight)
+        return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _attend_all(
-        self, query: Tensor, rope_query: Tensor, latents: Tensor, rope_keys: Tensor
+        self,
+        query: Tensor,
+        rope_query: Tensor,
+        latents: Tensor,
+        rope_keys: Tensor,
+        seen: Tensor | None = None,
     ) -> Tensor:
-        """Attention over the sequence itself, [B, H, S, head_dim]: keys and values are built."""
-        key_value = self.key_value(latents).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        """Attention, [B, H, S, head_dim], for which all keys and values are built.
+
+        Over the sequence itself, or over those of T tokens that are ``seen`` [B, 1, S, T].
+        """
+        per_head = (self.num_heads, 2 * self.head_dim)
+        key_value = self.key_value(latents).unflatten(-1, per_head).transpose(1, 2)
         key, value = key_value.chunk(2, dim=-1)
         shared = rope_keys[:, None].expand(-1, self.num_heads, -1, -1)
         # Fused attention wants equal widths: the values' zero padding is cut off again.
@@ -163,7 +182,8 @@ class LatentAttention(nn.Module):
             torch.cat([query, rope_query], dim=-1),
             torch.cat([key, shared], dim=-1),
             F.pad(value, (0, self.rope_dim)),
-            is_causal=True,
+            attn_mask=seen,
+            is_causal=seen is None,
         )
         return mixed[..., : self.head_dim]
 
@@ -173,21 +193,20 @@ class LatentAttention(nn.Module):
         rope_query: Tensor,
         latents: Tensor,
         rope_keys: Tensor,
-        positions: Tensor,
+        seen: Tensor,
+        weight: Tensor,
     ) -> Tensor:
         """The same for few new tokens and many old ones, without building their keys and values.
 
-        A query sees the keys up to its own position [B, 1, S]. The key projection moves to the
-        query and the value projection behind the mixture, so the old tokens are touched by the
-        attention products alone.
+        The projection of keys moves to the query and that of values behind the mixture, so the old
+        tokens are touched by the attention products alone. ``weight`` is that of both.
         """
-        weight = self.key_value.weight.view(self.num_heads, 2, self.head_dim, self.kv_rank)
+        weight = weight.view(self.num_heads, 2, self.head_dim, self.kv_rank)
         key_weight, value_weight = weight.to(query.dtype).unbind(1)
         latent_query = torch.einsum("bhsd,hdr->bhsr", query, key_weight)
         scores = torch.einsum("bhsr,btr->bhst", latent_query, latents)
         scores = scores + torch.einsum("bhsd,btd->bhst", rope_query, rope_keys)
-        scores = scores.float() / (self.head_dim + self.rope_dim) ** 0.5
-        future = torch.arange(latents.shape[1], device=scores.device) > positions.unsqueeze(-1)
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(query.dtype)
+        scores = widened(scores) / (self.head_dim + self.rope_dim) ** 0.5
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(query.dtype)
         mixed = torch.einsum("bhst,btr->bhsr", weights, latents)
         return torch.einsum("bhsr,hdr->bhsd", mixed, value_weight)

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.kernels.grouped_product import grouped_product
+from mhc_lightning.kernels.operands import compute_dtype, full_precision, widened
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.precision import KeepsFloat32
 
@@ -37,6 +39,10 @@ class LoadBalance(KeepsFloat32):
         nn.init.zeros_(self.bias)
         nn.init.zeros_(self.load)
 
+    def count(self, tokens: Tensor) -> None:
+        """Add to the load: ``tokens`` [num_experts]."""
+        self.load += tokens
+
     def update(self) -> None:
         """Raise the bias of underloaded experts and lower that of overloaded ones; reset the load.
 
@@ -44,6 +50,17 @@ class LoadBalance(KeepsFloat32):
         """
         self.bias += self.update_speed * (self.load.mean() - self.load).sign()
         self.load.zero_()
+
+
+class Router(nn.Linear):
+    """A projection in float32, or float64 for float64, whatever the precision of the rest."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., C] -> [..., num_experts]."""
+        dtype = compute_dtype(input, self.weight)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with full_precision(input):
+            return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
 
 class MixtureOfExperts(nn.Module):
@@ -82,7 +99,7 @@ class MixtureOfExperts(nn.Module):
             )
         self.num_experts = num_experts
         self.num_active_experts = num_active_experts
-        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.router = Router(dim, num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * expert_dim))
         self.down = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
         self.shared = (
@@ -98,18 +115,21 @@ class MixtureOfExperts(nn.Module):
         return routed if self.shared is None else self.shared(x) + routed
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (float32) and indices [tokens, num_active_experts] of the chosen experts."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            scores = F.linear(tokens.float(), self.router.weight.float()).sigmoid()
+        """Weights and indices [tokens, num_active_experts] of the chosen experts.
+
+        The weights are float32, or float64 in a network of float64.
+        """
+        scores = widened(self.router(tokens)).sigmoid()
         experts = (
             (scores.detach() + self.balance.bias)
             .topk(self.num_active_experts, sorted=False)
             .indices
         )
         if self.training:
-            self.balance.load += _count(experts, self.num_experts)
+            self.balance.count(_count(experts, self.num_experts))
         gates = scores.gather(1, experts)
-        return gates / gates.sum(1, keepdim=True), experts
+        # As in the reference code: the sum of affinities may be too small for float32.
+        return gates / (gates.sum(1, keepdim=True) + 1e-20), experts
 
     def _apply_experts(self, tokens: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         """Sort token copies by expert, run each expert on its run of rows, and sort back."""
@@ -117,25 +137,13 @@ class MixtureOfExperts(nn.Module):
         order = chosen.argsort(stable=True)
         ends = _count(experts, self.num_experts).cumsum(0).int()
         rows = tokens[order // self.num_active_experts]
-        gate, up = _grouped_product(rows, self.gate_up, ends).chunk(2, dim=-1)
-        rows = _grouped_product(F.silu(gate) * up, self.down, ends)
-        by_token = rows[order.argsort()].view(*experts.shape, -1)
+        gate, up = grouped_product(rows, self.gate_up, ends).chunk(2, dim=-1)
+        rows = grouped_product(F.silu(gate) * up, self.down, ends)
+        by_token = rows[order.argsort()].view(*experts.shape, tokens.shape[-1])
         return torch.einsum("tk,tkc->tc", gates.to(rows.dtype), by_token)
 
 
-def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each run of ``rows`` [R, in] by its expert's matrix of ``weights`` [E, in, out]."""
-    weights = weights.to(rows.dtype)
-    aligned = all(width * rows.dtype.itemsize % 16 == 0 for width in weights.shape[1:])
-    if aligned and rows.dtype != torch.float64:
-        return F.grouped_mm(rows, weights, offs=ends)
-    # The grouped product takes neither float64 nor rows of a width that is no multiple of 16 bytes.
-    runs = rows.tensor_split(ends[:-1].long().cpu())
-    return torch.cat([run @ weight for run, weight in zip(runs, weights, strict=True)])
-
-
 def _count(experts: Tensor, num_experts: int) -> Tensor:
-    """How many entries name each expert [num_experts], float32, without asking the host."""
+    """How many entries name each expert [num_experts], int64, without asking the host."""
     chosen = experts.flatten()
-    counts = torch.zeros(num_experts, dtype=torch.float32, device=experts.device)
-    return counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+    return chosen.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))

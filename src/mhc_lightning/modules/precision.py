@@ -1,9 +1,17 @@
-"""Parameters and buffers that no cast may take below float32."""
+"""Which precision computations run in, and what no cast may take below float32."""
 
 from collections.abc import Callable
 from typing import Self
 
+import torch
 from torch import Tensor, nn
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast takes operands on this device to; None where it is off, as always on meta."""
+    device = x.device.type
+    enabled = not x.is_meta and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 class KeepsFloat32(nn.Module):

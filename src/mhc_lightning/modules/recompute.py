@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mhc_lightning.kernels import StreamMappings
+from mhc_lightning.modules.precision import autocast_dtype
 from mhc_lightning.modules.recompute_block import (
     NORMED,
     READ,
@@ -191,19 +192,23 @@ class _Recording:
         if known is None or known.key[1] != READ or not _same(x, known):
             return norm(x)
         block, (index, _) = known.block, known.key
-        if block.has_norm(index) or norm._forward_pre_hooks:
+        # What is within a norm, such as an adapter, may be random, or have hooks of its own.
+        if block.has_norm(index) or norm._forward_pre_hooks or any(norm.children()):
             return norm(x)
         returned: list[Any] = []
-        first = norm.register_forward_hook(lambda *call: returned.append(call[2]), prepend=True)
+
+        def note(_module: nn.Module, _args: Any, output: Any) -> None:
+            returned.append(output)
+            self._norm = None  # what other hooks keep is theirs
+
+        first = norm.register_forward_hook(note, prepend=True)
         self._norm, self._norm_packs = (block, index, x.numel()), 0
         try:
             output = norm(x)
         finally:
             self._norm = None
             first.remove()
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        block.add_norm(index, Norm(norm.forward, x.requires_grad, autocast))
+        block.add_norm(index, Norm(norm.forward, x.requires_grad, autocast_dtype(x)))
         if output is returned[0]:  # and not what somebody's hook made of it
             self._know(output.detach(), block, (index, NORMED))
         return output
@@ -268,4 +273,5 @@ def _same(tensor: Tensor, known: _Known) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    # Of the storage, not of its memory: on meta there is none.
+    return tensor.untyped_storage()._cdata

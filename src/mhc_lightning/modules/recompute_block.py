@@ -1,7 +1,7 @@
 """What recomputation keeps of a block of sub-layers, and how backward gets the rest again."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Norm(NamedTuple):
 
         x = x.detach().requires_grad_(self.requires_grad)
         # Autograd's thread may be in another mode than the forward pass was.
-        autocast = _autocast(x.device.type, self.autocast)
+        autocast = nullcontext() if x.is_meta else _autocast(x.device.type, self.autocast)
         with torch.enable_grad(), autocast, saved_tensors_hooks(pack, _discarded):
             return self.forward(x).detach(), kept
 

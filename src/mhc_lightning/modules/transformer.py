@@ -21,7 +21,7 @@ from mhc_lightning.kernels import (
     token_losses,
 )
 from mhc_lightning.kernels.cross_entropy import check_targets
-from mhc_lightning.kernels.operands import compute_dtype
+from mhc_lightning.kernels.operands import widened
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
 from mhc_lightning.modules.connection import Connection, Unmerged
 from mhc_lightning.modules.feed_forward import SwiGLU
@@ -29,6 +29,7 @@ from mhc_lightning.modules.initialisation import NormalMatrices
 from mhc_lightning.modules.mixture_of_experts import LoadBalance, MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
 from mhc_lightning.modules.plain import plain_weight
+from mhc_lightning.modules.precision import autocast_dtype
 from mhc_lightning.modules.recompute import normalise, recomputing
 from mhc_lightning.modules.recompute_size import recompute_size
 
@@ -239,9 +240,7 @@ class Transformer(nn.Module):
         Under autocast the streams take its dtype, so that n·C values per token travel in it.
         """
         x = self.embedding(tokens)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return expand_streams(x, self.num_streams)
+        return expand_streams(x.to(autocast_dtype(x) or x.dtype), self.num_streams)
 
     def carry_like(self, streams: Tensor) -> Tensor | None:
         """An uninitialised carry as blocks hand it on beside streams [B, S, n, C], or None."""
@@ -338,12 +337,12 @@ class Transformer(nn.Module):
         """The loss of each target [B·S], by a head that may be any module."""
         check_targets(targets, self.vocab_size, ignore_index)
         logits = self.head(streams, carry).flatten(0, 1)
-        wide = logits.to(compute_dtype(logits))
-        return F.cross_entropy(wide, targets.flatten(), ignore_index=ignore_index, reduction="none")
+        wide, wanted = widened(logits), targets.flatten()
+        return F.cross_entropy(wide, wanted, ignore_index=ignore_index, reduction="none")
 
     def new_caches(self, batch_size: int, max_length: int) -> list[LatentCache]:
         """An empty cache for every block, for ``forward_cached``."""
-        dtype = self.embedding.weight.dtype
+        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
         return [
             module.new_cache(batch_size, max_length, dtype)
             for module in self.modules()
