@@ -125,17 +125,6 @@ def test_a_full_disk_is_survived_with_its_reason(tmp_path, monkeypatch, form):
     assert not list((tmp_path / "checkpoints").glob(".aside*"))
 
 
-def test_a_nonfinite_state_is_never_saved(tmp_path):
-    def hook(where, trainer, batch_idx):
-        if where == "train" and trainer.global_step == 6:
-            with torch.no_grad():
-                trainer.lightning_module.layer.bias[0] = float("inf")
-
-    with pytest.warns(RuntimeWarning, match="step 8: the model holds NaN"):
-        run(tmp_path, hook=hook, steps=8, **FOLDERS)
-    assert saved_steps(tmp_path / "checkpoints") == [4]
-
-
 def test_one_is_written_at_a_time_and_the_end_waits(tmp_path, monkeypatch):
     """Training overtakes a slow write, which goes on from a copy of the step it is named for."""
     passed, running, most = threading.Event(), [], []

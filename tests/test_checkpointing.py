@@ -5,6 +5,7 @@ import resource
 import signal
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -97,16 +98,26 @@ def test_a_monitor_that_nothing_logs_is_named(tmp_path):
         run(tmp_path, keep_best=1, monitor="val/accuracy")
 
 
-def test_a_nonfinite_state_is_never_saved(tmp_path):
-    def hook(where, trainer, batch_idx):
-        if where == "train" and trainer.global_step == 6:
-            with torch.no_grad():
-                trainer.lightning_module.layer.bias[0] = float("inf")
+def test_a_best_that_cannot_be_written_displaces_none(tmp_path, monkeypatch):
+    """Of the validations at 5, 10, 15 and 20 the later are better; that at 15 meets a full disk."""
+    real = checkpoint_files.torch.save
 
-    with pytest.warns(RuntimeWarning, match="step 8: the model holds NaN"):
-        run(tmp_path, hook=hook, steps=8)
-    assert saved_steps(tmp_path / "checkpoints") == [4]
-    assert os.readlink(tmp_path / "checkpoints/last") == "step_00000004.ckpt"
+    def save(content, stream):
+        if content["global_step"] == 15:
+            stream.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise RuntimeError("unexpected pos 128 vs 0")
+        real(content, stream)
+
+    class Scores(pl.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            value = 1 / trainer.global_step if trainer.global_step < 20 else 1.0
+            trainer.callback_metrics["val/loss"] = torch.tensor(value)
+
+    monkeypatch.setattr(checkpoint_files.torch, "save", save)
+    with pytest.warns(RuntimeWarning, match="could not save the checkpoint of step 15"):
+        run(tmp_path, 20, callbacks=[Scores()], every_n_steps=3, keep_last=1, keep_best=1)
+    assert saved_steps(tmp_path / "checkpoints") == [10, 20]
+    assert os.readlink(tmp_path / "checkpoints/best") == "step_00000010.ckpt"
 
 
 def test_disk_full_is_survived_with_a_warning_per_failure(tmp_path, monkeypatch):

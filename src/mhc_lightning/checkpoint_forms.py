@@ -33,7 +33,7 @@ class WholeFile:
     def write(
         self, trainer: pl.Trainer, taken: dict[str, Any], path: Path, commit: Callable[[], None]
     ) -> "Future[Any]":
-        """Write what was taken; done on return, or failed, on every process, with an OSError."""
+        """Write what was taken; done on return, or failed, on every process alike."""
 
         def write() -> None:
             write_checkpoint(taken, path)
@@ -159,16 +159,19 @@ class _FolderReadingIO(CheckpointIO):
 
 def _in_first_process(trainer: pl.Trainer, action: Callable[[], None]) -> "Future[Any]":
     """Have the first process do something, and every one know whether it failed."""
-    error = None
+    error: Exception | None = None
     if trainer.is_global_zero:
         try:
             action()
-        except OSError as failure:
+        except Exception as failure:
             error = failure
-    error = trainer.strategy.broadcast(error)
+    told = error
+    if error is not None and not isinstance(error, OSError):  # it may be impossible to send
+        told = RuntimeError(f"the first process could not write a checkpoint: {error!r}")
+    told = trainer.strategy.broadcast(told)
     done: Future[Any] = Future()
-    if error is None:
+    if told is None:
         done.set_result(None)
     else:
-        done.set_exception(error)
+        done.set_exception(error or told)
     return done

@@ -42,14 +42,21 @@ class Retention:
         self.mode = mode
         self.scores: dict[int, float] = {}
         self.kept: set[int] = set()
+        self._scores_before: dict[int, float] = {}
 
     def admit(self, step: int, score: float) -> bool:
         """Note the score of a step; whether it is among the best so far."""
         if not math.isfinite(score):
             return False
+        self._scores_before = dict(self.scores)
         self.scores[step] = score
         self.scores = {best: self.scores[best] for best in self.best_steps()[: self.keep_best]}
         return step in self.scores
+
+    def withdraw(self, step: int) -> None:
+        """Of a step that could not be saved: what it had displaced is among the best again."""
+        if step in self.scores:
+            self.scores = {k: v for k, v in self._scores_before.items() if k != step}
 
     def best_steps(self) -> list[int]:
         """Steps with a score, best first; of equal ones the earlier."""

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.distributed.tensor import DTensor
 
 from mhc_lightning.checkpoint_files import point_link
 from mhc_lightning.checkpoint_forms import Sharded, ShardedFolder, WholeFile, choose_form
 from mhc_lightning.checkpoint_names import checkpoint_name, checkpoints_of
 from mhc_lightning.checkpoint_retention import Retention
 from mhc_lightning.errors import UserError
+from mhc_lightning.finiteness import require_finite
 from mhc_lightning.saved_checkpoints import remove_checkpoint
 
 
@@ -73,16 +72,12 @@ class CheckpointSaver:
     def save(self, trainer: pl.Trainer, taken: dict[str, Any]) -> None:
         """Save what was taken, or begin to: nothing of it is needed when this returns.
 
-        A state with a NaN or infinity in the model is not saved, with a warning.
+        Raises:
+            NonFiniteLossError: The state is not finite. Nothing is written or deleted for it.
         """
         step = taken["global_step"]
         self.settle()
-        if not trainer.strategy.reduce_boolean_decision(_is_finite(taken["state_dict"])):
-            rank_zero_warn(
-                f"no checkpoint at step {step}: the model holds NaN or infinite values",
-                category=RuntimeWarning,
-            )
-            return
+        require_finite(trainer)  # what was taken is still the run's state
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()  # a resumed run keeps what was logged up to here
@@ -111,7 +106,7 @@ class CheckpointSaver:
                 f" {error.strerror or error}; the run goes on, earlier checkpoints are intact",
                 category=RuntimeWarning,
             )
-            self.retention.scores.pop(step, None)
+            self.retention.withdraw(step)
             self.saved_step = -1
 
     def _commit(self, path: Path, step: int, best: int | None, spared: set[int]) -> None:
@@ -124,13 +119,3 @@ class CheckpointSaver:
             for saved in checkpoints_of(self.folder, best):
                 point_link(self.folder / "best", saved.name)
         self.retention.prune(self.folder, newest=step, spared=spared)
-
-
-def _is_finite(state: dict[str, Any]) -> bool:
-    """Whether what this process has of a state is."""
-    own = (value.to_local() if isinstance(value, DTensor) else value for value in state.values())
-    return all(
-        bool(torch.isfinite(value).all())
-        for value in own
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    )

@@ -37,8 +37,9 @@ class RunCheckpoint(Checkpoint):
     It is saved every `every_n_steps` steps, at the end of the run, on SIGTERM (at the next
     optimizer step; within a validation, at once), where a validation improves on the best, and
     where `save_at_step_end` was called.
-    A state with a NaN or infinity in the model is never saved. If writing fails, training goes
-    on with a warning and everything saved before stays.
+    A state that is not finite, in a trained parameter or in what an optimizer keeps of it, is never
+    saved: the run ends with `NonFiniteLossError` and what was saved before stays. If writing fails,
+    training goes on with a warning and everything saved before stays.
 
     Args:
         folder: Where the files go; made if missing.

@@ -8,11 +8,13 @@ class UserError(Exception):
 
 
 class NonFiniteLossError(Exception):
-    """Loss or gradient became NaN or infinite; raised before the optimizer step (exit code 3).
+    """Loss, gradient or what was to be saved became NaN or infinite (exit code 3).
+
+    Raised before the optimizer step, or before a checkpoint is written.
 
     Attributes:
         what: What became so: "the loss became NaN".
-        step: The optimizer step that was being computed (first 1).
+        step: The optimizer step that was being computed, or was to be saved (first 1).
         gains: The last measured Amax gains, by TensorBoard tag; empty if none were measured.
     """
 

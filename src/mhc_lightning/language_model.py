@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
+from mhc_lightning.finiteness import last_gains
 from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
@@ -246,13 +247,8 @@ class LanguageModel(pl.LightningModule):
         if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
             return
         what, value = ("loss", loss) if not bool(loss.isfinite()) else ("gradient", grad_norm)
-        gains = {
-            tag: float(gain)
-            for tag, gain in self.trainer.callback_metrics.items()
-            if tag.startswith("amax_gain/composite/") and "layer_" not in tag
-        }
         raise NonFiniteLossError(
             f"the {what} became {'NaN' if bool(value.isnan()) else 'infinite'}",
             self.trainer.global_step + 1,
-            gains,
+            last_gains(self.trainer),
         )

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from mhc_lightning import LanguageModel, checkpoint_folder_writing
 from mhc_lightning.checkpointing import RunCheckpoint
+from mhc_lightning.errors import NonFiniteLossError
 from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
 from mhc_lightning.optimization import AdamW, Muon
@@ -143,4 +144,10 @@ def run(leg: dict[str, Any], output: Path) -> None:
 
 if __name__ == "__main__":
     for leg in json.loads(sys.argv[1]):
-        run(leg, Path(sys.argv[2]))
+        if leg.get("spoils_step") is None:
+            run(leg, Path(sys.argv[2]))
+            continue
+        try:
+            run(leg, Path(sys.argv[2]))
+        except NonFiniteLossError as error:  # an exit would have the launcher end the others
+            (Path(sys.argv[2]) / f"{leg['folder']}-{os.environ['RANK']}").write_text(str(error))

@@ -19,6 +19,7 @@ from mhc_lightning.callbacks.robust_band import RobustBand
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
 from mhc_lightning.callbacks.update_guard import UpdateGuard
 from mhc_lightning.errors import NonFiniteLossError, UserError
+from mhc_lightning.finiteness import require_finite
 
 _LEAST_SAMPLES = 8  # of a gain, which is seen on logging steps only
 
@@ -38,7 +39,8 @@ class StabilityAlarm(pl.Callback):
       to the loggers, ``alarm/<tag>``, ``alarm/<tag>/bound``, ``alarm/skipped_updates`` (so far)
       and ``alarm/lr_scale``.
     - ``checkpoint``: save the state at the end of this step. `RunCheckpoint` keeps it and the one
-      before it for good; without that callback, ``alarm_step_<n>.ckpt`` is written.
+      before it for good; without that callback, ``alarm_step_<n>.ckpt`` is written. Neither saves a
+      state that is not finite: the run ends with `NonFiniteLossError`.
     - ``skip_update``: leave out the update of this step, if loss or gradient norm is out of its
       band. Weights and the optimizer's moments stay as they are; otherwise the step counts: the
       schedule goes on, and its batch is not seen again. After `max_skips` in a row updates are
@@ -300,5 +302,6 @@ def _save_step(trainer: pl.Trainer) -> None:
         if hasattr(callback, "save_at_step_end"):
             callback.save_at_step_end()
             return
+    require_finite(trainer)
     folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
     trainer.save_checkpoint(Path(folder) / f"alarm_step_{trainer.global_step:08d}.ckpt")

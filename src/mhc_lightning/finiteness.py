@@ -1,0 +1,118 @@
+"""Whether a run's parameters and its optimizers' state are finite, and what is not."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from mhc_lightning.errors import NonFiniteLossError
+
+_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class NonFinite(NamedTuple):
+    """A tensor of which this process holds values that are not finite.
+
+    Attributes:
+        name: ``parameter <name>``, or ``the optimizer's <entry> of <name>``.
+        nan: How many are NaN.
+        infinite: How many are infinite.
+        values: How many this process holds.
+    """
+
+    name: str
+    nan: int
+    infinite: int
+    values: int
+
+    def __str__(self) -> str:
+        """For people: ``parameter layer.bias is NaN in 2 of 8 values``."""
+        counts = (("NaN", self.nan), ("infinite", self.infinite))
+        found = " and ".join(f"{kind} in {count}" for kind, count in counts if count)
+        return f"{self.name} is {found} of {self.values} values"
+
+
+def require_finite(trainer: pl.Trainer) -> None:
+    """Stop all processes if any holds something of the training's state that is not finite.
+
+    Every process must call it. Trained parameters and the state of their optimizers count; frozen
+    parameters and buffers (masks, say) may hold what they like. Waits for the device once.
+
+    Raises:
+        NonFiniteLossError: On every process alike; names the first tensor, and who holds it.
+    """
+    module, optimizers = trainer.lightning_module, trainer.strategy.optimizers
+    if trainer.strategy.reduce_boolean_decision(_is_finite(module, optimizers)):
+        return
+    found = non_finite(module, optimizers)
+    by_rank: list[list[NonFinite]] = [found]
+    if trainer.world_size > 1:
+        by_rank = [[] for _ in range(trainer.world_size)]
+        dist.all_gather_object(by_rank, found)
+    first = next(tensor for tensors in by_rank for tensor in tensors)
+    ranks = [str(rank) for rank, tensors in enumerate(by_rank) if first in tensors]
+    names = {tensor.name for tensors in by_rank for tensor in tensors}
+    where = ""
+    if trainer.world_size > 1:
+        everywhere = len(ranks) == trainer.world_size
+        where = " on every rank" if everywhere else f" on rank {', '.join(ranks)}"
+    others = len(names) - 1
+    words = "tensor is" if others == 1 else "tensors are"
+    more = f", and {others} more {words} not finite," if others else ""
+    raise NonFiniteLossError(
+        f"a checkpoint was refused because {first}{where}{more}",
+        trainer.global_step,
+        last_gains(trainer),
+    )
+
+
+def non_finite(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[NonFinite]:
+    """What this process holds that is not finite, parameters first."""
+    found = []
+    for name, values in _state(module, optimizers):
+        nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+        if nan or infinite:
+            found.append(NonFinite(name, nan, infinite, values.numel()))
+    return found
+
+
+def last_gains(trainer: pl.Trainer) -> dict[str, float]:
+    """The composite gains that were measured last, by tag."""
+    return {
+        tag: float(gain)
+        for tag, gain in trainer.callback_metrics.items()
+        if tag.startswith("amax_gain/composite/") and "layer_" not in tag
+    }
+
+
+def _is_finite(module: nn.Module, optimizers: Iterable[Optimizer]) -> bool:
+    """Whether all of this process's state is, asking each device once."""
+    flags: dict[torch.device, list[Tensor]] = {}
+    for _, values in _state(module, optimizers):
+        flags.setdefault(values.device, []).append(values.isfinite().all())
+    return all(bool(torch.stack(alike).all()) for alike in flags.values())
+
+
+def _state(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Tensor]]:
+    """What is to be finite, of sharded tensors this process's part."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    named: list[tuple[str, Any]] = [
+        (f"parameter {name}", parameter)
+        for parameter, name in names.items()
+        if parameter.requires_grad and not is_lazy(parameter)
+    ]
+    for optimizer in optimizers:
+        for parameter, entries in optimizer.state.items():
+            name = names.get(parameter, "a parameter of none of its modules")
+            if isinstance(entries, Mapping):
+                named += [(f"the optimizer's {key} of {name}", v) for key, v in entries.items()]
+    for name, value in named:
+        if isinstance(value, Tensor) and value.dtype in _CHECKED and not value.is_meta:
+            held = value.detach()
+            yield name, held.to_local() if isinstance(held, DTensor) else held
