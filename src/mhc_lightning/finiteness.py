@@ -101,7 +101,7 @@ def _is_finite(module: nn.Module, optimizers: Iterable[Optimizer]) -> bool:
 
 def _state(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Tensor]]:
     """What is to be finite, of sharded tensors this process's part."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     named: list[tuple[str, Any]] = [
         (f"parameter {name}", parameter)
         for parameter, name in names.items()
