@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhc_lightning.modules import initialisation
-from mhc_lightning.modules.initialisation import NormalMatrices
+from mhc_lightning.modules.initialisation import fill_normal, plan_normal
 
 SHAPES = [torch.Size([50, 8]), torch.Size([5, 4, 70]), torch.Size([3, 2])]
 
@@ -13,11 +13,11 @@ SHAPES = [torch.Size([50, 8]), torch.Size([5, 4, 70]), torch.Size([3, 2])]
 def draw(cuts: int, seed: int = 3) -> list[Tensor]:
     """The matrices, each filled in parts of as many rows as ``torch.chunk`` gives them."""
     whole = [torch.full(shape, torch.nan) for shape in SHAPES]
-    for cut in range(cuts):
-        matrices = NormalMatrices(seed)  # a process of its own
-        for matrix, shape in zip(whole, SHAPES, strict=True):
-            each = -(-len(matrix) // cuts)
-            matrices.fill(matrix[each * cut : each * (cut + 1)], each * cut, shape, 0.5)
+    for matrix, shape in zip(whole, SHAPES, strict=True):
+        each = -(-len(matrix) // cuts)
+        for cut in range(cuts):
+            part = matrix[each * cut : each * (cut + 1)]
+            fill_normal(part, each * cut, shape, 0.5, seed)
     return whole
 
 
@@ -32,10 +32,10 @@ def test_parts_are_those_of_the_whole(group: int, monkeypatch: pytest.MonkeyPatc
 
 def test_values_are_normal_and_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(initialisation, "_GROUP", 1000)
-    matrices = NormalMatrices(2**32 - 5)  # seeds run over
-    first, second = torch.empty(2, 1000, 100)
-    for matrix in (first, second):
-        matrices.fill(matrix, 0, matrix.shape, 0.5)
+    network = nn.Sequential(*(nn.Linear(100, 1000, bias=False) for _ in range(2)))
+    for planned in plan_normal(network, 2**32 - 5, 0.5):  # seeds run over
+        planned()
+    first, second = (layer.weight.detach() for layer in network)
     for matrix in (first, second):
         assert abs(float(matrix.mean())) < 0.01
         assert float(matrix.std()) == pytest.approx(0.5, rel=0.01)
@@ -48,5 +48,5 @@ def test_values_are_normal_and_independent(monkeypatch: pytest.MonkeyPatch) -> N
 def test_other_precisions_hold_the_same_values() -> None:
     exact, rounded = torch.empty(9, 5), torch.empty(9, 5, dtype=torch.bfloat16)
     for matrix in (exact, rounded):
-        NormalMatrices(1).fill(matrix, 0, matrix.shape, 1.0)
+        fill_normal(matrix, 0, matrix.shape, 1.0, 1)
     assert torch.equal(exact.bfloat16(), rounded)

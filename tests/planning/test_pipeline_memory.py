@@ -52,8 +52,8 @@ class Device:
                 stage.autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=shares)
             if mesh is not None:
                 low = torch.bfloat16 if mixed else None
-                blocks, cpu = stage.blocks.values(), torch.device("cpu")
-                shard_parts(stage, blocks, mesh, cpu, low, reshard_after_forward=False)
+                blocks = stage.blocks.values()
+                shard_parts(stage, blocks, mesh, low, reshard_after_forward=False)
                 stage.set_is_last_backward(False)
                 stage.set_reshard_after_backward(False)
                 stage.set_requires_gradient_sync(False)

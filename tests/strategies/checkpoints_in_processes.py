@@ -17,9 +17,9 @@ from mhc_lightning.checkpointing import RunCheckpoint
 from mhc_lightning.errors import NonFiniteLossError
 from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+from mhc_lightning.modules.initialisation import held_rows
 from mhc_lightning.optimization import AdamW, Muon
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
-from mhc_lightning.strategies.sharding import held_rows
 
 SEQUENCES = 8  # per optimizer step
 STRATEGIES = {

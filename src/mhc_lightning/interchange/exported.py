@@ -138,10 +138,6 @@ def load_exported(folder: str | Path) -> Transformer:
 def bring_to_life(model: Transformer, tensors: Mapping[str, Tensor]) -> Transformer:
     """Give a network on ``meta`` tensors, as they are, and make it ready to evaluate."""
     model.load_state_dict(tensors, assign=True)  # in the dtypes of the file
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # what no file holds: the experts' loads, which start at zero
-                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
     return model.eval()
 
 

@@ -93,7 +93,13 @@ class Connection(KeepsFloat32):
         self.window = MappingsWindow()
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters; a connection without any has nothing to do."""
+        """Initialise the parameters, as they are in `whole_parameters`; without any, do nothing.
+
+        Raises:
+            TypeError: There are parameters, and the class does not say how they start.
+        """
+        if next(self.parameters(recurse=False), None) is not None:
+            raise TypeError(f"{type(self).__name__} does not implement reset_parameters()")
 
     def mappings(self, streams: Tensor) -> StreamMappings:
         """The mappings [..., n], [..., n], [..., n, n] for streams [..., n, C]."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhc_lightning.kernels import (
     StreamMappings,
@@ -14,6 +14,7 @@ from mhc_lightning.kernels import (
     stream_mappings,
 )
 from mhc_lightning.modules.connection import Connection, Unmerged
+from mhc_lightning.modules.initialisation import whole_parameters
 
 # The mHC paper gives no initialisation but alpha's. This logit is the package's choice, and that of
 # mHC-lite's code: sub-layer k prefers to read stream k mod n, which breaks their symmetry.
@@ -64,14 +65,18 @@ class GatedHyperConnection(Connection):
     def reset_parameters(self) -> None:
         """Start static, with the symmetry between streams broken."""
         n = self.num_streams
-        with torch.no_grad():
-            nn.init.zeros_(self.phi)
-            nn.init.constant_(self.alpha, 0.01)
+        with torch.no_grad(), whole_parameters(self):
+            self.phi.zero_()
+            self.alpha.fill_(0.01)
             pre, post, logits = self.bias.tensor_split([n, 2 * n])
             pre.fill_(-_READ_LOGIT)
-            pre[self.layer_index % n] = _READ_LOGIT
-            nn.init.zeros_(post)
+            pre[self._reader() % n] = _READ_LOGIT
+            post.zero_()
             logits.copy_(torch.tensor(self._mix_bias, dtype=logits.dtype))
+
+    def _reader(self) -> int:
+        """The sub-layer that reads with this connection's pre mapping."""
+        return self.layer_index
 
     def mix(self, logits: Tensor) -> Tensor:
         """Make mixing matrices [..., n, n] of logits [..., m], each token's of its own.

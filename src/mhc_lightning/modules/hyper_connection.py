@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhc_lightning.kernels import (
     StreamMappings,
@@ -11,6 +11,7 @@ from mhc_lightning.kernels import (
     read_hyper_streams,
 )
 from mhc_lightning.modules.connection import Connection
+from mhc_lightning.modules.initialisation import whole_parameters
 
 
 class HyperConnection(Connection):
@@ -58,15 +59,15 @@ class HyperConnection(Connection):
     def reset_parameters(self) -> None:
         """The authors' initialisation: the pre-norm residual network."""
         n = self.num_streams
-        with torch.no_grad():
+        with torch.no_grad(), whole_parameters(self):
             pre, post, residual = self.bias.split([n, n, n * n])
             pre.zero_()
             pre[self.layer_index % n] = 1
-            nn.init.ones_(post)
+            post.fill_(1)
             residual.copy_(torch.eye(n, dtype=residual.dtype).flatten())
             if self.phi is not None and self.alpha is not None:
-                nn.init.zeros_(self.phi)
-                nn.init.constant_(self.alpha, 0.01)
+                self.phi.zero_()
+                self.alpha.fill_(0.01)
 
     def mappings(self, streams: Tensor) -> StreamMappings:
         """Unconstrained mappings for streams [..., n, C]."""

@@ -1,45 +1,193 @@
-"""Random initial values that are the same however a network is spread over devices."""
+"""Initial values, the same however a network comes to life and is spread over devices.
+
+Every module fills its own parameters in ``reset_parameters()``, sharded or not. That is torch's
+convention: whatever gives a network on ``meta`` memory calls it, for all modules or one by one.
+"""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.utils.parametrize import is_parametrized
+
+from mhc_lightning.errors import UserError
 
 _GROUP = 2**16  # values that one generator draws, unless a single row has more
 
 
 class NormalMatrices:
-    """Fills matrices one after the other with normal values.
+    """The ``reset_parameters`` of a module whose matrices are drawn from a normal distribution.
 
     Rows (along the first dimension) are drawn in groups, each from a generator of its own, on the
     CPU and in float32. So a device that holds some rows of a matrix draws those alone, and they
-    are the rows that a device with the whole matrix has.
+    are the rows that a device with the whole matrix has. A bias, and the row of an embedding that
+    stands for padding, become zero.
 
     Args:
-        seed: At least 0 and below 2**32; group k of the network is drawn with seed + k.
+        module: Whose matrices.
+        names: Which of its parameters.
+        seed: At least 0; group k of the module is drawn with seed + k.
+        std: The standard deviation.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, module: nn.Module, names: tuple[str, ...], seed: int, std: float) -> None:
+        self._module, self._names, self._seed, self._std = module, names, seed, std
 
-    def fill(self, part: Tensor, first_row: int, shape: torch.Size, std: float) -> None:
-        """Fill ``part``, which holds rows from ``first_row`` on of a matrix of ``shape``.
+    @property
+    def next_seed(self) -> int:
+        """The first that is not drawn with."""
+        shapes = [getattr(self._module, name).shape for name in self._names]
+        return self._seed + sum(_groups(shape)[1] for shape in shapes)
 
-        A part on ``meta`` is left alone, and counts as filled.
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Fill what this process holds; on ``meta`` that is nothing.
+
+        Raises:
+            UserError: The module's weights are not its own: parametrized, or packed integers.
         """
-        rows, width = shape[0], math.prod(shape[1:])
-        per_group = max(1, _GROUP // max(1, width))
-        first_seed = self._seed
-        self._seed += math.ceil(rows / per_group)
-        if part.is_meta or part.numel() == 0:
-            return
-        end_row = first_row + len(part)
-        for group in range(first_row // per_group, math.ceil(end_row / per_group)):
-            start = group * per_group
-            end = min(start + per_group, rows)
-            # torch's generator reads 32 bits of a seed.
-            generator = torch.Generator("cpu").manual_seed((first_seed + group) % 2**32)
-            values = torch.empty(end - start, *shape[1:], dtype=torch.float32, device="cpu")
-            values.normal_(std=std, generator=generator)
-            low, high = max(start, first_row), min(end, end_row)
-            part[low - first_row : high - first_row].copy_(values[low - start : high - start])
+        module, seed = self._module, self._seed
+        for name in self._names:
+            parameter = getattr(module, name)
+            if is_parametrized(module) or not parameter.is_floating_point():
+                raise UserError(
+                    f"the weights of {type(module).__name__} are parametrized or quantised, and"
+                    " cannot be drawn; reset the network before that"
+                )
+            part, first_row = held_rows(parameter)
+            fill_normal(part, first_row, parameter.shape, self._std, seed)
+            seed += _groups(parameter.shape)[1]
+            padding = getattr(module, "padding_idx", None)
+            if padding is not None and first_row <= padding < first_row + len(part):
+                part[padding - first_row].zero_()
+        if getattr(module, "bias", None) is not None:
+            module.bias.zero_()  # type: ignore[operator]
+
+
+def plan_normal(network: nn.Module, seed: int, std: float) -> list[NormalMatrices]:
+    """Have the matrices of all linear maps, embeddings and experts of a network drawn.
+
+    Each gets seeds of its own, in the order of ``network.modules()``, so they can be drawn in any
+    order. Experts are modules that name their ``matrices``.
+    """
+    planned = []
+    for module in network.modules():
+        linear = isinstance(module, nn.Linear | nn.Embedding)
+        names = ("weight",) if linear else getattr(module, "matrices", ())
+        if names:
+            draw = NormalMatrices(module, names, seed, std)
+            # On the instance: to be taken for torch's own, its class has to stay what it is.
+            module.reset_parameters = draw  # type: ignore[assignment]
+            seed = draw.next_seed
+            planned.append(draw)
+    return planned
+
+
+def reset_modules(network: nn.Module) -> None:
+    """Have every module below one give the parameters and buffers that it owns initial values.
+
+    Raises:
+        UserError: A module has some, and no ``reset_parameters()``.
+    """
+    for name, module in network.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own and module is not network:
+            reset_module(module, name)
+
+
+def reset_module(module: nn.Module, name: str) -> None:
+    """``module.reset_parameters()``, also where it does not know that parameters can be sharded.
+
+    Raises:
+        UserError: There is none.
+    """
+    reset = getattr(module, "reset_parameters", None)
+    if not callable(reset):
+        raise UserError(
+            f"{name} ({type(module).__name__}) has parameters or buffers of its own, and no"
+            " reset_parameters() that gives them initial values"
+        )
+    if isinstance(reset, NormalMatrices):
+        reset()
+    else:
+        with whole_parameters(module):
+            reset()
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Within, a module's own sharded parameters are whole and ordinary, on the CPU, to be filled.
+
+    What is then in them goes to the shards; what the shards held before is not there to be read.
+    """
+    own = module._parameters
+    sharded: dict[str, Any] = {name: p for name, p in own.items() if isinstance(p, DTensor)}
+    for name, parameter in sharded.items():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+        own[name] = nn.Parameter(whole, parameter.requires_grad)
+    try:
+        yield
+        with torch.no_grad():
+            for name, parameter in sharded.items():
+                part, first = held_rows(parameter)
+                part.copy_(own[name][first : first + len(part)])  # type: ignore[index]
+    finally:
+        own.update(sharded)
+
+
+def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The rows of a tensor that this process holds, in place, and the number of the first.
+
+    Raises:
+        UserError: It is sharded in another way than by rows, over one dimension of a mesh.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    split = [(k, place) for k, place in enumerate(tensor.placements) if not place.is_replicate()]
+    if not split:
+        return tensor.to_local(), 0
+    (dimension, place), *more = split
+    if more or type(place) is not Shard or place.dim != 0:
+        raise UserError(
+            f"a tensor is sharded as {tensor.placements}, of which no process knows its rows; shard"
+            " dimension 0 over one dimension of the mesh"
+        )
+    # FSDP2 gives every process but the last ones equally many rows, as torch.chunk does.
+    each = -(-tensor.shape[0] // tensor.device_mesh.size(dimension))
+    first = min(each * tensor.device_mesh.get_local_rank(dimension), tensor.shape[0])
+    return tensor.to_local(), first
+
+
+def _groups(shape: torch.Size) -> tuple[int, int]:
+    """Rows in a group, and groups."""
+    per_group = max(1, _GROUP // max(1, math.prod(shape[1:])))
+    return per_group, math.ceil(shape[0] / per_group)
+
+
+def fill_normal(part: Tensor, first_row: int, shape: torch.Size, std: float, seed: int) -> None:
+    """Fill ``part``, which holds rows from ``first_row`` on of a matrix of ``shape``.
+
+    Args:
+        part: [rows, ...]; on ``meta`` it is left alone.
+        first_row: The number of its first row.
+        shape: Of the whole matrix.
+        std: The standard deviation.
+        seed: Of the matrix's first group.
+    """
+    if part.is_meta or part.numel() == 0:
+        return
+    per_group, _ = _groups(shape)
+    end_row = first_row + len(part)
+    for group in range(first_row // per_group, math.ceil(end_row / per_group)):
+        start = group * per_group
+        end = min(start + per_group, shape[0])
+        # torch's generator reads 32 bits of a seed.
+        generator = torch.Generator("cpu").manual_seed((seed + group) % 2**32)
+        values = torch.empty(end - start, *shape[1:], dtype=torch.float32, device="cpu")
+        values.normal_(std=std, generator=generator)
+        low, high = max(start, first_row), min(end, end_row)
+        part[low - first_row : high - first_row].copy_(values[low - start : high - start])

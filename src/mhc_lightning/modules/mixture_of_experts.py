@@ -1,5 +1,7 @@
 """Mixture of experts, sigmoid router, loss-free balancing (arXiv 2412.19437, 2408.15664)."""
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,18 +38,29 @@ class LoadBalance(KeepsFloat32):
 
     def reset_parameters(self) -> None:
         """No bias, no load."""
-        nn.init.zeros_(self.bias)
-        nn.init.zeros_(self.load)
+        self.bias.zero_()
+        self.load.zero_()
 
     def count(self, tokens: Tensor) -> None:
         """Add to the load: ``tokens`` [num_experts]."""
+        self._follow_bias()
         self.load += tokens
+
+    def _follow_bias(self) -> None:
+        """Have a load where the bias is: what gives a network on meta its tensors has none."""
+        if self.load.is_meta and not self.bias.is_meta:
+            self.load = torch.zeros_like(self.bias)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._follow_bias()
 
     def update(self) -> None:
         """Raise the bias of underloaded experts and lower that of overloaded ones; reset the load.
 
         Call it once per optimizer step, with ``load`` summed over data-parallel ranks.
         """
+        self._follow_bias()
         self.bias += self.update_speed * (self.load.mean() - self.load).sign()
         self.load.zero_()
 
@@ -78,9 +91,14 @@ class MixtureOfExperts(nn.Module):
         num_shared_experts: Experts that every token passes, as one SwiGLU of their joint width.
         bias_update_speed: How far one update moves a bias.
 
+    Attributes:
+        matrices: Names of the routed experts' own parameters.
+
     Raises:
         UserError: If more experts are to be active than there are.
     """
+
+    matrices: ClassVar = ("gate_up", "down")
 
     def __init__(
         self,
@@ -106,6 +124,14 @@ class MixtureOfExperts(nn.Module):
             SwiGLU(dim, num_shared_experts * expert_dim) if num_shared_experts > 0 else None
         )
         self.balance = LoadBalance(num_experts, bias_update_speed)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the experts as ``nn.Linear`` draws; a Transformer draws them in its own way."""
+        with torch.no_grad():
+            for matrix in (self.gate_up, self.down):
+                bound = matrix.shape[1] ** -0.5
+                matrix.uniform_(-bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""

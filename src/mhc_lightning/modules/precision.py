@@ -1,7 +1,7 @@
 """Which precision computations run in, and what no cast may take below float32."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,3 +29,13 @@ class KeepsFloat32(nn.Module):
             return moved
 
         return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Tensors that are assigned, not copied, are taken to float32 too."""
+        for name in (*self._parameters, *self._buffers):
+            tensor = state_dict.get(prefix + name)
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                state_dict[prefix + name] = tensor.float() if tensor.dtype.itemsize < 4 else tensor
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

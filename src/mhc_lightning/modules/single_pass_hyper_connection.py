@@ -25,12 +25,8 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
 
     replays = True
 
-    def reset_parameters(self) -> None:
-        """As the base class does, with the pre mapping of the next sub-layer."""
-        super().reset_parameters()
-        with torch.no_grad():
-            pre = self.bias[: self.num_streams]
-            pre.copy_(pre.roll(1))
+    def _reader(self) -> int:
+        return self.layer_index + 1
 
     def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
         """Aggregate with ``carry`` [..., n] and compute the mappings.

@@ -25,8 +25,8 @@ from mhc_lightning.kernels.operands import widened
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
 from mhc_lightning.modules.connection import Connection, Unmerged
 from mhc_lightning.modules.feed_forward import SwiGLU
-from mhc_lightning.modules.initialisation import NormalMatrices
-from mhc_lightning.modules.mixture_of_experts import LoadBalance, MixtureOfExperts
+from mhc_lightning.modules.initialisation import plan_normal, reset_modules
+from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
 from mhc_lightning.modules.plain import plain_weight
 from mhc_lightning.modules.precision import autocast_dtype
@@ -207,32 +207,21 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
-        self.reset_parameters()
+        for draw in plan_normal(self, self.init_seed, self.init_std):
+            draw()
 
-    @torch.no_grad()
-    def reset_parameters(
-        self, held: Callable[[Tensor], tuple[Tensor, int]] = lambda tensor: (tensor, 0)
-    ) -> None:
-        """Draw every weight matrix from a normal distribution; norms and balances start over.
+    def reset_parameters(self) -> None:
+        """Draw every weight matrix from a normal distribution; all else starts over.
 
         The draw depends on ``init_seed`` alone: it is the same each time, and the same for a
-        network that is spread over any number of devices. Connections initialise themselves.
+        network that is spread over any number of devices. Submodules that are reset one by one
+        get these values too.
 
-        Args:
-            held: Gives the rows of a parameter that are to be filled here, and the first one's
-                number; all of them by default.
+        Raises:
+            UserError: A submodule has parameters and no ``reset_parameters()``.
         """
-        matrices = NormalMatrices(self.init_seed)
-        for module in self.modules():
-            own: list[Tensor] = []
-            if isinstance(module, nn.Linear | nn.Embedding):
-                own = [module.weight]
-            elif isinstance(module, MixtureOfExperts):
-                own = [module.gate_up, module.down]
-            elif isinstance(module, RMSNorm | LoadBalance):
-                module.reset_parameters()
-            for parameter in own:
-                matrices.fill(*held(parameter), parameter.shape, self.init_std)
+        plan_normal(self, self.init_seed, self.init_std)
+        reset_modules(self)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> streams [B, S, n, C], all copies of the embedding.

@@ -239,9 +239,7 @@ class PipelineStrategy(WatchedStrategy):
         stages = [Stage(network, plan.blocks[index], index, count) for index in own]
         _keep_counting_flops(network)
         for stage in stages:
-            if any(parameter.is_meta for parameter in stage.parameters()):
-                _require_reset(network)
-            else:
+            if not any(parameter.is_meta for parameter in stage.parameters()):
                 stage.to(self.root_device)
         if self.device_mesh["data_parallel"].size() > 1:
             mixed = "bf16" in str(self.precision_plugin.precision)
@@ -250,11 +248,10 @@ class PipelineStrategy(WatchedStrategy):
                     stage,
                     stage.blocks.values(),
                     self.device_mesh["data_parallel"],
-                    self.root_device,
                     torch.bfloat16 if mixed else None,
                     reshard_after_forward=False,
                 )
-        bring_to_life(network, stages, self.root_device)
+        bring_to_life(stages, self.root_device)
         leave_out(network, stages)
         self.model_to_device()
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
@@ -278,14 +275,6 @@ class PipelineStrategy(WatchedStrategy):
 
 def _is_compiled(network: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in network.modules())
-
-
-def _require_reset(network: nn.Module) -> None:
-    if not hasattr(network, "reset_parameters"):
-        raise UserError(
-            f"{type(network).__name__} is on meta but has no reset_parameters(held) that could"
-            " initialise it; build it with memory"
-        )
 
 
 def _keep_counting_flops(network: Any) -> None:

@@ -11,11 +11,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 
 from mhc_lightning.checkpoint_folders import SavedTensors
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.connection import Unmerged
+from mhc_lightning.modules.initialisation import held_rows, reset_module
 
 
 def shard(
@@ -38,17 +38,16 @@ def shard(
         param_dtype: What parameters are gathered in; None keeps theirs. Gradients are reduced in
             float32 either way.
     """
-    shard_parts(model, model.blocks, mesh, device, param_dtype)
+    shard_parts(model, model.blocks, mesh, param_dtype)
     for method in ("loss", "token_losses", "forward_cached"):
         register_fsdp_forward_method(model, method)
-    bring_to_life(model, [model], device)
+    bring_to_life([model], device)
 
 
 def shard_parts(
     root: nn.Module,
     blocks: Iterable[nn.Module],
     mesh: DeviceMesh,
-    device: torch.device,
     param_dtype: torch.dtype | None = None,
     *,
     reshard_after_forward: bool = True,
@@ -59,7 +58,6 @@ def shard_parts(
         root: What is called.
         blocks: The blocks below it.
         mesh: One-dimensional.
-        device: Where connections on ``meta`` come to life; all else stays there.
         param_dtype: What parameters are gathered in; None keeps theirs.
         reshard_after_forward: Whether to let go of gathered parameters until the backward pass.
     """
@@ -71,33 +69,27 @@ def shard_parts(
     for block in blocks:
         for module in block.modules():
             if isinstance(module, Connection) and next(module.parameters(), None) is not None:
-                _make_connection(module, device)
                 fully_shard(module, **keep)
                 _gather_around_calls(module)
         fully_shard(block, mp_policy=policy, **keep)
     fully_shard(root, mp_policy=policy, **keep)
 
 
-def bring_to_life(model: nn.Module, roots: Iterable[nn.Module], device: torch.device) -> None:
-    """Give what is on ``meta`` below ``roots`` memory and initial values.
+def bring_to_life(roots: Iterable[nn.Module], device: torch.device) -> None:
+    """Give what is on ``meta`` below ``roots`` memory and initial values, each module its own.
 
     Args:
-        model: The whole network that the roots belong to, whose ``reset_parameters(held_rows)``
-            leaves alone what stays on ``meta``.
         roots: Modules, sharded or not.
         device: Where they come to life.
+
+    Raises:
+        UserError: A module on ``meta`` has no ``reset_parameters()``.
     """
-    on_meta = False
-    for module in (module for root in roots for module in root.modules()):
+    for name, module in (named for root in roots for named in root.named_modules()):
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(tensor.is_meta for tensor in own):
-            on_meta = True
-            if isinstance(module, Connection) and not isinstance(own[0], DTensor):
-                _make_connection(module, device)
-            else:
-                module.to_empty(device=device, recurse=False)
-    if on_meta:
-        model.reset_parameters(held_rows)  # type: ignore[operator]
+            module.to_empty(device=device, recurse=False)
+            reset_module(module, name)
 
 
 def _gather_around_calls(connection: Connection) -> None:
@@ -119,22 +111,6 @@ def _gather_around_calls(connection: Connection) -> None:
     gathering_read = connection.read
     connection.follow = follow  # type: ignore[method-assign]
     register_fsdp_forward_method(connection, "follow")
-
-
-def _make_connection(connection: Connection, device: torch.device) -> None:
-    if any(parameter.is_meta for parameter in connection.parameters()):
-        connection.to_empty(device=device)
-        connection.reset_parameters()
-
-
-def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows of a tensor that this process holds, in place, and the number of the first."""
-    if not isinstance(tensor, DTensor):
-        return tensor, 0
-    # FSDP2 gives every process but the last ones equally many rows, as torch.chunk does.
-    each = -(-tensor.shape[0] // tensor.device_mesh.size())
-    first = min(each * tensor.device_mesh.get_local_rank(), tensor.shape[0])
-    return tensor.to_local(), first
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mhc_lightning.checkpoint_folders import SavedTensors, load_folder
-from mhc_lightning.strategies.sharding import held_rows, load_rows
+from mhc_lightning.modules.initialisation import held_rows
+from mhc_lightning.strategies.sharding import load_rows
 
 
 class WholeState:
