@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -394,6 +398,36 @@ def test_ordinary_checkpointing_of_sub_layers_composes() -> None:
             parts.append(live.bytes())
             del loss
     assert parts[2] < min(parts[:2])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("connection", VARIANTS)
+def test_checkpointing_of_blocks(connection: str, reentrant: bool) -> None:
+    """By hand, by torch's wrapper and in place of ``forward``, of all blocks or of some."""
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    expected = gradients(make(connection, **EXPERTS), 0)
+    for chosen in ((0, 1, 2), (1,), (0, 2)):
+        for size in (0, 4):
+            model = make(connection, **EXPERTS)
+            for index in chosen:
+                wrapped = checkpoint_wrapper(model.blocks[index], checkpoint_impl=kind)
+                model.blocks[index] = wrapped
+            assert equal(gradients(model, size), expected), (chosen, size)
+            model = make(connection, **EXPERTS)
+            for index in chosen:
+                block = model.blocks[index]
+                block.forward = partial(checkpoint, block.forward, use_reentrant=reentrant)
+            assert equal(gradients(model, size), expected), (chosen, size)
+    model = make(connection, **EXPERTS)
+
+    def by_hand(streams: Tensor, carry: Tensor | None = None) -> Any:
+        flow: Any = streams, carry
+        for block in model.blocks:
+            flow = checkpoint(block, *flow, use_reentrant=reentrant)
+        return flow
+
+    model.run_blocks = by_hand  # type: ignore[method-assign, assignment]
+    assert equal(gradients(model, 0), expected)
 
 
 def test_within_checkpointing_of_everything() -> None:

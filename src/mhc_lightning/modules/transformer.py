@@ -254,11 +254,16 @@ class Transformer(nn.Module):
         Recompute blocks begin here, and end here.
         """
         *others, last = blocks or self.blocks
-        flow: tuple = (streams, carry)
+        flow: Any = (streams, carry)
         with recomputing(self.recompute_block):
-            for block in others:
-                flow = (block(*flow, merge=False),)
-            return last(*flow)
+            for block in (*others, last):
+                # A wrapper, such as a reentrant checkpoint, may pass tensors alone.
+                wrapped = not isinstance(block, Block) or "forward" in vars(block)
+                if wrapped and isinstance(flow[0], Unmerged):
+                    flow = flow[0].merge()
+                merge = wrapped or block is last
+                flow = block(*flow) if merge else (block(*flow, merge=False),)
+        return flow
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> logits [B, S, V]."""
