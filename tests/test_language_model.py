@@ -1,5 +1,6 @@
 """The LightningModule under a real Trainer: what it logs, and against which step."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
@@ -122,20 +122,43 @@ def test_validation_metrics_cover_all_tokens_and_share_the_axis(make: Make) -> N
     assert perplexity == pytest.approx(reference.compute().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_means_over_tokens_do_not_saturate_in_half_precision(make: Make, precision: Any) -> None:
-    """Cast by the precision plugin, by hand, or not; bfloat16 cannot count to 4,000."""
-    half = HalfPrecision(precision)
-    losses = torch.rand(500, 8) + torch.arange(500.0).unsqueeze(1) / 100
-    for cast in (half.convert_module, lambda m: m.bfloat16().half(), lambda m: m):
-        model = cast(make())
-        for part in losses:
-            model.validation_loss.update(part)
-            model.validation_perplexity.update(part)
-        mean = losses.double().mean()
-        assert model.validation_loss.compute().item() == pytest.approx(mean.item(), rel=1e-5)
-        perplexity = model.validation_perplexity.compute().item()
-        assert perplexity == pytest.approx(mean.exp().item(), rel=1e-5)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
+def test_validation_sums_do_not_saturate_and_leave_padding_out(make: Make, precision: Any) -> None:
+    """In any precision: bfloat16 cannot count to 4,000. An empty sequence and batch are nothing."""
+    model = make()
+    losses = torch.rand(300, 8) + torch.arange(300.0)[:, None] / 100
+    tokens = torch.zeros(300, 8, 2, dtype=torch.long)
+    padded = torch.rand(300, 8) < 0.3
+    padded[7] = True
+    tokens[padded] = -100
+    parts = iter(losses.masked_fill(padded, 0)[..., None])
+    model.model.token_losses = lambda inputs, targets: next(parts)  # type: ignore[method-assign]
+    run = trainer(precision=precision)
+    run.validate(model, DataLoader(tokens.flatten(0, 1), batch_size=8), verbose=False)
+    found = {name: float(value) for name, value in run.callback_metrics.items()}
+    mean = losses[~padded].double().mean()
+    assert found["val/tokens"] == (~padded).sum()
+    assert found["val/loss"] == pytest.approx(mean.item(), rel=1e-12)
+    assert found["val/perplexity"] == pytest.approx(mean.exp().item(), rel=1e-12)
+
+
+def test_padding_changes_neither_training_nor_validation(make: Make) -> None:
+    """A batch of sequences of unequal length, against each of them alone."""
+    model, lengths = make().double(), [9, 5, 2, 1, 0]
+    rows = [torch.randint(0, 40, (length,)) for length in lengths]
+    batch = torch.full((5, 9), -100)
+    for row, tokens in zip(batch, rows, strict=True):
+        row[: len(tokens)] = tokens
+    with torch.no_grad():
+        sums = [float(loss_of(model, row[None])) * (len(row) - 1) for row in rows if len(row) > 1]
+    expected = pytest.approx(sum(sums) / (8 + 4 + 1), rel=1e-12)
+    run = trainer(max_steps=1)
+    before = copy.deepcopy(model)
+    run.fit(model, DataLoader(batch, batch_size=5))
+    assert isinstance(run.logger, Recorder)
+    assert run.logger.series("train/loss")[1] == expected
+    run.validate(before, DataLoader(batch, batch_size=2), verbose=False)
+    assert float(run.callback_metrics["val/loss"]) == expected
 
 
 def test_gradient_norm_is_before_clipping(make: Make) -> None:

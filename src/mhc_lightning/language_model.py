@@ -1,14 +1,13 @@
 """The LightningModule: loss, optimizer, schedule and the numbers every run logs."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.finiteness import last_gains
@@ -18,32 +17,6 @@ from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimization import AdamW
 from mhc_lightning.strategies.gradient_norm import global_norm
 from mhc_lightning.strategies.sharding import load_rows, shard
-
-
-class TokenMean(MeanMetric):
-    """A mean over tokens, whose sums stay float32 under ``.half()``, ``.bfloat16()`` and plugins.
-
-    In bfloat16 the number of tokens would stop to grow at a few hundred batches.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(nan_strategy="disable")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            coarse = moved.is_floating_point() and moved.dtype.itemsize < 4
-            return tensor.to(moved.device) if coarse else moved
-
-        return super()._apply(keep_precision, exclude_state)
-
-
-class TokenPerplexity(TokenMean):
-    """exp(mean cross-entropy), from the losses of tokens: no logits need to be kept for it."""
-
-    def compute(self) -> Tensor:
-        """Perplexity over everything seen, on all ranks."""
-        return super().compute().exp()
 
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,8 +64,6 @@ class LanguageModel(pl.LightningModule):
         self.compile_sublayers = compile
         self._configured = False
         self._weights: Mapping[str, Tensor] | None = None
-        self.validation_loss = TokenMean()
-        self.validation_perplexity = TokenPerplexity()
         self._step_losses: list[Tensor] = []
         self._step_of_losses = -1
 
@@ -154,16 +125,26 @@ class LanguageModel(pl.LightningModule):
         self.log("step", float(step + 1))
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin to sum losses, and to count tokens, anew."""
+        # So wide that the order and size of batches do not show. Apple's GPUs have no float64.
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self._validated = torch.zeros(2, dtype=wide, device=self.device)
+
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Accumulate loss and perplexity over all tokens."""
-        losses = self.model.token_losses(*inputs_and_targets(batch))
-        self.validation_loss.update(losses)
-        self.validation_perplexity.update(losses)
+        """Sum the losses of all tokens, and count them."""
+        inputs, targets = inputs_and_targets(batch)
+        total = self.model.token_losses(inputs, targets).sum(dtype=self._validated.dtype)
+        self._validated += torch.stack([total, self.model.count_targets(targets)])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the whole validation set."""
-        self.log("val/loss", self.validation_loss, prog_bar=True)
-        self.log("val/perplexity", self.validation_perplexity)
+        """Log loss and perplexity of the whole validation set, in which every token weighs one."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._validated, group=self._group("data_parallel_group"))
+        total, count = self._validated
+        self.log("val/loss", total / count, prog_bar=True, sync_dist=True)  # the same everywhere
+        self.log("val/perplexity", (total / count).exp(), sync_dist=True)
+        self.log("val/tokens", count, logger=False, sync_dist=True)
         self.log("step", float(self.trainer.global_step))
 
     def configure_optimizers(self) -> Any:

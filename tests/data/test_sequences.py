@@ -6,7 +6,13 @@ import torch
 
 from mhc_lightning.data import PreparedData
 from mhc_lightning.data import sequences as module
-from mhc_lightning.data.sequences import TrainingSequences, ValidationSequences, sequences_in
+from mhc_lightning.data.prepared import Chunk
+from mhc_lightning.data.sequences import (
+    TrainingSequences,
+    ValidationSequences,
+    predicted_tokens,
+    sequences_in,
+)
 
 LENGTH = 64
 
@@ -81,3 +87,28 @@ def test_validation_is_evenly_spaced_and_fixed(prepared: PreparedData) -> None:
     assert len(few) == 5
     for index in range(5):
         assert torch.equal(few[index], rows[index * len(everything) // 5])
+    assert few.num_tokens == [5 * LENGTH]
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 100, 10**5])
+def test_all_held_out_tokens_but_a_chunks_first_are_predicted_once(
+    prepared: PreparedData, length: int
+) -> None:
+    chunks = prepared.chunks("validation")
+    count = sum(len(predicted_tokens(chunk, length)) for chunk in chunks)
+    every = ValidationSequences([prepared], [count], length)
+    rows = every.__getitems__(range(count))
+    held = [np.asarray(prepared.tokens(chunk)) for chunk in chunks]
+    targets = rows[:, 1:]
+    assert np.array_equal(targets[targets != -100], np.concatenate([c[1:] for c in held]))
+    assert every.num_tokens == [int((targets != -100).sum())]
+    inputs = rows[:, :-1][targets != -100]
+    assert np.array_equal(inputs, np.concatenate([c[:-1] for c in held]))
+    padding = every.__getitems__([count, count + 7])
+    assert padding.shape == (2, length + 1) and (padding == -100).all()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 64, 65, 66])
+def test_short_chunks(tokens: int) -> None:
+    sizes = predicted_tokens(Chunk("", tokens, 0, 0, ""), LENGTH)
+    assert sizes == [k for k in (min(LENGTH, tokens - 1), tokens - 65) if k > 0]

@@ -72,14 +72,30 @@ def test_validation_is_the_same_on_any_number_of_ranks(prepared_path: Path) -> N
 
     alone = rows(0, 1)
     assert len(set(alone)) == 16
-    assert sorted(rows(0, 2) + rows(1, 2)) == sorted(alone)
     assert rows(0, 1) == alone
+    assert sorted(rows(0, 2) + rows(1, 2)) == sorted(alone)
+    padding = torch.full((65,), -100).numpy().tobytes()
+    three = [row for rank in range(3) for row in rows(rank, 3)]
+    assert len(three) == 18
+    assert sorted(row for row in three if row != padding) == sorted(alone)
+
+
+def test_one_sequence_on_three_ranks_is_padding_on_two(prepared_path: Path) -> None:
+    batches = [
+        list(
+            attached(prepared_path, fake_trainer(rank, 3), validation_sequences=1).val_dataloader()
+        )
+        for rank in range(3)
+    ]
+    assert [[batch.shape for batch in rank] for rank in batches] == 3 * [[(1, 65)]]
+    assert [bool((rank[0] == -100).all()) for rank in batches] == [False, True, True]
 
 
 def test_all_held_out_text_can_be_used(prepared_path: Path, prepared: PreparedData) -> None:
     data = attached(prepared_path, validation_sequences=None)
     tokens = sum(chunk.tokens for chunk in prepared.chunks("validation"))
-    assert len(data.val_dataloader()) * 2 * 64 > 0.95 * tokens
+    predicted = sum(int((batch[:, 1:] != -100).sum()) for batch in data.val_dataloader())
+    assert predicted == tokens - len(prepared.chunks("validation"))
     assert data.validation_bytes_per_token == prepared.bytes_per_token()
 
 
@@ -91,7 +107,7 @@ def test_without_held_out_text(tmp_path: Path) -> None:
         assert data.val_dataloader() == []
     assert math.isnan(data.validation_bytes_per_token)
     data.trainer.state.fn = TrainerFn.VALIDATING  # type: ignore[union-attr]
-    with pytest.raises(UserError, match="too little held-out text"):
+    with pytest.raises(UserError, match="no held-out text"):
         data.val_dataloader()
 
 

@@ -1,7 +1,8 @@
 """Sequences of tokens by number: what the loaders' workers read.
 
 Sequence i of a chunk is its tokens [i·S, i·S + S], S + 1 of them: each token but a chunk's first
-is predicted exactly once. The few tokens at a chunk's end that fill no sequence are not used.
+is predicted exactly once. The few tokens at a chunk's end that fill no sequence are not trained on;
+in validation they make a shorter one.
 """
 
 from collections import OrderedDict
@@ -13,13 +14,24 @@ from torch import Tensor
 
 from mhc_lightning.data.order import EpochOrder, Mixture
 from mhc_lightning.data.prepared import TRAIN, VALIDATION, Chunk, PreparedData
+from mhc_lightning.kernels import IGNORE_INDEX
 
 _OPEN_CHUNKS = 128  # each mapped file holds a file descriptor
 
 
 def sequences_in(chunk: Chunk, sequence_length: int) -> int:
-    """How many sequences a chunk gives."""
+    """How many whole sequences a chunk gives."""
     return max(0, (chunk.tokens - 1) // sequence_length)
+
+
+def predicted_tokens(chunk: Chunk, sequence_length: int) -> list[int]:
+    """How many tokens each sequence of a chunk predicts, the last one perhaps fewer.
+
+    Together they predict every token of the chunk but its first.
+    """
+    whole = sequences_in(chunk, sequence_length)
+    rest = max(0, chunk.tokens - 1 - whole * sequence_length)
+    return [sequence_length] * whole + [rest] * (rest > 0)
 
 
 class _Reader:
@@ -121,23 +133,37 @@ class TrainingSequences(torch.utils.data.Dataset[Tensor]):
 class ValidationSequences(torch.utils.data.Dataset[Tensor]):
     """A fixed choice of held-out sequences, evenly spaced over each source's validation split.
 
+    Sequences are whole where that many are; else those shorter ones are among them that the ends of
+    chunks leave. Shorter ones are padded behind their end with ``IGNORE_INDEX`` (-100), and so is a
+    row for an index beyond the last sequence, all of it.
+
     Args:
         sources: The prepared folders.
         counts: How many sequences of each.
         sequence_length: Tokens to predict per sequence.
+
+    Attributes:
+        num_tokens: Tokens predicted in the sequences of each source.
     """
 
     def __init__(
         self, sources: Sequence[PreparedData], counts: Sequence[int], sequence_length: int
     ) -> None:
         self._reader = _Reader(sources, VALIDATION, sequence_length)
+        self._row = sequence_length + 1
         self._places: list[tuple[int, int, int]] = []
+        self.num_tokens: list[int] = []
         for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
-            sizes = [sequences_in(chunk, sequence_length) for chunk in source.chunks(VALIDATION)]
-            places = [
-                (number, chunk, row) for chunk, size in enumerate(sizes) for row in range(size)
+            every = [
+                ((number, chunk, row), tokens)
+                for chunk, held in enumerate(source.chunks(VALIDATION))
+                for row, tokens in enumerate(predicted_tokens(held, sequence_length))
             ]
-            self._places += [places[place * len(places) // count] for place in range(count)]
+            whole = [place for place in every if place[1] == sequence_length]
+            among = whole if count <= len(whole) else every
+            chosen = [among[place * len(among) // count] for place in range(count)]
+            self._places += [place for place, _ in chosen]
+            self.num_tokens.append(sum(tokens for _, tokens in chosen))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -147,4 +173,9 @@ class ValidationSequences(torch.utils.data.Dataset[Tensor]):
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         """Some of the sequences, int64 [len(indices), sequence_length + 1]."""
-        return _stack([self._reader.read(*self._places[index]) for index in indices])
+        batch = torch.full((len(indices), self._row), IGNORE_INDEX)
+        for row, index in zip(batch, indices, strict=True):
+            if index < len(self._places):
+                tokens = self._reader.read(*self._places[index])
+                row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        return batch

@@ -29,7 +29,11 @@ class TextDataModule(L.LightningDataModule):
     With ``Trainer(max_steps=…)`` what Lightning calls an epoch is the whole run; without it an
     epoch is one pass over the data.
 
-    Validation is a fixed choice of held-out sequences. A loss of l nats per token on them is
+    Validation is a fixed choice of held-out sequences, each of which comes once, on one rank,
+    whatever ``micro_batch_size`` and the number of ranks are: what is missing to equal batches on
+    every rank, and to the whole length of a sequence at the end of a chunk, is padded behind with
+    -100 (``mhc_lightning.kernels.IGNORE_INDEX``), which is not predicted. Of all that is held out
+    nothing but the first token of each chunk file is left out. A loss of l nats per token is
     ``l / ln 2 / validation_bytes_per_token`` bits per byte.
 
     Args:
@@ -42,8 +46,8 @@ class TextDataModule(L.LightningDataModule):
             microseconds per sequence unless the disk is slow. Chunks of a URL are fetched in the
             background either way.
         seed: Names the order of the training stream.
-        validation_sequences: Held-out sequences per validation; None for all of them. Rounded down
-            to whole batches over all ranks.
+        validation_sequences: Held-out sequences per validation, evenly spaced; None for all of
+            them.
         tokenizer: If given, the tokenizer that the data must have been prepared with.
         shuffle_window: Chunks among which sequences are shuffled.
         cache_dir: Where chunks of a URL are kept; by default ``$MHC_LIGHTNING_CACHE`` or
@@ -140,7 +144,7 @@ class TextDataModule(L.LightningDataModule):
     @property
     def validation_bytes_per_token(self) -> float:
         """Bytes of text per predicted token in validation; NaN without a validation split."""
-        counts = self._validation_counts()
+        counts = self._validation_sequences().num_tokens
         if not sum(counts):
             return math.nan
         pairs = zip(counts, self.sources, strict=True)
@@ -197,7 +201,8 @@ class TextDataModule(L.LightningDataModule):
         """Open the data, so that mistakes show before training begins, and start at step 0."""
         self._base = (0, 0)  # Lightning restores a checkpoint after this
         self._resumed = False
-        self.accumulation(self._data_parallel()[1])
+        if stage == "fit":
+            self.accumulation(self._data_parallel()[1])
         assert self.sources
 
     def train_dataloader(self) -> TrainingLoader:
@@ -237,19 +242,17 @@ class TextDataModule(L.LightningDataModule):
         """
         assert self.trainer is not None
         rank, world_size = self._data_parallel()
-        counts = self._validation_counts()
-        batches = validation_batches(sum(counts), self.micro_batch_size, rank, world_size)
+        dataset = self._validation_sequences()
+        batches = validation_batches(len(dataset), self.micro_batch_size, rank, world_size)
         if not batches:
             message = (
-                f"{', '.join(data.path for data in self.sources)} holds too little held-out text to"
-                f" validate on with data.sequence_length={self.sequence_length};"
-                " run `prepare` with a larger validation_fraction"
+                f"{', '.join(data.path for data in self.sources)} has no held-out text to validate"
+                " on; run `prepare` with a larger validation_fraction"
             )
             if self.trainer.state.fn != TrainerFn.FITTING:
                 raise UserError(message)
             rank_zero_warn(f"no validation: {message}")
             return []
-        dataset = ValidationSequences(self.sources, counts, self.sequence_length)
         return BatchLoader(dataset, batches, len(batches), pin_memory=self._pins_memory())
 
     def teardown(self, stage: str) -> None:
@@ -310,10 +313,11 @@ class TextDataModule(L.LightningDataModule):
             self.sources, self.weights, self.sequence_length, self.seed, self.shuffle_window
         )
 
-    def _validation_counts(self) -> list[int]:
-        return validation_counts(
+    def _validation_sequences(self) -> ValidationSequences:
+        counts = validation_counts(
             self.sources, self.weights, self.sequence_length, self.validation_sequences
         )
+        return ValidationSequences(self.sources, counts, self.sequence_length)
 
     def _pins_memory(self) -> bool:
         assert self.trainer is not None

@@ -1,10 +1,11 @@
 """Which held-out sequences validation uses, and how ranks share them."""
 
+import math
 from collections.abc import Sequence
 
 from mhc_lightning.data.order import apportion
 from mhc_lightning.data.prepared import VALIDATION, PreparedData
-from mhc_lightning.data.sequences import sequences_in
+from mhc_lightning.data.sequences import predicted_tokens
 
 
 def validation_counts(
@@ -13,7 +14,7 @@ def validation_counts(
     sequence_length: int,
     wanted: int | None,
 ) -> list[int]:
-    """How many held-out sequences of each source are used.
+    """How many held-out sequences of each source are used; those at chunks' ends may be shorter.
 
     Args:
         sources: The prepared folders.
@@ -22,7 +23,7 @@ def validation_counts(
         wanted: Number of sequences over all sources; None for all there are.
     """
     available = [
-        sum(sequences_in(chunk, sequence_length) for chunk in data.chunks(VALIDATION))
+        sum(len(predicted_tokens(chunk, sequence_length)) for chunk in data.chunks(VALIDATION))
         for data in sources
     ]
     if wanted is None:
@@ -34,11 +35,11 @@ def validation_counts(
 def validation_batches(
     total: int, micro_batch_size: int, rank: int, world_size: int
 ) -> list[range]:
-    """The sequences of each of a rank's batches.
+    """The sequences of each of a rank's batches: each comes once, on one rank.
 
-    Every rank gets the same number of batches of the same size and no sequence comes twice, so
-    what does not fill a round over all ranks is left out; fewer sequences than one round make one
-    smaller round.
+    Every rank gets the same number of batches of the same size, as collectives need it. What is
+    missing to that is numbered from ``total`` on, and stands for padding. Fewer sequences than one
+    round over all ranks make a smaller one.
 
     Args:
         total: Number of sequences.
@@ -46,10 +47,10 @@ def validation_batches(
         rank: Data-parallel rank.
         world_size: Number of data-parallel ranks.
     """
-    size = min(micro_batch_size, total // world_size)
+    size = min(micro_batch_size, math.ceil(total / world_size))
     if not size:
         return []
-    stride = size * world_size
     return [
-        range(start, start + size) for start in range(rank * size, total // stride * stride, stride)
+        range(start + rank * size, start + (rank + 1) * size)
+        for start in range(0, total, size * world_size)
     ]
