@@ -33,7 +33,7 @@ PROMPT = "def read_lines(path):\n"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The part of the validation text that `validate` measures.
+    """The validation text as `validate` measures it.
 
     Attributes:
         streams: Consecutive tokens of each chunk; every token but the first of each is predicted.
@@ -55,24 +55,10 @@ class HeldOut:
         return tokens[tokens != self.end_of_document].astype(np.uint8).tobytes()
 
 
-def held_out(data: Any, sequence_length: int, sequences_per_batch: int) -> HeldOut:
-    """The tokens of all whole batches of whole sequences, in order.
-
-    Args:
-        data: A `PreparedData` with the byte tokenizer.
-        sequence_length: Tokens predicted per sequence.
-        sequences_per_batch: Sequences per batch.
-    """
+def held_out(data: Any) -> HeldOut:
+    """All of the validation text of a `PreparedData` with the byte tokenizer."""
     chunks = [np.asarray(data.tokens(chunk), np.int64) for chunk in data.chunks("validation")]
-    whole = [(len(chunk) - 1) // sequence_length for chunk in chunks]
-    left = sum(whole) // sequences_per_batch * sequences_per_batch
-    streams = []
-    for chunk, sequences in zip(chunks, whole, strict=True):
-        taken = min(sequences, left)
-        left -= taken
-        if taken:
-            streams.append(chunk[: taken * sequence_length + 1])
-    return HeldOut(streams, data.tokenizer.end_of_document)
+    return HeldOut([chunk for chunk in chunks if len(chunk) > 1], data.tokenizer.end_of_document)
 
 
 def trigram_bits_per_byte(data: Any, measured: HeldOut) -> float:
@@ -95,8 +81,8 @@ def score(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
 
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]
     data = PreparedData(settings["path"])
-    per_batch = settings["micro_batch_size"] or settings["batch_size"]
-    measured = held_out(data, settings["sequence_length"], per_batch)
+    measured = held_out(data)
+    assert metrics["val/tokens"] == measured.num_tokens
     text = measured.text
     return {
         "step": metrics["step"],

@@ -54,6 +54,12 @@ def test_validate_repeats_what_the_run_measured(trained, capfd):
     assert measured["val/perplexity"] == float(written["val/perplexity"])
     bits_per_token = measured["val/loss"] / math.log(2)
     assert bits_per_token < measured["val/bits_per_byte"] < 1.02 * bits_per_token  # document ends
+    for size in (1, 3):
+        words = (f"data.micro_batch_size={size}", f"data.batch_size={size}")
+        assert trained.inside("validate", *LAST, *words, "--json") == 0
+        again = json.loads(capfd.readouterr()[0])
+        assert again["val/tokens"] == measured["val/tokens"] > 100
+        assert again["val/loss"] == pytest.approx(measured["val/loss"], rel=1e-6)
     assert trained.inside("validate", "output_dir=run", "ckpt_path=best") == 0
     output, _ = capfd.readouterr()
     assert "val/perplexity" in output and "val/bits_per_byte" in output

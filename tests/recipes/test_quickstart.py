@@ -27,25 +27,17 @@ class Prepared:
         return np.array(chunk, np.uint16)
 
 
-def test_held_out_text_is_what_whole_batches_of_whole_sequences_predict():
-    first = [*b"abcdefgh", END, *b"ij"]  # 10 predicted tokens: 3 sequences of 3
-    second = [*b"klmnopq"]  # 6 predicted tokens: 2 sequences
-    data = Prepared([], [first, second])
-    all_five = quickstart.held_out(data, sequence_length=3, sequences_per_batch=1)
-    assert all_five.text == b"bcdefghi" + b"lmnopq"
-    assert all_five.num_tokens == 15
-    two_batches_of_two = quickstart.held_out(data, sequence_length=3, sequences_per_batch=2)
-    assert two_batches_of_two.text == b"bcdefghi" + b"lmn"
-    assert two_batches_of_two.num_tokens == 12
-    one_batch_of_three = quickstart.held_out(data, sequence_length=3, sequences_per_batch=3)
-    assert one_batch_of_three.text == b"bcdefghi"
-    assert len(one_batch_of_three.streams) == 1
+def test_held_out_text_is_all_but_the_first_token_of_each_chunk():
+    data = Prepared([], [[*b"abcdefgh", END, *b"ij"], [*b"k"], [*b"lmnopq"]])
+    measured = quickstart.held_out(data)
+    assert measured.text == b"bcdefghij" + b"mnopq"
+    assert measured.num_tokens == 10 + 5
 
 
 def test_trigram_learns_from_the_training_text_and_pays_for_the_predicted_tokens():
     train = [[*b"the theatre", END], [*b"there then", END]]
     data = Prepared(train, [[*b"the thermos", END]])
-    measured = quickstart.held_out(data, sequence_length=11, sequences_per_batch=1)
+    measured = quickstart.held_out(data)
     model = Trigram(np.array(train[0] + train[1]))
     whole = np.array([END, *b"the thermos", END])
     expected = model.bits(whole) / len(b"he thermos")

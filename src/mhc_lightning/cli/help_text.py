@@ -129,8 +129,9 @@ usage: {_PROGRAM} validate --config PATH_OR_NAME ckpt_path=last|best|PATH [key=v
   ckpt_path=last|best  of the run in output_dir;  ckpt_path=PATH  any checkpoint
   data.path=DIR        what to validate on
 
-Prints val/loss (nats per token) and val/perplexity, and val/bits_per_byte where the data tell how
-many bytes a token stands for.
+Prints val/loss (nats per token), val/perplexity and val/tokens, the number of tokens they are the
+mean over, and val/bits_per_byte where the data tell how many bytes a token stands for. The batches
+and the number of devices don't matter.
 
 example:
   {_PROGRAM} validate --config mhc_quickstart output_dir=runs/mine ckpt_path=last --json""",

@@ -56,9 +56,12 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     check_tokenizer(data.tokenizer, checkpoint, path, module.model.vocab_size)
     module.start_from(checkpoint["state_dict"])
     trainer.validate(module, datamodule=data, verbose=False)
-    measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    measured: dict[str, float | int | str] = {}
+    for name, value in trainer.callback_metrics.items():
+        measured[name] = int(value) if name == "val/tokens" else float(value)
     measured.pop("step", None)
     bytes_per_token = data.validation_bytes_per_token
-    if "val/loss" in measured and bytes_per_token > 0:
-        measured["val/bits_per_byte"] = measured["val/loss"] / math.log(2) / bytes_per_token
+    loss = measured.get("val/loss")
+    if isinstance(loss, float) and bytes_per_token > 0:
+        measured["val/bits_per_byte"] = loss / math.log(2) / bytes_per_token
     return {"step": trained_steps(checkpoint), **measured, "checkpoint": str(path)}
