@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import random
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from noisy_run import newest, run, sigterm_at
 
 from mhc_lightning import checkpoint_files
@@ -48,6 +50,30 @@ def test_sigterm_saves_a_whole_step_and_resumes_bit_for_bit(
     assert os.readlink(tmp_path / "checkpoints/last") == f"step_{saved:08d}.ckpt"
     run(tmp_path, resume=newest(tmp_path))
     assert (tmp_path / "metrics.csv").read_text() == uninterrupted
+
+
+class Averages(WeightAveraging):
+    """Validates the averaged weights, which it lends the module until the validation's end."""
+
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return step_idx is not None
+
+
+@pytest.mark.parametrize("form", [{}, {"sharded": True}, {"asynchronous": True}])
+def test_sigterm_in_a_validation_of_other_weights_saves_those_of_the_training(tmp_path, form):
+    for name, hook in (("whole", None), ("stopped", sigterm_at("val", 5, 1))):
+        with contextlib.nullcontext() if hook is None else pytest.raises(SystemExit):
+            run(tmp_path / name, 9, hook, callbacks=[Averages()], **form)
+    assert saved_steps(tmp_path / "stopped/checkpoints") == [4, 5]
+    run(
+        tmp_path / "stopped", 9, resume=newest(tmp_path / "stopped"), callbacks=[Averages()], **form
+    )
+    rows, ends = zip(*(
+        ((tmp_path / name / "metrics.csv").read_text(),
+         load_checkpoint(newest(tmp_path / name), trusted=True)["state_dict"]["layer.weight"])
+        for name in ("whole", "stopped")
+    ), strict=True)  # fmt: skip
+    assert rows[0] == rows[1] and torch.equal(*ends)
 
 
 @pytest.mark.parametrize("step", [4, 8, 10, 12])

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from mhc_lightning.checkpoint_files import point_link
 from mhc_lightning.checkpoint_forms import Sharded, ShardedFolder, WholeFile, choose_form
@@ -53,6 +57,7 @@ class CheckpointSaver:
         self.resumed_from: Path | None = None
         self._form: WholeFile | ShardedFolder = WholeFile()
         self._writing: tuple[int, Future[Any]] | None = None  # of a step
+        self._norms = torch.zeros(0)
 
     def set_up(self, strategy: Strategy) -> None:
         """Choose the form, now that the process group is there."""
@@ -67,7 +72,16 @@ class CheckpointSaver:
 
     def take(self, trainer: pl.Trainer) -> dict[str, Any]:
         """What to save of the run as it is; the tensors in it may be the live ones."""
+        self._norms = _norms(trainer.lightning_module)
         return self._form.take(trainer)
+
+    def is_as_taken(self, trainer: pl.Trainer) -> bool:
+        """Whether the parameters are still those that were taken; every process must call it.
+
+        Callbacks lend the module other weights while it is validated, such as averages.
+        """
+        same = torch.equal(self._norms, _norms(trainer.lightning_module))
+        return trainer.strategy.reduce_boolean_decision(same)
 
     def save(self, trainer: pl.Trainer, taken: dict[str, Any]) -> None:
         """Save what was taken, or begin to: nothing of it is needed when this returns.
@@ -119,3 +133,12 @@ class CheckpointSaver:
             for saved in checkpoints_of(self.folder, best):
                 point_link(self.folder / "best", saved.name)
         self.retention.prune(self.folder, newest=step, spared=spared)
+
+
+@torch.no_grad()
+def _norms(module: nn.Module) -> Tensor:
+    """Of what this process holds of each parameter, without waiting for the device."""
+    held = [p for p in module.parameters() if not (is_lazy(p) or p.is_meta)]
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in held]
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    return torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else torch.zeros(0)

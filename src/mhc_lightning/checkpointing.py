@@ -35,8 +35,9 @@ class RunCheckpoint(Checkpoint):
     at that step was still to come (it is then run again on resuming).
 
     It is saved every `every_n_steps` steps, at the end of the run, on SIGTERM (at the next
-    optimizer step; within a validation, at once), where a validation improves on the best, and
-    where `save_at_step_end` was called.
+    optimizer step; within a validation, at once, or at its end if a callback has lent the module
+    other weights for it), where a validation improves on the best, and where `save_at_step_end` was
+    called.
     A state that is not finite, in a trained parameter or in what an optimizer keeps of it, is never
     saved: the run ends with `NonFiniteLossError` and what was saved before stays. If writing fails,
     training goes on with a warning and everything saved before stays.
@@ -196,7 +197,7 @@ class RunCheckpoint(Checkpoint):
         if self._snapshot is None:
             return
         self._gather_random_states(trainer, self._snapshot)  # the validation drew from them
-        if self._is_among_best(trainer):
+        if self._is_among_best(trainer) or self._stopping:
             self._due = True
         if self._due:
             self._write(trainer, validation_pending=False)
@@ -298,7 +299,9 @@ class RunCheckpoint(Checkpoint):
 
     def _leave_validation_if_asked(self, trainer: pl.Trainer) -> None:
         over = self._seen_step >= trainer.max_steps > 0  # nothing could resume this validation
-        if self._stopping and self._snapshot is not None and not over:
+        if not self._stopping or self._snapshot is None or over:
+            return
+        if self.saver.is_as_taken(trainer):  # else at the validation's end
             self._write(trainer, validation_pending=True)
             self._stop_if_asked(trainer)
 
