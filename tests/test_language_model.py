@@ -161,6 +161,14 @@ def test_padding_changes_neither_training_nor_validation(make: Make) -> None:
     assert float(run.callback_metrics["val/loss"]) == expected
 
 
+@pytest.mark.parametrize("row", [[-100, 1, 2], [1, -100, 2], [1, -100, -100, 2, -100]])
+def test_tokens_behind_padding_are_refused(make: Make, row: list[int]) -> None:
+    batch = torch.tensor([[3] * len(row), row])
+    for call in (make().training_step, make().validation_step):
+        with pytest.raises(UserError, match="tokens behind -100, which may only pad the end"):
+            call(batch, 0)
+
+
 def test_gradient_norm_is_before_clipping(make: Make) -> None:
     model, run = make(), trainer(max_steps=1, gradient_clip_val=1e-3)
     loader = batches(1, 2)

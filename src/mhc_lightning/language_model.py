@@ -12,6 +12,7 @@ from torch import Tensor
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.finiteness import last_gains
 from mhc_lightning.kernels import IGNORE_INDEX
+from mhc_lightning.kernels.operands import check_values
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimization import AdamW
@@ -23,23 +24,34 @@ def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
     """A batch [B, S + 1] as what is read and what is predicted, each [B, S].
 
     Padding (-100) is read as token 0, which causal attention shows to nothing but more padding.
+
+    Raises:
+        UserError: There is a token behind padding, which would read it.
     """
-    inputs = batch[:, :-1]
-    return inputs.masked_fill(inputs == IGNORE_INDEX, 0), batch[:, 1:]
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    padding = inputs == IGNORE_INDEX
+    check_values(
+        (~padding | (targets == IGNORE_INDEX)).all(),
+        f"a batch has tokens behind {IGNORE_INDEX}, which may only pad the end of a sequence; to"
+        " leave tokens within out of the loss, call model.loss(tokens, targets) with targets of"
+        f" {IGNORE_INDEX} in a training_step of your own",
+    )
+    return inputs.masked_fill(padding, 0), targets
 
 
 class LanguageModel(pl.LightningModule):
     """Next-token prediction with a ``Transformer``.
 
     A batch is int64 tokens [B, S + 1]. Shorter sequences are padded behind their end with -100
-    (``IGNORE_INDEX``); padding is not predicted. The loss is the mean over the predicted tokens of
-    a micro-batch, and micro-batches and ranks weigh the same in a step, however much of them is
-    padding.
+    (``IGNORE_INDEX``); padding is not predicted, but experts count it in their load. The loss is
+    the mean over the predicted tokens of a micro-batch, and micro-batches and ranks weigh the same
+    in a step, however much of them is padding.
 
-    Logs ``train/loss`` (the mean over the micro-batches of an
-    optimizer step), ``train/grad_norm`` (before clipping), ``train/learning_rate``, ``val/loss``
-    and ``val/perplexity``, against the number of optimizer steps completed, first 1; with experts,
-    also ``experts/max_violation`` and ``experts/mean_violation``, maximum and mean over layers of
+    Logs ``train/loss`` (the mean over the micro-batches of an optimizer step), ``train/grad_norm``
+    (before clipping), ``train/learning_rate``, ``val/loss`` and ``val/perplexity`` (over all
+    predicted tokens of all ranks, each of which weighs the same; NaN where there are none), against
+    the number of optimizer steps completed, first 1; with experts, also
+    ``experts/max_violation`` and ``experts/mean_violation``, maximum and mean over layers of
     (largest load / mean load - 1) in the global batch.
 
     Args:

@@ -80,6 +80,19 @@ def test_validation_is_the_same_on_any_number_of_ranks(prepared_path: Path) -> N
     assert sorted(row for row in three if row != padding) == sorted(alone)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 0.5])
+def test_a_limit_in_batches_is_warned_of(prepared_path: Path, limit: float) -> None:
+    def load(limit: float) -> None:
+        attached(prepared_path, fake_trainer(limit_val_batches=limit)).val_dataloader()
+
+    with pytest.warns(UserWarning, match=r"limit_val_batches=.* data.validation_sequences=N"):
+        load(limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(1.0)
+        load(0)
+
+
 def test_one_sequence_on_three_ranks_is_padding_on_two(prepared_path: Path) -> None:
     batches = [
         list(

@@ -15,7 +15,7 @@ from mhc_lightning.errors import UserError
 
 
 def count_batch_tokens(batch: Any) -> int:
-    """Tokens trained on in one batch.
+    """Tokens trained on in one batch, those that pad it included: they take their time too.
 
     An integer tensor [B, S + 1] holds B·S of them (inputs and targets overlap). In a mapping
     ``input_ids`` counts whole, and in a sequence its first element.

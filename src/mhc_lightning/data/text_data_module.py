@@ -253,6 +253,13 @@ class TextDataModule(L.LightningDataModule):
                 raise UserError(message)
             rank_zero_warn(f"no validation: {message}")
             return []
+        limit = getattr(self.trainer, "limit_val_batches", 1.0)
+        if limit not in (0, 1.0) or (limit == 1 and isinstance(limit, int) and len(batches) > 1):
+            rank_zero_warn(
+                f"trainer.limit_val_batches={limit} counts batches of a device, so that val/loss"
+                " depends on data.micro_batch_size and the devices; data.validation_sequences=N"
+                " takes the same N sequences under every layout"
+            )
         return BatchLoader(dataset, batches, len(batches), pin_memory=self._pins_memory())
 
     def teardown(self, stage: str) -> None:

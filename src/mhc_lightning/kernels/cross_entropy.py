@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.kernels.operands import full_precision
+from mhc_lightning.kernels.operands import check_values, compute_dtype, full_precision, widened
 
 IGNORE_INDEX = -100
 """The target that stands for none, as in torch."""
@@ -33,12 +33,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         low_weight = weight.to(hidden.dtype)
         losses = []
         hidden_grad = torch.empty_like(hidden) if need_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=_wide(weight)) if need_weight else None
+        weight_grad = torch.zeros_like(weight, dtype=compute_dtype(weight)) if need_weight else None
         start = 0
         for rows, wanted in _chunks(hidden, targets, weight.shape[0]):
             ignored = (wanted == ignore_index)[:, None]
             rows = rows.masked_fill(ignored, 0)  # they add nothing to weight_grad
-            log_probs = (rows @ low_weight.t()).to(_wide(rows)).log_softmax(-1)
+            log_probs = widened(rows @ low_weight.t()).log_softmax(-1)
             losses.append(
                 F.nll_loss(log_probs, wanted, ignore_index=ignore_index, reduction="none")
             )
@@ -79,10 +79,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def tokens_per_chunk(vocabulary: int) -> int:
     """How many tokens' logits exist at once."""
     return max(1, _CHUNK_LOGITS // vocabulary)
@@ -102,8 +98,8 @@ def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
     fits = ((targets >= 0) & (targets < vocabulary)) | (targets == ignore_index)
     what = f"targets must be from 0 to {vocabulary - 1}, or {ignore_index} for none"
     try:
-        torch._assert_async(fits.all(), what)
-    except RuntimeError as error:
+        check_values(fits.all(), what)
+    except UserError as error:
         raise UserError(f"{what}, not {targets[~fits][0]}") from error
 
 
@@ -150,7 +146,7 @@ def token_losses(
         return torch.cat(
             [
                 F.cross_entropy(
-                    (rows @ low_weight.t()).to(_wide(rows)),
+                    widened(rows @ low_weight.t()),
                     wanted,
                     ignore_index=ignore_index,
                     reduction="none",
