@@ -219,7 +219,8 @@ class LanguageModel(pl.LightningModule):
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(balance.load, group=self._group("data_parallel_group"))
             # float32 in a stage of any dtype: stages without experts do not know theirs.
-            violations.append((balance.load.max() / balance.load.mean() - 1).float())
+            violation = balance.load.max() / balance.load.mean() - 1
+            violations.append(violation.float().nan_to_num(0))  # of no tokens at all
         found = torch.stack(violations) if violations else torch.zeros(0, device=self.device)
         worst = found.max() if violations else torch.full((), -math.inf, device=self.device)
         total = torch.stack([found.sum(), torch.full_like(worst, len(violations))])

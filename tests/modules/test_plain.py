@@ -186,6 +186,16 @@ def test_an_adapter_is_at_work_everywhere(place: str, model: Transformer) -> Non
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+def test_flops_count_adapters_and_weights_however_they_are_kept(model: Transformer) -> None:
+    flops = model.flops_per_token(100)
+    parametrized(model.output)  # type: ignore[arg-type]
+    assert model.flops_per_token(100) == flops
+    query = model.blocks[0].attention.body
+    query.query = LoRA(query.query)
+    added = query.query.lora_a.numel() + query.query.lora_b.numel()
+    assert model.flops_per_token(100) == flops + 6 * added
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_is_the_full_network(kind: str, model: Transformer) -> None:
     for place in PLACES:

@@ -52,6 +52,7 @@ class Connection(KeepsFloat32):
     A new variant implements ``mappings``, and ``read``, ``write`` or ``follow`` where it does more
     in one step, or does it differently. With the gates of mHC it derives from
     ``GatedHyperConnection`` and implements ``mix`` alone.
+    Within a ``Transformer`` it is not called but read and written: hooks belong on its ``window``.
     Its parameters stay float32 when a model is cast to a lower precision, and become float64 with
     ``.double()``.
 

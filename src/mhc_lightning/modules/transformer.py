@@ -406,14 +406,13 @@ class Transformer(nn.Module):
         """
         matrix_parameters = attention_flops = 0
         for module in self.modules():
+            own = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
             if isinstance(module, MixtureOfExperts):
-                share = module.num_active_experts / module.num_experts
-                matrix_parameters += int(share * (module.gate_up.numel() + module.down.numel()))
+                own = int(module.num_active_experts / module.num_experts * own)
             elif isinstance(module, LatentAttention):
                 widths = 2 * module.head_dim + module.rope_dim
                 attention_flops += sequence_length * module.num_heads * widths
-            elif isinstance(module, Connection):
-                matrix_parameters += sum(p.numel() for p in module.parameters() if p.dim() > 1)
-            elif isinstance(module, nn.Linear):
-                matrix_parameters += module.weight.numel()
+            elif isinstance(module, nn.Embedding):
+                own = 0
+            matrix_parameters += own
         return 6 * matrix_parameters + 3 * attention_flops

@@ -49,7 +49,9 @@ def test_forward(case: tuple, single_pass: bool) -> None:
     alpha, bias = torch.rand(3), randn(n * n + 2 * n)
     eps = 1e-20
     given_pre = torch.rand(tokens, n) if single_pass else None
-    new, read, raw, squares = merge_project(x, y, residual, post, phi, alpha, bias, given_pre, eps)
+    new, read, raw, squares, weights = merge_project(
+        x, y, residual, post, phi, alpha, bias, given_pre, eps
+    )
 
     doubles = [t.double() for t in (x, y, residual, post, phi)]
     expected_new = formulas(*doubles, pre=torch.zeros(tokens, n).double())[0]
@@ -66,6 +68,7 @@ def test_forward(case: tuple, single_pass: bool) -> None:
         pre = torch.sigmoid(gate[:, None] * expected_raw[:, :n] + bias[:n])
     else:
         pre = given_pre.double()
+    assert_close_to_float64(weights, pre, dtype)
     assert_close_to_float64(read, torch.einsum("ti,tic->tc", pre, stored))
 
 

@@ -125,6 +125,7 @@ def _merge_project(
         for i in tl.static_range(N):
             raw_pre = tl.sum(tl.where((k == i)[None, :], products, 0.0), 1)
             weights = weights + (tl.sigmoid(gate * raw_pre + tl.load(bias + i)),)
+            tl.store(pre + t * N + i, weights[i], mask=in_t)
         # The streams just written are read again, by other threads of this program.
         tl.debug_barrier()
         for start in tl.range(0, C, BLOCK_C):
@@ -155,7 +156,7 @@ def merge_project(
     bias: Tensor,
     pre: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Merge, then project and read for the next sub-layer.
 
     Args:
@@ -171,7 +172,8 @@ def merge_project(
 
     Returns:
         New streams [T, n, C] and the next input [T, C] in the streams' dtype, raw coefficients
-        [1, K, T] and sums of squares [1, T] in float32, as ``project`` returns them.
+        [1, K, T] and sums of squares [1, T] in float32, as ``project`` returns them, and the
+        weights [T, n] that the input was read with.
     """
     tokens, n, width = streams.shape
     coefficients = phi.shape[1]
@@ -182,6 +184,10 @@ def merge_project(
     read = streams.new_empty((tokens, width))
     raw = streams.new_empty((1, coefficients, tokens), dtype=torch.float32)
     squares = streams.new_empty((1, tokens), dtype=torch.float32)
+    if pre is None:
+        weights = streams.new_empty((tokens, n), dtype=torch.float32)
+    else:
+        weights = pre.contiguous()
     launch(
         _merge_project,
         (triton.cdiv(tokens, config.block_tokens),),
@@ -192,7 +198,7 @@ def merge_project(
         phi.contiguous(),
         alpha,
         bias,
-        bias if pre is None else pre.contiguous(),
+        weights,
         new,
         read,
         raw,
@@ -212,4 +218,4 @@ def merge_project(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return new, read, raw, squares
+    return new, read, raw, squares, weights

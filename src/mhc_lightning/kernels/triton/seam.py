@@ -21,11 +21,14 @@ def seam_forward(
     rule: Rule,
 ) -> tuple[Tensor, Tensor, StreamMappings, Tensor, Tensor]:
     """What ``unfused_seam.seam_forward`` computes."""
-    new, read, products, squares = merge_project(
+    new, read, products, squares, weights = merge_project(
         streams, output, residual, post, phi, alpha, bias, carry, rule.eps
     )
     shape = (streams.shape[1], streams.shape[2])
     mappings, raw, inverse_rms = mappings_of(products, squares, alpha, bias, shape, rule)
+    if carry is None:
+        # To the bit what was read with, so that a replay gives the same.
+        mappings = mappings._replace(pre=weights)
     return new, read, mappings, raw, inverse_rms
 
 
