@@ -76,6 +76,18 @@ def test_sigterm_in_a_validation_of_other_weights_saves_those_of_the_training(tm
     assert rows[0] == rows[1] and torch.equal(*ends)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_modules_of_any_dtype_are_saved(tmp_path, dtype):
+    class Cast(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            pl_module.other = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+            pl_module.empty = torch.nn.Parameter(torch.ones(0, dtype=dtype))
+            pl_module.counts = torch.nn.Parameter(torch.ones(3).long(), requires_grad=False)
+
+    run(tmp_path, 6, callbacks=[Cast()])
+    assert saved_steps(tmp_path / "checkpoints") == [4, 6]
+
+
 @pytest.mark.parametrize("step", [4, 8, 10, 12])
 def test_every_periodic_checkpoint_resumes_bit_for_bit(tmp_path, uninterrupted, step):
     # 10 carries a validation: written after it, so the resumed run does not repeat it.

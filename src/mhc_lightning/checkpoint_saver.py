@@ -137,8 +137,11 @@ class CheckpointSaver:
 
 @torch.no_grad()
 def _norms(module: nn.Module) -> Tensor:
-    """Of what this process holds of each parameter, without waiting for the device."""
-    held = [p for p in module.parameters() if not (is_lazy(p) or p.is_meta)]
-    parts = [p.to_local() if isinstance(p, DTensor) else p for p in held]
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+    """Of what this process holds of each trained parameter, without waiting for the device."""
+    trained = [p for p in module.parameters() if p.requires_grad and not (is_lazy(p) or p.is_meta)]
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+    norms = [
+        torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
+        for part in parts
+    ]
     return torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else torch.zeros(0)
