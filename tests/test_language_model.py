@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,7 @@ from torchmetrics.text import Perplexity
 from mhc_lightning import LanguageModel
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.modules import Transformer
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimization import AdamW, Muon
 
 
 class Recorder(DummyLogger):
@@ -167,6 +168,41 @@ def test_tokens_behind_padding_are_refused(make: Make, row: list[int]) -> None:
     for call in (make().training_step, make().validation_step):
         with pytest.raises(UserError, match="tokens behind -100, which may only pad the end"):
             call(batch, 0)
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_a_run_goes_on_with_the_settings_of_now(
+    make: Make, kind: type[AdamW], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As from the start of a run with them; what differs from the saved ones is said, once."""
+
+    def run(steps: int, recipe: AdamW, resume: Path | None = None) -> tuple[Any, list[str]]:
+        model, fit = make(), trainer(max_steps=steps)
+        model.optimizer = recipe
+        recwarn.clear()
+        fit.fit(model, batches(4, 2), ckpt_path=resume, weights_only=False)
+        fit.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        said = [str(w.message) for w in recwarn.list if "other settings" in str(w.message)]
+        return fit, said
+
+    first = kind(lr=1e-2, schedule="constant")
+    run(2, first)
+    same, said = run(3, first, tmp_path / "2.ckpt")
+    assert not said and same.optimizers[0].param_groups[0]["lr"] == 1e-2
+    second = kind(lr=2e-3, schedule="constant", betas=(0.8, 0.95), weight_decay=0.3)
+    changed, said = run(4, second, tmp_path / "3.ckpt")
+    assert len(said) == 1
+    for words in ("lr=0.002 (saved: 0.01)", "betas=(0.8, 0.95) (saved: (0.9, 0.95))",
+                  "weight_decay=0.3 (saved: 0.1)"):  # fmt: skip
+        assert words in said[0]
+    for group, fresh in zip(changed.optimizers[0].param_groups,
+                            second.build_optimizer(make()).param_groups, strict=True):  # fmt: skip
+        wanted = {name: value for name, value in fresh.items() if name != "params"}
+        assert {name: group[name] for name in wanted} == wanted
+    assert changed.logger.series("train/learning_rate")[4] == pytest.approx(2e-3)
+    other = {AdamW: Muon, Muon: AdamW}[kind](lr=1e-2)
+    with pytest.raises(UserError, match=f"optimizer is {kind.__name__}, not "):
+        run(6, other, tmp_path / "4.ckpt")
 
 
 def test_gradient_norm_is_before_clipping(make: Make) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
@@ -15,7 +17,7 @@ from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.kernels.operands import check_values
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimization import AdamW, Muon, go_on_with, settings_of
 from mhc_lightning.strategies.gradient_norm import global_norm
 from mhc_lightning.strategies.sharding import load_rows, shard
 
@@ -75,6 +77,7 @@ class LanguageModel(pl.LightningModule):
         self.optimizer = optimizer
         self.compile_sublayers = compile
         self._configured = False
+        self._settings: list[dict[str, Any]] = []
         self._weights: Mapping[str, Tensor] | None = None
         self._step_losses: list[Tensor] = []
         self._step_of_losses = -1
@@ -119,6 +122,35 @@ class LanguageModel(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Load given weights, now that every strategy has brought the network to life."""
         self._take_weights()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with the state of another kind of optimizer.
+
+        Raises:
+            UserError: It is another one's.
+        """
+        states = checkpoint.get("optimizer_states")
+        fits = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        ours = type(self).configure_optimizers is LanguageModel.configure_optimizers
+        if not (fits and ours and states):
+            return
+        saved, now = "muon" in states[0]["param_groups"][0], isinstance(self.optimizer, Muon)
+        if saved != now:
+            names = {True: "Muon", False: "AdamW"}
+            raise UserError(
+                f"the checkpoint's optimizer is {names[saved]}, not {names[now]}; choose that one,"
+                " or begin at step 0 with its weights: export it and give ckpt_path=FOLDER"
+            )
+
+    def on_train_start(self) -> None:
+        """Let the settings of the optimizer be those of now, not those of the checkpoint."""
+        if self.trainer.ckpt_path is None or not self._settings:
+            return
+        schedule: Any = self.lr_schedulers()
+        changed = go_on_with(self._settings, self.trainer.optimizers[0], schedule)
+        if changed:
+            words = ", ".join(f"{k}={now} (saved: {saved})" for k, (saved, now) in changed.items())
+            rank_zero_warn(f"going on with other settings of the optimizer: {words}")
 
     def on_validation_start(self) -> None:
         """Load given weights, now that every strategy has brought the network to life."""
@@ -169,6 +201,7 @@ class LanguageModel(pl.LightningModule):
         if total_steps < 1:
             raise UserError(f"trainer.max_steps must be at least 1, not {total_steps}")
         optimizer, scheduler = self.optimizer.build(self, total_steps)
+        self._settings = settings_of(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

@@ -1,10 +1,10 @@
 """The optimizer recipe: parameter groups, AdamW, and the learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -191,3 +191,38 @@ def _warn_of_lost_updates(module: nn.Module) -> None:
         f" state: an update below 1/{part} of a value is lost, which usually keeps norm weights"
         " from ever moving; train with trainer.precision=bf16-mixed, which keeps parameters float32"
     )
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What the parameter groups of a new optimizer with a scheduler are set to."""
+    return [
+        {k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups
+    ]
+
+
+def go_on_with(
+    settings: Sequence[Mapping[str, Any]], optimizer: Optimizer, scheduler: LambdaLR
+) -> dict[str, tuple[Any, Any]]:
+    """Give an optimizer whose state was loaded the settings of now in place of the saved ones.
+
+    Args:
+        settings: What `settings_of` gave before.
+        optimizer: The optimizer.
+        scheduler: Its scheduler, loaded too.
+
+    Returns:
+        Saved and present value of what differs, by name.
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    for k, (group, now) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
+        for name, value in now.items():
+            saved = group.get(name)
+            if saved == value:
+                continue
+            changed.setdefault("lr" if name == "initial_lr" else name, (saved, value))
+            group[name] = value
+            if name == "initial_lr":
+                scheduler.base_lrs[k] = value
+                group["lr"] = value * scheduler.lr_lambdas[k](scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return changed
