@@ -1,8 +1,10 @@
 """Small inputs and prepared folders that the tests of this room share."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +40,19 @@ def prepared_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(prepared_path: Path) -> PreparedData:
     return PreparedData(prepared_path)
+
+
+@pytest.fixture
+def earlier_record(prepared: PreparedData) -> dict[str, Any]:
+    """The content of a ``prepared.json`` as versions without checksums of it wrote it."""
+    record: dict[str, Any] = json.loads(prepared.record.to_json())
+    for key in ("checksum", "files", "forms"):
+        del record[key]
+    for counts in record["counts"].values():
+        del counts["with_nul"]
+    for chunk in [*record["chunks"]["train"], *record["chunks"]["validation"]]:
+        del chunk["xxh3"]
+    return record
 
 
 @pytest.fixture(scope="session")

@@ -7,58 +7,16 @@ import zstandard
 
 from mhc_lightning.data.documents import (
     TextFile,
-    find_text_files,
     jsonl_document,
-    looks_binary,
     open_bytes,
     text_bytes,
 )
+from mhc_lightning.data.finding import find_text_files
 from mhc_lightning.errors import UserError
 
 
 def as_file(path: Path) -> TextFile:
     return find_text_files([path])[0]
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    for name in ("b/x.py", "a.txt", "b/c/y.md", ".git/config", "b/__pycache__/z.py", "b/.hidden"):
-        path = tmp_path / "tree" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    return tmp_path / "tree"
-
-
-def names(files: list[TextFile]) -> list[str]:
-    return [file.name for file in files]
-
-
-def test_folders_are_read_recursively_in_a_fixed_order(tree: Path) -> None:
-    assert names(find_text_files([tree])) == ["a.txt", "b/c/y.md", "b/x.py"]
-
-
-def test_patterns_choose_files(tree: Path) -> None:
-    assert names(find_text_files([tree], include=["*.py", "*.txt"])) == ["a.txt", "b/x.py"]
-    assert names(find_text_files([tree], include=["b/*"])) == ["b/c/y.md", "b/x.py"]
-    assert names(find_text_files([tree], exclude=["c"])) == ["a.txt", "b/x.py"]
-    assert names(find_text_files([tree], exclude=["b/*.md", "a.*"])) == ["b/x.py"]
-    assert names(find_text_files([tree], not_below=[tree / "b"])) == ["a.txt"]
-
-
-def test_a_named_file_is_taken_though_hidden(tree: Path) -> None:
-    assert names(find_text_files([tree / "b/.hidden", tree / "a.txt"])) == [".hidden", "a.txt"]
-
-
-def test_missing_and_unreadable_inputs_are_named(tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(UserError, match=r"absent does not exist"):
-        find_text_files([tmp_path / "absent"])
-
-    def refuse(path: str) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match="cannot be read: Permission denied"):
-        find_text_files([tmp_path])
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -76,7 +34,6 @@ def test_compressed_files_are_read_in_full(tmp_path: Path, suffix: str) -> None:
     file = as_file(path)
     assert file.is_jsonl and file.compression == suffix
     with open_bytes(file) as stream:
-        assert not looks_binary(stream)
         assert stream.read() == data
 
 
@@ -92,13 +49,6 @@ def test_damaged_compressed_files_are_named(tmp_path: Path, suffix: str, damage:
         open_bytes(as_file(path)) as stream,
     ):
         stream.read()
-
-
-def test_nul_bytes_mark_binary_files(tmp_path: Path) -> None:
-    (tmp_path / "a.so").write_bytes(b"ELF\0\0abc")
-    with open_bytes(as_file(tmp_path / "a.so")) as stream:
-        assert looks_binary(stream)
-        assert stream.read(3) == b"ELF"
 
 
 def test_jsonl_lines_give_their_field() -> None:

@@ -1,16 +1,19 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from mhc_lightning.data import PreparedData
 from mhc_lightning.data.loader import BatchLoader, TrainingLoader
 from mhc_lightning.data.sequences import TrainingSequences
+from mhc_lightning.errors import UserError
 
 
 class Owner:
@@ -117,6 +120,7 @@ def test_a_program_that_forgets_its_loader_ends(prepared_path: Path) -> None:
 from mhc_lightning.data.loader import TrainingLoader
 from mhc_lightning.data.prepared import PreparedData
 from mhc_lightning.data.sequences import TrainingSequences
+from mhc_lightning.errors import UserError
 class Owner:
     begin = lambda self: 0
     announce = lambda self, position: None
@@ -130,3 +134,22 @@ print(tuple(next(iterator).shape))
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "(2, 65)\n"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_chunk_stops_the_loader_with_one_line(
+    prepared_path: Path, tmp_path: Path, workers: int
+) -> None:
+    copy = Path(shutil.copytree(prepared_path, tmp_path / "copy"))
+    data = PreparedData(copy)
+    damaged = copy / data.chunks("train")[0].name
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    stream = TrainingSequences([PreparedData(copy)], [1.0], 64, seed=0, window=3)
+    total = stream.orders[0].length
+    made = BatchLoader(stream, [[position] for position in range(total)], total, workers)
+    with pytest.raises(UserError) as caught:
+        list(made)
+    assert str(caught.value).startswith(f"chunk file {damaged} is damaged (checksum); copy it")
+    made.close()

@@ -180,6 +180,66 @@ def test_an_interrupted_run_is_taken_up_where_it_stopped(
     assert not (tmp_path / ".out.preparing").exists()
 
 
+@pytest.mark.parametrize("name", ["chunk-0-0.bin", "validation.npy", "unit.json"])
+def test_a_damaged_unit_of_an_interrupted_run_is_done_again(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    whole = prepare(texts, tmp_path / "whole", num_workers=1, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr("mhc_lightning.data.preparation.assemble", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(texts, tmp_path / "out", num_workers=1, **SMALL)
+    found = sorted((tmp_path / ".out.preparing/units").glob(f"*/{name}"))
+    for path in found[:3]:
+        data = bytearray(path.read_bytes())
+        data[-99] ^= 1
+        path.write_bytes(data)
+    assert found
+    again = prepare(texts, tmp_path / "out", num_workers=1, **SMALL)
+    assert again.record.content == whole.record.content
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_of_an_earlier_version_is_recognised_and_made_anew_if_told(
+    texts: Path, tmp_path: Path
+) -> None:
+    first = prepare(texts, tmp_path / "out", **SMALL)
+    record = json.loads((tmp_path / "out/prepared.json").read_text())
+    for key in ("checksum", "files", "forms"):
+        del record[key]
+    for chunk in [*record["chunks"]["train"], *record["chunks"]["validation"]]:
+        del chunk["xxh3"]
+    (tmp_path / "out/prepared.json").write_text(json.dumps(record))
+    found = prepare(texts, tmp_path / "out", **SMALL)
+    assert found.reused and "an earlier version made it, without checksums" in str(found)
+    made = prepare(texts, tmp_path / "out", overwrite=True, **SMALL)
+    assert not made.reused and made.record == first.record
+    assert prepare(texts, tmp_path / "out", overwrite=True, **SMALL).reused
+
+
+def test_what_files_are_taken_for_is_part_of_what_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("some text\n" * 99)
+    (tmp_path / "in/b.dat").write_bytes(bytes(range(256)))
+    first = prepare(tmp_path / "in", tmp_path / "out", progress=False)
+    assert "skipped as binary: 1 file (1 .dat)" in str(first)
+    assert "taken for plain text: 1 file (1 .txt)" in str(first)
+    assert prepare(tmp_path / "in", tmp_path / "out", progress=False).reused
+    with pytest.raises(UserError, match="holds other input or settings"):
+        prepare(tmp_path / "in", tmp_path / "out", as_text=["*.dat"], progress=False)
+
+
+def test_nul_bytes_are_kept_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\0" + b"some text\n" * 99)
+    (tmp_path / "b.jsonl").write_text('{"text": "a\\u0000b"}\n{"text": "c"}\n')
+    summary = prepare(tmp_path, tmp_path / "out", validation_fraction=0, progress=False)
+    assert "2 documents with NUL bytes" in str(summary)
+    assert {b"a\0b", b"\0" + b"some text\n" * 99} < set(documents(tmp_path / "out"))
+
+
 def test_leftovers_of_other_settings_are_cleared(texts: Path, tmp_path: Path) -> None:
     stale = tmp_path / ".out.preparing/units/000000"
     stale.mkdir(parents=True)

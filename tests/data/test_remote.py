@@ -85,6 +85,53 @@ def test_absent_and_damaged_objects_are_named(prepared_path: Path, tmp_path: Pat
     assert not kept(tmp_path / "cache")
 
 
+def test_damaged_copies_are_fetched_anew(
+    tokenizer_file: Path, tmp_path: Path, prepared_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("the cat\n" * 100)
+    prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer_file, progress=False)
+    url, cache = f"local:{tmp_path / 'out'}", tmp_path / "cache"
+    far = PreparedData(url, cache_dir=cache)
+    chunk = far.chunks("train")[0]
+    far.tokens(chunk)
+    for path in [path for path in cache.rglob("*") if path.suffix in (".bin", ".json")]:
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 1
+        path.write_bytes(data)
+    again = PreparedData(url, cache_dir=cache)
+    assert again.tokenizer.fingerprint == far.record.tokenizer["fingerprint"]
+    near = PreparedData(tmp_path / "out")
+    assert np.array_equal(again.tokens(chunk), near.tokens(chunk))
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_damaged_objects_are_named_by_their_url(
+    prepared_path: Path, tmp_path: Path, index: bool
+) -> None:
+    store = Path(shutil.copytree(prepared_path, tmp_path / "store"))
+    far = PreparedData(f"local:{store}", cache_dir=tmp_path / "cache")
+    chunk = far.chunks("train")[0]
+    name = "train/index.json" if index else chunk.name
+    data = bytearray((store / name).read_bytes())
+    data[-9] ^= 1
+    (store / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"local:{store}/{name} is damaged .*the object store"):
+        PreparedData(f"local:{store}", cache_dir=tmp_path / "cache2").tokens(chunk)
+    assert not kept(tmp_path / "cache2")
+
+
+def test_a_copy_that_is_used_counts_as_unchanged(url: str, tmp_path: Path) -> None:
+    far = PreparedData(url, cache_dir=tmp_path)
+    chunk = far.chunks("train")[0]
+    far.tokens(chunk)
+    assert far.cache is not None
+    before = (far.cache.folder / chunk.name).stat()
+    os.utime(far.cache.folder / chunk.name, ns=(5, before.st_mtime_ns))
+    far.tokens(chunk)
+    after = (far.cache.folder / chunk.name).stat()
+    assert after.st_mtime_ns == before.st_mtime_ns and after.st_atime_ns > 5
+
+
 def test_failures_that_pass_are_tried_again(url: str, tmp_path: Path, monkeypatch) -> None:
     from litdata.streaming.downloader import LocalDownloader
 

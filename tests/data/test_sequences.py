@@ -1,4 +1,7 @@
+import os
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,13 +9,14 @@ import torch
 
 from mhc_lightning.data import PreparedData
 from mhc_lightning.data import sequences as module
-from mhc_lightning.data.prepared import Chunk
+from mhc_lightning.data.chunk_file import Chunk
 from mhc_lightning.data.sequences import (
     TrainingSequences,
     ValidationSequences,
     predicted_tokens,
     sequences_in,
 )
+from mhc_lightning.errors import UserError
 
 LENGTH = 64
 
@@ -73,7 +77,7 @@ def test_few_files_are_open_at_once(
     free = TrainingSequences([prepared], [1.0], LENGTH, seed=0, window=100)
     total = stream.orders[0].length
     batch = stream.__getitems__(range(total))
-    assert len(stream._reader._mapped) == 2
+    assert len(stream._reader._open) == 2
     monkeypatch.undo()
     assert torch.equal(batch, free.__getitems__(range(total)))
 
@@ -112,3 +116,21 @@ def test_all_held_out_tokens_but_a_chunks_first_are_predicted_once(
 def test_short_chunks(tokens: int) -> None:
     sizes = predicted_tokens(Chunk("", tokens, 0, 0, ""), LENGTH)
     assert sizes == [k for k in (min(LENGTH, tokens - 1), tokens - 65) if k > 0]
+
+
+def test_a_chunk_that_changes_while_it_is_read_from_is_named(
+    prepared_path: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(prepared_path, tmp_path / "copy"))
+    data = PreparedData(copy)
+    stream = TrainingSequences([data], [1.0], LENGTH, seed=0, window=1)
+    first = stream[0]
+    path = copy / data.chunks("train")[stream.orders[0].locate(0)[0]].name
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    os.utime(path, (1, 1))
+    with pytest.raises(UserError, match=rf"{path} is damaged"):
+        stream[1]
+    shutil.copy(prepared_path / path.relative_to(copy), path)
+    assert torch.equal(stream[0], first)

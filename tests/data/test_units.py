@@ -1,3 +1,4 @@
+import codecs
 import gzip
 import json
 from collections.abc import Callable
@@ -5,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mhc_lightning.data.documents import find_text_files
+from mhc_lightning.data.finding import find_text_files
 from mhc_lightning.data.units import Document, FileUnit, Skipped, is_held_out, plan_units
 
 Write = Callable[..., Path]
@@ -88,13 +89,45 @@ def test_text_without_line_ends_is_cut_between_characters(tmp_path: Path, unit_b
     assert all(len(document.data) <= unit_bytes + 3 for document in documents)
 
 
-def test_binary_and_empty_files_are_counted_once(tmp_path: Path) -> None:
-    (tmp_path / "a.so").write_bytes(b"\0" * 500)
+def test_empty_documents_are_counted(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"")
     (tmp_path / "c.jsonl").write_text('{"text": ""}\n{"text": "x"}\n')
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbf")
     documents, skipped = read(plan_units(find_text_files([tmp_path]), 100, 0.2), 0.2)
     assert [document.data for document in documents] == [b"x"]
-    assert (skipped.binary_files, skipped.empty_documents) == (1, 2)
+    assert skipped.empty_documents == 3
+
+
+@pytest.mark.parametrize("unit_bytes", [100, 10**6])
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_mark_at_the_beginning_of_a_text_is_no_part_of_it(
+    tmp_path: Path, unit_bytes: int, fraction: float, compressed: bool
+) -> None:
+    text = "".join(f"\ufeffline {number}\n" for number in range(100)).encode()
+    for number in range(20):
+        data = codecs.BOM_UTF8 + b"%d\n" % number + text
+        path = tmp_path / f"{number}.txt{'.gz' if compressed else ''}"
+        path.write_bytes(gzip.compress(data) if compressed else data)
+    files = find_text_files([tmp_path])
+    assert {file.form for file in files} == {"plain text without its byte-order mark"}
+    documents, _ = read(plan_units(files, unit_bytes, fraction), fraction)
+    numbers = sorted(map(str, range(20)))
+    assert b"".join(document.data for document in documents) == b"".join(
+        number.split(".")[0].encode() + b"\n" + text for number in sorted(f"{n}.t" for n in numbers)
+    )
+
+
+@pytest.mark.parametrize("position", [0, 100, 70_000, 200_000])
+@pytest.mark.parametrize("unit_bytes", [50_000, 10**6])
+def test_a_nul_is_a_byte_of_text_wherever_it_is(
+    tmp_path: Path, position: int, unit_bytes: int
+) -> None:
+    data = bytearray(b"some text of a log\n" * 12_000)
+    data[position] = 0
+    (tmp_path / "x.log").write_bytes(data)
+    documents, _ = read(plan_units(find_text_files([tmp_path]), unit_bytes, 0.0), 0.0)
+    assert joined(documents) == [data]
 
 
 def test_the_split_is_a_stable_share_of_the_documents() -> None:

@@ -279,7 +279,7 @@ Turn text into token chunks for training: documents, a held-out validation split
 usage: {_PROGRAM} prepare --config PATH_OR_NAME input=PATH [input=PATH ...] output=DIR
        [key=value ...]
 
-  input=PATH           a file or a folder: text, JSONL, and .gz or .zst of these; for several,
+  input=PATH           a file or a folder: text, JSON Lines, and .gz or .zst of these; for several,
                        give the key several times
   output=DIR           the new folder; without it, the experiment's data.path
   tokenizer=bytes      one token per byte, or the path of a tokenizer.json
@@ -287,6 +287,7 @@ usage: {_PROGRAM} prepare --config PATH_OR_NAME input=PATH [input=PATH ...] outp
   text_field=NAME      the text's key in JSONL lines, or its column in a dataset
   validation_fraction=0.01        share of the documents to hold out
   include=['*.py'] exclude=[tests]  patterns of files, and of files and folders
+  as_text=['*.csv']    patterns of files that are plain text, though they look like something else
   num_workers=N        processes (default: one per core)
   overwrite=true       replace an output made from other input or with other settings
 

@@ -1,6 +1,5 @@
 """Put finished units together: one litdata dataset per split, the tokenizer, and the record."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from mhc_lightning.data.prepared import RECORD_FILE, SPLITS, TRAIN, VALIDATION, Chunk, Record
+from mhc_lightning.data.checksums import file_xxh3
+from mhc_lightning.data.chunk_file import Chunk
+from mhc_lightning.data.forms import BINARY
+from mhc_lightning.data.record import (
+    RECORD_FILE,
+    SPLITS,
+    TRAIN,
+    VALIDATION,
+    Record,
+    content_checksum,
+)
 from mhc_lightning.data.shard import (
     Counts,
     ShardOptions,
@@ -34,6 +43,7 @@ def assemble(
     identity: str,
     settings: dict[str, Any],
     inputs: str,
+    forms: dict[str, dict[str, int]],
 ) -> Record:
     """Build ``work/final`` from the units below ``work/units``.
 
@@ -42,9 +52,10 @@ def assemble(
         num_units: Number of units, all finished.
         tokenizer: The tokenizer; a ``tokenizer.json`` is copied.
         options: As the units were written with.
-        identity: See :class:`mhc_lightning.data.prepared.Record`.
+        identity: See :class:`mhc_lightning.data.record.Record`.
         settings: Likewise.
         inputs: The inputs' names, for the error message.
+        forms: See :class:`mhc_lightning.data.record.Record`.
 
     Returns:
         The record, which is also written.
@@ -56,7 +67,7 @@ def assemble(
     shutil.rmtree(final, ignore_errors=True)
     (final / TRAIN).mkdir(parents=True)
     counts = {split: Counts() for split in SPLITS}
-    skipped = Skipped()
+    skipped = Skipped(binary_files=sum(forms.get(BINARY, {}).values()))
     entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     configs: dict[str, dict[str, Any]] = {}
     folders = [unit_folder(work / "units", unit) for unit in range(num_units)]
@@ -64,7 +75,6 @@ def assemble(
         shard = read_shard(folder)
         counts[TRAIN].add(shard.train)
         counts[VALIDATION].add(shard.validation)
-        skipped.binary_files += shard.skipped.binary_files
         skipped.empty_documents += shard.skipped.empty_documents
         for number, entry in enumerate(shard.chunks):
             name = f"chunk-{unit:06d}-{number:03d}.bin"
@@ -84,21 +94,27 @@ def assemble(
         entries[VALIDATION], configs[VALIDATION] = write_chunks(
             held_out(), final / VALIDATION, options.chunk_bytes
         )
+    files = {}
     for split, config in configs.items():
-        plain = [{k: v for k, v in entry.items() if k != "sha256"} for entry in entries[split]]
+        ours = ("sha256", "xxh3")
+        plain = [{k: v for k, v in entry.items() if k not in ours} for entry in entries[split]]
         index = {"chunks": plain, "config": config}
         (final / split / INDEX_FILE).write_text(json.dumps(index, sort_keys=True))
+        files[f"{split}/{INDEX_FILE}"] = file_xxh3(final / split / INDEX_FILE)
     if isinstance(tokenizer, JsonTokenizer):
         shutil.copyfile(tokenizer.path, final / TOKENIZER_FILE)
+    chunks = {split: [_chunk(split, entry) for entry in entries[split]] for split in SPLITS}
     record = Record(
         identity=identity,
-        content=_content(entries, tokenizer),
+        content=content_checksum(chunks, tokenizer.fingerprint),
         tokenizer=tokenizer.record(),
         dtype=tokenizer.dtype.name,
         counts=counts,
         skipped=skipped,
-        chunks={split: [_chunk(split, entry) for entry in entries[split]] for split in SPLITS},
+        chunks=chunks,
         settings=settings,
+        forms=forms,
+        files=files,
     )
     (final / RECORD_FILE).write_text(record.to_json())
     return record
@@ -129,13 +145,4 @@ def _link(source: Path, target: Path) -> None:
 def _chunk(split: str, entry: dict[str, Any]) -> Chunk:
     header = 4 * (2 + entry["chunk_size"])  # uint32: number of items, then their n + 1 offsets
     name = f"{split}/{entry['filename']}"
-    return Chunk(name, entry["dim"], header, entry["chunk_bytes"], entry["sha256"])
-
-
-def _content(entries: dict[str, list[dict[str, Any]]], tokenizer: Tokenizer) -> str:
-    digest = hashlib.sha256(tokenizer.fingerprint.encode())
-    for split in SPLITS:
-        digest.update(f"\n{split}".encode())
-        for entry in entries[split]:
-            digest.update(f"\n{entry['sha256']}".encode())
-    return digest.hexdigest()
+    return Chunk(name, entry["dim"], header, entry["chunk_bytes"], entry["sha256"], entry["xxh3"])

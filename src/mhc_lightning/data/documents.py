@@ -1,25 +1,21 @@
-"""Find text on disk and read it as documents: plain text, JSONL, and .gz or .zst of these.
+"""Text on disk, read as documents: plain text, JSON Lines, and .gz or .zst of these.
 
-A plain-text file is one document, a JSONL line is one document. Files with NUL bytes are no text
-and are skipped and counted; bytes that are no UTF-8 are kept and counted.
+A plain-text file is one document, a line of JSON Lines is one document. Bytes that are no UTF-8 and
+NUL bytes are kept, and counted.
 """
 
-import fnmatch
 import gzip
 import io
 import json
-import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from mhc_lightning.data.forms import JSON_LINES, PLAIN_TEXT, compression_of
 from mhc_lightning.errors import UserError
 
-_COMPRESSED = (".gz", ".zst")
-_JSONL = (".jsonl", ".ndjson")
 _BUFFER_BYTES = 1 << 16
 
 
@@ -32,108 +28,24 @@ class TextFile:
         name: Its path below the input it was found in, with forward slashes; orders the files.
         size: Bytes on disk.
         modified: Modification time in nanoseconds.
+        form: What it holds, see :mod:`mhc_lightning.data.forms`.
     """
 
     path: str
     name: str
     size: int
     modified: int
+    form: str = PLAIN_TEXT
 
     @property
     def compression(self) -> str:
         """``.gz``, ``.zst`` or nothing."""
-        suffix = os.path.splitext(self.name)[1].lower()
-        return suffix if suffix in _COMPRESSED else ""
+        return compression_of(self.name)
 
     @property
     def is_jsonl(self) -> bool:
         """Whether each line is a JSON object that holds a document."""
-        stem = self.name[: len(self.name) - len(self.compression)]
-        return stem.lower().endswith(_JSONL)
-
-
-def find_text_files(
-    inputs: Sequence[str | Path],
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    not_below: Sequence[Path] = (),
-) -> list[TextFile]:
-    """All files of the inputs, folders recursively, in a fixed order.
-
-    Hidden files and folders (`.git`) and `__pycache__` are left out below a folder; a file that is
-    named itself is always taken.
-
-    Args:
-        inputs: Files and folders.
-        include: Shell patterns; with any, only files that match one are taken. A pattern with a
-            slash is compared with the path below the input, one without with each part of it.
-        exclude: Shell patterns of files and folders to leave out.
-        not_below: Folders that are not entered, such as the output.
-
-    Raises:
-        UserError: An input does not exist or cannot be read.
-    """
-    files: list[TextFile] = []
-    for given in inputs:
-        root = Path(given)
-        try:
-            if root.is_dir():
-                files += _walk(root, include, exclude, {path.absolute() for path in not_below})
-            else:
-                files.append(_text_file(root, root.name))
-        except FileNotFoundError as error:
-            raise UserError(f"input {error.filename} does not exist") from error
-        except OSError as error:
-            raise UserError(
-                f"input {error.filename or root} cannot be read: {error.strerror};"
-                " mend its permissions or leave it out with exclude=…"
-            ) from error
-    return files
-
-
-def _walk(
-    root: Path, include: Sequence[str], exclude: Sequence[str], not_below: set[Path]
-) -> list[TextFile]:
-    def refuse(error: OSError) -> None:
-        raise error
-
-    found = []
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        below = Path(folder).relative_to(root)
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if _is_visible(name)
-            and Path(folder, name).absolute() not in not_below
-            and not _matches((below / name).as_posix(), exclude)
-        ]
-        for name in names:
-            relative = (below / name).as_posix()
-            if not _is_visible(name) or _matches(relative, exclude):
-                continue
-            path = Path(folder, name)
-            if (not include or _matches(relative, include)) and path.is_file():
-                found.append(_text_file(path, relative))
-    return sorted(found, key=lambda file: file.name)
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__pycache__"
-
-
-def _matches(relative: str, patterns: Sequence[str]) -> bool:
-    parts = relative.split("/")
-    return any(
-        fnmatch.fnmatchcase(relative, pattern)
-        if "/" in pattern
-        else any(fnmatch.fnmatchcase(part, pattern) for part in parts)
-        for pattern in patterns
-    )
-
-
-def _text_file(path: Path, name: str) -> TextFile:
-    status = path.stat()
-    return TextFile(str(path), name, status.st_size, status.st_mtime_ns)
+        return self.form == JSON_LINES
 
 
 @contextmanager
@@ -193,11 +105,6 @@ class _ZstdFrames(io.RawIOBase):
         buffer[:taken] = self._ready[:taken]
         self._ready = self._ready[taken:]
         return taken
-
-
-def looks_binary(stream: io.BufferedReader) -> bool:
-    """Whether the next bytes (what the reader buffers, some KiB) hold a NUL; consumes nothing."""
-    return b"\0" in stream.peek()
 
 
 def jsonl_document(line: bytes, field: str, file: TextFile, number: int) -> bytes:

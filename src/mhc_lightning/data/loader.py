@@ -17,8 +17,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mhc_lightning.errors import UserError
+
 _BATCHES_AHEAD = 4
 _GRACE_SECONDS = 300.0
+
+
+class _Guarded(Dataset[Any]):
+    """A dataset that hands a mistake of the user's over in place of the batch.
+
+    Raised in a worker, it would arrive wrapped in the worker's traceback.
+    """
+
+    def __init__(self, dataset: Dataset[Tensor]) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, positions: Sequence[int]) -> Tensor | UserError:
+        try:
+            batch: Tensor = self._dataset.__getitems__(positions)  # type: ignore[attr-defined]
+            return batch
+        except UserError as error:
+            return UserError(str(error))
 
 
 def _take_batch(batch: Any) -> Any:
@@ -42,7 +61,7 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _end_workers(loader: "weakref.ref[DataLoader[Tensor]]") -> None:
+def _end_workers(loader: "weakref.ref[DataLoader[Any]]") -> None:
     """End the worker processes of a loader, if it has any."""
     iterator = getattr(loader(), "_iterator", None)
     if iterator is not None:
@@ -70,8 +89,8 @@ class BatchLoader:
         pin_memory: bool = False,
     ) -> None:
         self._length = length
-        self._loader: DataLoader[Tensor] = DataLoader(
-            dataset,
+        self._loader: DataLoader[Tensor | UserError] = DataLoader(
+            _Guarded(dataset),
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable will do
             collate_fn=_take_batch,
             num_workers=num_workers,
@@ -92,7 +111,10 @@ class BatchLoader:
         return self._length
 
     def __iter__(self) -> Iterator[Tensor]:
-        return islice(iter(self._loader), self._length)
+        for batch in islice(iter(self._loader), self._length):
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
     def close(self) -> None:
         """End the worker processes."""

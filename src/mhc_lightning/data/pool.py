@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhc_lightning.data.shard import ShardOptions, unit_folder, write_shard
+from mhc_lightning.data.shard import ShardOptions, is_finished, unit_folder, write_shard
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.data.units import Unit
 from mhc_lightning.errors import UserError
@@ -62,7 +62,9 @@ def run_units(job: Job, num_workers: int | None, progress: bool) -> None:
     for unfinished in job.folder.glob("*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
     units = range(len(job.units))
-    open_units = [unit for unit in units if not unit_folder(job.folder, unit).exists()]
+    open_units = [unit for unit in units if not is_finished(unit_folder(job.folder, unit))]
+    for unit in open_units:
+        shutil.rmtree(unit_folder(job.folder, unit), ignore_errors=True)
     workers = min(num_workers or _available_cores(), len(open_units))
     done = sum(job.units[unit].input_size for unit in units) - sum(
         job.units[unit].input_size for unit in open_units

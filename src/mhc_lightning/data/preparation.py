@@ -17,9 +17,11 @@ from typing import Any
 
 from mhc_lightning.data import hub
 from mhc_lightning.data.assemble import assemble
-from mhc_lightning.data.documents import find_text_files
+from mhc_lightning.data.finding import count_forms, find_text_files
+from mhc_lightning.data.forms import BINARY, form_by_name
 from mhc_lightning.data.pool import Job, run_units
-from mhc_lightning.data.prepared import FORMAT, RECORD_FILE, SPLITS, TRAIN, VALIDATION, Record
+from mhc_lightning.data.prepared import PreparedData
+from mhc_lightning.data.record import FORMAT, RECORD_FILE, SPLITS, Record
 from mhc_lightning.data.shard import Counts, ShardOptions
 from mhc_lightning.data.tokenizers import load_tokenizer
 from mhc_lightning.data.units import Unit, plan_units
@@ -27,6 +29,8 @@ from mhc_lightning.errors import UserError
 
 _SMALLEST_UNIT, _LARGEST_UNIT = 1 << 20, 1 << 25
 _USUAL_UNITS = 16
+_ENDINGS_NAMED = 6
+_NOT_IDENTITY = ("input", "tokenizer", "as_text")  # told by files, fingerprint; if there are any
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class PrepareSummary:
             *_counted(skipped.binary_files, "binary file", "skipped"),
             *_counted(skipped.empty_documents, "empty document", "skipped"),
             *_counted(self.total.invalid_utf8, "document", "with invalid UTF-8"),
+            *_counted(self.total.with_nul, "document", "with NUL bytes"),
             f"{self.seconds:.1f} s",
         ]
         lines = [f"{self.output} {'was prepared already' if self.reused else 'is prepared'}"]
@@ -74,11 +79,27 @@ class PrepareSummary:
                 f"  {split:<10} {counts.documents:>12,} documents {counts.tokens:>15,} tokens"
                 f" {counts.bytes:>15,} bytes"
             )
-        return "\n".join([*lines, f"  {' · '.join(notes)}"])
+        lines.append(f"  {' · '.join(notes)}")
+        for form, endings in self.record.forms.items():
+            taken = "skipped as" if form == BINARY else "taken for"
+            lines.append(f"  {taken} {form}: {_endings(endings)}")
+        if self.record.files:
+            lines.append("  checksums (XXH3, 128 bits) are checked when a file is first read")
+        else:
+            lines.append("  an earlier version made it, without checksums of all its files")
+        return "\n".join(lines)
 
 
 def _counted(number: int, what: str, how: str) -> list[str]:
     return [f"{number:,} {what}{'s' if number != 1 else ''} {how}"] if number else []
+
+
+def _endings(counts: dict[str, int]) -> str:
+    total = sum(counts.values())
+    often = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    named = [f"{count:,} {ending}" for ending, count in often[:_ENDINGS_NAMED]]
+    rest = [f"{len(often) - _ENDINGS_NAMED} other endings"] if len(often) > _ENDINGS_NAMED else []
+    return f"{total:,} file{'s' if total != 1 else ''} ({', '.join(named + rest)})"
 
 
 def prepare(
@@ -92,6 +113,7 @@ def prepare(
     num_workers: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    as_text: Sequence[str] = (),
     chunk_bytes: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -104,7 +126,9 @@ def prepare(
 
     Args:
         input: Files, folders (read recursively) and ``hf://NAME[/CONFIG][:SPLIT]`` datasets.
-            Plain text of any extension, ``.jsonl``, and ``.gz`` or ``.zst`` of these.
+            Plain text of any extension, JSON Lines, and ``.gz`` or ``.zst`` of these. Binary
+            files in folders are left out; other forms of documents (CSV, JSON arrays, Parquet,
+            archives, UTF-16, …) are refused.
         output: The folder to make.
         tokenizer: ``bytes``, or the path of a ``tokenizer.json``.
         end_of_document: The token of a ``tokenizer.json`` that ends a document; found by its
@@ -114,6 +138,7 @@ def prepare(
         num_workers: Processes; by default one per available core.
         include: Shell patterns of the files to take; all if empty.
         exclude: Shell patterns of files and folders to leave out.
+        as_text: Shell patterns of files to take as plain text whatever they look like.
         chunk_bytes: Text per chunk file, in bytes; by default a sixteenth of the input, between
             1 and 32 MiB.
         overwrite: Replace an output that was prepared from other input or with other settings.
@@ -142,24 +167,34 @@ def prepare(
         "validation_fraction": validation_fraction,
         "include": list(include),
         "exclude": list(exclude),
+        "as_text": list(as_text),
         "chunk_bytes": chunk_bytes,
     }
     paths = [each for each in inputs if not str(each).startswith(hub.PREFIX)]
-    files = find_text_files(paths, include, exclude, not_below=[output, work])
+    found_files = find_text_files(
+        paths, include, exclude, [output, work], as_text=as_text, text_field=text_field
+    )
+    files = [file for file in found_files if file.form != BINARY]
     datasets = [hub.open_dataset(str(each)) for each in inputs if each not in paths]
-    if not files and not datasets:
+    if not found_files and not datasets:
         matching = " that match include=… and exclude=…" if include or exclude else ""
         raise UserError(f"no files in {_names(inputs)}{matching}; name a folder or files with text")
     unit_bytes = chunk_bytes or min(
-        _LARGEST_UNIT, max(_SMALLEST_UNIT, sum(file.size for file in files) // _USUAL_UNITS)
+        _LARGEST_UNIT, max(_SMALLEST_UNIT, sum(file.size for file in found_files) // _USUAL_UNITS)
     )
-    # What the result depends on; the paths before the files' names are not part of it.
+    # What the result depends on; the paths before the files' names are not part of it. A form is
+    # where it is not what the name says, which leaves folders of earlier versions recognised.
     identity = _checksum(
         {
-            **{key: value for key, value in settings.items() if key not in ("input", "tokenizer")},
+            **{key: value for key, value in settings.items() if key not in _NOT_IDENTITY},
+            **({"as_text": list(as_text)} if as_text else {}),
             "format": FORMAT,
             "tokenizer": chosen.fingerprint,
-            "files": [(file.name, file.size, file.modified) for file in files],
+            "files": [
+                (file.name, file.size, file.modified)
+                + ((file.form,) if file.form not in (form_by_name(file.name), BINARY) else ())
+                for file in found_files
+            ],
             "datasets": [dataset.identity for dataset in datasets],
         }
     )
@@ -175,7 +210,10 @@ def prepare(
         options = ShardOptions(text_field, validation_fraction, limit)
         _resume_or_clear(work, identity)
         run_units(Job(units, work / "units", chosen, options), num_workers, progress)
-        record = assemble(work, len(units), chosen, options, identity, settings, _names(inputs))
+        forms = count_forms(found_files)
+        record = assemble(
+            work, len(units), chosen, options, identity, settings, _names(inputs), forms
+        )
         _publish(work, output)
         return record
 
@@ -201,19 +239,26 @@ def _existing(output: Path, identity: str, overwrite: bool) -> Record | None:
         return None
     try:
         record = Record.from_json((output / RECORD_FILE).read_bytes())
-    except (OSError, ValueError):
+    except OSError:
         raise UserError(
             f"output {output} exists and is not a prepared folder; choose another output"
         ) from None
-    if record.identity == identity and all(
-        (output / chunk.name).is_file() and (output / chunk.name).stat().st_size == chunk.size
-        for split in (TRAIN, VALIDATION)
-        for chunk in record.chunks[split]
-    ):
-        return record
+    except ValueError as error:
+        raise UserError(
+            f"output {output} exists and its {RECORD_FILE} cannot be understood ({error});"
+            " delete it, or choose another output"
+        ) from None
+    state = "holds other input or settings"
+    if record.identity == identity:
+        try:
+            found = PreparedData(output)
+        except UserError as error:
+            state = f"is damaged ({error})"
+        else:
+            if record.files or not overwrite:  # to have checksums is a reason
+                return found.record
     if overwrite:
         return None
-    state = "is damaged" if record.identity == identity else "holds other input or settings"
     raise UserError(f"output {output} {state}; choose another output, or say overwrite=true")
 
 

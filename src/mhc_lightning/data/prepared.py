@@ -2,100 +2,28 @@
 
 Layout: ``prepared.json`` (the record), ``tokenizer.json`` if there is one, and ``train`` and
 ``validation``, each a litdata dataset of tokens (``index.json`` and chunk files).
+
+Nothing is believed because it lies on the disk: the record has a checksum of itself and of every
+other file. Small files are checked when the folder is opened, chunks when they are.
 """
 
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import stat
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mhc_lightning.data.checksums import file_sha256, file_xxh3
+from mhc_lightning.data.chunk_file import Chunk, ChunkFile, DamagedChunkError
+from mhc_lightning.data.record import RECORD_FILE, SPLITS, VALIDATION, Record
 from mhc_lightning.data.remote import ChunkCache, is_url
-from mhc_lightning.data.shard import Counts, file_sha256
-from mhc_lightning.data.tokenizers import Tokenizer, tokenizer_from_record
-from mhc_lightning.data.units import Skipped
+from mhc_lightning.data.tokenizers import Tokenizer, json_fingerprint, tokenizer_from_record
 from mhc_lightning.errors import UserError
 
-RECORD_FILE = "prepared.json"
-TRAIN, VALIDATION = "train", "validation"
-SPLITS = (TRAIN, VALIDATION)
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One file of consecutive tokens.
-
-    Attributes:
-        name: Path below the prepared folder, ``train/chunk-….bin``.
-        tokens: Number of tokens.
-        offset: Bytes before the first token (litdata's header).
-        size: Bytes of the file.
-        sha256: Checksum of the file.
-    """
-
-    name: str
-    tokens: int
-    offset: int
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """What ``prepared.json`` says.
-
-    Attributes:
-        identity: Equal for two folders exactly when they were made from the same input with the
-            same settings.
-        content: Checksum of all tokens and of the tokenizer; names the data in checkpoints.
-        tokenizer: See :meth:`mhc_lightning.data.tokenizers.Tokenizer.record`.
-        dtype: Type of the stored tokens.
-        counts: Documents, tokens and bytes of each split.
-        skipped: What was left out of the input.
-        chunks: The chunk files of each split, in order.
-        settings: How `prepare` was called, for people.
-    """
-
-    identity: str
-    content: str
-    tokenizer: dict[str, Any]
-    dtype: str
-    counts: dict[str, Counts]
-    skipped: Skipped
-    chunks: dict[str, list[Chunk]]
-    settings: dict[str, Any]
-
-    def to_json(self) -> str:
-        """The text of ``prepared.json``."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Record":
-        """Read ``prepared.json``.
-
-        Raises:
-            ValueError: It is no record of this format.
-        """
-        content = json.loads(text)
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise ValueError("another format")
-        try:
-            content["counts"] = {
-                split: Counts(**value) for split, value in content["counts"].items()
-            }
-            content["skipped"] = Skipped(**content["skipped"])
-            content["chunks"] = {
-                split: [Chunk(**chunk) for chunk in chunks]
-                for split, chunks in content["chunks"].items()
-            }
-            return cls(**content)
-        except (KeyError, TypeError) as error:
-            raise ValueError(str(error)) from error
+_ATTEMPTS = 3
 
 
 class PreparedData:
@@ -108,7 +36,8 @@ class PreparedData:
         storage_options: Passed to the object store's client.
 
     Raises:
-        UserError: There is no prepared folder, or one of its files is missing or cut short.
+        UserError: There is no prepared folder, its record, index or tokenizer is damaged, or one of
+            its files is missing or cut short.
     """
 
     def __init__(
@@ -130,12 +59,14 @@ class PreparedData:
         except ValueError as error:
             raise UserError(
                 f"{self.path}/{RECORD_FILE} cannot be understood ({error});"
-                " it was cut short or made by another version: run `prepare` again"
+                " it was changed, cut short or made by another version: copy it again, or run"
+                " `prepare` again"
             ) from error
         if self.cache is not None:
             self._folder = self.cache.bind(self.record.content)
         else:
             self._check_sizes()
+        self._check_small_files()
 
     def _read_record(self) -> bytes:
         try:
@@ -151,21 +82,70 @@ class PreparedData:
     def _check_sizes(self) -> None:
         for chunk in self.all_chunks():
             path = self._folder / chunk.name
-            size = path.stat().st_size if path.exists() else None
-            if size != chunk.size:
-                found = "is missing" if size is None else f"has {size} bytes, not {chunk.size}"
-                raise UserError(f"chunk file {path} {found}; {self.how_to_mend}")
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                found = "is missing"
+            except OSError as error:
+                found = f"cannot be read: {error.strerror}"
+            else:
+                if status.st_size == chunk.size and stat.S_ISREG(status.st_mode):
+                    continue
+                found = f"has {status.st_size} bytes, not {chunk.size}"
+                if not stat.S_ISREG(status.st_mode):
+                    found = "is no file"
+            raise UserError(f"chunk file {path} {found}; {self.how_to_mend}")
+
+    def _check_small_files(self) -> None:
+        """Compare the indices and the tokenizer with their checksums."""
+        for name, checksum in self.record.files.items():
+            self._check_small(name, file_xxh3, checksum)
+        tokenizer = self.record.tokenizer
+        if "file" in tokenizer:
+            end = tokenizer["end_of_document"]
+            self._check_small(
+                tokenizer["file"],
+                lambda path: json_fingerprint(path.read_bytes(), end),
+                tokenizer["fingerprint"],
+            )
+
+    def _check_small(self, name: str, checksum: Callable[[Path], str], expected: str) -> None:
+        path = self._folder / name
+        try:
+            if self.cache is not None:
+                self.cache.keep_small(name)
+                if checksum(path) != expected:  # the copy may be damaged alone
+                    self.cache.discard(name)
+                    self.cache.keep_small(name)
+            if checksum(path) == expected:
+                return
+            found = "is damaged (checksum)"
+        except OSError as error:
+            found = f"cannot be read: {error.strerror}"
+        shown = path if self.cache is None else f"{self.path}/{name}"
+        raise UserError(f"{shown} {found}; {self.how_to_mend}")
+
+    @property
+    def unchecked(self) -> str:
+        """What of the folder has no checksum, for a note; empty if everything has one."""
+        if self.record.files:
+            return ""
+        return (
+            f"{self.path} was prepared by an earlier version: its chunks and tokenizer are checked,"
+            f" but {RECORD_FILE} and the index files have no checksums; for these run `prepare`"
+            " again with overwrite=true"
+        )
 
     @property
     def how_to_mend(self) -> str:
         """The end of error messages about damaged chunks."""
+        if self.cache is not None:
+            return "copy the prepared folder to the object store again"
         return f"copy it again, or delete {self.path} and run `prepare` again"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the tokens were made with."""
-        if self.cache is not None and "file" in self.record.tokenizer:
-            self.cache.keep_small(self.record.tokenizer["file"])
         return tokenizer_from_record(self.record.tokenizer, self._folder)
 
     @property
@@ -190,26 +170,42 @@ class PreparedData:
         counts = self.record.counts[split]
         return counts.bytes / counts.tokens if counts.tokens else math.nan
 
-    def tokens(self, chunk: Chunk) -> np.ndarray:
-        """The tokens of a chunk, [tokens] in :attr:`dtype`, mapped from its file.
+    def open_chunk(self, chunk: Chunk) -> ChunkFile:
+        """A chunk, compared with its checksum unless this process did so; fetched if need be.
 
         Raises:
-            UserError: The file is missing or cut short, or cannot be fetched.
+            UserError: The file is missing, damaged or cannot be fetched.
         """
         path = self._folder / chunk.name
-        for attempt in range(3):
-            if self.cache is not None:
-                self.cache.fetch(chunk.name, chunk.size)
+        shown = str(path) if self.cache is None else f"{self.path}/{chunk.name}"
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return np.memmap(path, self.dtype, "r", offset=chunk.offset, shape=(chunk.tokens,))
-            except (OSError, ValueError) as error:
+                if self.cache is not None:
+                    self.cache.fetch(chunk.name, chunk.size)
+                return ChunkFile(path, chunk, self.dtype, shown, self.how_to_mend)
+            except FileNotFoundError as error:
                 # Another process may have made room in the cache just now.
-                gone = self.cache is not None and isinstance(error, FileNotFoundError)
-                if not gone or attempt == 2:
-                    raise UserError(
-                        f"chunk file {path} cannot be read: {error}; {self.how_to_mend}"
-                    ) from error
+                if self.cache is None or attempt == _ATTEMPTS:
+                    raise UserError(f"chunk file {shown} is missing; {self.how_to_mend}") from error
+            except DamagedChunkError:
+                if self.cache is None:
+                    raise
+                self.cache.discard(chunk.name)  # the copy may be damaged alone
+                if attempt == _ATTEMPTS:
+                    raise
         raise AssertionError("unreachable")
+
+    def tokens(self, chunk: Chunk) -> np.ndarray:
+        """All tokens of a chunk, [tokens] in :attr:`dtype`.
+
+        Raises:
+            UserError: As :meth:`open_chunk`.
+        """
+        opened = self.open_chunk(chunk)
+        try:
+            return opened.read(0, chunk.tokens)
+        finally:
+            opened.close()
 
     def documents(self, split: str) -> Iterator[bytes]:
         """The documents of a split in order; with the byte tokenizer exactly the input's bytes."""
@@ -226,14 +222,13 @@ class PreparedData:
             yield self.tokenizer.decode_bytes(np.concatenate(rest))
 
     def verify(self) -> None:
-        """Compare every chunk with its checksum; reads (and fetches) all of the data.
+        """Compare every chunk with its SHA-256; reads (and fetches) all of the data.
 
         Raises:
             UserError: A chunk is not what `prepare` wrote.
         """
         for chunk in self.all_chunks():
-            if self.cache is not None:
-                self.cache.fetch(chunk.name, chunk.size)
+            self.open_chunk(chunk).close()
             if file_sha256(self._folder / chunk.name) != chunk.sha256:
                 raise UserError(
                     f"chunk file {self._folder / chunk.name} is damaged (checksum);"

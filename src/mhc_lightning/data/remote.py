@@ -92,6 +92,7 @@ class ChunkCache:
         path = self.folder / name
         if not path.exists():
             content = self.fetch_small(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with _written_aside(path) as stream:
                 stream.write(content)
 
@@ -106,7 +107,8 @@ class ChunkCache:
         path = self.folder / name
         if self._is_complete(path, size):
             with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
+                # Used now, but unchanged: only what changed is compared with its checksum again.
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.wait"):
@@ -121,6 +123,10 @@ class ChunkCache:
                 f"chunk {self.url}/{name} has {found} bytes, not {size};"
                 " copy the prepared folder to the object store again"
             )
+
+    def discard(self, name: str) -> None:
+        """Throw a copy away, so that it is fetched anew."""
+        (self.folder / name).unlink(missing_ok=True)
 
     def prefetch(self, wanted: Sequence[tuple[str, int]]) -> None:
         """Fetch chunks (name, size) in the background, after making room for them.
@@ -141,7 +147,7 @@ class ChunkCache:
         for path in self.folder.glob("*/*.bin"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                used.append((status.st_mtime, status.st_size, path))
+                used.append((status.st_atime, status.st_size, path))
         kept = {name for name, _ in wanted}
         missing = sum(size for name, size in wanted if not (self.folder / name).exists())
         excess = sum(size for _, size, _ in used) + missing - (self.max_bytes or 0)

@@ -6,17 +6,21 @@ in validation they make a shorter one.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mhc_lightning.data.chunk_file import Chunk, ChunkFile
 from mhc_lightning.data.order import EpochOrder, Mixture
-from mhc_lightning.data.prepared import TRAIN, VALIDATION, Chunk, PreparedData
+from mhc_lightning.data.prepared import PreparedData
+from mhc_lightning.data.record import TRAIN, VALIDATION
 from mhc_lightning.kernels import IGNORE_INDEX
 
-_OPEN_CHUNKS = 128  # each mapped file holds a file descriptor
+_OPEN_CHUNKS = 128  # each holds a file descriptor
+
+_Place = tuple[int, int, int]  # source, chunk, and number of the sequence in it
 
 
 def sequences_in(chunk: Chunk, sequence_length: int) -> int:
@@ -35,34 +39,52 @@ def predicted_tokens(chunk: Chunk, sequence_length: int) -> list[int]:
 
 
 class _Reader:
-    """Reads sequences of several sources, keeping the chunks mapped that were used last."""
+    """Reads sequences of several sources, keeping the chunks open that were used last."""
 
     def __init__(self, sources: Sequence[PreparedData], split: str, sequence_length: int) -> None:
         self.sources = sources
         self.sequence_length = sequence_length
         self._chunks = [source.chunks(split) for source in sources]
-        self._mapped: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._open: OrderedDict[tuple[int, int], ChunkFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_mapped": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def chunk(self, source: int, chunk: int) -> Chunk:
         return self._chunks[source][chunk]
 
-    def read(self, source: int, chunk: int, sequence: int) -> np.ndarray:
+    def batch(self, places: Iterable[_Place | None], size: int) -> Tensor:
+        """The sequences at some places, int64 [size, sequence_length + 1].
+
+        What a shorter sequence, and None, leave of a row is ``IGNORE_INDEX``.
+
+        Raises:
+            UserError: A chunk is missing, damaged, or was changed since it was opened.
+        """
+        length = self.sequence_length
+        rows = np.full((size, length + 1), IGNORE_INDEX, np.int64)
+        used: dict[tuple[int, int], ChunkFile] = {}
+        for row, place in enumerate(places):
+            if place is not None:
+                source, chunk, sequence = place
+                tokens = used.get((source, chunk))
+                if tokens is None:
+                    tokens = used[source, chunk] = self._opened(source, chunk)
+                found = tokens.read(sequence * length, length + 1)
+                rows[row, : len(found)] = found
+        return torch.from_numpy(rows)
+
+    def _opened(self, source: int, chunk: int) -> ChunkFile:
         key = (source, chunk)
-        tokens = self._mapped.pop(key, None)
+        tokens = self._open.pop(key, None)
         if tokens is None:
-            tokens = self.sources[source].tokens(self._chunks[source][chunk])
-            while len(self._mapped) >= _OPEN_CHUNKS:
-                self._mapped.popitem(last=False)
-        self._mapped[key] = tokens
-        start = sequence * self.sequence_length
-        return tokens[start : start + self.sequence_length + 1]
-
-
-def _stack(rows: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+            tokens = self.sources[source].open_chunk(self._chunks[source][chunk])
+            while len(self._open) >= _OPEN_CHUNKS:
+                self._open.popitem(last=False)
+        else:
+            tokens.check_again()
+        self._open[key] = tokens
+        return tokens
 
 
 class TrainingSequences(torch.utils.data.Dataset[Tensor]):
@@ -101,12 +123,7 @@ class TrainingSequences(torch.utils.data.Dataset[Tensor]):
 
     def __getitems__(self, positions: Sequence[int]) -> Tensor:
         """The sequences at some positions, int64 [len(positions), sequence_length + 1]."""
-        rows = []
-        for position in positions:
-            source, index = self.mixture.locate(position)
-            self._prefetch(source, index)
-            rows.append(self._reader.read(source, *self.orders[source].locate(index)))
-        return _stack(rows)
+        return self._reader.batch(map(self._place, positions), len(positions))
 
     def epochs(self, position: int) -> list[int]:
         """How many whole passes over each source come before a position."""
@@ -114,6 +131,11 @@ class TrainingSequences(torch.utils.data.Dataset[Tensor]):
             drawn // order.length
             for drawn, order in zip(self.mixture.drawn(position), self.orders, strict=True)
         ]
+
+    def _place(self, position: int) -> _Place:
+        source, index = self.mixture.locate(position)
+        self._prefetch(source, index)
+        return source, *self.orders[source].locate(index)
 
     def _prefetch(self, source: int, index: int) -> None:
         """On entering a window of remote chunks, fetch the rest of it and then the next one."""
@@ -150,8 +172,7 @@ class ValidationSequences(torch.utils.data.Dataset[Tensor]):
         self, sources: Sequence[PreparedData], counts: Sequence[int], sequence_length: int
     ) -> None:
         self._reader = _Reader(sources, VALIDATION, sequence_length)
-        self._row = sequence_length + 1
-        self._places: list[tuple[int, int, int]] = []
+        self._places: list[_Place] = []
         self.num_tokens: list[int] = []
         for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
             every = [
@@ -173,9 +194,6 @@ class ValidationSequences(torch.utils.data.Dataset[Tensor]):
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         """Some of the sequences, int64 [len(indices), sequence_length + 1]."""
-        batch = torch.full((len(indices), self._row), IGNORE_INDEX)
-        for row, index in zip(batch, indices, strict=True):
-            if index < len(self._places):
-                tokens = self._reader.read(*self._places[index])
-                row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-        return batch
+        held = len(self._places)
+        places = [self._places[index] if index < held else None for index in indices]
+        return self._reader.batch(places, len(indices))

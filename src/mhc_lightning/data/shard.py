@@ -4,7 +4,6 @@ The folder appears under its final name only when everything in it is written, s
 means that the unit is done.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mhc_lightning.data.checksums import file_sha256, file_xxh3, json_sha256
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.data.units import Document, Skipped, Unit
 
@@ -36,12 +36,14 @@ class Counts:
         tokens: Tokens, the end of each document included.
         bytes: Bytes of text.
         invalid_utf8: Documents (or parts of very long ones) with bytes that are no UTF-8.
+        with_nul: Documents (or parts) with NUL bytes.
     """
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
     invalid_utf8: int = 0
+    with_nul: int = 0
 
     def add(self, other: "Counts") -> None:
         """Add the numbers of another one to this one's."""
@@ -49,6 +51,7 @@ class Counts:
         self.tokens += other.tokens
         self.bytes += other.bytes
         self.invalid_utf8 += other.invalid_utf8
+        self.with_nul += other.with_nul
 
 
 @dataclass
@@ -59,8 +62,9 @@ class ShardSummary:
         train: Counts of the training split.
         validation: Counts of the validation split.
         skipped: What was left out.
-        chunks: litdata's entries for the training chunks, each with its ``sha256``.
+        chunks: litdata's entries for the training chunks, each with its checksums.
         config: litdata's configuration of these chunks; empty if there are none.
+        held_out: Checksum of the file of held-out tokens; empty if there are none.
     """
 
     train: Counts
@@ -68,6 +72,7 @@ class ShardSummary:
     skipped: Skipped
     chunks: list[dict[str, Any]]
     config: dict[str, Any]
+    held_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,21 +116,43 @@ def write_shard(unit: Unit, folder: Path, tokenizer: Tokenizer, options: ShardOp
     chunks, config = write_chunks(training_tokens(), temporary, options.chunk_bytes)
     if held_out:
         np.save(temporary / _HELD_OUT_FILE, np.concatenate(held_out))
-    summary = ShardSummary(train, validation, skipped, chunks, config)
-    (temporary / _SUMMARY_FILE).write_text(json.dumps(asdict(summary)))
+    checksum = file_xxh3(temporary / _HELD_OUT_FILE) if held_out else ""
+    summary = ShardSummary(train, validation, skipped, chunks, config, checksum)
+    content = asdict(summary)
+    sealed = {**content, "checksum": json_sha256(content)}
+    (temporary / _SUMMARY_FILE).write_text(json.dumps(sealed))
     temporary.rename(folder)
 
 
 def read_shard(folder: Path) -> ShardSummary:
-    """The summary of a finished unit."""
+    """The summary of a finished unit.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: There is none, or it was changed.
+    """
     content = json.loads((folder / _SUMMARY_FILE).read_text())
+    if content.pop("checksum") != json_sha256(content):
+        raise ValueError(f"{folder / _SUMMARY_FILE} is damaged")
     return ShardSummary(
         Counts(**content["train"]),
         Counts(**content["validation"]),
         Skipped(**content["skipped"]),
         content["chunks"],
         content["config"],
+        content["held_out"],
     )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a unit is done and what it wrote is there still, as it was."""
+    try:
+        shard = read_shard(folder)
+        checksums = {chunk["filename"]: chunk["xxh3"] for chunk in shard.chunks}
+        if shard.held_out:
+            checksums[_HELD_OUT_FILE] = shard.held_out
+        return all(file_xxh3(folder / name) == expected for name, expected in checksums.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def held_out_tokens(folder: Path) -> np.ndarray | None:
@@ -145,7 +172,7 @@ def write_chunks(
         chunk_bytes: Largest size of a chunk file.
 
     Returns:
-        litdata's entries for the chunks, each with its ``sha256``, and its configuration.
+        litdata's entries for the chunks, each with its checksums, and its configuration.
     """
     from litdata.streaming.item_loader import TokensLoader
     from litdata.streaming.writer import BinaryWriter
@@ -161,6 +188,7 @@ def write_chunks(
     index_file.unlink()
     for chunk in index["chunks"]:
         chunk["sha256"] = file_sha256(folder / chunk["filename"])
+        chunk["xxh3"] = file_xxh3(folder / chunk["filename"])
     return index["chunks"], index["config"]
 
 
@@ -170,12 +198,6 @@ def _slices(arrays: Iterable[np.ndarray], chunk_bytes: int) -> Iterator[np.ndarr
         length = max(1, chunk_bytes // _SLICES_PER_CHUNK // array.itemsize)
         for start in range(0, len(array), length):
             yield array[start : start + length]
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -202,6 +224,7 @@ def _encode(documents: list[Document], tokenizer: Tokenizer, counts: Counts) -> 
         counts.documents += document.ends
         counts.bytes += len(document.data)
         counts.invalid_utf8 += not _is_utf8(document.data)
+        counts.with_nul += b"\0" in document.data
     tokens = np.concatenate(parts)
     counts.tokens += len(tokens)
     return tokens

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mhc_lightning.data.prepared import TRAIN, PreparedData
+from mhc_lightning.data.prepared import PreparedData
+from mhc_lightning.data.record import TRAIN
 from mhc_lightning.data.sequences import sequences_in
 from mhc_lightning.data.tokenizers import load_tokenizer
 from mhc_lightning.errors import UserError

@@ -112,7 +112,11 @@ class TextDataModule(L.LightningDataModule):
 
     @cached_property
     def _opened(self) -> tuple[list[PreparedData], list[float]]:
-        return open_sources(self._sources, self.sequence_length, *self._open_options)
+        opened = open_sources(self._sources, self.sequence_length, *self._open_options)
+        for data in opened[0]:
+            if data.unchecked:
+                rank_zero_warn(data.unchecked)
+        return opened
 
     @property
     def sources(self) -> list[PreparedData]:

@@ -32,6 +32,11 @@ _END_OF_DOCUMENT_NAMES = (
 )
 
 
+def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Smallest unsigned integer type (16 or 32 bits) that holds ids below ``vocab_size``."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
 class Tokenizer(ABC):
     """What training and generation ask of a tokenizer.
 
@@ -50,7 +55,7 @@ class Tokenizer(ABC):
     @property
     def dtype(self) -> np.dtype[Any]:
         """Smallest unsigned integer type (16 or 32 bits) that holds every id."""
-        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        return smallest_dtype(self.vocab_size)
 
     @abstractmethod
     def encode(self, text: bytes | str) -> np.ndarray:
@@ -173,9 +178,7 @@ class JsonTokenizer(Tokenizer):
         self.name = self.path.parent.name or self.path.stem
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = vocabulary[self.end_of_document_token]
-        digest = hashlib.sha256(content)
-        digest.update(b"\0" + self.end_of_document_token.encode())
-        self.fingerprint = f"json-{digest.hexdigest()[:32]}"
+        self.fingerprint = json_fingerprint(content, self.end_of_document_token)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return JsonTokenizer, (self.path, self.end_of_document_token)
@@ -226,6 +229,12 @@ class JsonTokenizer(Tokenizer):
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
+
+
+def json_fingerprint(content: bytes, end_of_document: str) -> str:
+    """The fingerprint of a :class:`JsonTokenizer`, from the bytes of its file."""
+    digest = hashlib.sha256(content + b"\0" + end_of_document.encode())
+    return f"json-{digest.hexdigest()[:32]}"
 
 
 class _JsonStream(TextStream):
@@ -280,7 +289,7 @@ def tokenizer_from_record(record: dict[str, Any], folder: Path) -> Tokenizer:
     if record["kind"] == "bytes":
         return ByteTokenizer()
     tokenizer = JsonTokenizer(folder / record["file"], record["end_of_document"])
-    if tokenizer.fingerprint != record["fingerprint"]:
+    if tokenizer.record() != record:
         raise UserError(
             f"{tokenizer.path} is not the tokenizer its data were prepared with;"
             " put the original file back, or run `prepare` again"

@@ -13,7 +13,6 @@ from typing import Protocol
 from mhc_lightning.data.documents import (
     TextFile,
     jsonl_document,
-    looks_binary,
     open_bytes,
 )
 from mhc_lightning.errors import UserError
@@ -46,7 +45,7 @@ class Skipped:
     """What a unit left out.
 
     Attributes:
-        binary_files: Files with NUL bytes.
+        binary_files: Files in folders that are no text.
         empty_documents: Documents without a byte.
     """
 
@@ -204,23 +203,28 @@ def _character_start(block: bytes) -> int:
     return len(block) if len(block) < 5 else 1  # the file ends with this character, or no UTF-8
 
 
+def _unmarked(data: bytes) -> bytes:
+    """The beginning of a file without a byte-order mark, which is no part of its text."""
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
 def _text_documents(
     piece: Piece, validation_fraction: float, skipped: Skipped
 ) -> Iterator[Document]:
     held_out = piece.held_out
     with open_bytes(piece.file) as stream:
-        if looks_binary(stream):
-            skipped.binary_files += piece.start == 0
-            return
         if piece.stop is None:
             data = stream.read()
         else:
             if held_out is None:
-                held_out = is_held_out(stream.read(_HASHED_BYTES), validation_fraction)
+                beginning = _unmarked(stream.read(len(codecs.BOM_UTF8) + _HASHED_BYTES))
+                held_out = is_held_out(beginning, validation_fraction)
             stream.seek(piece.start)
             data = stream.read(piece.stop - piece.start)
     if piece.stop is not None and len(data) != piece.stop - piece.start:
         raise UserError(f"input {piece.file.path} changed while it was read; run `prepare` again")
+    if not piece.start:
+        data = _unmarked(data)
     if not data:
         skipped.empty_documents += 1
     elif piece.held_out_end:
@@ -246,7 +250,7 @@ def _jsonl_documents(
                 return
             position += len(line)
             if piece.start == 0 and number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
+                line = _unmarked(line)
             if not line.strip():
                 continue
             data = jsonl_document(line, text_field, piece.file, 0 if piece.start else number)

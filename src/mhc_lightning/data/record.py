@@ -1,0 +1,121 @@
+"""The record of a prepared folder, ``prepared.json``: what is in it, and whether that holds."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mhc_lightning.data.checksums import json_sha256
+from mhc_lightning.data.chunk_file import Chunk
+from mhc_lightning.data.shard import Counts
+from mhc_lightning.data.tokenizers import ByteTokenizer, smallest_dtype
+from mhc_lightning.data.units import Skipped
+
+RECORD_FILE = "prepared.json"
+TRAIN, VALIDATION = "train", "validation"
+SPLITS = (TRAIN, VALIDATION)
+FORMAT = 1
+_CHECKSUM = "checksum"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``prepared.json`` says.
+
+    Attributes:
+        identity: Equal for two folders exactly when they were made from the same input with the
+            same settings.
+        content: Checksum of all tokens and of the tokenizer; names the data in checkpoints.
+        tokenizer: See :meth:`mhc_lightning.data.tokenizers.Tokenizer.record`.
+        dtype: Type of the stored tokens.
+        counts: Documents, tokens and bytes of each split.
+        skipped: What was left out of the input.
+        chunks: The chunk files of each split, in order.
+        settings: How `prepare` was called, for people.
+        forms: What the input files were taken for: number of files by form and ending.
+        files: XXH3 checksums of litdata's index files, by path; empty where an earlier version
+            made the folder, which then also has no checksum of the record itself.
+    """
+
+    identity: str
+    content: str
+    tokenizer: dict[str, Any]
+    dtype: str
+    counts: dict[str, Counts]
+    skipped: Skipped
+    chunks: dict[str, list[Chunk]]
+    settings: dict[str, Any]
+    forms: dict[str, dict[str, int]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of ``prepared.json``, with a checksum of itself."""
+        content = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**content, _CHECKSUM: json_sha256(content)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Record":
+        """Read ``prepared.json``.
+
+        Raises:
+            ValueError: It is no record of this format, was changed, or contradicts itself.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError("another format")
+        checksum = content.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != json_sha256(content):
+            raise ValueError("it is damaged: its checksum is another")
+        del content["format"]
+        try:
+            content["counts"] = {
+                split: Counts(**value) for split, value in content["counts"].items()
+            }
+            content["skipped"] = Skipped(**content["skipped"])
+            content["chunks"] = {
+                split: [Chunk(**chunk) for chunk in chunks]
+                for split, chunks in content["chunks"].items()
+            }
+            record = cls(**content)
+            contradiction = record._contradiction()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from error
+        if contradiction:
+            raise ValueError(f"it is damaged: {contradiction}")
+        return record
+
+    def _contradiction(self) -> str:
+        """What cannot be true; all that tells of damage to a record without a checksum."""
+        kind, known = self.tokenizer["kind"], ByteTokenizer().record()
+        if kind not in ("bytes", "json") or (kind == "bytes" and self.tokenizer != known):
+            return f"there is no tokenizer {self.tokenizer}"
+        if self.dtype != smallest_dtype(self.tokenizer["vocab_size"]).name:
+            return f"the type of tokens is {self.dtype}"
+        itemsize = smallest_dtype(self.tokenizer["vocab_size"]).itemsize
+        for split in SPLITS:
+            chunks, counts = self.chunks[split], self.counts[split]
+            if sum(chunk.tokens for chunk in chunks) != counts.tokens:
+                return f"the chunks of {split} do not have its {counts.tokens} tokens"
+            for chunk in chunks:
+                if chunk.offset + chunk.tokens * itemsize != chunk.size:
+                    return f"{chunk.name} cannot have {chunk.tokens} tokens"
+            if kind == "bytes" and counts.bytes + counts.documents != counts.tokens:
+                return f"{split} does not have {counts.bytes} bytes"
+        if self.content != content_checksum(self.chunks, self.tokenizer["fingerprint"]):
+            return "the checksums of the chunks are others"
+        return ""
+
+
+def content_checksum(chunks: dict[str, list[Chunk]], fingerprint: str) -> str:
+    """The checksum of all tokens and of their tokenizer, from those of the chunks.
+
+    Args:
+        chunks: The chunks of each split.
+        fingerprint: The tokenizer's.
+    """
+    digest = hashlib.sha256(fingerprint.encode())
+    for split in SPLITS:
+        digest.update(f"\n{split}".encode())
+        for chunk in chunks[split]:
+            digest.update(f"\n{chunk.sha256}".encode())
+    return digest.hexdigest()
