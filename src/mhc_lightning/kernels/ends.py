@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_lightning.kernels import reference
 from mhc_lightning.kernels.backend import backend_of
 from mhc_lightning.kernels.operands import full_precision
+from mhc_lightning.kernels.transforms import operator, transformable
 
 
 def expand_streams(x: Tensor, num_streams: int) -> Tensor:
     """[..., C] -> [..., n, C], every stream a view of ``x``; the gradient is the streams' sum."""
-    return _Expand.apply(x, num_streams)
+    return transformable(_Expand.apply, _expanded)(x, num_streams)
 
 
 def mean_streams(streams: Tensor) -> Tensor:
@@ -23,29 +25,35 @@ def mean_streams(streams: Tensor) -> Tensor:
     *leading, n, width = streams.shape
     if n == 1:
         return streams.squeeze(-2)
+    run = transformable(mean_op, reference.mean_forward)
     with full_precision(streams):
-        mean = mean_op(streams.reshape(-1, n, width))
+        mean = run(streams.reshape(-1, n, width))
     return mean.reshape(*leading, width)
+
+
+def _expanded(x: Tensor, num_streams: int) -> Tensor:
+    return x.unsqueeze(-2).expand(*x.shape[:-1], num_streams, -1)
 
 
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, num_streams):  # type: ignore[no-untyped-def]
-        return x.unsqueeze(-2).expand(*x.shape[:-1], num_streams, -1)
+        return _expanded(x, num_streams)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         *leading, n, width = grad.shape
-        return sum_op(grad.reshape(-1, n, width)).reshape(*leading, width), None
+        run = transformable(sum_op, reference.expand_backward)
+        return run(grad.reshape(-1, n, width)).reshape(*leading, width), None
 
 
-@torch.library.custom_op("mhc_lightning::mean_streams", mutates_args=())
+@operator("mean_streams")
 def mean_op(streams: Tensor) -> Tensor:
     """[T, n, C] -> [T, C]."""
     return backend_of(streams).mean_forward(streams)
 
 
-@torch.library.custom_op("mhc_lightning::sum_streams", mutates_args=())
+@operator("sum_streams")
 def sum_op(streams: Tensor) -> Tensor:
     """[T, n, C] -> [T, C], without a gradient of its own."""
     return backend_of(streams).expand_backward(streams)

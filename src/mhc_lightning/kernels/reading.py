@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_lightning.kernels import reference
 from mhc_lightning.kernels.backend import backend_of
 from mhc_lightning.kernels.operands import (
     check_iterations,
@@ -19,6 +20,12 @@ from mhc_lightning.kernels.operands import (
 )
 from mhc_lightning.kernels.record import MappingGrads, StreamMappings
 from mhc_lightning.kernels.rule import Mix, Rule
+from mhc_lightning.kernels.transforms import (
+    operator,
+    plain_gradients,
+    transformable,
+    transforming,
+)
 
 
 def stream_mappings(
@@ -180,8 +187,9 @@ def _read(
 ) -> tuple[Tensor, Tensor, StreamMappings]:
     *leading, n, width = streams.shape
     dtype = compute_dtype(streams, phi, alpha, bias)
+    run = transformable(_Read.apply, _read_plain)
     with full_precision(streams):
-        kept, read, pre, post, residual = _Read.apply(
+        kept, read, pre, post, residual = run(
             streams.reshape(-1, n, width),
             *(parameter.to(dtype).contiguous() for parameter in (phi, alpha, bias)),
             None if carry is None else carry.reshape(-1, n).to(dtype),
@@ -208,15 +216,32 @@ def mappings_by_token(
     return StreamMappings(pre.reshape(*leading, n), post.reshape(*leading, n), residual)
 
 
+def _read_plain(
+    streams: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    carry: Tensor | None,
+    rule: str,
+    num_iterations: int,
+    eps: float,
+    want_read: bool,
+) -> tuple[Tensor, ...]:
+    read, mappings, _, _ = reference.read_forward(
+        streams, phi, alpha, bias, carry, Rule(rule, num_iterations, eps), want_read
+    )
+    return streams, read, *mappings
+
+
 class _Read(torch.autograd.Function):
     """``read_op`` with the streams as a further output."""
 
     @staticmethod
     def forward(ctx, streams, phi, alpha, bias, carry, rule, num_iterations, eps, want_read):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
-        ctx.rule = (rule, num_iterations, eps)
+        ctx.constants = (rule, num_iterations, eps, want_read)
         read, pre, post, residual, raw, inverse_rms = read_op(
-            streams, phi, alpha, bias, carry, *ctx.rule, want_read
+            streams, phi, alpha, bias, carry, *ctx.constants
         )
         ctx.save_for_backward(streams, phi, alpha, bias, carry, pre, raw, inverse_rms)
         return streams.view_as(streams), read, pre, post, residual
@@ -226,7 +251,7 @@ class _Read(torch.autograd.Function):
         return _backward_of(ctx, kept_grad, read_grad, *grads)
 
 
-@torch.library.custom_op("mhc_lightning::read_streams", mutates_args=())
+@operator("read_streams")
 def read_op(
     streams: Tensor,
     phi: Tensor,
@@ -245,7 +270,7 @@ def read_op(
     return read, *mappings, raw, inverse_rms
 
 
-@torch.library.custom_op("mhc_lightning::read_streams_backward", mutates_args=())
+@operator("read_streams_backward")
 def read_backward_op(
     streams: Tensor,
     phi: Tensor,
@@ -346,9 +371,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *operands, rule, num_iterations, eps, _ = inputs
+    operands, ctx.constants = inputs[:5], inputs[5:]
     _, pre, _, _, raw, inverse_rms = output
-    ctx.rule = (rule, num_iterations, eps)
     ctx.save_for_backward(*operands, pre, raw, inverse_rms)
 
 
@@ -360,8 +384,10 @@ def _backward(ctx: Any, read_grad: Tensor | None, *grads: Tensor | None) -> tupl
 
 def _backward_of(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of all inputs, given those of kept streams, input and mappings."""
-    needs = ctx.needs_input_grad[:5]
-    results = read_backward_op(*ctx.saved_tensors, *grads, *ctx.rule, needs[0], needs[1], needs[4])
+    if transforming():
+        return plain_gradients(_read_plain, ctx, 5, grads)
+    needs, rule = ctx.needs_input_grad[:5], ctx.constants[:3]
+    results = read_backward_op(*ctx.saved_tensors, *grads, *rule, needs[0], needs[1], needs[4])
     return *(g if need else None for g, need in zip(results, needs, strict=True)), *[None] * 4
 
 

@@ -7,12 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_lightning.kernels import unfused_seam
+from mhc_lightning.kernels import reference, unfused_seam
 from mhc_lightning.kernels.backend import backend_of, fuses_seams
 from mhc_lightning.kernels.operands import check_shape, compute_dtype, full_precision
 from mhc_lightning.kernels.reading import manifold_rule, mappings_by_token
 from mhc_lightning.kernels.record import MappingGrads, StreamMappings
 from mhc_lightning.kernels.rule import Mix, Rule
+from mhc_lightning.kernels.transforms import (
+    operator,
+    plain_gradients,
+    transformable,
+    transforming,
+)
 
 
 def merge_and_read(
@@ -64,8 +70,9 @@ def merge_and_read(
         carry = carry.reshape(-1, n)
     dtype = compute_dtype(streams, residual, post, phi, alpha, bias)
     coefficients = (residual.reshape(-1, n, n), post.reshape(-1, n), phi, alpha, bias, carry)
+    run = transformable(merge_and_read_op, _plain)
     with full_precision(streams):
-        new, read, pre, next_post, next_residual, _, _ = merge_and_read_op(
+        new, read, pre, next_post, next_residual, *_ = run(
             streams.reshape(-1, n, width),
             output.reshape(-1, width),
             *(None if c is None else c.to(dtype) for c in coefficients),
@@ -73,6 +80,14 @@ def merge_and_read(
         )
         mappings = mappings_by_token(leading, pre, next_post, next_residual, mix)
     return new.reshape(streams.shape), read.reshape(*leading, width), mappings
+
+
+def _plain(*inputs: Any) -> tuple[Tensor, ...]:
+    """What the operator returns that has gradients, in plain torch."""
+    operands: Any = inputs[:8]
+    rule = Rule(*inputs[8:])
+    new, read, mappings, _, _ = unfused_seam.seam_forward(reference, *operands, rule)
+    return new, read, *mappings
 
 
 def _kernels(streams: Tensor, *coefficients: Tensor) -> tuple[Callable, Callable]:
@@ -83,7 +98,7 @@ def _kernels(streams: Tensor, *coefficients: Tensor) -> tuple[Callable, Callable
     return partial(parts[0], backend), partial(parts[1], backend)
 
 
-@torch.library.custom_op("mhc_lightning::merge_and_read", mutates_args=())
+@operator("merge_and_read")
 def merge_and_read_op(
     streams: Tensor,
     output: Tensor,
@@ -106,7 +121,7 @@ def merge_and_read_op(
     return new, read, *mappings, raw, inverse_rms
 
 
-@torch.library.custom_op("mhc_lightning::merge_and_read_backward", mutates_args=())
+@operator("merge_and_read_backward")
 def merge_and_read_backward_op(
     streams: Tensor,
     output: Tensor,
@@ -205,15 +220,16 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *operands, rule, num_iterations, eps = inputs
+    operands, ctx.constants = inputs[:8], inputs[8:]
     new, _, pre, _, _, raw, inverse_rms = output
-    ctx.rule = (rule, num_iterations, eps)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*operands, new, pre, raw, inverse_rms)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    results = merge_and_read_backward_op(*ctx.saved_tensors, *grads[:5], *ctx.rule)
+    if transforming():
+        return plain_gradients(_plain, ctx, 8, grads[:5])
+    results = merge_and_read_backward_op(*ctx.saved_tensors, *grads[:5], *ctx.constants)
     needs = ctx.needs_input_grad[:8]
     return *(g if need else None for g, need in zip(results, needs, strict=True)), None, None, None
 

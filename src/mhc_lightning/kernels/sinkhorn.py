@@ -5,8 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_lightning.kernels import reference
 from mhc_lightning.kernels.backend import backend_of
 from mhc_lightning.kernels.operands import check_iterations
+from mhc_lightning.kernels.transforms import (
+    operator,
+    plain_gradients,
+    transformable,
+    transforming,
+)
 
 
 def sinkhorn_knopp(logits: Tensor, num_iterations: int = 20) -> Tensor:
@@ -32,11 +39,12 @@ def sinkhorn_knopp(logits: Tensor, num_iterations: int = 20) -> Tensor:
     n = logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     by_token = logits.to(dtype).reshape(-1, n, n)
-    matrices = sinkhorn_op(by_token.permute(1, 2, 0).contiguous(), num_iterations)
+    run = transformable(sinkhorn_op, reference.sinkhorn_forward)
+    matrices = run(by_token.permute(1, 2, 0).contiguous(), num_iterations)
     return matrices.permute(2, 0, 1).reshape(logits.shape)
 
 
-@torch.library.custom_op("mhc_lightning::sinkhorn_knopp", mutates_args=())
+@operator("sinkhorn_knopp")
 def sinkhorn_op(logits: Tensor, num_iterations: int) -> Tensor:
     """Sinkhorn-Knopp on contiguous logits [n, n, tokens], differentiable.
 
@@ -45,7 +53,7 @@ def sinkhorn_op(logits: Tensor, num_iterations: int) -> Tensor:
     return backend_of(logits).sinkhorn_forward(logits, num_iterations)
 
 
-@torch.library.custom_op("mhc_lightning::sinkhorn_knopp_backward", mutates_args=())
+@operator("sinkhorn_knopp_backward")
 def sinkhorn_backward_op(grad: Tensor, logits: Tensor, num_iterations: int) -> Tensor:
     """Gradient [n, n, tokens] of the logits, given that of the matrices."""
     return backend_of(logits).sinkhorn_backward(grad, logits, num_iterations)
@@ -62,13 +70,15 @@ def _(grad: Tensor, logits: Tensor, num_iterations: int) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    logits, ctx.num_iterations = inputs
+    logits, *ctx.constants = inputs
     ctx.save_for_backward(logits)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if transforming():
+        return plain_gradients(reference.sinkhorn_forward, ctx, 1, (grad,))
     (logits,) = ctx.saved_tensors
-    return sinkhorn_backward_op(grad.contiguous(), logits, ctx.num_iterations), None
+    return sinkhorn_backward_op(grad.contiguous(), logits, *ctx.constants), None
 
 
 sinkhorn_op.register_autograd(_backward, setup_context=_setup_context)

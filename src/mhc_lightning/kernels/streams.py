@@ -2,11 +2,17 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mhc_lightning.kernels import reference
 from mhc_lightning.kernels.backend import backend_of
 from mhc_lightning.kernels.operands import check_shape, compute_dtype, empty, full_precision
+from mhc_lightning.kernels.transforms import (
+    operator,
+    plain_gradients,
+    transformable,
+    transforming,
+)
 
 
 def aggregate_streams(streams: Tensor, pre: Tensor) -> Tensor:
@@ -26,8 +32,9 @@ def aggregate_streams(streams: Tensor, pre: Tensor) -> Tensor:
     check_shape("pre", pre, [*leading, n], streams)
     dtype = compute_dtype(streams, pre)
     weights = pre.reshape(-1, n).to(dtype)
+    run = transformable(aggregate_op, reference.aggregate_forward)
     with full_precision(streams):
-        read = aggregate_op(streams.reshape(-1, n, width), weights)
+        read = run(streams.reshape(-1, n, width), weights)
     return read.reshape(*leading, width)
 
 
@@ -53,8 +60,9 @@ def merge_streams(streams: Tensor, output: Tensor, residual: Tensor, post: Tenso
     check_shape("residual", residual, [*leading, n, n], streams)
     check_shape("post", post, [*leading, n], streams)
     dtype = compute_dtype(streams, residual, post)
+    run = transformable(merge_op, reference.merge_forward)
     with full_precision(streams):
-        merged = merge_op(
+        merged = run(
             streams.reshape(-1, n, width),
             output.reshape(-1, width),
             residual.reshape(-1, n, n).to(dtype),
@@ -63,13 +71,13 @@ def merge_streams(streams: Tensor, output: Tensor, residual: Tensor, post: Tenso
     return merged.reshape(streams.shape)
 
 
-@torch.library.custom_op("mhc_lightning::aggregate_streams", mutates_args=())
+@operator("aggregate_streams")
 def aggregate_op(streams: Tensor, pre: Tensor) -> Tensor:
     """[T, n, C], [T, n] -> [T, C]."""
     return backend_of(streams, pre).aggregate_forward(streams, pre)
 
 
-@torch.library.custom_op("mhc_lightning::aggregate_streams_backward", mutates_args=())
+@operator("aggregate_streams_backward")
 def aggregate_backward_op(
     grad: Tensor, streams: Tensor, pre: Tensor, need_streams: bool, need_pre: bool
 ) -> tuple[Tensor, Tensor]:
@@ -99,9 +107,12 @@ def _(
 
 def _setup_aggregate(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
+    ctx.constants = ()
 
 
 def _aggregate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if transforming():
+        return plain_gradients(reference.aggregate_forward, ctx, 2, (grad,))
     needs = ctx.needs_input_grad
     grads = aggregate_backward_op(grad, *ctx.saved_tensors, needs[0], needs[1])
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
@@ -110,13 +121,13 @@ def _aggregate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 aggregate_op.register_autograd(_aggregate_backward, setup_context=_setup_aggregate)
 
 
-@torch.library.custom_op("mhc_lightning::merge_streams", mutates_args=())
+@operator("merge_streams")
 def merge_op(streams: Tensor, output: Tensor, residual: Tensor, post: Tensor) -> Tensor:
     """[T, n, C], [T, C], [T, n, n], [T, n] -> [T, n, C]."""
     return backend_of(streams, residual, post).merge_forward(streams, output, residual, post)
 
 
-@torch.library.custom_op("mhc_lightning::merge_streams_backward", mutates_args=())
+@operator("merge_streams_backward")
 def merge_backward_op(
     grad: Tensor,
     streams: Tensor,
@@ -163,9 +174,12 @@ def _(
 
 def _setup_merge(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
+    ctx.constants = ()
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if transforming():
+        return plain_gradients(reference.merge_forward, ctx, 4, (grad,))
     needs = ctx.needs_input_grad
     grads = merge_backward_op(grad, *ctx.saved_tensors, needs[0], needs[1], needs[2] or needs[3])
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mhc_lightning.kernels import StreamMappings
+from mhc_lightning.kernels.transforms import transforming
 from mhc_lightning.modules.precision import autocast_dtype
 from mhc_lightning.modules.recompute_block import (
     NORMED,
@@ -36,10 +37,12 @@ from mhc_lightning.modules.recompute_block import (
 def recomputing(size: int) -> Iterator[None]:
     """Keep streams only every ``size`` sub-layers within, where gradients are recorded.
 
+    Transforms of ``torch.func`` have no use for saved-tensor hooks: under them everything is kept.
+
     Args:
         size: Sub-layers per block; 0 keeps everything. A block never reaches beyond the context.
     """
-    if size == 0 or not torch.is_grad_enabled():
+    if size == 0 or not torch.is_grad_enabled() or transforming():
         yield
         return
     global _recordings

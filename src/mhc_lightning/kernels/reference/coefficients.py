@@ -21,7 +21,7 @@ def coefficients_forward(
     """
     logits = _logits(raw, inverse_rms, alpha, bias, n)
     pre = logits[:n].sigmoid().t().contiguous()
-    post = logits[n : 2 * n].sigmoid().mul_(2).t().contiguous()
+    post = logits[n : 2 * n].sigmoid().mul(2).t().contiguous()
     if rule.name == "gates":
         return StreamMappings(pre, post, logits[2 * n :].t().contiguous())
     matrices = sinkhorn_forward(logits[2 * n :].reshape(n, n, -1), rule.num_iterations)

@@ -8,10 +8,16 @@ the matrix itself. With the tokens last, the sums run over whole vectors of toke
 import torch
 from torch import Tensor
 
+from mhc_lightning.kernels.transforms import transforming
+
 
 def sinkhorn_forward(logits: Tensor, num_iterations: int) -> Tensor:
     """Matrices [n, n, tokens] for contiguous logits [n, n, tokens]."""
     matrix = _first_iteration(logits)[1]
+    if transforming():  # then every iterate is needed
+        for k in range(2, 2 * num_iterations):
+            matrix = matrix / matrix.sum(k % 2, keepdim=True)
+        return matrix
     sums = torch.empty_like(matrix[:1])
     for _ in range(num_iterations - 1):
         torch.sum(matrix, 0, keepdim=True, out=sums)

@@ -8,6 +8,8 @@ sub-layers.
 import torch
 from torch import Tensor
 
+from mhc_lightning.kernels.transforms import transforming
+
 
 def dot_per_stream(streams: Tensor, vector: Tensor) -> Tensor:
     """``Σ_c streams[t, i, c] · vector[t, c]``: [T, n, C], [T, C] -> [T, n]."""
@@ -47,7 +49,8 @@ def merge_forward(streams: Tensor, output: Tensor, residual: Tensor, post: Tenso
     """``new[i] = Σ_j residual[i, j] · streams[j] + post[i] · output`` in the streams' dtype."""
     dtype = residual.dtype
     merged = torch.bmm(residual, streams.to(dtype))
-    merged.addcmul_(post[:, :, None], output.to(dtype)[:, None, :])
+    add = torch.addcmul if transforming() else Tensor.addcmul_
+    merged = add(merged, post[:, :, None], output.to(dtype)[:, None, :])
     return merged.to(streams.dtype)
 
 

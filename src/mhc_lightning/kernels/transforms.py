@@ -1,0 +1,79 @@
+"""How the operators take part in ``torch.func``'s transforms and in forward-mode derivatives.
+
+An operator is opaque: it brings a backward pass of its own, but no rule for batching and none for
+tangents, which torch then drops without a word. Within a transform the public functions therefore
+run the reference's forward pass instead: plain torch, which can be batched and differentiated in
+both directions, any number of times. Where only the backward pass is transformed, the reference is
+differentiated there.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mhc_lightning.kernels.operands import full_precision
+
+
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` or a level of forward-mode derivatives is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def operator(name: str) -> Callable[[Callable], Any]:
+    """``torch.library.custom_op`` of this package, one that never loses a tangent silently.
+
+    Args:
+        name: What it is called in ``torch.ops.mhc_lightning``.
+    """
+
+    def define(function: Callable) -> Any:
+        @wraps(function)
+        def without_tangents(*args: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                raise NotImplementedError(
+                    f"torch.ops.mhc_lightning.{name} has no forward-mode derivative: call the"
+                    " function of mhc_lightning.kernels around it, which has one"
+                )
+            return function(*args)
+
+        return torch.library.custom_op(f"mhc_lightning::{name}", mutates_args=())(without_tangents)
+
+    return define
+
+
+def transformable(run: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, or within a transform ``plain``, which does the same in torch alone."""
+    return plain if transforming() else run
+
+
+def plain_gradients(
+    plain: Callable, ctx: Any, operands: int, grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of an operator's inputs, by differentiating ``plain`` in its place.
+
+    Args:
+        plain: Takes the operator's inputs, and returns what has gradients.
+        ctx: Its ``saved_tensors`` begin with the operands, and ``constants`` are the other inputs.
+        operands: How many of the inputs are tensors (or None); they come first.
+        grads: Of what ``plain`` returns, None where nothing comes back.
+    """
+    inputs = ctx.saved_tensors[:operands]
+    needs = ctx.needs_input_grad
+    wanted = [k for k in range(operands) if needs[k]]
+    given = [k for k, grad in enumerate(grads) if grad is not None]
+    if not given:
+        return (None,) * len(needs)
+
+    def results(*tensors: Tensor) -> tuple[Tensor, ...]:
+        changed = dict(zip(wanted, tensors, strict=True))
+        outputs = plain(*(changed.get(k, t) for k, t in enumerate(inputs)), *ctx.constants)
+        return tuple((outputs if isinstance(outputs, tuple) else (outputs,))[k] for k in given)
+
+    with full_precision(inputs[0]):
+        pull = torch.func.vjp(results, *(inputs[k] for k in wanted))[1]
+        found = dict(zip(wanted, pull(tuple(grads[k] for k in given)), strict=True))
+    return tuple(found.get(k) for k in range(len(needs)))

@@ -1,0 +1,135 @@
+"""Connections and whole networks under ``torch.func``, against ordinary calls."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mhc_lightning.modules import (
+    HyperConnection,
+    IdentityHyperConnection,
+    KroneckerHyperConnection,
+    ManifoldHyperConnection,
+    PermutationHyperConnection,
+    ResidualConnection,
+    SinglePassHyperConnection,
+    Transformer,
+)
+from mhc_lightning.modules.connection import Connection
+
+WIDTH = 6
+
+CONNECTIONS: dict[str, Callable[..., Connection]] = {
+    "residual": ResidualConnection,
+    "hc": HyperConnection,
+    "hc_linear": partial(HyperConnection, tanh=False),
+    "hc_static": partial(HyperConnection, dynamic=False),
+    "mhc": ManifoldHyperConnection,
+    "mhc_single_pass": SinglePassHyperConnection,
+    "mhc_lite": PermutationHyperConnection,
+    "krom": KroneckerHyperConnection,
+    "identity": IdentityHyperConnection,
+}
+
+
+class Chain(nn.Module):
+    """Two sub-layers, each behind its connection."""
+
+    def __init__(self, connection: Callable[..., Connection]) -> None:
+        super().__init__()
+        self.connections = nn.ModuleList(connection(WIDTH, 4, k) for k in range(2))
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, streams: Tensor) -> Tensor:
+        flow: Any = streams
+        for connection, layer in zip(self.connections, self.layers, strict=True):
+            flow = connection.run(flow, lambda u, layer=layer: layer(u).tanh())
+        return flow.merge()[0]
+
+
+def disturbed(module: nn.Module) -> nn.Module:
+    """In float64, and away from an initialisation that many gradients vanish at."""
+    with torch.no_grad():
+        for parameter in module.double().parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module
+
+
+def gradients(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss(), parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, found, strict=True))
+
+
+def stacked(trees: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def assert_same(ours: object, expected: object) -> None:
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-11)
+
+
+def hold_transforms_against_ordinary_calls(
+    build: Callable[[], nn.Module], given: Tensor, tolerance: float = 1e-10
+) -> None:
+    """``given`` [B, …] is a batch of what the module takes."""
+    modules = [disturbed(build()) for _ in range(3)]
+    module = modules[0]
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    weights = torch.randn_like(module(given))
+
+    def total(parameters: dict[str, Tensor], given: Tensor, weights: Tensor) -> Tensor:
+        return (functional_call(module, parameters, (given,)) * weights).sum()
+
+    expected = gradients(module, lambda: (module(given) * weights).sum())
+    assert_same(grad(total)(parameters, given, weights), expected)
+    rows = [
+        gradients(module, lambda k=k: (module(given[k : k + 1]) * weights[k : k + 1]).sum())
+        for k in range(len(given))
+    ]
+    each = vmap(grad(total), in_dims=(None, 1, 1))
+    assert_same(each(parameters, given[None], weights[None]), stacked(rows))
+    state = stack_module_state(modules)
+    ensemble = vmap(lambda *state: functional_call(module, state, (given,)), chunk_size=2)
+    assert_same(ensemble(*state), torch.stack([member(given) for member in modules]))
+    directions = {name: torch.randn_like(p) for name, p in parameters.items()}
+    with sdpa_kernel(SDPBackend.MATH):
+        _, moving = jvp(
+            lambda p: functional_call(module, p, (given,)), (parameters,), (directions,)
+        )
+    slope = sum((directions[name] * gradient).sum() for name, gradient in expected.items())
+    torch.testing.assert_close((weights * moving).sum(), slope, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", sorted(CONNECTIONS))
+def test_connections(name: str) -> None:
+    streams = torch.randn(2, 3, 1 if name == "residual" else 4, WIDTH, dtype=torch.float64)
+    hold_transforms_against_ordinary_calls(lambda: Chain(CONNECTIONS[name]), streams)
+    module = disturbed(Chain(CONNECTIONS[name]))
+    ours = jacrev(module)(streams[:1, :1])
+    expected = torch.autograd.functional.jacobian(module, streams[:1, :1])
+    assert_same(ours, expected)
+
+
+# On a CPU torch's fused attention has no batching rule, and says that it is slow.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("recompute", ["off", 2])
+@pytest.mark.parametrize("name", ["mhc", "mhc_lite", "hc"])
+def test_networks(
+    name: str, recompute: str | int, tiny_transformer: Callable[..., Transformer]
+) -> None:
+    """With recomputation too, of which only an ordinary backward pass makes use."""
+
+    def build() -> Transformer:
+        network = tiny_transformer(connection=CONNECTIONS[name], num_experts=0)
+        network.set_recompute(recompute)
+        return network
+
+    tokens = torch.randint(0, 40, (2, 5))
+    # Rotary angles are float32.
+    hold_transforms_against_ordinary_calls(build, tokens, tolerance=1e-5)
