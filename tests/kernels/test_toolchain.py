@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.build import compile_module_from_src
 
 from mhc_lightning.errors import UserError
@@ -80,6 +81,7 @@ def test_no_driver():
 
 def test_auto_goes_on_in_torch_and_triton_is_refused(monkeypatch):
     monkeypatch.setattr(backend, "trouble_with_triton", lambda device: "it is broken: mend it")
+    monkeypatch.setattr(backend, "ordinary", lambda tensor: True)
     backend._warn_once.cache_clear()
     on_gpu = SimpleNamespace(
         is_cuda=True, dtype=torch.bfloat16, shape=(2, 4, 8), device=torch.device("cuda", 0)
@@ -96,3 +98,14 @@ def test_auto_goes_on_in_torch_and_triton_is_refused(monkeypatch):
         backend.backend_of(on_gpu)
     monkeypatch.setenv(backend.VARIABLE, "torch")
     assert backend.backend_of(on_gpu) is reference
+
+
+def test_nothing_is_found_out_about_triton_on_fake_tensors(monkeypatch):
+    """What a launch under a tracer says would be remembered, and hold for real tensors."""
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    toolchain.trouble_with_triton.cache_clear()
+    with FakeTensorMode():
+        assert backend.fuses_seams(torch.empty(2, 4, 8))
+    assert toolchain.trouble_with_triton.cache_info().currsize == 0
+    assert backend.backend_of(torch.empty(2, 4, 8)) is not reference

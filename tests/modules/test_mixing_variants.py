@@ -2,11 +2,15 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_lightning.callbacks.gains import amax_gains
 from mhc_lightning.errors import UserError
@@ -155,7 +159,7 @@ def test_mixing_starts_near_the_identity(build: type, n: int) -> None:
 
 
 def test_a_model_that_was_first_used_for_inference_can_be_trained() -> None:
-    permutations._permutation_matrices.cache_clear()
+    permutations._kept.clear()
     connection = scrambled(PermutationHyperConnection, 8, 3).double()
     streams = torch.randn(2, 3, 8, dtype=torch.float64)
     with torch.inference_mode():
@@ -163,6 +167,56 @@ def test_a_model_that_was_first_used_for_inference_can_be_trained() -> None:
     actual = connection(streams, torch.sin)
     assert torch.equal(actual, expected)
     actual.sum().backward()
+
+
+TRACES: dict[str, Callable[[Callable, Tensor], object]] = {
+    "export": lambda run, streams: torch.export.export(
+        _Called(run), (streams,), dynamic_shapes=({0: torch.export.Dim("tokens")},)
+    ),
+    "make_fx": lambda run, streams: make_fx(run)(streams),
+    "functionalize": lambda run, streams: functionalize(run)(streams),
+    "vmap": lambda run, streams: vmap(run)(streams),
+    "grad": lambda run, streams: grad(lambda x: run(x).sum())(streams),
+    "fake tensors": lambda run, streams: _run_on_fake_tensors(run, streams),
+    "compile": lambda run, streams: torch.compile(run, backend="aot_eager")(streams),
+}
+
+
+class _Called(nn.Module):
+    def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, streams: Tensor) -> Tensor:
+        return self.run(streams)
+
+
+def _run_on_fake_tensors(run: Callable[[Tensor], Tensor], streams: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        run(mode.from_tensor(streams))
+
+
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("build", [PermutationHyperConnection, KroneckerHyperConnection])
+def test_a_connection_that_was_first_traced_works_on(build: type, trace: str) -> None:
+    """And one that is traced after it worked: no tensor that a tracer made is kept."""
+    connection = scrambled(build, 8, 4)
+    streams = torch.randn(2, 4, 8)
+    expected = connection(streams, torch.sin)
+
+    def run(streams: Tensor) -> Tensor:
+        return connection(streams, torch.sin)
+
+    TRACES[trace](run, streams)
+    permutations._kept.clear()
+    TRACES[trace](run, streams)
+    actual = run(streams)
+    assert type(actual) is Tensor
+    assert torch.equal(actual, expected)
+    actual.sum().backward()
+    kept = list(permutations._kept.values())
+    assert kept
+    assert all(type(tensor) is Tensor and not tensor.is_inference() for tensor in kept)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import reference
 from mhc_lightning.kernels.toolchain import trouble_with_triton
+from mhc_lightning.kernels.transforms import ordinary
 
 VARIABLE = "MHC_LIGHTNING_KERNELS"
 _MOST_STREAMS = 8
@@ -68,8 +69,8 @@ def _triton_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
                 f"{VARIABLE}=triton, but the streams are on {streams.device.type}; train on a GPU,"
                 " or set TRITON_INTERPRET=1 to have the kernels interpreted (slowly)"
             )
-    # A compiler that traces need not know: the operators ask again when they run.
-    trouble = None if torch.compiler.is_compiling() else trouble_with_triton(streams.device)
+    # Whoever traces need not know, nor could find out: the operators ask again when they run.
+    trouble = trouble_with_triton(streams.device) if ordinary(streams) else None
     if trouble is not None:
         if choice == "triton":
             raise UserError(f"{VARIABLE}=triton, but {trouble}")

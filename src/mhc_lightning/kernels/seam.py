@@ -82,11 +82,24 @@ def merge_and_read(
     return new.reshape(streams.shape), read.reshape(*leading, width), mappings
 
 
-def _plain(*inputs: Any) -> tuple[Tensor, ...]:
+def _plain(
+    streams: Tensor,
+    output: Tensor,
+    residual: Tensor,
+    post: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    carry: Tensor | None,
+    rule: str,
+    num_iterations: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     """What the operator returns that has gradients, in plain torch."""
-    operands: Any = inputs[:8]
-    rule = Rule(*inputs[8:])
-    new, read, mappings, _, _ = unfused_seam.seam_forward(reference, *operands, rule)
+    new, read, mappings, _, _ = unfused_seam.seam_forward(
+        *(reference, streams, output, residual, post, phi, alpha, bias, carry),
+        Rule(rule, num_iterations, eps),
+    )
     return new, read, *mappings
 
 

@@ -23,6 +23,21 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def ordinary(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers and nothing records or replaces what is done with it.
+
+    Only then may what is found out or made by the way be kept for later calls: a compiler, an
+    export, a fake or another dispatch mode, or a transform would leave its own kind of it behind.
+    """
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not transforming()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def operator(name: str) -> Callable[[Callable], Any]:
     """``torch.library.custom_op`` of this package, one that never loses a tangent silently.
 

@@ -1,11 +1,12 @@
 """Convex combinations of permutation matrices: every doubly stochastic matrix is one (Birkhoff)."""
 
-from functools import cache
 from itertools import permutations
 from math import factorial
 
 import torch
 from torch import Tensor
+
+from mhc_lightning.kernels.transforms import ordinary
 
 # Of at most 4 things: 24 permutations, where 5 have 120 and 6 have 720.
 MOST_PERMUTED = 4
@@ -30,14 +31,25 @@ def mixed_permutations(logits: Tensor, size: int) -> Tensor:
     Returns:
         [..., size, size], where entry (i, j) sums the weights of all that take j to i.
     """
-    matrices = _permutation_matrices(size, logits.dtype, logits.device)
+    matrices = _permutation_matrices(size, logits)
     # No matrix product: TF32 would round the weights, and the sums would not be one.
     return (logits.softmax(-1)[..., None, None] * matrices).sum(-3)
 
 
-@cache
-def _permutation_matrices(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _permutation_matrices(size: int, logits: Tensor) -> Tensor:
     """[size!, size, size]; kept, since copying them to a GPU would have it wait."""
-    with torch.inference_mode(False):
-        order = torch.tensor(list(permutations(range(size))), device=device)
-        return torch.nn.functional.one_hot(order, size).to(dtype)
+    if not ordinary(logits):
+        return _made_permutation_matrices(size, logits.dtype, logits.device)
+    key = (size, logits.dtype, logits.device)
+    if key not in _kept:
+        with torch.inference_mode(False):
+            _kept[key] = _made_permutation_matrices(*key)
+    return _kept[key]
+
+
+_kept: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _made_permutation_matrices(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    order = torch.tensor(list(permutations(range(size))), device=device)
+    return (order[..., None] == torch.arange(size, device=device)).to(dtype)

@@ -41,7 +41,7 @@ def read_forward(
         (products with phi, not divided by the norm) and the inverse norms.
     """
     n = streams.shape[1]
-    wide = streams.to(phi.dtype)
+    wide = streams.to(phi.dtype).contiguous()
     flat = wide.reshape(-1, phi.shape[0])
     mean_square = torch.linalg.vector_norm(flat, dim=1).square() / flat.shape[1]
     inverse_rms = torch.rsqrt(mean_square + rule.eps)
@@ -94,11 +94,11 @@ def read_backward(
         need_carry: Whether the carry's is, if there is one.
     """
     n = streams.shape[1]
-    wide = streams.to(phi.dtype)
+    wide = streams.to(phi.dtype).contiguous()
     flat = wide.reshape(-1, phi.shape[0])
     carry_grad = None
     if read_grad is not None:
-        read_grad = read_grad.to(phi.dtype)
+        read_grad = read_grad.to(phi.dtype).contiguous()
         if carry is None:
             dots = dot_per_stream(wide, read_grad)
             grads = grads._replace(pre=dots if grads.pre is None else grads.pre + dots)

@@ -2,7 +2,8 @@
 
 Products are batched small matrices per token, in the mappings' precision (float32 or float64)
 whatever the streams' dtype: rounding a mixing matrix to bfloat16 makes the signal drift over many
-sub-layers.
+sub-layers. They are given dense tensors: of others, such as streams that are views of one tensor or
+the gradient of a sum, torch multiplies and copies one token's matrix after the other.
 """
 
 import torch
@@ -14,19 +15,20 @@ from mhc_lightning.kernels.transforms import transforming
 def dot_per_stream(streams: Tensor, vector: Tensor) -> Tensor:
     """``Σ_c streams[t, i, c] · vector[t, c]``: [T, n, C], [T, C] -> [T, n]."""
     # As a row times a matrix: batched products with a single column are several times slower.
-    return torch.bmm(vector[:, None, :], streams.mT).squeeze(1)
+    return torch.bmm(vector.contiguous()[:, None, :], streams.contiguous().mT).squeeze(1)
 
 
 def aggregate_forward(streams: Tensor, pre: Tensor) -> Tensor:
     """``Σ_j pre[j] · streams[j]``, [T, C] in the streams' dtype."""
-    return torch.bmm(pre[:, None, :], streams.to(pre.dtype)).squeeze(1).to(streams.dtype)
+    wide = streams.to(pre.dtype).contiguous()
+    return torch.bmm(pre.contiguous()[:, None, :], wide).squeeze(1).to(streams.dtype)
 
 
 def aggregate_backward(
     grad: Tensor, streams: Tensor, pre: Tensor, need_streams: bool, need_pre: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of streams and pre, None where not needed."""
-    grad = grad.to(pre.dtype)
+    grad, pre = grad.to(pre.dtype).contiguous(), pre.contiguous()
     streams_grad = pre_grad = None
     if need_streams:
         streams_grad = torch.bmm(pre[:, :, None], grad[:, None, :]).to(streams.dtype)
@@ -48,7 +50,7 @@ def expand_backward(grad: Tensor) -> Tensor:
 def merge_forward(streams: Tensor, output: Tensor, residual: Tensor, post: Tensor) -> Tensor:
     """``new[i] = Σ_j residual[i, j] · streams[j] + post[i] · output`` in the streams' dtype."""
     dtype = residual.dtype
-    merged = torch.bmm(residual, streams.to(dtype))
+    merged = torch.bmm(residual.contiguous(), streams.to(dtype).contiguous())
     add = torch.addcmul if transforming() else Tensor.addcmul_
     merged = add(merged, post[:, :, None], output.to(dtype)[:, None, :])
     return merged.to(streams.dtype)
@@ -65,13 +67,13 @@ def merge_backward(
     need_coefficients: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of streams, output, residual and post, None where not needed."""
-    grad = grad.to(residual.dtype)
+    grad, residual = grad.to(residual.dtype).contiguous(), residual.contiguous()
     streams_grad = output_grad = residual_grad = post_grad = None
     if need_streams:
         streams_grad = torch.bmm(residual.mT, grad).to(streams.dtype)
     if need_output:
-        output_grad = torch.bmm(post[:, None, :], grad).squeeze(1).to(output.dtype)
+        output_grad = torch.bmm(post.contiguous()[:, None, :], grad).squeeze(1).to(output.dtype)
     if need_coefficients:
-        residual_grad = torch.bmm(grad, streams.to(grad.dtype).mT)
+        residual_grad = torch.bmm(grad, streams.to(grad.dtype).contiguous().mT)
         post_grad = dot_per_stream(grad, output.to(grad.dtype))
     return streams_grad, output_grad, residual_grad, post_grad
