@@ -74,9 +74,7 @@ def assert_same(ours: object, expected: object) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-11)
 
 
-def hold_transforms_against_ordinary_calls(
-    build: Callable[[], nn.Module], given: Tensor, tolerance: float = 1e-10
-) -> None:
+def hold_transforms_against_ordinary_calls(build: Callable[[], nn.Module], given: Tensor) -> None:
     """``given`` [B, …] is a batch of what the module takes."""
     modules = [disturbed(build()) for _ in range(3)]
     module = modules[0]
@@ -103,7 +101,7 @@ def hold_transforms_against_ordinary_calls(
             lambda p: functional_call(module, p, (given,)), (parameters,), (directions,)
         )
     slope = sum((directions[name] * gradient).sum() for name, gradient in expected.items())
-    torch.testing.assert_close((weights * moving).sum(), slope, rtol=tolerance, atol=tolerance)
+    assert_same((weights * moving).sum(), slope)
 
 
 @pytest.mark.parametrize("name", sorted(CONNECTIONS))
@@ -131,5 +129,33 @@ def test_networks(
         return network
 
     tokens = torch.randint(0, 40, (2, 5))
-    # Rotary angles are float32.
-    hold_transforms_against_ordinary_calls(build, tokens, tolerance=1e-5)
+    hold_transforms_against_ordinary_calls(build, tokens)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_losses(tiny_transformer: Callable[..., Transformer]) -> None:
+    network = disturbed(tiny_transformer(num_experts=0))
+    tokens, targets = torch.randint(0, 40, (2, 2, 5))
+    targets[0, 2] = -100
+    parameters = {name: p.detach() for name, p in network.named_parameters()}
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+            return self.network.loss(tokens, targets)
+
+    def loss(parameters: dict[str, Tensor], tokens: Tensor, targets: Tensor) -> Tensor:
+        named = {f"network.{name}": tensor for name, tensor in parameters.items()}
+        return functional_call(Loss(), named, (tokens, targets))
+
+    expected = gradients(network, lambda: network.loss(tokens, targets))
+    assert_same(grad(loss)(parameters, tokens, targets), expected)
+    rows = [
+        gradients(network, lambda k=k: network.loss(tokens[k : k + 1], targets[k : k + 1]))
+        for k in range(2)
+    ]
+    each = vmap(grad(loss), in_dims=(None, 1, 1))(parameters, tokens[None], targets[None])
+    assert_same(each, stacked(rows))

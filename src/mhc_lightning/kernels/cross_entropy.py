@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels.operands import check_values, compute_dtype, full_precision, widened
+from mhc_lightning.kernels.transforms import transforming
 
 IGNORE_INDEX = -100
 """The target that stands for none, as in torch."""
@@ -79,6 +80,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+def _transformable(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The loss of all logits at once, for transforms of ``torch.func``."""
+    logits = widened(hidden @ weight.to(hidden.dtype).t())
+    total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    return total / (targets != ignore_index).sum().clamp(min=1)
+
+
 def tokens_per_chunk(vocabulary: int) -> int:
     """How many tokens' logits exist at once."""
     return max(1, _CHUNK_LOGITS // vocabulary)
@@ -127,6 +135,9 @@ def linear_cross_entropy(
             on the device, since raising here would have to wait for it.
         RuntimeError: A second derivative is asked for.
     """
+    if transforming():
+        with full_precision(hidden):
+            return _transformable(hidden, weight, targets, ignore_index)
     check_targets(targets, weight.shape[0], ignore_index)
     with full_precision(hidden):
         return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
