@@ -17,6 +17,7 @@ from mhc_lightning.modules import (
     ManifoldHyperConnection,
     PermutationHyperConnection,
     ResidualConnection,
+    SinglePassHyperConnection,
     Transformer,
 )
 from mhc_lightning.planning.activations import MicroBatch
@@ -27,6 +28,7 @@ CONNECTIONS: dict[str, Callable] = {
     "hc_linear": partial(HyperConnection, tanh=False),
     "hc_static": partial(HyperConnection, dynamic=False),
     "mhc": ManifoldHyperConnection,
+    "single_pass": SinglePassHyperConnection,
     "lite": PermutationHyperConnection,
     "krom": KroneckerHyperConnection,
     "identity": IdentityHyperConnection,

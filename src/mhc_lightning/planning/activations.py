@@ -1,43 +1,40 @@
 """The bytes that one micro-batch's forward pass leaves behind for its backward pass.
 
-Read off the code, module by module: what each operator and each ``autograd.Function`` keeps, in
-eager execution. Tensors that several operators keep count once. With recompute blocks, streams,
-sub-layers' inputs and normalised inputs are rebuilt and not kept. The test of this file counts the
-storages that are really kept, so a change to a module that changes them shows there.
-
-Symbols: T tokens of a micro-batch, C width, n streams, H heads, f feed-forward width, E experts of
-which k are active.
+Counted from the modules themselves: embedding, sub-layers and head are each run without values (see
+``keeping``), and what one hands to the next is counted once, by whichever of the two keeps it.
+Sub-layers that are alike are run once. A recompute block is run as a whole.
 """
 
+import copy
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mhc_lightning.modules import (
-    Connection,
-    GatedHyperConnection,
-    HyperConnection,
-    LatentAttention,
-    ManifoldHyperConnection,
-    MixtureOfExperts,
-    ResidualConnection,
-    SwiGLU,
-    Transformer,
+from mhc_lightning.modules import Connection, LatentAttention, MixtureOfExperts, Transformer
+from mhc_lightning.modules.recompute import recomputing
+from mhc_lightning.planning.keeping import (
+    NORMS,
+    WEIGHT_COPIES,
+    Keeping,
+    Kept,
+    Passed,
+    contiguous,
+    kept_by,
+    likeness,
 )
-from mhc_lightning.planning.errors import NotPlannableError
-from mhc_lightning.planning.parts import has_embedding, has_head, width_of
+from mhc_lightning.planning.parts import has_embedding, has_head
 from mhc_lightning.planning.precision import Precision
 
+TOKENS, CONNECTIONS, LOSS = "tokens", "connections", "loss"
 KINDS = (
-    *("tokens", "connections", "norms", "attention", "feed_forward", "experts", "loss"),
-    "weight_copies",
+    *(TOKENS, CONNECTIONS, NORMS, "attention", "feed_forward", "experts", LOSS),
+    WEIGHT_COPIES,
 )
-_INDEX = 8  # bytes of an int64
 
 
 @dataclass(frozen=True)
@@ -65,55 +62,79 @@ class MicroBatch:
         return self.sequences * self.length
 
 
+class SubLayer(NamedTuple):
+    """One sub-layer of a network.
+
+    Attributes:
+        connection: Its residual connection.
+        layer: What the connection surrounds: the pre-norm and the body behind it.
+    """
+
+    connection: Connection
+    layer: nn.Module
+
+    @property
+    def body(self) -> nn.Module:
+        """Attention or feed-forward."""
+        return self.layer.get_submodule("body")
+
+
 def saved_for_backward(
-    model: Transformer, batch: MicroBatch, copies_weights: bool
+    model: Transformer, batch: MicroBatch, copies_weights: bool, sends: bool = False
 ) -> dict[str, int]:
     """Bytes kept between forward and backward, by kind.
+
+    A tensor counts as what keeps it first: a norm its input, a sub-layer the norm's output, a
+    connection the streams and the sub-layer's output. What enters a part without the embedding was
+    received, and is not counted.
 
     Args:
         model: The model, or a part of one; it may be on the meta device.
         batch: The micro-batch.
         copies_weights: Whether products run on lower-precision copies of the weights, of which
             there are as many for one token as for many.
+        sends: Whether what leaves a part without the head is sent, and so kept until its backward
+            pass.
 
     Returns:
         Bytes for each of ``KINDS``.
 
     Raises:
-        NotPlannableError: If a sub-layer is of a kind that this file does not know.
+        NotPlannableError: If something of it cannot be run without values.
     """
-    dim = width_of(model)
     saved = Counter(dict.fromkeys(KINDS, 0))
-    if has_embedding(model):
-        saved["tokens"] = batch.sequences * (batch.length + 1) * _INDEX
-    places = places_in_blocks(model, batch.recompute_block)
-    for (connection, body), place in zip(sub_layers(model), places, strict=True):
-        streams, output, coefficients = connection_bytes(connection, batch)
-        norm = norm_bytes(dim, batch, keeps_output=True)
-        if place is not None:
-            streams = 0 if place > 0 else streams
-            norm = norm_statistic_bytes(batch)
-        saved["connections"] += streams + output + coefficients
-        saved["norms"] += norm
-        saved.update(body_bytes(body, batch))
+    # Nothing before the first keeps what it receives, or it is in the receiver's keeping.
+    passed, is_received = _received(model, batch), not has_embedding(model)
+    if not is_received:
+        kept = _kept_by_embedding(model, batch)
+        saved.update(kept.sizes)
+        passed = kept.leaving
+    steps: list[Callable[[Sequence[Passed]], Kept]] = [
+        partial(_kept_by_sub_layers, group, batch)
+        for group in _in_blocks(model, batch.recompute_block)
+    ]
     if has_head(model):
-        saved["norms"] += norm_bytes(dim, batch, keeps_output=False)
-        # The loss keeps gradients instead of its inputs.
-        saved["loss"] = dim * batch.precision.activation * batch.tokens
-        saved["loss"] += model.output.weight.numel() * batch.precision.coefficient
-    if copies_weights:
-        saved["weight_copies"] = copied_weights(model) * batch.precision.activation
+        steps.append(partial(_kept_by_head, model, batch))
+    for step in steps:
+        kept = step(passed)
+        if not is_received:
+            saved.update(_between(passed, kept.entered))
+        saved.update(kept.sizes)
+        passed, is_received = kept.leaving, False
+    saved.update(_between(passed, [CONNECTIONS if sends else ""] * len(passed)))
+    if not copies_weights:
+        saved[WEIGHT_COPIES] = 0
     return dict(saved)
 
 
-def sub_layers(model: Transformer) -> list[tuple[Connection, nn.Module]]:
-    """Connection and body (behind the pre-norm) of every sub-layer, in order."""
+def sub_layers(model: Transformer) -> list[SubLayer]:
+    """Every sub-layer, in order."""
     found = []
     for block in model.blocks:
         for name in ("attention", "feed_forward"):
             connection = block.get_submodule(f"{name}_connection")
             assert isinstance(connection, Connection)
-            found.append((connection, block.get_submodule(f"{name}.body")))
+            found.append(SubLayer(connection, block.get_submodule(name)))
     return found
 
 
@@ -129,43 +150,19 @@ def places_in_blocks(model: Transformer, size: int) -> list[int | None]:
     return places
 
 
-def copied_weights(model: Transformer) -> int:
-    """Parameters that mixed precision keeps a lower-precision copy of during a forward pass."""
-    left_out = sum(
-        p.numel()
-        for module in model.modules()
-        for p in module.parameters(recurse=False)
-        if isinstance(module, Connection | nn.Embedding)
+def norm_bytes(model: Transformer, batch: MicroBatch) -> int:
+    """Bytes that the norm before a sub-layer keeps, beside its input and one number per token."""
+
+    def run(norm: nn.Module, keeping: Keeping, x: Tensor) -> tuple[Tensor]:
+        return (norm(x),)
+
+    precision = batch.precision
+    norm = sub_layers(model)[0].layer.get_submodule("norm")
+    entering = contiguous(
+        (batch.tokens, model.blocks[0].attention_connection.dim), precision.activation_dtype
     )
-    routers = sum(
-        module.router.weight.numel()
-        for module in model.modules()
-        if isinstance(module, MixtureOfExperts)
-    )
-    everything = sum(p.numel() for p in model.parameters())
-    head = model.output.weight.numel() if has_head(model) else 0
-    return everything - left_out - routers - head
-
-
-def norm_bytes(width: int, batch: MicroBatch, keeps_output: bool, input_width: int = 0) -> int:
-    """Bytes that an RMSNorm keeps: its input, one statistic per token, and perhaps its output.
-
-    Args:
-        width: Values per token.
-        batch: The micro-batch.
-        keeps_output: Whether what follows keeps the output.
-        input_width: Values per token of the tensor that the input is a part of, if it is one.
-    """
-    value = batch.precision.activation
-    wide = max(4, value)
-    if batch.fused_norm:
-        kept = (input_width or width) * value
-    elif value < wide:
-        kept = 2 * width * wide  # the input taken to float32, and the same normalised
-    else:
-        kept = ((input_width or width) + width) * value
-    kept += width * value if keeps_output else 0
-    return kept * batch.tokens + norm_statistic_bytes(batch)
+    kept = _counted(norm, run, [entering], NORMS, batch)
+    return kept.sizes.get(NORMS, 0) - norm_statistic_bytes(batch)
 
 
 def norm_statistic_bytes(batch: MicroBatch) -> int:
@@ -173,137 +170,111 @@ def norm_statistic_bytes(batch: MicroBatch) -> int:
     return max(4, batch.precision.activation) * batch.tokens
 
 
-class ConnectionBytes(NamedTuple):
-    """Bytes that a connection keeps.
-
-    Attributes:
-        streams: Its input, in whatever precisions; recomputation can rebuild them.
-        output: The sub-layer's output.
-        coefficients: Mappings and what their gradient needs.
-    """
-
-    streams: int
-    output: int
-    coefficients: int
+def _in_blocks(model: Transformer, size: int) -> list[tuple[SubLayer, ...]]:
+    """Sub-layers by recompute block; each by itself where nothing is recomputed."""
+    groups: list[tuple[SubLayer, ...]] = []
+    for each, place in zip(sub_layers(model), places_in_blocks(model, size), strict=True):
+        if place:
+            groups[-1] = (*groups[-1], each)
+        else:
+            groups.append((each,))
+    return groups
 
 
-@singledispatch
-def connection_bytes(connection: nn.Module, batch: MicroBatch) -> ConnectionBytes:
-    """Bytes that a connection keeps beside what the sub-layer keeps."""
-    raise TypeError(f"{type(connection).__name__} is not a Connection")
+def _received(model: Transformer, batch: MicroBatch) -> tuple[Passed, ...]:
+    """Streams and their carry, as a network's blocks hand them on."""
+    size = batch.sequences, batch.length, model.num_streams, sub_layers(model)[0].connection.dim
+    streams = contiguous(size, batch.precision.activation_dtype)
+    carry = model.carry_like(torch.empty(size, dtype=streams.dtype, device="meta"))
+    return (streams,) if carry is None else (streams, contiguous(carry.shape, carry.dtype))
 
 
-@connection_bytes.register
-def _(connection: Connection, batch: MicroBatch) -> ConnectionBytes:
-    """Any connection that reads by ``aggregate_streams`` and writes by ``merge_streams``."""
-    return _connection_bytes(connection, batch, _num_mappings(connection))
+def _between(passed: Sequence[Passed], kept_as: Sequence[str]) -> Counter[str]:
+    """Bytes of what is handed on: kept by the part that made it, or the one that takes it."""
+    sizes = Counter[str]()
+    for each, kind in zip(passed, kept_as, strict=False):
+        if each.kept_as or kind:
+            sizes[each.kept_as or kind] += each.nbytes
+    return sizes
 
 
-@connection_bytes.register
-def _(connection: GatedHyperConnection, batch: MicroBatch) -> ConnectionBytes:
-    """``read_streams`` keeps what mHC's does, but for the matrices: ``mix`` keeps its own."""
-    gates = 2 * connection.num_streams
-    numbers = len(connection.bias) + 1 + gates + kept_by_mix(connection)
-    return _connection_bytes(connection, batch, numbers)
+def _kept_by_embedding(model: Transformer, batch: MicroBatch) -> Kept:
+    def run(shell: Any, keeping: Keeping, tokens: Tensor) -> tuple[Tensor]:
+        return (shell.embed(tokens[:, :-1]),)
+
+    tokens = contiguous((batch.sequences, batch.length + 1), torch.int64)
+    kept = _counted(_shell(model, model.parts_before_blocks), run, [tokens], TOKENS, batch)
+    return kept._replace(sizes=kept.sizes | dict(_between([tokens], kept.entered)))
 
 
-@connection_bytes.register
-def _(connection: ManifoldHyperConnection, batch: MicroBatch) -> ConnectionBytes:
-    """``read_streams`` keeps the raw coefficients, the norm and the mappings."""
-    return _connection_bytes(connection, batch, 2 * _num_mappings(connection) + 1)
+def _kept_by_sub_layers(
+    group: Sequence[SubLayer], batch: MicroBatch, entering: Sequence[Passed]
+) -> Kept:
+    def run(
+        modules: Any, keeping: Keeping, streams: Tensor, carry: Tensor | None = None
+    ) -> Sequence[Tensor]:
+        flow: Any = streams
+        with recomputing(batch.recompute_block):
+            for connection, layer in zip(modules[::2], modules[1::2], strict=True):
+                flow = connection.run(flow, partial(apply, layer, keeping), carry)
+                carry = None
+            streams, carry = flow.merge()
+        return (streams,) if carry is None else (streams, carry)
+
+    def apply(layer: nn.Module, keeping: Keeping, x: Tensor) -> Tensor:
+        with keeping.counted_as(_kind_of(layer.get_submodule("body"))):
+            return layer(x)
+
+    modules = nn.ModuleList(module for each in group for module in each)
+    return _counted(modules, run, entering, CONNECTIONS, batch)
 
 
-@connection_bytes.register
-def _(connection: HyperConnection, batch: MicroBatch) -> ConnectionBytes:
-    """Static mappings are parameters; dynamic ones keep what ``read_hyper_streams`` does."""
-    if connection.phi is None:
-        return _connection_bytes(connection, batch, 0)
-    norms = connection.num_streams
-    return _connection_bytes(connection, batch, 2 * _num_mappings(connection) + norms)
+def _kind_of(body: nn.Module) -> str:
+    if isinstance(body, LatentAttention):
+        return "attention"
+    return "experts" if isinstance(body, MixtureOfExperts) else "feed_forward"
 
 
-@connection_bytes.register
-def _(connection: ResidualConnection, batch: MicroBatch) -> ConnectionBytes:
-    """Adding keeps nothing, and the sub-layer's norm keeps the stream."""
-    return ConnectionBytes(0, 0, 0)
+def _kept_by_head(model: Transformer, batch: MicroBatch, entering: Sequence[Passed]) -> Kept:
+    """From two tokens and a third: a head works token by token, and its losses in many chunks."""
+
+    def run(
+        shell: Any, keeping: Keeping, streams: Tensor, carry: Tensor | None = None
+    ) -> Sequence[Tensor]:
+        shell.head_loss(streams, carry, torch.zeros(streams.shape[:2], dtype=torch.int64))
+        return ()
+
+    def of_tokens(count: int) -> Kept:
+        few = [contiguous((1, count, *each.size[2:]), each.dtype) for each in entering]
+        return _counted(shell, run, few, LOSS, batch)
+
+    shell = _shell(model, model.parts_behind_blocks)
+    two, three = of_tokens(2), of_tokens(3)
+    each = {kind: three.sizes[kind] - size for kind, size in two.sizes.items()}
+    sizes = {kind: size + (batch.tokens - 2) * each[kind] for kind, size in two.sizes.items()}
+    return two._replace(sizes=sizes)
 
 
-_kept_by_mix: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+def _shell(model: Transformer, names: Sequence[str]) -> Transformer:
+    """A network with some of its submodules alone."""
+    shell = copy.copy(model)
+    shell._modules = {name: model._modules[name] for name in names}
+    return shell
 
 
-def kept_by_mix(connection: GatedHyperConnection) -> int:
-    """Numbers per token that ``mix`` keeps for backward, its result among them: counted, once."""
-
-    def kept(tokens: int) -> int:
-        sizes: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            held.append(tensor)  # so that no address is used twice
-            return tensor
-
-        held: list[Tensor] = []
-        logits = torch.zeros(tokens, count, device="cpu", requires_grad=True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            keep(connection.mix(logits).detach())
-        return sum(sizes.values()) // logits.itemsize
-
-    count = len(connection.bias) - 2 * connection.num_streams
-    if connection not in _kept_by_mix:
-        _kept_by_mix[connection] = kept(2) - kept(1)
-    return _kept_by_mix[connection]
+_known: dict[tuple, Kept] = {}
 
 
-def _num_mappings(connection: Connection) -> int:
-    return connection.num_streams * (connection.num_streams + 2)
-
-
-def _connection_bytes(connection: Connection, batch: MicroBatch, numbers: int) -> ConnectionBytes:
-    # The first connection gets n views of one embedding.
-    streams = connection.num_streams if connection.layer_index > 0 else 1
-    vector = connection.dim * batch.precision.activation * batch.tokens
-    return ConnectionBytes(
-        streams * vector, vector, numbers * batch.precision.coefficient * batch.tokens
-    )
-
-
-@singledispatch
-def body_bytes(body: nn.Module, batch: MicroBatch) -> dict[str, int]:
-    """Bytes by kind that what follows a sub-layer's norm keeps beside its input."""
-    raise NotPlannableError(f"what {type(body).__name__} keeps for backward is not known")
-
-
-@body_bytes.register
-def _(body: LatentAttention, batch: MicroBatch) -> dict[str, int]:
-    """Latent and its norm; cosines and sines; queries, keys, padded values and mixture."""
-    heads, width, rope = body.num_heads, body.head_dim, body.rope_dim
-    value = batch.precision.activation
-    products = heads * (4 * (width + rope) + width) * value
-    log_sums = heads * max(4, value)
-    angles = 2 * batch.length * rope * 4
-    return {
-        "norms": norm_bytes(body.kv_rank, batch, True, input_width=body.kv_rank + rope),
-        "attention": (products + log_sums) * batch.tokens + angles,
-    }
-
-
-@body_bytes.register
-def _(body: SwiGLU, batch: MicroBatch) -> dict[str, int]:
-    """Gate and up, silu of the gate, and the product: 4f per token."""
-    return {"feed_forward": 4 * body.down.in_features * batch.precision.activation * batch.tokens}
-
-
-@body_bytes.register
-def _(body: MixtureOfExperts, batch: MicroBatch) -> dict[str, int]:
-    """The router in float32, k sorted copies of each token, and k times 4f."""
-    active, value = body.num_active_experts, batch.precision.activation
-    expert_dim, width = body.down.shape[1:]
-    router = body.num_experts * 4 + active * 4 + 4 + active * value + 3 * active * _INDEX
-    once = body.num_experts * 4
-    if value != 4:
-        router += width * 4
-    if batch.precision.weight != 4:
-        once += body.router.weight.numel() * 4
-    routed = active * (2 * width + 4 * expert_dim) * value
-    saved = {"experts": (router + routed) * batch.tokens + once}
-    return saved if body.shared is None else saved | body_bytes(body.shared, batch)
+def _counted(
+    module: nn.Module,
+    run: Callable[..., Sequence[Tensor]],
+    entering: Sequence[Passed],
+    kind: str,
+    batch: MicroBatch,
+) -> Kept:
+    """``kept_by``, once for modules that are alike."""
+    rest = tuple(entering), kind, batch.precision, batch.fused_norm
+    key = likeness(module), *rest, batch.recompute_block
+    if key not in _known:
+        _known[key] = kept_by(module, run, *rest)
+    return _known[key]

@@ -24,8 +24,6 @@ from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import (
     KINDS,
     MicroBatch,
-    connection_bytes,
-    places_in_blocks,
     saved_for_backward,
     sub_layers,
 )
@@ -36,7 +34,7 @@ from mhc_lightning.planning.memory import (
     loss_bytes,
     state_bytes,
 )
-from mhc_lightning.planning.parts import has_embedding, part_of
+from mhc_lightning.planning.parts import part_of
 from mhc_lightning.planning.recompute import rebuilt_bytes, rebuilt_for_weights
 from mhc_lightning.planning.schedule_order import Kind, Slot, in_flight, schedule_order
 from mhc_lightning.planning.split_backward import gradients_for_weights
@@ -149,7 +147,7 @@ def _sends(plan: StagePlan, stage: int, other: int) -> bool:
 
 def boundary_bytes(model: Transformer, batch: MicroBatch) -> int:
     """Bytes of what crosses a boundary between stages: n·C values per token, and their carry."""
-    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[batch.precision.activation]
+    dtype = batch.precision.activation_dtype
     connection, _ = sub_layers(model)[0]
     shape = batch.sequences, batch.length, connection.num_streams, connection.dim
     streams = torch.empty(shape, dtype=dtype, device="meta")
@@ -161,24 +159,8 @@ def _saved(
     parts: list[Transformer], index: int, batch: MicroBatch, layout: Layout, plan: StagePlan
 ) -> dict[str, int]:
     """What a stage's forward pass leaves behind for one micro-batch, by kind."""
-    part = parts[index]
-    saved = saved_for_backward(part, batch, copies_weights(batch, layout))
-    if not has_embedding(part):
-        saved["connections"] -= _entry_bytes(part, batch)
-    if index < len(parts) - 1 and _sends(plan, index, index + 1):
-        saved["connections"] += boundary_bytes(part, batch)
-    return saved
-
-
-def _entry_bytes(part: Transformer, batch: MicroBatch) -> int:
-    """Of what a stage keeps, that which is its input itself."""
-    connection, _ = sub_layers(part)[0]
-    streams = connection_bytes(connection, batch).streams
-    if streams or places_in_blocks(part, batch.recompute_block)[0] == 0:
-        return streams
-    # An ordinary residual: the first norm keeps the stream, unless it is taken to float32 there.
-    keeps = batch.fused_norm or batch.precision.activation >= 4
-    return connection.dim * batch.precision.activation * batch.tokens if keeps else 0
+    sends = index < len(parts) - 1 and _sends(plan, index, index + 1)
+    return saved_for_backward(parts[index], batch, copies_weights(batch, layout), sends)
 
 
 def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemory, dict[str, int]]:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+
 from mhc_lightning.planning.errors import NotPlannableError
 
 # Lightning's names, with the aliases it takes: bytes of a parameter, bytes of an activation.
@@ -11,6 +13,7 @@ _SIZES = {
     **dict.fromkeys(("bf16-mixed", "bf16"), (4, 2)),
     **dict.fromkeys(("bf16-true", "16-true"), (2, 2)),
 }
+_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 
 
 class Precision(NamedTuple):
@@ -28,6 +31,16 @@ class Precision(NamedTuple):
     def coefficient(self) -> int:
         """A connection's parameters and coefficients, and what is accumulated: float32 at least."""
         return max(4, self.weight)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of parameters; connections keep theirs in float32 at least."""
+        return _DTYPES[self.weight]
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Of the streams and of what sub-layers compute."""
+        return _DTYPES[self.activation]
 
     @property
     def is_mixed(self) -> bool:

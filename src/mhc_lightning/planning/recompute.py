@@ -9,7 +9,6 @@ from mhc_lightning.modules.recompute_size import recompute_block
 from mhc_lightning.planning.activations import (
     MicroBatch,
     norm_bytes,
-    norm_statistic_bytes,
     places_in_blocks,
     sub_layers,
 )
@@ -59,11 +58,8 @@ def rebuilt_for_weights(model: Transformer, batch: MicroBatch) -> int:
 
 def _vector_and_norm(model: Transformer, batch: MicroBatch) -> tuple[int, int]:
     """Bytes of C values per token, and of what a norm keeps and returns beside its input."""
-    width = width_of(model)
-    vector = width * batch.precision.activation * batch.tokens
-    norm = norm_bytes(width, batch, keeps_output=True) - norm_statistic_bytes(batch)
-    already = vector if batch.fused_norm or batch.precision.activation >= 4 else 0
-    return vector, norm - already
+    vector = width_of(model) * batch.precision.activation * batch.tokens
+    return vector, norm_bytes(model, batch) + vector
 
 
 def replayed_bytes(model: Transformer, batch: MicroBatch) -> int:

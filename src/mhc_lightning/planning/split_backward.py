@@ -27,7 +27,8 @@ def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:
     # A norm's weight multiplies in float32 where the norm is composed of several operators.
     norm = dim * (value if batch.fused_norm else max(4, value))
     per_token = norm if has_head(part) else 0
-    for connection, body in sub_layers(part):
+    for each in sub_layers(part):
+        connection, body = each.connection, each.body
         if next(connection.parameters(), None) is not None:
             # What the sub-layer before is merged to, and what this one reads.
             per_token += (connection.num_streams + 1) * dim * value
