@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -12,6 +11,7 @@ from mhc_lightning.cli.experiments import shipped_experiments
 from mhc_lightning.cli.main import main
 from mhc_lightning.cli.plan import check_room, plan
 from mhc_lightning.errors import UserError
+from mhc_lightning.planning import activations
 
 PAPER = [f"{c}_{size}" for c in ("baseline", "hc", "mhc") for size in ("3b", "9b", "27b", "3b_1t")]
 # Total and active parameters of the models with mHC.
@@ -37,10 +37,12 @@ def planned(capsys, name, *words):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_every_model_of_the_paper_is_planned_in_seconds(name, capsys):
-    start = time.perf_counter()
+def test_every_model_of_the_paper_is_planned_from_a_few_passes(name, capsys, monkeypatch):
+    passes, kept_by = [], activations.kept_by
+    monkeypatch.setattr(activations, "_known", {})
+    monkeypatch.setattr(activations, "kept_by", lambda *given: passes.append(1) or kept_by(*given))
     record = planned(capsys, name, "machine=8xh200")
-    assert time.perf_counter() - start < 10
+    assert len(passes) <= 40  # of up to 30 blocks under five schedules, whole and in stages
     connection, _, size = name.partition("_")
     total, active = record["parameters"]["total"], record["parameters"]["active"]
     assert record["tokens"] == pytest.approx(TOKENS[size], rel=1e-3)
@@ -80,8 +82,7 @@ def test_every_other_experiment_is_planned_too(name, capsys):
     assert record["memory_bytes_available_per_device"] > 0
 
 
-def test_the_command_answers_within_seconds_with_nothing_but_json(tmp_path):
-    start = time.perf_counter()
+def test_the_command_answers_with_nothing_but_json(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "mhc_lightning", "plan", "--config", "mhc_27b", "--json"],
         cwd=tmp_path,
@@ -90,7 +91,6 @@ def test_the_command_answers_within_seconds_with_nothing_but_json(tmp_path):
         text=True,
         check=True,
     )
-    assert time.perf_counter() - start < 10
     assert json.loads(done.stdout)["parameters"]["total"] == COUNTS["27b"][0]
     assert done.stderr == "strategy: fsdp, not pipeline, since there is one device\n"
     assert os.listdir(tmp_path) == []

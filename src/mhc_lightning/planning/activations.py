@@ -80,19 +80,25 @@ class SubLayer(NamedTuple):
 
 
 def saved_for_backward(
-    model: Transformer, batch: MicroBatch, copies_weights: bool, sends: bool = False
+    model: Transformer,
+    batch: MicroBatch,
+    copies_weights: bool,
+    *,
+    receives: bool = False,
+    sends: bool = False,
 ) -> dict[str, int]:
     """Bytes kept between forward and backward, by kind.
 
     A tensor counts as what keeps it first: a norm its input, a sub-layer the norm's output, a
-    connection the streams and the sub-layer's output. What enters a part without the embedding was
-    received, and is not counted.
+    connection the streams and the sub-layer's output.
 
     Args:
         model: The model, or a part of one; it may be on the meta device.
         batch: The micro-batch.
         copies_weights: Whether products run on lower-precision copies of the weights, of which
             there are as many for one token as for many.
+        receives: Whether what enters a part without the embedding came in buffers, which are not
+            counted.
         sends: Whether what leaves a part without the head is sent, and so kept until its backward
             pass.
 
@@ -103,9 +109,9 @@ def saved_for_backward(
         NotPlannableError: If something of it cannot be run without values.
     """
     saved = Counter(dict.fromkeys(KINDS, 0))
-    # Nothing before the first keeps what it receives, or it is in the receiver's keeping.
-    passed, is_received = _received(model, batch), not has_embedding(model)
-    if not is_received:
+    passed, in_buffers = _handed_on(model, batch), receives
+    if has_embedding(model):
+        in_buffers = False
         kept = _kept_by_embedding(model, batch)
         saved.update(kept.sizes)
         passed = kept.leaving
@@ -117,10 +123,10 @@ def saved_for_backward(
         steps.append(partial(_kept_by_head, model, batch))
     for step in steps:
         kept = step(passed)
-        if not is_received:
+        if not in_buffers:
             saved.update(_between(passed, kept.entered))
         saved.update(kept.sizes)
-        passed, is_received = kept.leaving, False
+        passed, in_buffers = kept.leaving, False
     saved.update(_between(passed, [CONNECTIONS if sends else ""] * len(passed)))
     if not copies_weights:
         saved[WEIGHT_COPIES] = 0
@@ -181,7 +187,7 @@ def _in_blocks(model: Transformer, size: int) -> list[tuple[SubLayer, ...]]:
     return groups
 
 
-def _received(model: Transformer, batch: MicroBatch) -> tuple[Passed, ...]:
+def _handed_on(model: Transformer, batch: MicroBatch) -> tuple[Passed, ...]:
     """Streams and their carry, as a network's blocks hand them on."""
     size = batch.sequences, batch.length, model.num_streams, sub_layers(model)[0].connection.dim
     streams = contiguous(size, batch.precision.activation_dtype)

@@ -160,7 +160,8 @@ def _saved(
 ) -> dict[str, int]:
     """What a stage's forward pass leaves behind for one micro-batch, by kind."""
     sends = index < len(parts) - 1 and _sends(plan, index, index + 1)
-    return saved_for_backward(parts[index], batch, copies_weights(batch, layout), sends)
+    copies = copies_weights(batch, layout)
+    return saved_for_backward(parts[index], batch, copies, receives=True, sends=sends)
 
 
 def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemory, dict[str, int]]:
