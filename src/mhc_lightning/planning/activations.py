@@ -27,7 +27,7 @@ from mhc_lightning.planning.keeping import (
     kept_by,
     likeness,
 )
-from mhc_lightning.planning.parts import has_embedding, has_head
+from mhc_lightning.planning.parts import has_embedding, has_head, width_of
 from mhc_lightning.planning.precision import Precision
 
 TOKENS, CONNECTIONS, LOSS = "tokens", "connections", "loss"
@@ -164,9 +164,7 @@ def norm_bytes(model: Transformer, batch: MicroBatch) -> int:
 
     precision = batch.precision
     norm = sub_layers(model)[0].layer.get_submodule("norm")
-    entering = contiguous(
-        (batch.tokens, model.blocks[0].attention_connection.dim), precision.activation_dtype
-    )
+    entering = contiguous((batch.tokens, width_of(model)), precision.activation_dtype)
     kept = _counted(norm, run, [entering], NORMS, batch)
     return kept.sizes.get(NORMS, 0) - norm_statistic_bytes(batch)
 

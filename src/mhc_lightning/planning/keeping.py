@@ -25,7 +25,10 @@ from mhc_lightning.modules import Connection, GatedHyperConnection
 from mhc_lightning.planning.errors import NotPlannableError
 from mhc_lightning.planning.precision import Precision
 
-_STATE = vars(nn.Module()).keys() - {"training"}
+# Attributes of modules that are not settings; the last is how values are drawn, where it is one.
+_STATE = vars(nn.Module()).keys() - {"training"} | {"reset_parameters"}
+# Of connections whose kernels make the matrices.
+_NO_MIX = GatedHyperConnection.mix
 
 NORMS, WEIGHT_COPIES = "norms", "weight_copies"
 
@@ -236,11 +239,10 @@ def _fused_rms_norm(
 def _make_constants(module: nn.Module) -> None:
     """Have constants that outlive a pass made with their values: no pass keeps them."""
     for part in module.modules():
-        own = isinstance(part, GatedHyperConnection) and type(part).mix
-        if own and own is not GatedHyperConnection.mix:
-            logits = torch.zeros(len(part.bias) - 2 * part.num_streams, dtype=part.bias.dtype)
+        if isinstance(part, GatedHyperConnection) and type(part).mix is not _NO_MIX:
+            count = len(part.bias) - 2 * part.num_streams
             with torch.device("cpu"), torch.no_grad():
-                part.mix(logits.unsqueeze(0))
+                part.mix(torch.zeros(1, count, dtype=part.bias.dtype))
 
 
 def likeness(module: nn.Module) -> tuple:
