@@ -7,6 +7,23 @@ class UserError(Exception):
     """A mistake the user can mend; the message says what is wrong, where, and how (exit code 2)."""
 
 
+class RunFaultError(Exception):
+    """A process of the run died, hung, was cut off or failed; this one only ends with it.
+
+    Attributes:
+        EXIT_CODE: Of a run that lost a process, or what a process needs, to the machine.
+        exit_code: This run's: that, or the one of the failure in another process.
+        told: Whether standard error says so already.
+    """
+
+    EXIT_CODE = 4
+
+    def __init__(self, text: str, exit_code: int = EXIT_CODE, *, told: bool = False) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+        self.told = told
+
+
 class NonFiniteLossError(Exception):
     """Loss, gradient or what was to be saved became NaN or infinite (exit code 3).
 
@@ -29,3 +46,11 @@ class NonFiniteLossError(Exception):
             " try a lower optimizer.lr, a longer optimizer.warmup_steps or"
             " a smaller trainer.gradient_clip_val, and resume from the last checkpoint"
         )
+
+
+def last_words(error: BaseException) -> str:
+    """An exception's message in one line, without the traceback that a loading process adds."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        text = text.rstrip().splitlines()[-1].partition(": ")[2] or text
+    return " ".join(text.split())

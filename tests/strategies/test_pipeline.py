@@ -245,11 +245,11 @@ def test_paired_stages_may_overlap_and_results_stay_the_same_to_the_bit(tmp_path
 @pytest.mark.parametrize(
     ("fault", "rank", "cause"),
     [
-        ("raise", 1, "failed: ArithmeticError: out of luck"),
-        ("raise", 0, "failed: ArithmeticError: out of luck"),
-        ("SIGKILL", 1, "gives no sign of life: it was killed or cut off"),
-        ("SIGKILL", 0, "is gone: it was killed or cut off"),
-        ("SIGSTOP", 1, "gives no sign of life: it was killed or cut off"),
+        ("raise", 1, "failed at step 3, between steps: ArithmeticError: out of luck"),
+        ("raise", 0, "failed at step 3, between steps: ArithmeticError: out of luck"),
+        ("SIGKILL", 1, "was killed by signal 9 (SIGKILL: often the kernel, when memory runs out)"),
+        ("SIGKILL", 0, "is gone at step "),
+        ("SIGSTOP", 1, "gives no sign of life at step "),
         ("hang", 1, "hangs at step 3, forward of micro-batch 0 in stage 1 (pipeline_in_processes"),
     ],
 )

@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from mhc_lightning.cli.composition import Experiment, escaped_tree
-from mhc_lightning.cli.strategy_choice import settled
+from mhc_lightning.cli.strategy_choice import devices_per_node, settled
 from mhc_lightning.cli.value_types import check_arguments
 from mhc_lightning.errors import UserError
 
@@ -77,6 +77,10 @@ def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
     strategy: Any = OmegaConf.select(config, "strategy.name")
     if strategy is None:
         strategy = build(experiment, "strategy")
+    elif strategy == "auto" and _spreads(experiment.values()["trainer"]):
+        from mhc_lightning.strategies import DataParallelStrategy
+
+        strategy = DataParallelStrategy()  # Lightning's choice, whose processes watch each other
     interval = config.trainer.val_check_interval
     if not isinstance(interval, int) or interval < 1:
         raise UserError(
@@ -91,10 +95,14 @@ def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
             f"trainer.precision={config.trainer.precision} is not supported (gradients would be"
             " clipped at their scaled size); use bf16-mixed"
         )
-    steps = config.trainer.max_steps
+    steps, every = config.trainer.max_steps, config.trainer.log_every_n_steps
+    for name, value, least in (("max_steps", steps, 1), ("log_every_n_steps", every, 0)):
+        if not isinstance(value, int) or value < least:
+            shown = "null" if value is None else value
+            raise UserError(f"trainer.{name} must be a whole number, at least {least}, not {shown}")
     settings = {
         # A run shorter than an interval is still logged and validated, at its end.
-        "log_every_n_steps": min(config.trainer.log_every_n_steps, max(1, steps)),
+        "log_every_n_steps": min(every, steps),
         "strategy": strategy,
         "default_root_dir": experiment.values()["output_dir"],
         "check_val_every_n_epoch": None,
@@ -108,6 +116,10 @@ def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
         return build(experiment, "trainer", **settings)
     except _refusals() as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _spreads(trainer: dict[str, Any]) -> bool:
+    return trainer.get("num_nodes", 1) != 1 or devices_per_node(trainer) > 1
 
 
 def replicas(trainer: "pl.Trainer") -> int:

@@ -25,6 +25,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     Raises:
         UserError: the settings, the data, the folder or the checkpoint are no good.
         NonFiniteLossError: the loss became NaN or infinite.
+        RunFaultError: a process of the run died, hung, failed or ran out of memory.
         SIGTERMException: stopped by SIGTERM, after saving.
     """
     values, record = experiment.values(), experiment.record()
@@ -43,6 +44,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     )
     from mhc_lightning.cli.checkpoints import find_checkpoint, holds_weights_alone, load_fitting
     from mhc_lightning.cli.plan import check_room
+    from mhc_lightning.cli.run_faults import named_faults
     from mhc_lightning.cli.strategy_choice import settled
 
     experiment, choice = settled(experiment)
@@ -92,7 +94,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         data={"content": [source.record.content for source in data.sources]},
     )
     try:
-        with recorded_end(folder, trainer):
+        with recorded_end(folder, trainer), named_faults(trainer):
             # It has been looked at above; what other callbacks keep in it may be any object.
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
     finally:

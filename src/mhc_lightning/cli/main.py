@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mhc_lightning.cli.arguments import Arguments, parse_arguments
 from mhc_lightning.cli.help_text import command_help, overall_help
-from mhc_lightning.errors import NonFiniteLossError, UserError
+from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words
 
 OK, USER_ERROR, NON_FINITE, INTERRUPTED = 0, 2, 3, 128 + signal.SIGINT
 
@@ -16,8 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
     0: done, also where a fault was recovered from or nobody reads on; 2: the user's mistake; 3: the
-    loss became NaN or infinite; 143: stopped by SIGTERM (raised as SystemExit). Anything else is a
-    bug and keeps its traceback.
+    loss became NaN or infinite; 4: the machine ended the run: a process died, hung, was cut off or
+    ran out of memory; 130: interrupted; 143: stopped by SIGTERM (raised as SystemExit). Anything
+    else is a bug, exit code 1, and keeps its traceback. All processes of a run end alike.
     """
     try:
         code = _run(parse_arguments(list(sys.argv[1:] if argv is None else argv)))
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, USER_ERROR)
     except NonFiniteLossError as error:
         return _fail(error, NON_FINITE)
+    except RunFaultError as error:
+        return error.exit_code if error.told else _fail(error, error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -98,7 +101,7 @@ def _command(name: str) -> Callable[..., None]:
 
 def _fail(error: Exception, code: int) -> int:
     sys.stdout.flush()
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error: {last_words(error)}", file=sys.stderr, flush=True)
     return code
 
 

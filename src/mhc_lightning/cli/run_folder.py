@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mhc_lightning.checkpoint_names import saved_checkpoints
-from mhc_lightning.errors import NonFiniteLossError, UserError
+from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -134,6 +134,8 @@ def recorded_end(folder: Path, trainer: "pl.Trainer") -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, NonFiniteLossError):
         return f"{error.what} at step {error.step}"
+    if isinstance(error, RunFaultError):
+        return str(error)[:200]
     known = {"SIGTERMException": "stopped by SIGTERM", "KeyboardInterrupt": "interrupted",
              "SystemExit": "interrupted"}  # fmt: skip
     name = type(error).__name__

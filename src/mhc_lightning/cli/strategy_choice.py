@@ -183,7 +183,8 @@ def settled(
     except UserError as error:
         if layout["schedule"] not in SCHEDULES or (asked_for and devices > 1):
             raise
-        OmegaConf.update(config, "strategy", {"_target_": _TARGETS["fsdp"]}, merge=False)
+        sharded = {"_target_": _TARGETS["fsdp"], "timeout_seconds": settings["timeout_seconds"]}
+        OmegaConf.update(config, "strategy", sharded, merge=False)
         return replace(experiment, config=config), f"strategy: fsdp, not pipeline, since {error}"
     settings |= {"pipeline_size": found.size, "microbatches": found.microbatches}
     settings = {"_target_": _TARGETS["pipeline"], **settings}
@@ -204,6 +205,8 @@ def devices_per_node(trainer: dict[str, Any]) -> int:
         return len(devices)
     if str(devices).isdigit() and int(devices) > 0:
         return int(devices)
+    if "," in str(devices):  # indices of GPUs, as in CUDA_VISIBLE_DEVICES
+        return len([index for index in str(devices).split(",") if index.strip()])
     import torch  # auto, or -1 for all
 
     on_gpu = trainer.get("accelerator") != "cpu" and torch.cuda.is_available()

@@ -42,6 +42,7 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
         replicas,
     )
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
+    from mhc_lightning.cli.run_faults import named_faults
     from mhc_lightning.cli.strategy_choice import settled
     from mhc_lightning.cli.tokenizer import check_tokenizer
 
@@ -55,7 +56,8 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     checkpoint = load_fitting(path, module, experiment)
     check_tokenizer(data.tokenizer, checkpoint, path, module.model.vocab_size)
     module.start_from(checkpoint["state_dict"])
-    trainer.validate(module, datamodule=data, verbose=False)
+    with named_faults(trainer):
+        trainer.validate(module, datamodule=data, verbose=False)
     measured: dict[str, float | int | str] = {}
     for name, value in trainer.callback_metrics.items():
         measured[name] = int(value) if name == "val/tokens" else float(value)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from mhc_lightning.errors import RunFaultError
+from mhc_lightning.strategies.faults import INTERRUPTED, Fault, fault_of, how_it_ended
 from mhc_lightning.strategies.main_thread import Sight, ThreadView
 
 _BEAT_SECONDS = 0.5
@@ -27,6 +29,7 @@ class _Beat(NamedTuple):
     since: float
     sight: Sight
     doing: str
+    name: str = ""
 
     @property
     def awaited(self) -> bool:
@@ -51,13 +54,15 @@ class FaultWatch(threading.Thread):
         store: Shared by all processes.
         rank: This process's.
         world_size: Their number.
-        name: What to call this process in a report.
+        name: What to call this process in a report; `call` changes it.
         doing: Tells what the main thread is at; called by another thread.
         timeout: Seconds for which a process may wait for another.
         meeting_point: Who holds the store, if that is not rank 0.
         waits_show: Whether a communication keeps the main thread until it is done, as gloo's do.
             NCCL's do not: there it counts as a fault if all main threads are at the same place for
             `timeout` seconds, and all are named. (Not run on a GPU yet.)
+        backward_waits: Whether backward passes communicate without a frame that shows it (DDP).
+        ended: The return codes of processes that this one started and that have ended, by rank.
         leave: Called before the watch ends this process.
     """
 
@@ -71,26 +76,26 @@ class FaultWatch(threading.Thread):
         timeout: float,
         meeting_point: str | None = None,
         waits_show: bool = True,
+        backward_waits: bool = False,
+        ended: Callable[[], dict[int, int]] = dict,
         leave: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(daemon=True, name="fault-watch")
         # A connection of its own: a store answers one thread at a time.
         self._store = dist.PrefixStore("fault_watch", store.clone())  # type: ignore[attr-defined]
         self._rank, self._own_name = rank, name
-        self._doing, self._main = doing, ThreadView()
+        self._doing, self._main = doing, ThreadView(backward_waits)
         self._timeout, self._lost = timeout, min(_LOST_SECONDS, timeout)
         self._meeting_point, self._waits_show = meeting_point, waits_show
-        self._leave = leave
+        self._ended, self._leave = ended, leave
         self._lock = threading.Lock()
         self._done = False
         self._printed = False
-        self._fault: str | None = None
+        self._fault: Fault | None = None
         self._count = 0
         self._answered = time.monotonic()
         nothing = _Beat("", self._answered, Sight(False, 0.0, ""), "")
         self._beats = {other: nothing for other in range(world_size) if other != rank}
-        self._names = {rank: name}
-        self._store.set(f"name/{rank}", name)
         self._beat()
 
     def run(self) -> None:
@@ -101,39 +106,48 @@ class FaultWatch(threading.Thread):
         threading.Thread(target=self._talk, daemon=True, name="fault-watch-talk").start()
         while not self._done:
             if self._fault is None and time.monotonic() - self._answered > self._lost:
-                self._fault = f"{self._holder} gives no sign of life: it was stopped or cut off"
+                self._fault = _lost(
+                    self._holder, "gives no sign of life: it was stopped or cut off"
+                )
             if self._fault is not None:
                 self._print(self._fault)
-                if self._own_name in self._fault and _STALLED in self._fault:
+                if self._own_name in self._fault.text and _STALLED in self._fault.text:
                     faulthandler.dump_traceback()
                 time.sleep(_GRACE_SECONDS)
                 if self._done:
                     return
                 self._leave()
-                os._exit(1)
+                os._exit(self._fault.code)
             time.sleep(_BEAT_SECONDS)
 
-    def report(self, error: BaseException) -> None:
+    def call(self, name: str) -> None:
+        """Give this process another name."""
+        self._own_name = name
+
+    def report(self, error: BaseException) -> tuple[Fault, bool]:
         """Make an exception in this process known, unless it only follows from another's fault.
 
         It follows if another process reported before or, within some seconds, stops to beat.
+
+        Returns:
+            The first fault of the run, and whether it is another process's (then it is printed).
         """
-        message = " ".join(str(error).split())[:500]
-        own = f"{self._own_name} failed: {type(error).__name__}: {message}"
+        own = fault_of(self._own_name, self._doing(), error)
         try:
-            follows = _is_from_communication(error)
             until = time.monotonic() + _SILENT_SECONDS + 2 * _BEAT_SECONDS
             fault = self._look(_SILENT_SECONDS)
-            while fault is None and follows and time.monotonic() < until:
+            while fault is None and own.follows and time.monotonic() < until:
                 time.sleep(_BEAT_SECONDS)
                 fault = self._look(_SILENT_SECONDS)
             first = self._agree(fault or own)
-            if first == own:
-                self._printed = True  # by whoever handles the exception
-                self._let_others_read()
-            self._print(first)
+            self._let_others_read()
         except Exception:
-            self._print(f"{self._holder} is gone: it was killed or cut off")
+            first = self._fault or self._holder_is_gone()
+        if first.text == own.text or first.code == own.code == INTERRUPTED:
+            self._printed = True  # by whoever handles the exception
+            return first, False
+        self._print(first)
+        return first, True
 
     def end(self) -> None:
         """Stop; nobody is to miss this process's beats."""
@@ -151,10 +165,8 @@ class FaultWatch(threading.Thread):
                 fault = self._look(self._lost)
                 if fault is not None and self._fault is None and not self._done:
                     self._fault = self._agree(fault)
-                    with self._lock:
-                        self._store.set(f"read/{self._rank}", "yes")
             except Exception:
-                self._fault = self._fault or f"{self._holder} is gone: it was killed or cut off"
+                self._fault = self._fault or self._holder_is_gone()
                 return
             self._answered = time.monotonic()
             time.sleep(_BEAT_SECONDS)
@@ -162,35 +174,43 @@ class FaultWatch(threading.Thread):
     @property
     def _holder(self) -> str:
         """Who holds the store."""
-        return self._meeting_point or self._names.get(0, "rank 0")
+        return self._meeting_point or self._name_of(0)
+
+    def _holder_is_gone(self) -> Fault:
+        at = "" if self._meeting_point else self._at(0)
+        return _lost(self._holder, f"is gone{at}: it was killed or cut off")
 
     def _beat(self) -> None:
         sight = self._main.look()
         with self._lock:
             if not self._done:
                 self._count += 1
-                text = json.dumps([self._count, *sight, self._doing()])
+                text = json.dumps([self._count, *sight, self._doing(), self._own_name])
                 self._store.set(f"beat/{self._rank}", text)
-                self._own = _Beat(text, 0.0, sight, self._doing())
+                self._own = _parsed(text, 0.0)
 
-    def _look(self, lost: float) -> str | None:
+    def _look(self, lost: float) -> Fault | None:
         """The first fault that is known, or what the beats say of one."""
         with self._lock:
-            known = self._get("fault")
-            if known:
-                return known
+            if known := self._get("fault"):
+                return Fault(*json.loads(known))
             now = time.monotonic()
+            ended = self._ended()
             for other, last in list(self._beats.items()):
-                if other not in self._names and (name := self._get(f"name/{other}")):
-                    self._names[other] = name
                 text = self._get(f"beat/{other}")
                 if text != last.text:
-                    self._beats[other] = _parsed(text, now)
-                elif last.awaited and now - last.since > lost:
-                    return f"{self._name_of(other)} gives no sign of life: it was killed or cut off"
+                    self._beats[other] = last = _parsed(text, now)
+                if not last.awaited:
+                    continue
+                if other in ended:
+                    how = how_it_ended(ended[other]) + self._at(other)
+                    return _lost(self._name_of(other), how)
+                if now - last.since > lost:
+                    how = f"gives no sign of life{self._at(other)}: it was killed or cut off"
+                    return _lost(self._name_of(other), how)
         return self._stalled()
 
-    def _stalled(self) -> str | None:
+    def _stalled(self) -> Fault | None:
         """What processes have waited for too long, if they have."""
         known = sorted({self._rank: self._own, **self._beats}.items())
         beats = {rank: beat for rank, beat in known if beat.awaited}
@@ -208,20 +228,23 @@ class FaultWatch(threading.Thread):
         )
         for_long = f"for {self._timeout:g} s {_STALLED}"
         if alone:
-            return f"{told}: others have waited {for_long}"
-        return f"{told}: none has got any further {for_long}"
+            return _lost(f"{told}:", f"others have waited {for_long}")
+        return _lost(f"{told}:", f"none has got any further {for_long}")
 
-    def _agree(self, fault: str) -> str:
+    def _agree(self, fault: Fault) -> Fault:
         """The first fault that any process published."""
         with self._lock:
-            return str(self._store.compare_set("fault", "", fault).decode())
+            first = self._store.compare_set("fault", "", json.dumps(fault)).decode()
+            self._store.set(f"read/{self._rank}", "yes")
+        return Fault(*json.loads(first))
 
     def _let_others_read(self) -> None:
         """Give the others time to read a fault: the store may end with this process."""
         until = time.monotonic() + 8 * _BEAT_SECONDS
         while time.monotonic() < until:
             with self._lock:
-                waiting = [r for r, b in self._beats.items() if b.awaited]
+                ended = self._ended()
+                waiting = [r for r, b in self._beats.items() if b.awaited and r not in ended]
                 if all(self._get(f"read/{rank}") for rank in waiting):
                     return
             time.sleep(_BEAT_SECONDS / 5)
@@ -230,28 +253,26 @@ class FaultWatch(threading.Thread):
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _name_of(self, rank: int) -> str:
-        return self._names.get(rank, f"rank {rank}")
+        name = self._own_name if rank == self._rank else self._beats[rank].name
+        return name or f"rank {rank}"
 
-    def _print(self, fault: str) -> None:
+    def _at(self, rank: int) -> str:
+        """What a process was at when it last said so."""
+        beat = self._beats.get(rank)
+        return f" at {beat.doing}" if beat is not None and beat.doing else ""
+
+    def _print(self, fault: Fault) -> None:
         if not self._printed:
             self._printed = True
-            print(f"error: {fault}", file=sys.stderr, flush=True)
+            print(f"error: {fault.text}", file=sys.stderr, flush=True)
+
+
+def _lost(who: str, how: str) -> Fault:
+    return Fault(f"{who} {how}", RunFaultError.EXIT_CODE)
 
 
 def _parsed(text: str, now: float) -> _Beat:
     if text in ("", "done"):
         return _Beat(text, now, Sight(False, 0.0, ""), "")
     values: list[Any] = json.loads(text)
-    return _Beat(text, now, Sight(*values[1:4]), values[4])
-
-
-def _is_from_communication(error: BaseException) -> bool:
-    seen: BaseException | None = error
-    while seen is not None:
-        text = str(seen).lower()
-        if isinstance(seen, dist.DistError) or any(
-            sign in text for sign in ("gloo", "nccl", "connection closed", "connection reset")
-        ):
-            return True
-        seen = seen.__cause__
-    return False
+    return _Beat(text, now, Sight(*values[1:4]), *values[4:])

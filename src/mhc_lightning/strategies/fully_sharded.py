@@ -1,22 +1,27 @@
 """FSDP2 over all devices of a run."""
 
+from mhc_lightning.strategies.watched import Watched
 from mhc_lightning.strategies.whole_files import WholeFileStrategy
 from mhc_lightning.strategies.whole_state import WholeState
 
 
-class FullyShardedStrategy(WholeFileStrategy):
+class FullyShardedStrategy(Watched, WholeFileStrategy):
     """Lightning's ModelParallelStrategy with every process in the data-parallel dimension.
 
     The LightningModule shards itself over ``device_mesh["data_parallel"]``. A run resumes under any
     strategy and number of devices.
+
+    Args:
+        timeout_seconds: How long a process may wait for another; one that it waits for longer
+            counts as hung.
 
     Attributes:
         materialises_model: A module may come with its network on ``meta``: no process ever builds
             it whole, ``configure_model`` gives this process's part memory and values.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+    def __init__(self, timeout_seconds: float = 1800) -> None:
+        super().__init__(timeout_seconds, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
         """Size the mesh by the number of processes, which is known only now."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 _TORCH = str(Path(torch.__file__).parent)
 _COMMUNICATION = str(Path(dist.__file__).parent)
+_BACKWARD = str(Path(torch.__file__).parent / "autograd" / "graph.py")  # where the engine runs
 _DISPATCHER = str(Path(torch.__file__).parent / "_ops.py")  # functional collectives wait in it
 
 
@@ -20,7 +21,7 @@ class Activity:
     """Names what is being done; another thread may ask at any time."""
 
     def __init__(self) -> None:
-        self._names = ["between steps"]
+        self._names = ["start-up"]
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -30,6 +31,7 @@ class Activity:
             yield
         finally:
             self._names.pop()
+            self._names[0] = "between steps"
 
     def __str__(self) -> str:
         """The innermost name."""
@@ -51,9 +53,15 @@ class Sight(NamedTuple):
 
 
 class ThreadView:
-    """Looks at the thread that made this, by its stack; it costs that thread nothing."""
+    """Looks at the thread that made this, by its stack; it costs that thread nothing.
 
-    def __init__(self) -> None:
+    Args:
+        backward_waits: Whether to take a backward pass for a communication, as there is one in it
+            that leaves no frame.
+    """
+
+    def __init__(self, backward_waits: bool = False) -> None:
+        self._waiting = (_COMMUNICATION, _BACKWARD) if backward_waits else (_COMMUNICATION,)
         self._thread = threading.get_ident()
         self._place: tuple[tuple[int, int], ...] = ()
         self._since = time.monotonic()
@@ -73,4 +81,4 @@ class ThreadView:
         if tuple(place) != self._place:
             self._place, self._since = tuple(place), now
         innermost = next((file for file in files if file != _DISPATCHER), "")
-        return Sight(innermost.startswith(_COMMUNICATION), now - self._since, where)
+        return Sight(innermost.startswith(self._waiting), now - self._since, where)

@@ -23,11 +23,12 @@ from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
 from mhc_lightning.strategies.sharding import bring_to_life, shard_parts
-from mhc_lightning.strategies.watched import WatchedStrategy
+from mhc_lightning.strategies.watched import Watched
+from mhc_lightning.strategies.whole_files import WholeFileStrategy
 from mhc_lightning.strategies.whole_state import WholeState
 
 
-class PipelineStrategy(WatchedStrategy):
+class PipelineStrategy(Watched, WholeFileStrategy):
     """Cuts a network into stages on different devices; what is left of them is data-parallel.
 
     The LightningModule stays as it is: it has one network that is a `PipelinedNetwork` (as
@@ -79,8 +80,6 @@ class PipelineStrategy(WatchedStrategy):
             raise UserError(
                 f"strategy.schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}"
             )
-        if not timeout_seconds > 0:
-            raise UserError(f"strategy.timeout_seconds must be above 0, not {timeout_seconds}")
         self.schedule = schedule
         self.micro_batches = microbatches
         self.pipeline_size = pipeline_size
@@ -183,6 +182,7 @@ class PipelineStrategy(WatchedStrategy):
             (self.world_size // replicas, replicas),
             mesh_dim_names=("pipeline", "data_parallel"),
         )
+        self.start_watch()
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Keep this process's stages of the network, shard them, and set up optimizers."""

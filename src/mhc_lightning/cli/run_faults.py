@@ -1,0 +1,34 @@
+"""What ended a run from outside of this process's own code, told apart from a bug."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+@contextlib.contextmanager
+def named_faults(trainer: "pl.Trainer") -> Iterator[None]:
+    """Raise what the machine or another process did as such, in place of what followed from it.
+
+    Raises:
+        RunFaultError: A process of the run died, hung, failed or ran out of memory.
+        KeyboardInterrupt: In place of the exit that Lightning makes of it.
+    """
+    from mhc_lightning.errors import RunFaultError
+    from mhc_lightning.strategies.faults import machine_fault
+
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    except Exception as error:
+        fault: RunFaultError | None = getattr(trainer.strategy, "fault", None)
+        if fault is None and (text := machine_fault(error)) is not None:
+            fault = RunFaultError(text)
+        if fault is not None:
+            raise fault from error
+        raise

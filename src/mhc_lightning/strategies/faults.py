@@ -1,0 +1,88 @@
+"""What ended a process of a run, in one line, and the exit code that the run then has."""
+
+import signal
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words
+
+INTERRUPTED = 128 + signal.SIGINT
+_KILLED = " (SIGKILL: often the kernel, when memory runs out)"
+
+
+class Fault(NamedTuple):
+    """The first thing that went wrong in a run.
+
+    Attributes:
+        text: One line, which names the process.
+        code: The exit code of every process of the run.
+        follows: Whether it may only follow from the end of another process.
+    """
+
+    text: str
+    code: int
+    follows: bool = False
+
+
+def fault_of(who: str, doing: str, error: BaseException) -> Fault:
+    """What an exception in a process means for the run.
+
+    Args:
+        who: Names the process.
+        doing: What it was at.
+        error: What it raised.
+    """
+    message = last_words(error)
+    if isinstance(error, UserError):
+        return Fault(f"{who}, at {doing}: {message}", 2)
+    if isinstance(error, NonFiniteLossError):
+        return Fault(f"{who}: {message}", 3)
+    if isinstance(error, KeyboardInterrupt):
+        return Fault(f"{who} was interrupted at {doing}", INTERRUPTED)
+    if (text := machine_fault(error)) is not None:
+        return Fault(f"{who}, at {doing}: {text}", RunFaultError.EXIT_CODE)
+    if _is_from_communication(error):
+        text = f"{who} lost the others at {doing}: {type(error).__name__}: {message}"
+        return Fault(text, RunFaultError.EXIT_CODE, follows=True)
+    return Fault(f"{who} failed at {doing}: {type(error).__name__}: {message}", 1)
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """What the machine did, if that is what an exception stands for, and how to go on."""
+    message = last_words(error)
+    if (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in message
+    ):
+        return (
+            f"out of memory ({message.partition('. ')[0]}); use a smaller data.micro_batch_size,"
+            " recompute=auto or strategy=fsdp on more devices (`plan` says what a run needs)"
+        )
+    if isinstance(error, RuntimeError) and message.startswith("DataLoader worker (pid"):
+        return (
+            f"a process that loads data ended ({message.rstrip('.')}), often killed by the kernel"
+            " when memory runs out; go on with ckpt_path=last, perhaps with fewer data.num_workers"
+        )
+    return None
+
+
+def how_it_ended(returncode: int) -> str:
+    """What a process's return code, as `subprocess` has it, says of its end."""
+    if returncode >= 0:
+        return f"ended with exit code {returncode}"
+    name = "" if -returncode != signal.SIGKILL else _KILLED
+    return f"was killed by signal {-returncode}{name}"
+
+
+def _is_from_communication(error: BaseException) -> bool:
+    seen: BaseException | None = error
+    while seen is not None:
+        text = str(seen).lower()
+        if isinstance(seen, dist.DistError) or any(
+            sign in text for sign in ("gloo", "nccl", "connection closed", "connection reset")
+        ):
+            return True
+        seen = seen.__cause__
+    return False

@@ -1,0 +1,100 @@
+"""Processes that Lightning starts from the first one: none dies or stays without a word."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from mhc_lightning.errors import RunFaultError
+from mhc_lightning.strategies.faults import how_it_ended
+
+_POLL_SECONDS = 0.5
+_STARTED_BY = "MHC_LIGHTNING_STARTED_BY"  # the first process, in the environment of the others
+_SAID = (2, 3, 130, 143)  # exit codes of processes that have said, in one line, why they end
+
+
+class WatchingLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher, which also knows how the processes that it started have ended.
+
+    Until the processes of a run watch over each other (`stop_watching`), they cannot have met: if
+    one of those that were started ends, the first one says so and ends the others; if the first
+    one ends, so do the others.
+    """
+
+    _started_by = int(os.environ.get(_STARTED_BY, "0"))
+    _watches = False
+
+    def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the other processes, if that is this one's task, and call a function."""
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            _relieve_observer()
+            self._watches = True
+            threading.Thread(target=self._watch_start, daemon=True, name="start-watch").start()
+            return function(*args, **kwargs)
+
+        try:
+            return super().launch(begin, *args, trainer=trainer, **kwargs)
+        finally:
+            self.stop_watching()
+
+    def stop_watching(self) -> None:
+        """Leave it to others to say what ended."""
+        self._watches = False
+
+    def ended(self) -> dict[int, int]:
+        """The return codes of those that were started and have ended, by rank."""
+        first = self.cluster_environment.node_rank() * self.num_processes
+        codes = {first + 1 + k: process.poll() for k, process in enumerate(self.procs)}
+        return {rank: code for rank, code in codes.items() if code is not None}
+
+    def end_others(self) -> None:
+        """Kill the processes that were started from this one."""
+        for process in self.procs:
+            process.kill()  # one that was stopped would not heed anything else
+
+    def _call_children_scripts(self) -> None:
+        # C++ would tell the stack of each connection that ends with the first process.
+        theirs = {_STARTED_BY: str(os.getpid()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        added = {name: value for name, value in theirs.items() if name not in os.environ}
+        os.environ.update(added)
+        try:
+            super()._call_children_scripts()
+        finally:
+            for name in added:
+                del os.environ[name]
+
+    def _watch_start(self) -> None:
+        while self._watches:
+            if self._started_by and os.getppid() != self._started_by:
+                self._end("rank 0 ended before the processes of the run had met")
+            for rank, code in self.ended().items():
+                if code and self._watches:
+                    self.end_others()
+                    text = (
+                        f"rank {rank} {how_it_ended(code)} before the processes of the run had met"
+                    )
+                    self._end(None if code in _SAID else text, code)
+            time.sleep(_POLL_SECONDS)
+
+    def _end(self, text: str | None, code: int = -1) -> None:
+        if text is not None:
+            print(f"error: {text}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if code in (1, *_SAID) else RunFaultError.EXIT_CODE)
+
+
+def _relieve_observer() -> None:
+    """Have Lightning's observer of the processes it started end.
+
+    It kills all of them as soon as one has died, before any can say which that was.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []
