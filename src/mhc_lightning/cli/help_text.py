@@ -57,8 +57,8 @@ example, from text to text:
 
 exit codes: 0 done; 2 a mistake in what was asked for (the last line of standard error says which);
 3 the loss became NaN or infinite; 4 the machine ended it: a process died, hung, was cut off or ran
-out of memory; 130 interrupted; 143 stopped by SIGTERM, after saving; 1 a bug. All processes of a run
-end with the same one."""
+out of memory; 130 interrupted; 143 stopped by SIGTERM, after saving; 1 a bug. All processes of a
+run end with the same one."""
 
 _COMMANDS = {
     "plan": f"""\

@@ -1,5 +1,6 @@
 """Tells every process of a run which of them failed and why, and ends those that would wait."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -140,14 +141,15 @@ class FaultWatch(threading.Thread):
                 time.sleep(_BEAT_SECONDS)
                 fault = self._look(_SILENT_SECONDS)
             first = self._agree(fault or own)
-            self._let_others_read()
         except Exception:
             first = self._fault or self._holder_is_gone()
-        if first.text == own.text or first.code == own.code == INTERRUPTED:
-            self._printed = True  # by whoever handles the exception
-            return first, False
-        self._print(first)
-        return first, True
+        told = first.text != own.text and not first.code == own.code == INTERRUPTED
+        if told:
+            self._print(first)
+        self._printed = True  # where it is this one's own, by whoever handles the exception
+        with contextlib.suppress(Exception):  # of a store that is gone, whose end is told by now
+            self._let_others_read()
+        return first, told
 
     def end(self) -> None:
         """Stop; nobody is to miss this process's beats."""
