@@ -56,7 +56,7 @@ def inspect_mappings(layers: Sequence[SubLayer]) -> Inspection:
     residuals = [layer.mappings.residual for layer in layers]
     gains = amax_gains(residuals).tolist()
     errors = torch.stack([sum_residuals(residual) for residual in residuals])
-    spans = chains(residuals)
+    spans = [range(chain[0], chain[-1] + 1) for chain in chains(residuals)]
     singles = mean_products(residuals, [range(k, k + 1) for k in range(len(layers))])
 
     def mean(mapping: Tensor) -> Tensor:

@@ -54,11 +54,15 @@ def test_peaks_keep_the_largest_of_the_run_and_where_it_was() -> None:
         loggers=[], log_every_n_steps=1, max_steps=-1, is_global_zero=True
     )
     module: Any = SimpleNamespace(log_dict=lambda *_, **__: None)
+
+    def gains(row: list[float]) -> Any:
+        return SimpleNamespace(layers=range(3), values=torch.tensor([row] * 4))
+
     for step, rows in enumerate([[1.0, 3.0, 2.0], [9.0, 1.0, 1.0], [1.0, 1.0, 4.0]], start=1):
-        gain.report(trainer, module, step, torch.tensor([rows] * 4))
+        gain.report(trainer, module, step, gains(rows))
     assert gain.peaks["amax_gain/composite/backward"] == (9.0, 0, 2)
-    gain.report(trainer, module, 4, torch.tensor([[1.0, math.nan, 1.0]] * 4))
-    gain.report(trainer, module, 5, torch.tensor([[math.nan, 99.0, 1.0]] * 4))
+    gain.report(trainer, module, 4, gains([1.0, math.nan, 1.0]))
+    gain.report(trainer, module, 5, gains([math.nan, 99.0, 1.0]))
     value, layer, step = gain.peaks["amax_gain/single/forward"]
     assert math.isnan(value)  # the first step that was not a number stays
     assert (layer, step) == (1, 4)

@@ -1,5 +1,6 @@
 """Watching what torch.compile has compiled, with a backend that compiles nothing further."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 
 from mhc_lightning.callbacks import AmaxGain, StreamDiversity, StreamMatrixHeatmap
 from mhc_lightning.callbacks.compiled_regions import modules_in_compiled_regions
+from mhc_lightning.callbacks.observations import links
+from mhc_lightning.callbacks.watcher import StreamWatcher
 from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.language_model import LanguageModel
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
@@ -121,3 +124,58 @@ def test_regions_without_anything_to_watch_are_left_alone(fit: Any) -> None:
     assert network.blocks[0].attention_connection.window not in inside
     assert all(flags)  # dynamo's setting was never touched
     assert programs[-1] == programs[3]  # nothing was compiled after the first step
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad"])
+@pytest.mark.parametrize("compiled", [compile_wrapped, compile_each])
+def test_chains_through_compiled_programs(foreign: Any, compiled: Any, mode: str) -> None:
+    module, x = foreign.Module(layers=3), torch.randn(2, 5, 4)
+    compiled(module, Counting())
+
+    def two_views() -> Any:
+        return module(x), module(2 * x)
+
+    def loop() -> torch.Tensor:
+        streams = x.unsqueeze(-2).expand(-1, -1, 2, -1)
+        for mixer in [*module.mixers, *module.mixers]:
+            streams = mixer(streams.double().float() if mode == "grad" else streams)
+        return streams
+
+    watcher = StreamWatcher()
+    watcher.prepare(module)
+    try:
+        with torch.set_grad_enabled(mode == "grad"):
+            for call, expected in (
+                (two_views, [None, 0, 1, None, 3, 4]),
+                (loop, [None, 0, 1, 2, 3, 4]),
+            ):
+                watcher.open(module)
+                call()
+                assert links(watcher.close()) == expected
+    finally:
+        watcher.release()
+
+
+def test_a_module_met_again_within_one_program_begins_a_chain_and_is_told(foreign: Any) -> None:
+    class Views(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = foreign.Module(layers=2)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.inner(x), self.inner(2 * x)
+
+    root = torch.nn.ModuleList([torch.compile(Views(), backend=Counting())])
+    watcher = StreamWatcher()
+    watcher.prepare(root)
+    try:
+        for warned in (True, False):
+            watcher.open(root)
+            root[0](torch.randn(2, 5, 4))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert links(watcher.close()) == [None, 0, None, 2]
+            told = ["more than once in one compiled program" in str(w.message) for w in caught]
+            assert any(told) == warned
+    finally:
+        watcher.release()

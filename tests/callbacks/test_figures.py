@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import matplotlib.figure
@@ -6,6 +7,7 @@ import pytest
 
 from mhc_lightning.callbacks import figures
 from mhc_lightning.callbacks.figures import format_number, gain_profile, matrix_heatmap
+from mhc_lightning.callbacks.gains import GAIN_TAGS
 
 
 @pytest.fixture
@@ -79,3 +81,10 @@ def test_the_gain_axis_is_logarithmic_where_gains_spread(
 )  # fmt: skip
 def test_numbers_take_a_few_characters(value: float, text: str) -> None:
     assert format_number(value) == text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-320, 3e38, 1e300, math.inf, -math.inf, math.nan])
+def test_any_number_can_be_drawn(value: float) -> None:
+    assert gain_profile({tag: [1.0, value] for tag in GAIN_TAGS}, 1).std() > 0
+    assert matrix_heatmap(np.array([[1.0, value], [value, 0.0]]), "any", 1).std() > 0

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from mhc_lightning.callbacks import StreamDiversity
+from mhc_lightning.callbacks.lineage import streams_in_arguments
 from mhc_lightning.callbacks.stream_diversity import (
     relative_diversity,
-    streams_in_arguments,
     sum_residuals,
 )
 from mhc_lightning.kernels import StreamMappings, sinkhorn_knopp
@@ -101,3 +101,25 @@ def test_streams_from_elsewhere(foreign: Any, fit: Any) -> None:
     callback = StreamDiversity(extract_streams=lambda *_: fixed)
     fit(foreign.Module(layers=2), callback, max_steps=2)
     assert callback.last["stream_diversity/layer_1"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1e18, 1e38])
+def test_diversity_is_that_of_any_size_of_streams(scale: float) -> None:
+    streams = torch.randn(4, 3, 8, dtype=torch.float64)
+    expected = relative_diversity(streams).item()
+    found = relative_diversity((streams * scale).float()).item()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert math.isnan(relative_diversity(torch.full((1, 2, 2), math.nan)).item())
+    assert math.isnan(relative_diversity(torch.tensor([[[math.inf], [1.0]]])).item())
+
+
+def test_the_first_sub_layers_of_all_passes_are_left_out(foreign: Any, fit: Any) -> None:
+    class Views(foreign.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + super().forward(2 * x)
+
+    callback = StreamDiversity()
+    fit(Views(layers=2), callback, max_steps=2)
+    found = [callback.last[f"stream_diversity/layer_{k}"] for k in range(4)]
+    assert found[0] == found[2] == 0
+    assert callback.last["stream_diversity/min"] == pytest.approx(min(found[1], found[3])) != 0

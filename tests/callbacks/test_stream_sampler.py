@@ -1,14 +1,16 @@
 """Sampling, by way of the callbacks that do it."""
 
+import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mhc_lightning.callbacks import AmaxGain, StreamDiversity, StreamMatrixHeatmap
+from mhc_lightning.callbacks import AmaxGain, StreamDiversity, StreamMatrixHeatmap, Throughput
 from mhc_lightning.callbacks.gains import amax_gains
 from mhc_lightning.errors import UserError
 
@@ -155,6 +157,55 @@ def test_values_are_there_for_checkpoints_to_monitor(foreign: Any, fit: Any) -> 
 def test_csv_has_the_same_step_as_tensorboard(foreign: Any, fit: Any, csv_rows: Any) -> None:
     fit(foreign.Module(), AmaxGain(), max_steps=4)
     assert [row["step"] for row in csv_rows() if row.get(TAG)] == ["2", "4"]
+
+
+@pytest.mark.parametrize("empty", ["batch", "first pass"])
+def test_batches_without_tokens_log_nothing(
+    foreign: Any, fit: Any, events: Any, empty: str
+) -> None:
+    class Empty(foreign.Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            nothing = self(batch[:0]).sum()
+            return nothing if empty == "batch" else nothing + self(batch).mean()
+
+    module = Empty(layers=2)
+    gain, diversity = AmaxGain(1), StreamDiversity(1)
+    heatmap = StreamMatrixHeatmap(every_n_steps=1)
+    throughput = Throughput(1, count_tokens=lambda _: 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(module, gain, diversity, heatmap, throughput, max_steps=3)
+    assert not any("saw no StreamMappings" in str(w.message) for w in caught)
+    assert throughput.last == {}
+    assert all(math.isfinite(v) for v in [*gain.last.values(), *diversity.last.values()])
+    layers = {tag.rpartition("_")[2] for tag in [*gain.last, *diversity.last] if "/layer_" in tag}
+    images = {tag.partition("/")[2] for tag in events().Tags()["images"]}
+    if empty == "batch":
+        assert gain.last == diversity.last == {}
+        assert not images
+        assert not any(tag.startswith("amax") for tag in trainer.callback_metrics)
+    else:  # numbered as they were called
+        assert layers == {"2", "3"}
+        assert images >= {"layer_2", "layer_3", "composite_2_to_3"}
+
+
+@pytest.mark.parametrize("callback", [lambda: AmaxGain(1), lambda: Throughput(1)])
+def test_the_same_callback_twice_is_a_user_error(foreign: Any, fit: Any, callback: Any) -> None:
+    one = callback()
+    with pytest.raises(UserError, match="the same callback twice"):
+        fit(foreign.Module(), one, one)
+
+
+def test_forward_passes_that_are_transformed_are_left_out(foreign: Any, fit: Any) -> None:
+    class Transformed(foreign.Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            torch.func.vmap(self)(batch)
+            torch.func.grad(lambda x: self(x).sum())(batch)
+            return super().training_step(batch, batch_idx)
+
+    gain = AmaxGain(1)
+    fit(Transformed(layers=2), gain, max_steps=2)
+    assert {tag[-1] for tag in gain.last if "/layer_" in tag} == {"0", "1"}
 
 
 @pytest.mark.parametrize("wrong", [0, -3, 2.5, True])

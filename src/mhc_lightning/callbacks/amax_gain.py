@@ -9,9 +9,10 @@ from torch import Tensor
 from mhc_lightning.callbacks.cadence import Cadence
 from mhc_lightning.callbacks.figures import gain_profile
 from mhc_lightning.callbacks.gains import GAIN_TAGS, amax_gains
+from mhc_lightning.callbacks.observations import Observation, links
 from mhc_lightning.callbacks.reporting import log_image, log_scalars, takes_images
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
-from mhc_lightning.callbacks.watcher import Extract, Observation
+from mhc_lightning.callbacks.watcher import Extract
 
 
 class Peak(NamedTuple):
@@ -27,17 +28,24 @@ def format_gain(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
-class AmaxGain(StreamSampler[Tensor]):
+class _Gains(NamedTuple):
+    layers: list[int]
+    values: Tensor  # [4, L], in the order of GAIN_TAGS
+
+
+class AmaxGain(StreamSampler[_Gains]):
     """Logs how much the residual mappings amplify signals forward and gradients backward.
 
     The forward gain of a matrix is its largest |row sum|, the backward gain its largest |column
     sum|; single-layer gains take H_l, composite ones H_l ··· H_1 forward and H_L ··· H_l backward
     (arXiv 2512.24880; 1 is ideal). Gains are taken per token and averaged over all tokens of the
-    sampled micro-batch.
+    sampled micro-batch. Composites are taken along the streams: each forward pass of a step, of one
+    network or of several, is a chain of its own (see `StreamSampler`).
 
-    Tags: ``amax_gain/{single,composite}/{forward,backward}``, each the largest over sub-layers,
-    beside it ``…/layer_<k>`` for every sub-layer (k from 0 in the order of the calls), and the
-    image ``amax_gain/profile``. The four largest are in ``trainer.callback_metrics`` too.
+    Tags: ``amax_gain/{single,composite}/{forward,backward}``, each the largest over sub-layers (of
+    all chains), beside it ``…/layer_<k>`` for every sub-layer (k from 0 in the order of the calls,
+    through all chains; of a sub-layer whose streams go to several, the largest), and the image
+    ``amax_gain/profile``. The four largest are in ``trainer.callback_metrics`` too.
 
     Works in any LightningModule: it watches every module whose output is a `StreamMappings`, or
     what `extract` makes of a foreign one. Where sub-layers differ in the number of streams or of
@@ -82,23 +90,26 @@ class AmaxGain(StreamSampler[Tensor]):
         self._profiles.restart(trainer.global_step)
         self.peaks = {}
 
-    def reduce(self, observations: list[Observation]) -> Tensor:
-        """The gains [4, L], still on the device."""
+    def reduce(self, observations: list[Observation]) -> _Gains:
+        """The gains, still on the device."""
         residuals = [observation.mappings.residual for observation in observations]
-        return amax_gains(residuals, token_mean=self.token_mean)
+        values = amax_gains(residuals, links(observations), token_mean=self.token_mean)
+        return _Gains([observation.layer for observation in observations], values)
 
     def report(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, reduced: Tensor
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, reduced: _Gains
     ) -> dict[str, float]:
         """Log the gains of one sample."""
-        gains = dict(zip(GAIN_TAGS, reduced.tolist(), strict=True))  # the one transfer
+        gains = dict(zip(GAIN_TAGS, reduced.values.tolist(), strict=True))  # the one transfer
         values: dict[str, float] = {}
         for tag, by_layer in gains.items():
-            layer = 0
+            place = 0
             for k, value in enumerate(by_layer):
-                layer = k if _exceeds(value, by_layer[layer]) else layer
-            values[tag] = by_layer[layer]
-            values.update({f"{tag}/layer_{k}": value for k, value in enumerate(by_layer)})
+                place = k if _exceeds(value, by_layer[place]) else place
+            values[tag] = by_layer[place]
+            layer = reduced.layers[place]
+            for k, value in zip(reduced.layers, by_layer, strict=True):
+                values[f"{tag}/layer_{k}"] = value
             peak = self.peaks.get(tag)
             if peak is None or _exceeds(values[tag], peak.value):
                 self.peaks[tag] = Peak(values[tag], layer, step)

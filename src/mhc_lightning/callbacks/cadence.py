@@ -71,5 +71,16 @@ class Cadence:
         return due
 
 
+def refuse_twice(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """See that a trainer has a callback once: called twice a step, it would measure wrongly.
+
+    Raises:
+        UserError: The same object is there twice.
+    """
+    if sum(other is callback for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        raise UserError(f"{name}: the trainer has the same callback twice; give it once")
+
+
 def _logging_interval(trainer: pl.Trainer) -> int:
     return int(getattr(trainer, "log_every_n_steps", 0) or 0)

@@ -7,10 +7,14 @@ worth watching in there are given one hook that keeps its key in the module's ta
 programs exist, with and without it, and are switched between without further compilation.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from mhc_lightning.callbacks.lineage import Lineage, floating_tensors
 from mhc_lightning.kernels import StreamMappings
 
 
@@ -73,3 +77,59 @@ class SwitchableHook:
     def remove(self) -> None:
         """Take the hook out; the module's hook tables are then as if it had never been there."""
         self._handle.remove()
+
+
+class ProgramCalls:
+    """Tells a `Lineage` what goes into compiled programs and what comes out, from outside of them.
+
+    Args:
+        lineage: Whom to tell.
+        clock: How many sub-layers were seen so far, in compiled code as well.
+    """
+
+    def __init__(self, lineage: Lineage, clock: Tensor) -> None:
+        self._lineage, self._clock = lineage, clock
+        self._wrapped: dict[nn.Module, tuple[str, Any]] = {}
+        self._after: dict[int, int | None] = {}
+
+    def open(self, root: nn.Module) -> None:
+        """Stand before every compiled program that modules below `root` call."""
+        inside: set[nn.Module] = set()
+        for name, module in root.named_modules():
+            call, attribute = _program(module)
+            if call is not None and module not in inside:
+                inside.update(module.modules())
+                self._wrapped[module] = attribute, call
+                module.__dict__[attribute] = partial(self._call, name, call)
+
+    def close(self) -> dict[int, int | None]:
+        """Step aside.
+
+        Returns:
+            For the number of the first sub-layer in every call of a program, what it comes after.
+        """
+        for module, (attribute, call) in self._wrapped.items():
+            module.__dict__[attribute] = call
+        self._wrapped.clear()
+        after, self._after = self._after, {}
+        return after
+
+    def _call(self, name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return call(*args, **kwargs)
+        arguments = (*args, *kwargs.values())
+        first = int(self._clock)
+        after = self._lineage.find(floating_tensors(arguments[:1]))
+        output = call(*args, **kwargs)
+        behind = int(self._clock)
+        if behind > first:
+            self._after[first] = after
+            self._lineage.leave_program(behind - 1, name, arguments, output)
+        return output
+
+
+def _program(module: nn.Module) -> tuple[Any, str]:
+    """What calls a module's compiled program, if it has one, and the attribute that holds it."""
+    if isinstance(module, OptimizedModule):
+        return module.__dict__.get("forward"), "forward"
+    return getattr(module, "_compiled_call_impl", None), "_compiled_call_impl"

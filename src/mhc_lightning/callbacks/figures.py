@@ -37,7 +37,7 @@ def gain_profile(gains: Mapping[str, Sequence[float]], step: int | None) -> np.n
             values = np.asarray(gains[f"amax_gain/{kind}/{direction}"], dtype=float)
             axes.plot(
                 range(len(values)),
-                values,
+                _drawable(values),
                 color=colour,
                 marker=marker,
                 markersize=3.5 if len(values) <= 40 else 0,
@@ -45,9 +45,8 @@ def gain_profile(gains: Mapping[str, Sequence[float]], step: int | None) -> np.n
                 label=f"{direction}, max {format_number(float(values.max()))}",
             )
         axes.axhline(1.0, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-        _gain_axis(
-            axes, [v for d in ("forward", "backward") for v in gains[f"amax_gain/{kind}/{d}"]]
-        )
+        both = [gains[f"amax_gain/{kind}/{d}"] for d in ("forward", "backward")]
+        _gain_axis(axes, _drawable(np.concatenate(both)).tolist())
         axes.set_title(
             f"{'Single-layer' if kind == 'single' else 'Composite'} gain", fontsize=10, loc="left"
         )
@@ -79,8 +78,10 @@ def matrix_heatmap(matrix: np.ndarray, title: str, step: int | None) -> np.ndarr
     from matplotlib.colors import Normalize
 
     n = matrix.shape[0]
-    rows, columns = matrix.sum(1), matrix.sum(0)
-    finite = np.abs(matrix[np.isfinite(matrix)])
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows, columns = matrix.sum(1), matrix.sum(0)
+    shown = _drawable(matrix)
+    finite = np.abs(shown[np.isfinite(shown)])
     limit = max(1.0, float(finite.max(initial=0.0)))
     cell = {1: 1.5, 2: 1.1, 3: 0.95}.get(n, 0.8 if n <= 5 else 0.66)  # inches
     # Placed by hand, in inches: exact at every n, and half the time of an automatic layout.
@@ -88,7 +89,7 @@ def matrix_heatmap(matrix: np.ndarray, title: str, step: int | None) -> np.ndarr
     width, height = max(left + side + 1.0, 3.4), below + side + 0.7
     figure = _figure(width, height)
     axes = figure.add_axes((left / width, below / height, side / width, side / height))
-    image = axes.imshow(matrix, cmap="RdBu_r", norm=Normalize(-limit, limit))
+    image = axes.imshow(shown, cmap="RdBu_r", norm=Normalize(-limit, limit))
     numbers = [format_number(float(v)) for v in (*matrix.flat, *rows, *columns)]
     size = min(11.0, 72 * cell / (0.62 * max(4, *map(len, numbers))))  # fits the widest in a cell
     for i in range(n):
@@ -130,6 +131,12 @@ def format_number(value: float) -> str:
     digits = ".2f" if size < 9.995 else ".1f" if size < 999.95 else ".0f"
     text = format(value, digits if size < 99999.5 or not np.isfinite(value) else ".0e")
     return text.lstrip("-") if text == "-0.00" else text.replace("-", "−")
+
+
+def _drawable(values: np.ndarray) -> np.ndarray:
+    """Numbers that matplotlib can place on an axis; others are gaps, as NaN is."""
+    size = np.abs(np.asarray(values, dtype=float))
+    return np.where((size < 1e100) & ((size > 1e-100) | (size == 0)), values, np.nan)
 
 
 def _amax(sums: np.ndarray) -> float:

@@ -21,14 +21,35 @@ GAIN_TAGS = (
 )
 
 
-def chains(residuals: Sequence[Tensor]) -> list[range]:
-    """Split sub-layers where the shape changes, into runs whose matrices can be multiplied.
+def chains(
+    residuals: Sequence[Tensor], after: Sequence[int | None] | None = None
+) -> list[list[int]]:
+    """The runs of sub-layers whose matrices can be multiplied, each from its first to its last.
 
     A model may change its number of streams, or of tokens, from stage to stage; products exist
-    only within a stage.
+    only within a stage. Where the streams of one sub-layer go to several, as from a trunk to two
+    branches, there is a chain to the end of each.
+
+    Args:
+        residuals: Per sub-layer its matrices [..., n, n].
+        after: Per sub-layer the place, in `residuals`, of the one whose output it reads; None for
+            one that begins a chain. By default each comes after the one before it.
     """
-    starts = [k for k, r in enumerate(residuals) if k == 0 or r.shape != residuals[k - 1].shape]
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(residuals)], strict=True)]
+    if after is None:
+        after = [k - 1 if k else None for k in range(len(residuals))]
+    before = [
+        j if j is not None and residuals[j].shape == r.shape else None
+        for j, r in zip(after, residuals, strict=True)
+    ]
+    found = []
+    for last in sorted(set(range(len(residuals))) - set(before)):
+        chain: list[int] = []
+        k: int | None = last
+        while k is not None:
+            chain.append(k)
+            k = before[k]
+        found.append(chain[::-1])
+    return sorted(found)
 
 
 def tokens_last(residual: Tensor) -> Tensor:
@@ -38,12 +59,19 @@ def tokens_last(residual: Tensor) -> Tensor:
     return residual.to(dtype).reshape(-1, n, n).permute(1, 2, 0).contiguous()
 
 
-def amax_gains(residuals: Sequence[Tensor], *, token_mean: bool = False) -> Tensor:
+def amax_gains(
+    residuals: Sequence[Tensor],
+    after: Sequence[int | None] | None = None,
+    *,
+    token_mean: bool = False,
+) -> Tensor:
     """The four gains of every sub-layer; O(L n²) per token, without a single matrix product.
 
     Args:
-        residuals: Per sub-layer, in the order of the calls, its matrices [..., n, n]. Composites
-            start anew where the shape changes (see `chains`).
+        residuals: Per sub-layer, in the order of the calls, its matrices [..., n, n], of one token
+            or more.
+        after: What each comes after, as in `chains`; composites are taken along chains. Of a
+            sub-layer that is in several, the largest.
         token_mean: False takes the gain of each token's matrix and averages over tokens, True
             the gain of the matrix averaged over tokens.
 
@@ -54,26 +82,26 @@ def amax_gains(residuals: Sequence[Tensor], *, token_mean: bool = False) -> Tens
     def gain(sums: Tensor) -> Tensor:  # [n, tokens] signed sums
         return sums.mean(1).abs().amax() if token_mean else sums.abs().amax(0).mean()
 
-    rows: list[list[Tensor]] = [[], [], [], []]
-    single_forward, single_backward, composite_forward, composite_backward = rows
-    for chain in chains(residuals):
+    gains: dict[int, Tensor] = {}  # [4] each
+    for chain in chains(residuals, after):
         matrices = [tokens_last(residuals[k]) for k in chain]
         ones = torch.ones_like(matrices[0][0])  # [n, tokens]
         forward, backward = ones, ones
+        rows: list[list[Tensor]] = [[], [], [], []]
         for matrix in matrices:
-            single_forward.append(gain(matrix.sum(1)))
-            single_backward.append(gain(matrix.sum(0)))
             forward = (matrix * forward).sum(1)  # Σ_j H[i, j] v[j]
-            composite_forward.append(gain(forward))
-        from_the_end = []
+            for row, sums in zip(rows, (matrix.sum(1), matrix.sum(0), forward), strict=False):
+                row.append(gain(sums))
         for matrix in reversed(matrices):
             backward = (matrix * backward.unsqueeze(1)).sum(0)  # Σ_i w[i] H[i, j]
-            from_the_end.append(gain(backward))
-        composite_backward.extend(reversed(from_the_end))
-    return torch.stack([torch.stack(row) for row in rows])
+            rows[3].insert(0, gain(backward))
+        for k, *four in zip(chain, *rows, strict=True):
+            own = torch.stack(four)
+            gains[k] = torch.maximum(gains[k], own) if k in gains else own
+    return torch.stack([gains[k] for k in range(len(residuals))], dim=1)
 
 
-def mean_products(residuals: Sequence[Tensor], spans: Sequence[range]) -> list[Tensor]:
+def mean_products(residuals: Sequence[Tensor], spans: Sequence[Sequence[int]]) -> list[Tensor]:
     """Token means of the per-token products H_b ··· H_a of some spans of sub-layers.
 
     Args:

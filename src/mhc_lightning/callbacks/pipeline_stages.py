@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
-from mhc_lightning.callbacks.watcher import Observation
+from mhc_lightning.callbacks.observations import Observation
 
 
 def across_stages(
@@ -33,4 +33,6 @@ def across_stages(
     stages: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(stages, moved(observations, "cpu"), group=group)
     everything = [observation for stage in stages for observation in stage]
-    return moved(sorted(everything, key=lambda observation: observation.stage), device)
+    ordered = sorted(everything, key=lambda observation: observation.stage)
+    chain = [o._replace(layer=k, after=k - 1 if k else None) for k, o in enumerate(ordered)]
+    return moved(chain, device)

@@ -7,9 +7,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from mhc_lightning.callbacks.lineage import streams_in_arguments
+from mhc_lightning.callbacks.observations import Observation
 from mhc_lightning.callbacks.reporting import log_scalars
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
-from mhc_lightning.callbacks.watcher import Extract, Observation
+from mhc_lightning.callbacks.watcher import Extract
 from mhc_lightning.kernels import StreamMappings
 
 ExtractStreams = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
@@ -30,26 +32,19 @@ def relative_diversity(streams: Tensor) -> Tensor:
         A scalar tensor in at least float32.
     """
     x = streams.to(torch.promote_types(streams.dtype, torch.float32))
+    tiny = torch.finfo(x.dtype).tiny
+    # Squares of what is very large or small are out of range: relative to the largest they are not.
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
     total = x.sum(-2, keepdim=True)
     spread = torch.sub(x, total, alpha=1 / x.shape[-2])  # x − x̄ in one pass
     norms = [torch.linalg.vector_norm(v.flatten(-2), dim=-1) for v in (spread, x)]
-    return (norms[0] / norms[1].clamp_min(torch.finfo(x.dtype).tiny)).mean()
+    return (norms[0] / norms[1].clamp_min(tiny)).mean()
 
 
 def sum_residuals(residual: Tensor) -> Tensor:
     """The largest |row sum − 1| and |column sum − 1| over all tokens: [2]."""
     matrices = residual.to(torch.promote_types(residual.dtype, torch.float32))
     return torch.stack([(matrices.sum(axis) - 1).abs().amax() for axis in (-1, -2)])
-
-
-def streams_in_arguments(mappings: StreamMappings, args: tuple[Any, ...]) -> Tensor | None:
-    """The first argument that has the shape [..., n, C] of streams with these mappings."""
-    wanted = mappings.residual.shape[:-1]
-    for argument in args:
-        floating = isinstance(argument, Tensor) and argument.is_floating_point()
-        if floating and argument.dim() >= 2 and argument.shape[:-1] == wanted:
-            return argument
-    return None
 
 
 class StreamDiversity(StreamSampler[dict[str, Tensor]]):
@@ -63,9 +58,9 @@ class StreamDiversity(StreamSampler[dict[str, Tensor]]):
     distance).
 
     Tags: ``stream_diversity/{mean,min}`` and ``stream_diversity/layer_<k>`` (k from 0 in the order
-    of the calls; mean and min leave out sub-layer 0, whose streams are copies of one embedding,
-    if there are others), ``sinkhorn_residual/{row,column}`` (the largest over sub-layers) and
-    ``sinkhorn_residual/{row,column}/layer_<k>``.
+    of the calls; mean and min leave out the first sub-layer of every forward pass, whose streams
+    are copies of one embedding, if there are others), ``sinkhorn_residual/{row,column}`` (the
+    largest over sub-layers) and ``sinkhorn_residual/{row,column}/layer_<k>``.
 
     Args:
         every_n_steps: Optimizer steps between samples; None takes the trainer's
@@ -103,17 +98,17 @@ class StreamDiversity(StreamSampler[dict[str, Tensor]]):
     def reduce(self, observations: list[Observation]) -> dict[str, Tensor]:
         """The numbers by tag, still on the device."""
         values: dict[str, Tensor] = {}
-        diversity = {k: o.note for k, o in enumerate(observations) if o.note is not None}
-        if diversity:
-            later = [d for k, d in diversity.items() if k > 0] or list(diversity.values())
+        seen = [o for o in observations if o.note is not None]
+        if seen:
+            later = [o.note for o in seen if o.after is not None] or [o.note for o in seen]
             values["stream_diversity/mean"] = torch.stack(later).mean()
             values["stream_diversity/min"] = torch.stack(later).amin()
-            values.update({f"stream_diversity/layer_{k}": d for k, d in diversity.items()})
+            values.update({f"stream_diversity/layer_{o.layer}": o.note for o in seen})
         sums = torch.stack([sum_residuals(o.mappings.residual) for o in observations])  # [L, 2]
         for side, by_layer in zip(("row", "column"), sums.unbind(1), strict=True):
             values[f"sinkhorn_residual/{side}"] = by_layer.amax()
-            for k, value in enumerate(by_layer.unbind()):
-                values[f"sinkhorn_residual/{side}/layer_{k}"] = value
+            for observation, value in zip(observations, by_layer.unbind(), strict=True):
+                values[f"sinkhorn_residual/{side}/layer_{observation.layer}"] = value
         return values
 
     def report(

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from mhc_lightning.callbacks.figures import matrix_heatmap
 from mhc_lightning.callbacks.gains import chains, mean_products
+from mhc_lightning.callbacks.observations import Observation, links
 from mhc_lightning.callbacks.reporting import log_image, takes_images
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
-from mhc_lightning.callbacks.watcher import Extract, Observation
+from mhc_lightning.callbacks.watcher import Extract
 from mhc_lightning.errors import UserError
 
 
 class _Matrices(NamedTuple):
-    spans: list[range]
+    spans: list[list[int]]  # sub-layers
     depth: int
     means: list[Tensor]  # one [n, n] per span
 
@@ -28,8 +29,9 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
     half and the whole of the stack (multiplied token by token, then averaged), with row sums on
     the right, column sums below, and colours that are centred on zero. Tags:
     ``stream_matrices/layer_<k>`` and ``stream_matrices/composite_<first>_to_<last>``, sub-layers
-    counted from 0 in the order of the calls. Where their number of streams or tokens changes,
-    products are taken within each stretch of equal shape.
+    counted from 0 in the order of the calls. Products are taken along the streams: each forward
+    pass of a step is a chain of its own (see `StreamSampler`), and where the number of streams or
+    tokens changes, each stretch of equal shape.
 
     Pictures go to TensorBoard and to every logger with a ``log_image`` method; with neither,
     nothing is sampled.
@@ -55,16 +57,21 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
     ) -> None:
         super().__init__(every_n_steps, extract, log_intervals=50, ends=True)
         self.layers = None if layers is None else list(layers)
+        self._checked = False
 
     def reduce(self, observations: list[Observation]) -> _Matrices:
         """Average the chosen matrices and products over tokens, on the device."""
         residuals = [observation.mappings.residual for observation in observations]
-        spans = [range(k, k + 1) for k in self._chosen(len(residuals))]
-        for chain in chains(residuals):
-            middle = chain.start + len(chain) // 2
-            halves = (range(chain.start, middle), range(middle, chain.stop), chain)
-            spans += [span for span in halves if len(span) > 1]
-        return _Matrices(spans, len(residuals), mean_products(residuals, spans))
+        layers = [observation.layer for observation in observations]
+        chosen = self._chosen(self.depth)
+        spans = [[place] for place, layer in enumerate(layers) if layer in chosen]
+        for chain in chains(residuals, links(observations)):
+            middle = len(chain) // 2
+            parts = (chain[:middle], chain[middle:], chain)
+            # Chains that branch off one trunk may begin alike.
+            spans += [part for part in parts if len(part) > 1 and part not in spans]
+        means = mean_products(residuals, spans)
+        return _Matrices([[layers[k] for k in span] for span in spans], self.depth, means)
 
     def report(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, reduced: _Matrices
@@ -77,7 +84,8 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
                 name = f"layer_{first}" if single else f"composite_{first}_to_{last}"
                 title = f"Sub-layer {first} of {reduced.depth}"
                 if not single:
-                    title = f"Sub-layers {first} to {last}, product"
+                    among = "" if len(span) == last - first + 1 else f" ({len(span)} of one chain)"
+                    title = f"Sub-layers {first} to {last}{among}, product"
                 matrix = mean.to("cpu", torch.float64).numpy()
                 log_image(
                     trainer, f"stream_matrices/{name}", matrix_heatmap(matrix, title, step), step
@@ -88,9 +96,10 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
         if self.layers is None:
             return sorted({0, depth // 2, depth - 1})
         wrong = [k for k in self.layers if not -depth <= k < depth]
-        if wrong:
+        if wrong and not self._checked:
             raise UserError(
                 f"StreamMatrixHeatmap: layers holds {wrong[0]}, but the model has {depth}"
                 f" sub-layers; choose from 0 to {depth - 1} (or -{depth} to -1, from the end)"
             )
-        return sorted({k % depth for k in self.layers})
+        self._checked = True  # a later step may run fewer
+        return sorted({k % depth for k in self.layers if k not in wrong})

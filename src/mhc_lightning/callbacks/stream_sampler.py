@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from mhc_lightning.callbacks.cadence import Cadence
+from mhc_lightning.callbacks.cadence import Cadence, refuse_twice
+from mhc_lightning.callbacks.observations import Observation
 from mhc_lightning.callbacks.pipeline_stages import across_stages
-from mhc_lightning.callbacks.watcher import Extract, Observation, StreamWatcher
+from mhc_lightning.callbacks.watcher import Extract, StreamWatcher
 from mhc_lightning.kernels import StreamMappings
 
 Reduced = TypeVar("Reduced")
@@ -30,8 +31,13 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
     Under a pipeline the micro-batch is the first that its stages pass on to each other, and every
     process has the sample of all stages.
 
-    All forward passes of that one training step count as one chain of sub-layers. Where a step
-    calls several models, choose among them by `extract`.
+    Sub-layers are numbered in the order of the calls, through all forward passes of that one
+    training step. What each comes after is told by the streams: a sub-layer continues the chain
+    whose output it reads, so that two views of one network, a teacher and a student, or generator
+    and critic are chains of their own, and weights that are shared within a pass are in one. In a
+    model that neither merges by `mhc_lightning.kernels` nor records gradients nor hands streams
+    from module to module, a new chain begins where a module is met again. Without gradients a copy
+    of the streams (on another device) begins one too; streams of zero tokens are left out.
 
     Subclasses implement `reduce` and `report`, and may implement `note`.
 
@@ -61,6 +67,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
             every_n_steps, type(self).__name__, log_intervals=log_intervals, ends=ends
         )
         self.last: dict[str, float] = {}
+        self.depth = 0  # sub-layers of the sample that is reduced, those without tokens included
         self._watcher = StreamWatcher(extract, self.note if self.takes_notes else None)
         self._step = 0
         self._reduced: Reduced | None = None
@@ -76,7 +83,11 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         return None
 
     def reduce(self, observations: list[Observation]) -> Reduced:
-        """Boil a sample down to what `report` needs, on the device and without waiting for it."""
+        """Boil a sample down to what `report` needs, on the device and without waiting for it.
+
+        Args:
+            observations: At least one, each of at least one token.
+        """
         raise TypeError(f"{type(self).__name__} must define reduce")
 
     def report(
@@ -87,6 +98,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have compiled regions heed hooks, if they hold anything to watch."""
+        refuse_twice(trainer, self)
         self._watcher.prepare(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -141,10 +153,12 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         if not self._watcher.is_open:
             return
         observations = across_stages(trainer, self._watcher.close(), pl_module.device)
-        if observations:
+        self.depth = len(observations)
+        with_tokens = [o for o in observations if o.mappings.residual.numel() > 0]
+        if with_tokens:
             with torch.no_grad():
-                self._reduced = self.reduce(observations)
-        elif not self._warned:
+                self._reduced = self.reduce(with_tokens)
+        elif not observations and not self._warned:
             self._warned = True
             rank_zero_warn(
                 f"{type(self).__name__} saw no StreamMappings in step {self._step}. It watches"

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
-from mhc_lightning.callbacks.cadence import Cadence
+from mhc_lightning.callbacks.cadence import Cadence, refuse_twice
 from mhc_lightning.callbacks.reporting import log_scalars
 from mhc_lightning.errors import UserError
 
@@ -60,7 +60,8 @@ class Throughput(pl.Callback):
 
     Tokens are those of all data-parallel ranks. Time runs while training: waiting for data
     included; validation, saving checkpoints and the first step of a run (compilation, warm-up)
-    left out. Values are averages since the previous one.
+    left out. Values are averages since the previous one; none is logged where no token was
+    trained on.
 
     Model-FLOPs utilisation is ``tokens/s · FLOPs per token / (devices · peak FLOP/s)``, with
     ``pl_module.model.flops_per_token(sequence_length)`` if it exists. On a CPU the peak is that of
@@ -98,6 +99,10 @@ class Throughput(pl.Callback):
         self._first_step = 1
         self._warm = False
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that nothing is counted twice."""
+        refuse_twice(trainer, self)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting; look up what the devices could do."""
         self.cadence.restart(trainer.global_step)
@@ -130,7 +135,7 @@ class Throughput(pl.Callback):
         if not self._warm:
             self._warm = step >= self._first_step
             self._restart(trainer)
-        elif due:
+        elif due and self._tokens > 0:
             self._log(trainer, pl_module, batch, step)
             self._restart(trainer)
 
@@ -148,7 +153,10 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, step: int
     ) -> None:
         _synchronize(trainer)
-        speed = self._tokens / max(self._clock.seconds(), 1e-9)
+        seconds = self._clock.seconds()
+        if seconds <= 0:  # of a clock that does not tell such short times
+            return
+        speed = self._tokens / seconds
         values = {"train/tokens_per_second": speed}
         count_flops = _flops_counter(pl_module)
         if count_flops is not None and self.peak_flops and _is_token_tensor(batch):

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mhc_lightning.callbacks.compiled_regions import (
     HookGuards,
+    ProgramCalls,
     SwitchableHook,
     declares_mappings,
     modules_in_compiled_regions,
 )
-from mhc_lightning.errors import UserError
+from mhc_lightning.callbacks.lineage import Lineage
+from mhc_lightning.callbacks.observations import Observation, Sighting, in_order, is_record
 from mhc_lightning.kernels import StreamMappings
 
 Extract = Callable[[nn.Module, tuple[Any, ...], Any], StreamMappings | None]
@@ -22,30 +25,6 @@ Extract = Callable[[nn.Module, tuple[Any, ...], Any], StreamMappings | None]
 
 The arguments are the positional ones followed by the values of the keyword ones.
 """
-
-
-class Observation(NamedTuple):
-    """What was seen at one residual sub-layer.
-
-    Attributes:
-        name: Qualified name of the module that yielded the record.
-        mappings: The record, detached.
-        note: What the watcher's `note` function made of the call, or None.
-        stage: The pipeline stage that the sub-layer is on; 0 without a pipeline.
-    """
-
-    name: str
-    mappings: StreamMappings
-    note: Any
-    stage: int = 0
-
-
-class _Sighting(NamedTuple):
-    order: int
-    name: str
-    mappings: StreamMappings  # as it came, for identity
-    note: Any
-    stage: int = 0
 
 
 def record_in_output(
@@ -60,13 +39,23 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _in_transform() -> bool:
+    # Within grad, vmap and their like tensors are stand-ins, which mean nothing once they are left.
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class StreamWatcher:
     """Watches one model, between `open` and `close`, by forward hooks.
 
     Nothing is installed outside that time. Calls are listed in the order in which they happen, in
     eager and in compiled code. A module that hands on the record of a module inside it adds
     nothing; a module called twice counts twice. Forward passes that autograd replays (activation
-    checkpointing) are left out.
+    checkpointing) are left out, and so are those that ``torch.func`` transforms.
+
+    What each sub-layer comes after is told by the streams (see `Lineage`), so that independent
+    forward passes are chains of their own. Inside one compiled program nothing is told of streams:
+    sub-layers follow one another there, and a module that is met again begins a new chain, with a
+    warning. The stages of a pipeline are one chain.
 
     Args:
         extract: How to get a record out of a module call; None takes every output that is a
@@ -88,10 +77,13 @@ class StreamWatcher:
         self._switches: dict[nn.Module, SwitchableHook] = {}
         self._compiled: dict[nn.Module, str] = {}
         self._guards = HookGuards()
-        self._sightings: list[_Sighting] = []
+        self._sightings: list[Sighting] = []
         self._slot = f"_stream_sightings_{id(self):x}"
         # A tensor, because a compiled program repeats what happens to tensors, not to numbers.
         self._clock = torch.zeros((), dtype=torch.int64)
+        self._lineage = Lineage()
+        self._programs = ProgramCalls(self._lineage, self._clock)
+        self._warned = False
         self._open = False
         self._place: Callable[[], tuple[int, int] | None] | None = None
 
@@ -124,6 +116,8 @@ class StreamWatcher:
         self._open = True
         self._place = place
         self._clock.zero_()
+        if place is None:
+            self._lineage.open()
         inside = modules_in_compiled_regions(root)
         for name, module in root.named_modules():
             if module not in inside:
@@ -136,6 +130,8 @@ class StreamWatcher:
                 self._switches[module].put_back()
             else:
                 self._switches[module] = SwitchableHook(module, self._see_compiled)
+        if self._compiled:
+            self._programs.open(root)
 
     def close(self) -> list[Observation]:
         """Remove the hooks and return what was seen, in the order of the calls.
@@ -149,17 +145,25 @@ class StreamWatcher:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._lineage.close()
+        programs = self._programs.close()
         for module, name in self._compiled.items():
             self._switches[module].remove()
             for order, mappings, note in getattr(module, self._slot):
-                self._sightings.append(_Sighting(int(order), name, mappings, note))
+                sighting = Sighting(int(order), name, mappings, note, compiled=True)
+                self._sightings.append(sighting)
             delattr(module, self._slot)
-        sightings, self._sightings = sorted(self._sightings, key=lambda s: s.order), []
-        return [
-            Observation(s.name, _checked(s), s.note, s.stage)
-            for index, s in enumerate(sightings)
-            if not any(_hands_on(s, earlier) for earlier in sightings[:index])
-        ]
+        sightings, self._sightings = self._sightings, []
+        place, self._place = self._place, None
+        observations, unclear = in_order(sightings, programs, one_chain=place is not None)
+        if unclear and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{unclear} is called more than once in one compiled program, where it cannot be"
+                " seen whose streams it reads: composite gains and products begin anew with each"
+                " call. Compile what is called, instead of its caller, to have them told apart."
+            )
+        return observations
 
     def release(self) -> None:
         """Remove everything, and put dynamo's setting back."""
@@ -182,7 +186,7 @@ class StreamWatcher:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        if torch.compiler.is_compiling() or _in_backward():
+        if torch.compiler.is_compiling() or _in_backward() or _in_transform():
             return
         stage, micro_batch = (self._place and self._place()) or (0, 0)
         if micro_batch > 0:
@@ -191,8 +195,13 @@ class StreamWatcher:
         mappings = self._extract(module, args, output)
         if mappings is not None:
             note = self._take_note(module, args, output, mappings)
-            self._sightings.append(_Sighting(int(self._clock), name, mappings, note, stage))
+            order, after = int(self._clock), None
+            if self._place is None and is_record(mappings):
+                after = self._lineage.arrive(order, name, args, mappings)
+            self._sightings.append(Sighting(order, name, mappings, note, stage, after))
             self._clock += 1
+        if self._place is None:
+            self._lineage.leave(name, output)
 
     def _see_compiled(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -214,32 +223,3 @@ class StreamWatcher:
             return None
         with torch.no_grad():
             return self._note(module, args, output, mappings)
-
-
-def _hands_on(sighting: _Sighting, earlier: _Sighting) -> bool:
-    """Whether a module only returned the record that a module inside it had returned."""
-    same = getattr(earlier.mappings, "residual", None) is getattr(
-        sighting.mappings, "residual", sighting
-    )
-    return same and (sighting.name == "" or earlier.name.startswith(f"{sighting.name}."))
-
-
-def _checked(sighting: _Sighting) -> StreamMappings:
-    mappings = sighting.mappings
-    if not isinstance(mappings, StreamMappings):
-        raise UserError(
-            f"extract returned a {type(mappings).__name__} for the module {sighting.name!r};"
-            " return a StreamMappings, or None for modules that are not of interest"
-        )
-    residual = mappings.residual
-    if (
-        not isinstance(residual, Tensor)
-        or residual.dim() < 2
-        or residual.shape[-1] != residual.shape[-2]
-    ):
-        shape = tuple(residual.shape) if isinstance(residual, Tensor) else type(residual).__name__
-        raise UserError(
-            f"the residual mapping of the module {sighting.name!r} has shape {shape};"
-            " [..., n, n] is needed, one matrix per token"
-        )
-    return StreamMappings(*(t.detach() if isinstance(t, Tensor) else t for t in mappings))

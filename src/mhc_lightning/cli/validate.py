@@ -9,6 +9,7 @@ from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import is_first_process
 from mhc_lightning.errors import UserError
+from mhc_lightning.reporting.record import plain
 
 
 def validate(experiment: Experiment, arguments: Arguments) -> None:
@@ -24,7 +25,7 @@ def validate(experiment: Experiment, arguments: Arguments) -> None:
     if not is_first_process():
         return
     if arguments.json:
-        print(json.dumps(metrics))
+        print(json.dumps(plain(metrics)))
         return
     width = max(map(len, metrics))
     for name, value in metrics.items():

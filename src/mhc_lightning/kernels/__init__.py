@@ -9,7 +9,7 @@ from mhc_lightning.kernels.reading import (
     read_streams,
     stream_mappings,
 )
-from mhc_lightning.kernels.record import StreamMappings
+from mhc_lightning.kernels.record import StreamMappings, merge_observers, note_merge
 from mhc_lightning.kernels.replay import replay_streams
 from mhc_lightning.kernels.seam import merge_and_read
 from mhc_lightning.kernels.sinkhorn import sinkhorn_knopp
@@ -25,7 +25,9 @@ __all__ = [
     "linear_cross_entropy",
     "mean_streams",
     "merge_and_read",
+    "merge_observers",
     "merge_streams",
+    "note_merge",
     "read_hyper_streams",
     "read_streams",
     "replay_streams",

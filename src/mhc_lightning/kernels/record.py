@@ -1,7 +1,9 @@
 """The record of one connection's mappings, the one thing that observers read."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +30,15 @@ class MappingGrads(NamedTuple):
     pre: Tensor | None
     post: Tensor | None
     residual: Tensor | None
+
+
+merge_observers: list[Callable[[Tensor, Tensor], None]] = []
+"""Called with (residual mapping, merged streams) of every merge, outside of compiled programs."""
+
+
+def note_merge(residual: Tensor, merged: Tensor) -> None:
+    """Tell the observers which streams came of mixing with a residual mapping."""
+    # In this order a program that is being compiled has no guard on the list.
+    if not torch.compiler.is_compiling() and merge_observers:
+        for observer in merge_observers:
+            observer(residual, merged)

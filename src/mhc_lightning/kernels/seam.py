@@ -11,7 +11,7 @@ from mhc_lightning.kernels import reference, unfused_seam
 from mhc_lightning.kernels.backend import backend_of, fuses_seams
 from mhc_lightning.kernels.operands import check_shape, compute_dtype, full_precision
 from mhc_lightning.kernels.reading import manifold_rule, mappings_by_token
-from mhc_lightning.kernels.record import MappingGrads, StreamMappings
+from mhc_lightning.kernels.record import MappingGrads, StreamMappings, note_merge
 from mhc_lightning.kernels.rule import Mix, Rule
 from mhc_lightning.kernels.transforms import (
     operator,
@@ -79,7 +79,9 @@ def merge_and_read(
             *rule,
         )
         mappings = mappings_by_token(leading, pre, next_post, next_residual, mix)
-    return new.reshape(streams.shape), read.reshape(*leading, width), mappings
+    new = new.reshape(streams.shape)
+    note_merge(residual, new)
+    return new, read.reshape(*leading, width), mappings
 
 
 def _plain(

@@ -7,6 +7,7 @@ from torch import Tensor
 from mhc_lightning.kernels import reference
 from mhc_lightning.kernels.backend import backend_of
 from mhc_lightning.kernels.operands import check_shape, compute_dtype, empty, full_precision
+from mhc_lightning.kernels.record import note_merge
 from mhc_lightning.kernels.transforms import (
     operator,
     plain_gradients,
@@ -68,7 +69,9 @@ def merge_streams(streams: Tensor, output: Tensor, residual: Tensor, post: Tenso
             residual.reshape(-1, n, n).to(dtype),
             post.reshape(-1, n).to(dtype),
         )
-    return merged.reshape(streams.shape)
+    merged = merged.reshape(streams.shape)
+    note_merge(residual, merged)
+    return merged
 
 
 @operator("aggregate_streams")

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhc_lightning.kernels import StreamMappings
+from mhc_lightning.kernels import StreamMappings, note_merge
 from mhc_lightning.modules.connection import Connection
 
 
@@ -36,9 +36,11 @@ class ResidualConnection(Connection):
 
     def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
         """The only stream is the sub-layer's input."""
-        self.window(streams, self.mappings(streams))
-        return streams.squeeze(-2), None
+        mappings = self.window(streams, self.mappings(streams))
+        return streams.squeeze(-2), mappings
 
     def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
         """Add the output."""
-        return streams + output.unsqueeze(-2).to(streams.dtype), None
+        merged = streams + output.unsqueeze(-2).to(streams.dtype)
+        note_merge(state.residual, merged)
+        return merged, None

@@ -13,7 +13,7 @@ from mhc_lightning.reporting.verdicts import Verdict
 
 def record(report: Report) -> dict[str, Any]:
     """The report's numbers and verdicts; null is not logged, what is not finite is a text."""
-    return {
+    numbers: dict[str, Any] = {
         "baseline": None if report.baseline is None else report.baseline.name,
         "runs": [
             _run(summary, verdict)
@@ -21,6 +21,16 @@ def record(report: Report) -> dict[str, Any]:
         ],
         "over_seeds": [vars(group) for group in report.seeds],
     }
+    return plain(numbers)
+
+
+def plain(value: Any) -> Any:
+    """Nested values as JSON has them: numbers that are not finite, which it lacks, become texts."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run(summary: Summary, verdict: Verdict) -> dict[str, Any]:
@@ -53,8 +63,8 @@ def _run(summary: Summary, verdict: Verdict) -> dict[str, Any]:
         "gradient_norm": None
         if gradient is None
         else {"median": gradient.median, "largest": gradient.largest, "step": gradient.step},
-        "tokens_per_second": _plain(summary.speed),
-        "peak_memory_bytes": _plain(summary.memory),
+        "tokens_per_second": summary.speed,
+        "peak_memory_bytes": summary.memory,
         "what_was_run": facts.what_was_run(summary.run),
         "commands": facts.commands(summary.run),
     }
@@ -65,20 +75,16 @@ def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
 
 
 def _at_step(found: tuple[int, float] | None) -> dict[str, Any] | None:
-    return None if found is None else {"step": found[0], "value": _plain(found[1])}
+    return None if found is None else {"step": found[0], "value": found[1]}
 
 
 def _extreme(extreme: Extreme | None) -> dict[str, Any] | None:
     if extreme is None:
         return None
     return {
-        "value": _plain(extreme.value),
+        "value": extreme.value,
         "step": extreme.step,
         "layers": None
         if extreme.first_layer is None
         else [extreme.first_layer, extreme.last_layer],
     }
-
-
-def _plain(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)
