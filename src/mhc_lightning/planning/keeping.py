@@ -159,7 +159,7 @@ def kept_by(
         NotPlannableError: It cannot be run without values.
     """
     shapes = _on_meta(module).to(precision.weight_dtype)
-    _make_constants(shapes)
+    constants = _constant_bytes(shapes)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _without_values(shapes)
         keeping = Keeping(shapes, kind, fused_norm, precision.is_mixed)
@@ -176,7 +176,9 @@ def kept_by(
                 f"what is kept for backward cannot be counted: one of {', '.join(named)} does not"
                 f" run on tensors without values ({reason[:200]})"
             ) from error
-        return keeping.result(tensors, leaving)
+        kept = keeping.result(tensors, leaving)
+    sizes = kept.sizes | ({kind: kept.sizes[kind] - constants} if constants else {})
+    return kept._replace(sizes=sizes)
 
 
 class _Operators(TorchDispatchMode):
@@ -236,13 +238,30 @@ def _fused_rms_norm(
     return _FusedRMSNorm.apply(x, weight)
 
 
-def _make_constants(module: nn.Module) -> None:
-    """Have constants that outlive a pass made with their values: no pass keeps them."""
+def _constant_bytes(module: nn.Module) -> int:
+    """Bytes of what ``mix`` of connections keeps once for all passes, and without values each time.
+
+    It is what two passes with values have in common.
+    """
+    total = 0
     for part in module.modules():
         if isinstance(part, GatedHyperConnection) and type(part).mix is not _NO_MIX:
             count = len(part.bias) - 2 * part.num_streams
-            with torch.device("cpu"), torch.no_grad():
-                part.mix(torch.zeros(1, count, dtype=part.bias.dtype))
+            passes: list[list[Tensor]] = [[], []]
+            for kept in passes:
+                logits = torch.zeros(1, count, dtype=part.bias.dtype, device="cpu")
+
+                def keep(tensor: Tensor, kept: list[Tensor] = kept) -> Tensor:
+                    kept.append(tensor)
+                    return tensor
+
+                hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+                with torch.enable_grad(), hooks:
+                    part.mix(logits.requires_grad_())
+            first = {_storage(tensor) for tensor in passes[0]}
+            again = [tensor for tensor in passes[1] if _storage(tensor) in first]
+            total += sum(tensor.untyped_storage().nbytes() for tensor in again)
+    return total
 
 
 def likeness(module: nn.Module) -> tuple:
