@@ -190,7 +190,7 @@ def _read(
     run = transformable(_Read.apply, _read_plain)
     with full_precision(streams):
         kept, read, pre, post, residual = run(
-            streams.reshape(-1, n, width),
+            streams,
             *(parameter.to(dtype).contiguous() for parameter in (phi, alpha, bias)),
             None if carry is None else carry.reshape(-1, n).to(dtype),
             *rule,
@@ -199,7 +199,7 @@ def _read(
         mappings = mappings_by_token(leading, pre, post, residual, mix)
     if want_read:
         read = read.reshape(*leading, width)
-    return kept.reshape(streams.shape), read, mappings
+    return kept, read, mappings
 
 
 def mappings_by_token(
@@ -227,28 +227,38 @@ def _read_plain(
     eps: float,
     want_read: bool,
 ) -> tuple[Tensor, ...]:
+    flat = streams.reshape(-1, *streams.shape[-2:])
     read, mappings, _, _ = reference.read_forward(
-        streams, phi, alpha, bias, carry, Rule(rule, num_iterations, eps), want_read
+        flat, phi, alpha, bias, carry, Rule(rule, num_iterations, eps), want_read
     )
     return streams, read, *mappings
 
 
 class _Read(torch.autograd.Function):
-    """``read_op`` with the streams as a further output."""
+    """``read_op`` on streams [..., n, C], with these as a further output.
+
+    They are not made of the flat ones: to an exporter with sizes of its own, splitting tokens again
+    would say something about them.
+    """
 
     @staticmethod
     def forward(ctx, streams, phi, alpha, bias, carry, rule, num_iterations, eps, want_read):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
+        flat = streams.reshape(-1, *streams.shape[-2:])
         ctx.constants = (rule, num_iterations, eps, want_read)
         read, pre, post, residual, raw, inverse_rms = read_op(
-            streams, phi, alpha, bias, carry, *ctx.constants
+            flat, phi, alpha, bias, carry, *ctx.constants
         )
-        ctx.save_for_backward(streams, phi, alpha, bias, carry, pre, raw, inverse_rms)
+        ctx.shape = streams.shape
+        ctx.save_for_backward(flat, phi, alpha, bias, carry, pre, raw, inverse_rms)
         return streams.view_as(streams), read, pre, post, residual
 
     @staticmethod
     def backward(ctx, kept_grad, read_grad, *grads):  # type: ignore[no-untyped-def]
-        return _backward_of(ctx, kept_grad, read_grad, *grads)
+        if kept_grad is not None:
+            kept_grad = kept_grad.reshape(-1, *ctx.shape[-2:])
+        streams_grad, *others = _backward_of(ctx, kept_grad, read_grad, *grads)
+        return None if streams_grad is None else streams_grad.reshape(ctx.shape), *others
 
 
 @operator("read_streams")
