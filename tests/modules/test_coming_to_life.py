@@ -15,6 +15,7 @@ from lightning.fabric.utilities.init import (
     _materialize_meta_tensors,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -259,3 +260,16 @@ def test_copies_draw_for_themselves(tiny_transformer: Build) -> None:
             parameter.fill_(7)
     other.output.reset_parameters()
     assert (model.output.weight == 7).all() and (other.output.weight != 7).all()
+
+
+def test_fake_tensors_build_and_run(tiny_transformer: Build) -> None:
+    """What planners count memory with; networks that are built afterwards notice nothing."""
+    expected = tiny_transformer()
+    with FakeTensorMode():
+        model = tiny_transformer()
+        tokens = torch.zeros(2, 5, dtype=torch.int64)
+        model.loss(tokens, tokens).backward()
+    assert model.init_seed == expected.init_seed
+    assert all(isinstance(p, FakeTensor) and p.grad is not None for p in model.parameters())
+    ours = tiny_transformer().state_dict()
+    assert all(torch.equal(ours[name], right) for name, right in expected.state_dict().items())

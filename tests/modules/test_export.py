@@ -1,23 +1,108 @@
-"""Networks exported once, for batches and sequences of any size."""
+"""Networks and connections exported or compiled once, for batches and sequences of any size."""
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
-from mhc_lightning.modules import HyperConnection, ManifoldHyperConnection, Transformer
+from mhc_lightning.modules import (
+    Connection,
+    HyperConnection,
+    IdentityHyperConnection,
+    KroneckerHyperConnection,
+    ManifoldHyperConnection,
+    PermutationHyperConnection,
+    ResidualConnection,
+    SinglePassHyperConnection,
+    Transformer,
+)
+
+SHAPES = ((2, 9), (5, 17), (3, 2), (1, 8), (4, 1))
+NETWORKS = [
+    (ManifoldHyperConnection, 4, True),
+    (SinglePassHyperConnection, 0, False),
+    (HyperConnection, 4, False),
+]
 
 
-@pytest.mark.parametrize("connection", [ManifoldHyperConnection, HyperConnection])
-def test_batch_and_sequence_have_names(
-    connection: type, tiny_transformer: Callable[..., Transformer]
+def exported(module: nn.Module, given: Tensor) -> nn.Module:
+    sizes = ({0: Dim("batch"), 1: Dim("length")},)
+    return torch.export.export(module, (given,), dynamic_shapes=sizes).module()
+
+
+@pytest.mark.parametrize(("connection", "num_experts", "training"), NETWORKS)
+def test_networks(
+    connection: type[Connection],
+    num_experts: int,
+    training: bool,
+    tiny_transformer: Callable[..., Transformer],
 ) -> None:
-    network = tiny_transformer(connection=connection, num_experts=0, num_layers=1).eval()
-    sizes = ({0: Dim("batch"), 1: Dim("sequence")},)
-    exported = torch.export.export(
-        network, (torch.randint(0, 40, (2, 9)),), dynamic_shapes=sizes, strict=False
-    ).module()
-    for shape in ((2, 9), (5, 17), (3, 2)):
+    network = tiny_transformer(
+        connection=connection, num_experts=num_experts, num_layers=1, num_dense_layers=0
+    )
+    network.train(training)
+    ours = exported(network, torch.randint(0, 40, (2, 9)))
+    for shape in SHAPES:
         tokens = torch.randint(0, 40, shape)
-        assert torch.equal(exported(tokens), network(tokens))
+        torch.testing.assert_close(ours(tokens), network(tokens), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "connection",
+    [
+        ResidualConnection,
+        HyperConnection,
+        partial(HyperConnection, dynamic=False),
+        ManifoldHyperConnection,
+        SinglePassHyperConnection,
+        PermutationHyperConnection,
+        KroneckerHyperConnection,
+        IdentityHyperConnection,
+    ],
+)
+def test_connections(connection: Callable[..., Connection]) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.connection, self.layer = connection(8), nn.Linear(8, 8)
+
+        def forward(self, streams: Tensor) -> Tensor:
+            return self.connection(streams, self.layer)
+
+    module = Around()
+    n = module.connection.num_streams
+    ours = exported(module, torch.randn(2, 9, n, 8))
+    for shape in SHAPES:
+        streams = torch.randn(*shape, n, 8)
+        torch.testing.assert_close(ours(streams), module(streams), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_experts", [0, 4])
+@pytest.mark.parametrize("connection", [ManifoldHyperConnection, HyperConnection])
+def test_one_training_graph_for_all_lengths(
+    connection: type[Connection], num_experts: int, tiny_transformer: Callable[..., Transformer]
+) -> None:
+    network = tiny_transformer(
+        connection=connection, num_experts=num_experts, num_layers=1, num_dense_layers=0
+    )
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(network, backend=graphs)
+    counts = []
+    for shape in ((2, 9), (3, 17), (5, 32)):
+        tokens = torch.randint(0, 40, shape)
+        torch._dynamo.mark_dynamic(tokens, 0)
+        torch._dynamo.mark_dynamic(tokens, 1)
+        parameters = list(network.parameters())
+        ours, expected = (
+            torch.autograd.grad(run(tokens).square().mean(), parameters, allow_unused=True)
+            for run in (compiled, network)
+        )
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        counts.append(graphs.frame_count)
+    assert all(a == b for a, b in pairwise(counts)), counts

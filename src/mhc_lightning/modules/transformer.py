@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import (
@@ -171,7 +172,8 @@ class Transformer(nn.Module):
         if not init_std >= 0:
             raise UserError(f"model.init_std must be at least 0, not {init_std}")
         # Drawn before the layers draw, which on meta they do not: both builds get the same seed.
-        self.init_seed = int(torch.randint(2**32, (), device="cpu"))
+        with unset_fake_temporarily():
+            self.init_seed = int(torch.randint(2**32, (), device="cpu"))
         self.vocab_size = vocab_size
         self.init_std = init_std
         self.embedding = nn.Embedding(vocab_size, dim)
