@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.func import grad, jvp, vmap
 
 from mhc_lightning.kernels.grouped_product import grouped_product, grouped_product_op
 
@@ -38,6 +39,30 @@ def test_each_run_has_its_matrix(
     for actual, wanted in pairs:
         assert actual.shape == wanted.shape
         assert torch.allclose(actual.double(), wanted, rtol=0, atol=64 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("width", [16, 5])
+def test_transforms(dtype: torch.dtype, width: int) -> None:
+    """Batches of runs that end in different places, per-example gradients and tangents."""
+    lengths = [(3, 0, 4, 1), (0, 0, 8, 0), (2, 2, 2, 2)]
+    examples = [operands(width, dtype, *each) for each in lengths]
+    batched = [torch.stack(tensors).detach() for tensors in zip(*examples, strict=True)]
+    tolerance = {"rtol": 0, "atol": 64 * torch.finfo(dtype).eps}
+    expected = [grouped_product(*each) for each in examples]
+    ours = vmap(grouped_product)(*batched)
+    torch.testing.assert_close(ours, torch.stack(expected), **tolerance)
+    weigh = torch.randn_like(expected[0])
+    gradients = vmap(grad(lambda *given: (grouped_product(*given) * weigh).sum(), (0, 1)))(*batched)
+    for k, (rows, weights, ends) in enumerate(examples):
+        wanted = torch.autograd.grad(expected[k], [rows, weights], weigh)
+        for actual, right in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(actual[k], right, **tolerance)
+        tangents = torch.randn_like(rows), torch.randn_like(weights)
+        given = rows.detach(), weights.detach()
+        _, moving = jvp(lambda r, w, ends=ends: grouped_product(r, w, ends), given, tangents)
+        slope = sum((t * g).sum() for t, g in zip(tangents, wanted, strict=True))
+        torch.testing.assert_close((moving * weigh).sum(), slope, **{**tolerance, "atol": 1e-3})
 
 
 def test_the_operator_is_one() -> None:

@@ -116,15 +116,20 @@ def test_connections(name: str) -> None:
 
 # On a CPU torch's fused attention has no batching rule, and says that it is slow.
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("recompute", ["off", 2])
-@pytest.mark.parametrize("name", ["mhc", "mhc_lite", "hc"])
+@pytest.mark.parametrize(
+    ("name", "num_experts", "recompute"),
+    [("mhc", 0, "off"), ("mhc", 0, 2), ("mhc", 4, "off"), ("hc", 4, 2), ("mhc_lite", 0, "off")],
+)
 def test_networks(
-    name: str, recompute: str | int, tiny_transformer: Callable[..., Transformer]
+    name: str,
+    num_experts: int,
+    recompute: str | int,
+    tiny_transformer: Callable[..., Transformer],
 ) -> None:
     """With recomputation too, of which only an ordinary backward pass makes use."""
 
     def build() -> Transformer:
-        network = tiny_transformer(connection=CONNECTIONS[name], num_experts=0)
+        network = tiny_transformer(connection=CONNECTIONS[name], num_experts=num_experts)
         network.set_recompute(recompute)
         return network
 
@@ -159,3 +164,21 @@ def test_losses(tiny_transformer: Callable[..., Transformer]) -> None:
     ]
     each = vmap(grad(loss), in_dims=(None, 1, 1))(parameters, tokens[None], targets[None])
     assert_same(each, stacked(rows))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_no_load_is_counted_within_a_transform(
+    tiny_transformer: Callable[..., Transformer],
+) -> None:
+    network = tiny_transformer(num_layers=1, num_dense_layers=0)
+    tokens = torch.randint(0, 40, (2, 5))
+    state = dict(network.named_parameters()), dict(network.named_buffers())
+    (load,) = (t for name, t in state[1].items() if name.endswith("load"))
+
+    def total(parameters: dict[str, Tensor], buffers: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(network, (parameters, buffers), (row[None],)).sum()
+
+    vmap(grad(total), in_dims=(None, None, 0))(*state, tokens)
+    assert not load.any()
+    network(tokens)
+    assert load.sum() == tokens.numel() * 2

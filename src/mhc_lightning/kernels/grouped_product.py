@@ -7,9 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mhc_lightning.kernels.transforms import transforming
+
 
 def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Multiply each run of ``rows`` by its own matrix, in the dtype of ``rows``.
+
+    Within a transform of ``torch.func``, which may batch where the runs end, every matrix
+    multiplies all rows: E times the work.
 
     Args:
         rows: [R, in], the runs one behind the other.
@@ -20,6 +25,8 @@ def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         [R, out].
     """
     weights = weights.to(rows.dtype)
+    if transforming():
+        return _by_choice(rows, weights, ends)
     # torch's own takes no float64 and no rows of a width that is not a multiple of 16 bytes, and
     # can only be traced in bfloat16.
     aligned = all(width * rows.dtype.itemsize % 16 == 0 for width in weights.shape[1:])
@@ -27,6 +34,15 @@ def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     if aligned and rows.dtype != torch.float64 and not (traced and rows.dtype != torch.bfloat16):
         return F.grouped_mm(rows, weights, offs=ends)
     return grouped_product_op(rows, weights, ends) if traced else _by_runs(rows, weights, ends)
+
+
+def _by_choice(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """The products of all rows with each matrix, of which its run's are taken."""
+    places = torch.arange(rows.shape[0], device=rows.device)[:, None]
+    products = rows @ weights[-1]
+    for k in reversed(range(weights.shape[0] - 1)):
+        products = torch.where(places < ends[k], rows @ weights[k], products)
+    return products
 
 
 def _by_runs(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

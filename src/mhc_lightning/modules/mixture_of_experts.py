@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels.grouped_product import grouped_product
 from mhc_lightning.kernels.operands import compute_dtype, full_precision, widened
+from mhc_lightning.kernels.transforms import transforming
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.precision import KeepsFloat32
 
@@ -42,7 +43,12 @@ class LoadBalance(KeepsFloat32):
         self.load.zero_()
 
     def count(self, tokens: Tensor) -> None:
-        """Add to the load: ``tokens`` [num_experts]."""
+        """Add to the load: ``tokens`` [num_experts].
+
+        Within a transform of ``torch.func``, which may change no tensor from outside, do nothing.
+        """
+        if transforming():
+            return
         self._follow_bias()
         self.load += tokens
 
