@@ -55,7 +55,7 @@ def mean_op(streams: Tensor) -> Tensor:
 
 @operator("sum_streams")
 def sum_op(streams: Tensor) -> Tensor:
-    """[T, n, C] -> [T, C], without a gradient of its own."""
+    """[T, n, C] -> [T, C]."""
     return backend_of(streams).expand_backward(streams)
 
 
@@ -69,12 +69,17 @@ def _(streams: Tensor) -> Tensor:
     return streams.new_empty(streams.shape[0], streams.shape[2])
 
 
-def _setup_mean(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.num_streams = inputs[0].shape[1]
 
 
 def _mean_backward(ctx: Any, grad: Tensor) -> Tensor:
-    return (grad / ctx.num_streams).unsqueeze(1).expand(-1, ctx.num_streams, -1)
+    return _sum_backward(ctx, grad / ctx.num_streams)
 
 
-mean_op.register_autograd(_mean_backward, setup_context=_setup_mean)
+def _sum_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return grad.unsqueeze(1).expand(-1, ctx.num_streams, -1)
+
+
+mean_op.register_autograd(_mean_backward, setup_context=_setup_context)
+sum_op.register_autograd(_sum_backward, setup_context=_setup_context)
