@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.memory import Layout, device_memory
@@ -93,9 +94,31 @@ def test_the_fullest_moment_of_sharded_training_is_predicted(
     model = build(connection, precision, **{**SIZES, "num_layers": 6, **sizes})
     batch = MicroBatch(sequences, 256, precision_of(precision), fused_norm=False)
     memory = device_memory(model, batch, Layout(1, sharded=True), adam)
-    shard(model, mesh, torch.bfloat16 if precision == "bf16-mixed" else None)
+    gathered_in = torch.bfloat16 if precision == "bf16-mixed" else None
+    shard(model, mesh, torch.device("cpu"), gathered_in)
     two_steps = training(model, batch, precision, micro_batches)
     assert memory.total == pytest.approx(memory.weights + peak("cpu", two_steps), rel=0.1)
+
+
+def test_gathering_in_bfloat16_saves_the_copies_of_autocast(build, training, peak, mesh):
+    """And half of what stays gathered: embedding and head."""
+    model = build("mhc", **SIZES)
+    batch = MicroBatch(1, 32, precision_of("bf16-mixed"), fused_norm=False)
+    copies = saved_for_backward(model, batch, copies_weights=True)["weight_copies"]
+    at_the_ends = 2 * model.vocab_size * SIZES["dim"]
+    peaks = {}
+    for gathered_in in (None, torch.bfloat16):
+        model = build("mhc", **SIZES)
+        seen: set[torch.dtype] = set()
+        shard(model, mesh, torch.device("cpu"), gathered_in)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(
+                    lambda linear, _, seen=seen: seen.add(linear.weight.dtype)
+                )
+        peaks[gathered_in] = peak("cpu", training(model, batch, "bf16-mixed", 2))
+        assert seen == {gathered_in or torch.float32}
+    assert peaks[None] - peaks[torch.bfloat16] >= copies + 2 * at_the_ends
 
 
 def test_sharding_divides_what_training_keeps_and_adds_what_is_gathered(build):
