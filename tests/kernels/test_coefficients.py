@@ -1,6 +1,7 @@
 """mHC's mappings against the paper's equations 7 to 9, written out naively in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def equations_7_to_9(
     return StreamMappings(pre.sigmoid(), 2 * post.sigmoid(), matrix)
 
 
-def operands(n: int, width: int, leading: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+def operands(n: int, width: int, leading: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
+    """Tensors; to be unpacked as arguments that other types follow, no `list[Tensor]`."""
     coefficients = n * n + 2 * n
     return [
         torch.randn(*leading, n, width, dtype=dtype, requires_grad=True),
@@ -38,16 +40,16 @@ def operands(n: int, width: int, leading: tuple[int, ...], dtype: torch.dtype) -
 
 
 def gradients(mappings: StreamMappings, inputs: list[Tensor], weights: StreamMappings) -> list:
-    total = sum((m * w).sum() for m, w in zip(mappings, weights, strict=True))
-    return list(torch.autograd.grad(total, inputs))
+    return list(torch.autograd.grad(mappings, inputs, weights))
 
 
 @given(n=st.integers(1, 8), width=st.integers(1, 40), seed=st.integers(0, 2**31))
 def test_values_and_gradients_in_float64(n: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     inputs = operands(n, width, (2, 3), torch.float64)
-    ours = stream_mappings(*inputs, eps=1e-3)
-    expected = equations_7_to_9(*inputs, eps=1e-3)
+    streams, phi, alpha, bias = inputs
+    ours = stream_mappings(streams, phi, alpha, bias, eps=1e-3)
+    expected = equations_7_to_9(streams, phi, alpha, bias, eps=1e-3)
     weights = StreamMappings(*(torch.randn_like(m) for m in expected))
     for a, b in zip(ours, expected, strict=True):
         assert a.shape == b.shape
@@ -60,9 +62,11 @@ def test_values_and_gradients_in_float64(n: int, width: int, seed: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_float32_against_float64_at_any_scale(scale: float) -> None:
-    inputs = [t.detach().requires_grad_() for t in operands(4, 512, (64,), torch.float32)]
+    inputs: list[Any] = [
+        t.detach().requires_grad_() for t in operands(4, 512, (64,), torch.float32)
+    ]
     inputs[0] = (inputs[0].detach() * scale).requires_grad_()
-    exact = [t.detach().double().requires_grad_() for t in inputs]
+    exact: list[Any] = [t.detach().double().requires_grad_() for t in inputs]
     ours, expected = stream_mappings(*inputs), equations_7_to_9(*exact)
     weights = StreamMappings(*(torch.randn_like(m) for m in ours))
     ours_grads = gradients(ours, inputs, weights)
@@ -76,7 +80,7 @@ def test_mappings_of_bfloat16_streams_are_float32() -> None:
     streams, phi, alpha, bias = operands(4, 64, (10,), torch.float32)
     low = streams.detach().bfloat16().requires_grad_()
     ours = stream_mappings(low, phi, alpha, bias)
-    exact = equations_7_to_9(*(t.double() for t in (low, phi, alpha, bias)))
+    exact = equations_7_to_9(low.double(), phi.double(), alpha.double(), bias.double())
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == torch.float32
         assert (a.double() - b).abs().max() < 1e-5

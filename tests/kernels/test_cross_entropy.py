@@ -142,7 +142,7 @@ def test_gradients_are_rounded_after_the_loss_is_scaled(dtype: torch.dtype) -> N
     expected = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].t(), targets), wide)
     for scale in (65536.0, 65536 / 3):
         ours = [x.clone().requires_grad_() for x in (hidden, weight)]
-        found = torch.autograd.grad(scale * linear_cross_entropy(*ours, targets), ours)
+        found = torch.autograd.grad(scale * linear_cross_entropy(ours[0], ours[1], targets), ours)
         for a, b in zip(found, expected, strict=True):
             assert (a.double() / scale - b).norm() <= max(torch.finfo(dtype).eps, 1e-6) * b.norm()
 
@@ -160,10 +160,10 @@ def test_second_derivatives_are_refused(trained: tuple[int, ...]) -> None:
     """Also where nothing but the gradient itself depends on the parameters."""
     tensors = [torch.randn(6, 4), torch.randn(5, 4)]
     ours = [tensors[k].requires_grad_() for k in trained]
-    loss = linear_cross_entropy(*tensors, torch.randint(0, 5, (6,)))
+    loss = linear_cross_entropy(tensors[0], tensors[1], torch.randint(0, 5, (6,)))
     grads = torch.autograd.grad(loss, ours, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        sum(grad.square().sum() for grad in grads).backward()
+        torch.stack([grad.square().sum() for grad in grads]).sum().backward()
 
 
 def test_compiled_whole_and_under_fake_tensors() -> None:

@@ -1,5 +1,7 @@
 """Products of runs of rows, by every path that there is for them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,13 +21,13 @@ def operands(width: int, dtype: torch.dtype, *lengths: int) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("width", [16, 5])
 @pytest.mark.parametrize("lengths", [(3, 0, 4, 1), (0, 0), (6,)])
 def test_each_run_has_its_matrix(
-    product: object, dtype: torch.dtype, width: int, lengths: tuple[int, ...]
+    product: Callable[..., Tensor], dtype: torch.dtype, width: int, lengths: tuple[int, ...]
 ) -> None:
     rows, weights, ends = operands(width, dtype, *lengths)
     which = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     exact = [x.detach().double().requires_grad_() for x in (rows, weights)]
     expected = torch.einsum("ri,rio->ro", exact[0], exact[1][which])
-    ours = product(rows, weights, ends)  # type: ignore[operator]
+    ours = product(rows, weights, ends)
     assert ours.dtype == dtype
     grad = torch.randn_like(expected).to(dtype)
     pairs = [

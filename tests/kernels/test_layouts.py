@@ -60,7 +60,9 @@ OPERANDS: dict[str, tuple[Callable, dict[str, tuple[int, ...]]]] = {
         {"streams": (N, WIDTH)},
     ),
     "merge_and_read": (
-        lambda *tensors: merge_and_read(*tensors, *parameters())[:2],
+        lambda streams, output, residual, post: merge_and_read(
+            streams, output, residual, post, *parameters()
+        )[:2],
         {"streams": (N, WIDTH), "output": (WIDTH,), "residual": (N, N), "post": (N,)},
     ),
 }

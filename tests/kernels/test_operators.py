@@ -37,7 +37,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-def operands(tokens: int = 5) -> dict[str, Tensor]:
+def operands(tokens: int = 5) -> dict[str, Any]:
+    """Tensors; to be unpacked as arguments that others follow, no `dict[str, Tensor]`."""
     torch.manual_seed(0)
     return {
         "streams": randn(tokens, N, WIDTH),
@@ -105,8 +106,8 @@ def test_the_seam_against_float64(rule: str, steps: int, single_pass: bool) -> N
     actual = connection_step(**leaves, steps=steps, mix=mix)
     expected = connection_step(**doubles, steps=3, mix=mix)
     weights = [torch.randn_like(t) for t in expected]
-    for ours, reference in zip(actual, expected, strict=True):
-        assert_close_to_float64(ours.detach(), reference.detach())
+    for a, b in zip(actual, expected, strict=True):
+        assert_close_to_float64(a.detach(), b.detach())
     ours = torch.autograd.grad(actual, list(leaves.values()), [w.float() for w in weights])
     reference = torch.autograd.grad(expected, list(doubles.values()), weights)
     for a, b in zip(ours, reference, strict=True):
@@ -226,9 +227,9 @@ def test_compiles_without_a_break_and_agrees(read: Callable) -> None:
     def two_sub_layers(x: Tensor, output: Tensor, *parameters: Tensor) -> Tensor:
         streams, u, mappings = read(expand_streams(x, N), *parameters)
         if read is not read_hyper_streams:
-            streams, u, mappings = merge_and_read(
-                streams, u.tanh(), mappings.residual, mappings.post, *parameters, mix=mix
-            )
+            merge = (streams, u.tanh(), mappings.residual, mappings.post)
+            phi, alpha, bias = parameters
+            streams, u, mappings = merge_and_read(*merge, phi, alpha, bias, mix=mix)
         merged = merge_streams(streams, u * output, mappings.residual, mappings.post)
         return mean_streams(merged)
 
@@ -282,7 +283,7 @@ def test_frozen_parameters_and_streams_used_twice() -> None:
     x = o["streams"].requires_grad_()
     o["alpha"].requires_grad_()
 
-    def twice(streams: Tensor, **others: Tensor) -> Tensor:
+    def twice(streams: Tensor, **others: Any) -> Tensor:
         new, read, *_ = connection_step(streams, **others)
         return (read * others["output"]).sum() + (new * streams).sum() + streams.square().sum()
 
@@ -309,8 +310,8 @@ def test_gradients_are_the_same_bits_every_time() -> None:
     o = {name: t.requires_grad_() for name, t in operands(tokens=70).items() if name != "carry"}
     runs = []
     for _ in range(2):
-        total = sum(t.square().sum() for t in connection_step(**o))
-        runs.append(torch.autograd.grad(total, list(o.values())))
+        squares = [t.square().sum() for t in connection_step(**o)]
+        runs.append(torch.autograd.grad(squares, list(o.values())))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -1,5 +1,7 @@
 """Aggregate and merge against einsum in float64, and a whole connection against plain autograd."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -92,7 +94,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         merge_streams(streams, output, residual, post[:1])
 
 
-def parameters(n: int, width: int) -> list[Tensor]:
+def parameters(n: int, width: int) -> list[Any]:
     coefficients = n * n + 2 * n
     return [
         torch.randn(n * width, coefficients, dtype=torch.float64, requires_grad=True),
@@ -101,12 +103,12 @@ def parameters(n: int, width: int) -> list[Tensor]:
     ]
 
 
-def connect(streams: Tensor, *parameters: Tensor) -> Tensor:
+def connect(streams: Tensor, *parameters: Any) -> Tensor:
     kept, read, mappings = read_streams(streams, *parameters)
     return merge_streams(kept, read.sin(), mappings.residual, mappings.post)
 
 
-def connect_in_parts(streams: Tensor, *parameters: Tensor) -> Tensor:
+def connect_in_parts(streams: Tensor, *parameters: Any) -> Tensor:
     mappings = stream_mappings(streams, *parameters)
     read = aggregate_streams(streams, mappings.pre)
     return merge_streams(streams, read.sin(), mappings.residual, mappings.post)
@@ -135,7 +137,7 @@ def test_gradcheck_of_a_connection() -> None:
 def test_each_output_alone_has_the_right_gradient(used: str) -> None:
     streams = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
 
-    def one_output(streams: Tensor, *rest: Tensor) -> Tensor:
+    def one_output(streams: Tensor, *rest: Any) -> Tensor:
         kept, read, mappings = read_streams(streams, *rest)
         return {"kept": kept, "read": read, **mappings._asdict()}[used]
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_auto_goes_on_in_torch_and_triton_is_refused(monkeypatch):
     monkeypatch.setattr(backend, "trouble_with_triton", lambda device: "it is broken: mend it")
     monkeypatch.setattr(backend, "ordinary", lambda tensor: True)
     backend._warn_once.cache_clear()
-    on_gpu = SimpleNamespace(
+    on_gpu: Any = SimpleNamespace(
         is_cuda=True, dtype=torch.bfloat16, shape=(2, 4, 8), device=torch.device("cuda", 0)
     )
     monkeypatch.setenv(backend.VARIABLE, "auto")

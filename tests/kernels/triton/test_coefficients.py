@@ -1,5 +1,7 @@
 """mHC's coefficients and their gradients against autograd of equations 15 to 19 in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from accuracy import assert_close_to_float64, randn
@@ -11,15 +13,9 @@ from mhc_lightning.kernels.triton.coefficients import coefficients_backward, coe
 
 
 def equations_15_to_19(
-    raw: Tensor,
-    squares: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    n: int,
-    width: int,
-    num_iterations: int,
-    eps: float,
+    operands: list[Tensor], n: int, width: int, num_iterations: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    raw, squares, alpha, bias = operands
     normed = raw * torch.rsqrt(squares / width + eps)
     pre, post, residual = (
         (part * gate + shift[:, None]).T
@@ -67,16 +63,16 @@ def test_coefficients_and_gradients(
         t.double().requires_grad_()
         for t in (raw_partials.double().sum(0), square_partials.double().sum(0), alpha, bias)
     ]
-    expected = equations_15_to_19(*exact, *constants, eps)
+    expected = equations_15_to_19(exact, *constants, eps)
     for actual, reference in zip(mappings, expected, strict=True):
         assert_close_to_float64(actual, reference.detach())
 
-    grads = [
+    grads: Any = tuple(
         torch.randn_like(m) if given else None for m, given in zip(mappings, has_grad, strict=True)
-    ]
-    actual_grads = coefficients_backward(tuple(grads), raw, inverse_rms, alpha, bias, *constants)
-    total = sum((e * g).sum() for e, g in zip(expected, grads, strict=True) if g is not None)
-    raw_grad, squares_grad, alpha_grad, bias_grad = torch.autograd.grad(total, exact)
+    )
+    actual_grads = coefficients_backward(grads, raw, inverse_rms, alpha, bias, *constants)
+    totals = [(e * g).sum() for e, g in zip(expected, grads, strict=True) if g is not None]
+    raw_grad, squares_grad, alpha_grad, bias_grad = torch.autograd.grad(totals, exact)
     # The streams' gradient through Σx² is 2x times that of Σx².
     expected_grads = (raw_grad, 2 * squares_grad, alpha_grad, bias_grad)
     for actual, reference in zip(actual_grads, expected_grads, strict=True):
@@ -93,15 +89,15 @@ def test_logits_of_80(n: int) -> None:
     squares, alpha, bias = torch.ones(1, tokens), torch.ones(3), torch.zeros(count)
     constants = (n, 1, 20)
     *mappings, _, inverse_rms = coefficients_forward(raw, squares, alpha, bias, *constants, 1e-20)
-    grads = tuple(torch.randn_like(m) for m in mappings)
+    grads: Any = tuple(torch.randn_like(m) for m in mappings)
     results = coefficients_backward(grads, raw[0], inverse_rms, alpha, bias, *constants)
 
     exact = [t.double().requires_grad_() for t in (raw[0], squares[0], alpha, bias)]
-    expected = equations_15_to_19(*exact, *constants, 1e-20)
+    expected = equations_15_to_19(exact, *constants, 1e-20)
     for actual, reference in zip(mappings, expected, strict=True):
         assert_close_to_float64(actual, reference.detach())
-    total = sum((e * g).sum() for e, g in zip(expected, grads, strict=True))
-    expected_grads = list(torch.autograd.grad(total, exact))
+    totals = [(e * g).sum() for e, g in zip(expected, grads, strict=True)]
+    expected_grads = list(torch.autograd.grad(totals, exact))
     expected_grads[1] *= 2
     for actual, reference in zip(results, expected_grads, strict=True):
         assert_close_to_float64(actual, reference)
@@ -113,6 +109,6 @@ def test_streams_of_zeros_give_finite_gradients() -> None:
     *mappings, raw, inverse_rms = coefficients_forward(
         torch.zeros(1, n * n + 2 * n, 3), torch.zeros(1, 3), alpha, bias, n, 8 * n, 20, 1e-20
     )
-    grads = tuple(torch.randn_like(m) for m in mappings)
+    grads: Any = tuple(torch.randn_like(m) for m in mappings)
     results = coefficients_backward(grads, raw, inverse_rms, alpha, bias, n, 8 * n, 20)
     assert all(torch.isfinite(t).all() for t in (*mappings, *results))

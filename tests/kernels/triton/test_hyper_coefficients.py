@@ -1,5 +1,7 @@
 """The coefficients of Hyper-Connections against autograd of their formulas in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from accuracy import assert_close_to_float64, randn
@@ -14,8 +16,9 @@ from mhc_lightning.kernels.triton.hyper_coefficients import (
 
 
 def formulas(
-    raw: Tensor, squares: Tensor, alpha: Tensor, bias: Tensor, n: int, width: int, tanh: bool
+    operands: list[Tensor], n: int, width: int, tanh: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    raw, squares, alpha, bias = operands
     z = raw * torch.rsqrt(squares / width + 1e-20)
     z = (z.tanh() if tanh else z).view(n + 2, -1, n)
     pre, post, residual = bias.split([n, n, n * n])
@@ -58,18 +61,16 @@ def test_coefficients_and_gradients(
         t.double().requires_grad_()
         for t in (raw_partials.double().sum(0), square_partials.double().sum(0), alpha, bias)
     ]
-    expected = formulas(*exact, *constants)
+    expected = formulas(exact, *constants)
     for actual, reference in zip(mappings, expected, strict=True):
         assert_close_to_float64(actual, reference.detach())
 
-    grads = [
+    grads: Any = tuple(
         torch.randn_like(m) if given else None for m, given in zip(mappings, has_grad, strict=True)
-    ]
-    actual_grads = hyper_coefficients_backward(
-        tuple(grads), raw, inverse_rms, alpha, bias, *constants
     )
-    total = sum((e * g).sum() for e, g in zip(expected, grads, strict=True) if g is not None)
-    raw_grad, squares_grad, alpha_grad, bias_grad = torch.autograd.grad(total, exact)
+    actual_grads = hyper_coefficients_backward(grads, raw, inverse_rms, alpha, bias, *constants)
+    totals = [(e * g).sum() for e, g in zip(expected, grads, strict=True) if g is not None]
+    raw_grad, squares_grad, alpha_grad, bias_grad = torch.autograd.grad(totals, exact)
     # A stream's gradient through Σx² is 2x times that of Σx².
     expected_grads = (raw_grad, 2 * squares_grad, alpha_grad, bias_grad)
     for actual, reference in zip(actual_grads, expected_grads, strict=True):

@@ -30,6 +30,7 @@ def operands(tokens: int, n: int, width: int, dtype: torch.dtype, scale: float) 
     ]
 
 
+Case = tuple[int, int, int, torch.dtype, float]
 CASES = st.tuples(
     st.integers(0, 40),
     st.integers(1, 4),
@@ -41,11 +42,11 @@ CASES = st.tuples(
 
 @settings(max_examples=40, deadline=None)
 @given(CASES, st.booleans())
-def test_forward(case: tuple, single_pass: bool) -> None:
+def test_forward(case: Case, single_pass: bool) -> None:
     tokens, n, width, dtype, scale = case
     if dtype == torch.float16:
         scale = min(scale, 1.0)
-    x, y, residual, post, phi = operands(*case[:4], scale)
+    x, y, residual, post, phi = operands(tokens, n, width, dtype, scale)
     alpha, bias = torch.rand(3), randn(n * n + 2 * n)
     eps = 1e-20
     given_pre = torch.rand(tokens, n) if single_pass else None
@@ -53,8 +54,8 @@ def test_forward(case: tuple, single_pass: bool) -> None:
         x, y, residual, post, phi, alpha, bias, given_pre, eps
     )
 
-    doubles = [t.double() for t in (x, y, residual, post, phi)]
-    expected_new = formulas(*doubles, pre=torch.zeros(tokens, n).double())[0]
+    doubles = [t.double() for t in (x, y, residual, post, phi, torch.zeros(tokens, n))]
+    expected_new = formulas(*doubles)[0]
     assert new.dtype == read.dtype == dtype
     assert_close_to_float64(new, expected_new)
     # What is read is the streams as they are stored.
@@ -74,11 +75,11 @@ def test_forward(case: tuple, single_pass: bool) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(CASES, st.booleans(), st.sampled_from(["both", "new", "read"]))
-def test_backward(case: tuple, single_pass: bool, grads: str) -> None:
+def test_backward(case: Case, single_pass: bool, grads: str) -> None:
     tokens, n, width, dtype, scale = case
     if dtype == torch.float16:
         scale = min(scale, 1.0)
-    x, y, residual, post, phi = operands(*case[:4], scale)
+    x, y, residual, post, phi = operands(tokens, n, width, dtype, scale)
     pre = torch.rand(tokens, n)
     read_grad = None if grads == "new" else randn(tokens, width, dtype=dtype)
     new_grad = None if grads == "read" else randn(tokens, n, width, dtype=dtype)
@@ -91,8 +92,8 @@ def test_backward(case: tuple, single_pass: bool, grads: str) -> None:
     leaves = [t.double().requires_grad_() for t in (x, y, residual, post, phi, pre)]
     outputs = formulas(*leaves)
     upstream = (new_grad, read_grad, raw_grad.T, squares_grad)
-    total = sum((o * g).sum() for o, g in zip(outputs, upstream, strict=True) if g is not None)
-    expected = torch.autograd.grad(total, leaves, allow_unused=True)
+    totals = [(o * g).sum() for o, g in zip(outputs, upstream, strict=True) if g is not None]
+    expected = torch.autograd.grad(totals, leaves, allow_unused=True)
     for result, reference in zip(actual[:5], expected[:5], strict=True):
         assert result is not None and reference is not None
         assert_close_to_float64(result, reference, dtype)

@@ -130,8 +130,10 @@ def test_both_backends_round_as_the_operators_do(
         if k > 0:
             before = mappings[k - 1]
             current = merge_streams(current, outputs[k - 1], before.residual, before.post)
-            assert torch.equal(streams[k], current)
-        assert torch.equal(reads[k], aggregate_streams(current, record.pre))
+            merged = streams[k]
+            assert merged is not None and torch.equal(merged, current)
+        read = reads[k]
+        assert read is not None and torch.equal(read, aggregate_streams(current, record.pre))
     with pytest.raises(ValueError, match="output must be"):
         replay_streams(entry, [outputs[0][..., :8]], mappings[:2], [False, True], [True] * 2)
 

@@ -67,7 +67,8 @@ def test_reading_with_a_carry_adds_up_no_streams():
             new, _, mappings, *kept = seam_forward(triton, *given, carry, rule)
         with TrafficCounter(tokens, width) as backward:
             behind = (grad, read_grad, MappingGrads(carry, post, residual))
-            seam_backward(triton, *given, carry, new, mappings.pre, *kept, *behind, rule)
+            raw, inverse = kept
+            seam_backward(triton, *given, carry, new, mappings.pre, raw, inverse, *behind, rule)
     assert forward.stream_bytes == (4 * n + 2) * width * 2, forward.table()
     assert backward.stream_bytes == (7 * n + 4) * width * 2, backward.table()
 
