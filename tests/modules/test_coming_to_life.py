@@ -95,9 +95,12 @@ def lightning_sharded(model: Transformer) -> None:
 def apply(model: Transformer) -> None:
     model.reset_parameters()
     model.to_empty(device=CPU)
-    model.apply(
-        lambda m: m is not model and hasattr(m, "reset_parameters") and m.reset_parameters()
-    )
+
+    def draw(module: nn.Module) -> None:
+        if module is not model and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    model.apply(draw)
 
 
 def assign(model: Transformer) -> None:
@@ -209,10 +212,11 @@ def test_a_process_draws_its_own_rows(
         recipe(model)
         ours = dict(model.named_parameters())
         for name, parameter in expected.named_parameters():
-            assert isinstance(ours[name], DTensor)
+            shard: Tensor = ours[name]
+            assert isinstance(shard, DTensor)
             parts = list(parameter.chunk(shape[-1])) + [parameter[:0]] * shape[-1]
-            assert torch.equal(ours[name].to_local(), parts[rank % shape[-1]]), name
-            held, first = held_rows(ours[name])
+            assert torch.equal(shard.to_local(), parts[rank % shape[-1]]), name
+            held, first = held_rows(shard)
             assert torch.equal(held, parameter[first : first + len(held)])
 
 
@@ -222,7 +226,7 @@ def test_experts_alone_are_drawn() -> None:
     experts.to_empty(device=CPU)
     for module in experts.modules():
         if callable(getattr(module, "reset_parameters", None)):
-            module.reset_parameters()  # type: ignore[operator]
+            module.reset_parameters()
     for matrix in (experts.gate_up, experts.down):
         assert 0 < matrix.abs().max() <= matrix.shape[1] ** -0.5
     assert experts(torch.randn(5, 16)).isfinite().all()
@@ -241,7 +245,8 @@ def test_what_cannot_be_drawn_is_named(build: Build) -> None:
         reset_parameters = Connection.reset_parameters
 
     model = build()
-    model.blocks[0].attention.norm = Scale(model.blocks[0].attention.norm)
+    attention = model.blocks[0].get_submodule("attention")
+    attention.norm = Scale(attention.get_submodule("norm"))
     with pytest.raises(UserError, match=r"blocks.0.attention.norm \(Scale\) has parameters"):
         model.reset_parameters()
     model = build()

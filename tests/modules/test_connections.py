@@ -33,10 +33,16 @@ GATED = [
     KroneckerHyperConnection,
     IdentityHyperConnection,
 ]
-ALL = [ResidualConnection, HyperConnection, STATIC_HC, LINEAR_HC, *GATED]
+ALL: list[Callable[..., Connection]] = [
+    ResidualConnection,
+    HyperConnection,
+    STATIC_HC,
+    LINEAR_HC,
+    *GATED,
+]
 # Numbers of streams that a connection takes, where it does not take all.
-ALLOWED = {PermutationHyperConnection: [1, 2, 3, 4]}
 Build = Callable[..., Connection]
+ALLOWED: dict[Build, list[int]] = {PermutationHyperConnection: [1, 2, 3, 4]}
 
 
 def scrambled(build: Build, **kwargs: int) -> Connection:
@@ -351,6 +357,7 @@ def test_hyper_connection_against_hyper_connections(tanh: bool) -> None:
         for parameter in theirs.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
         norm_weight = (theirs.norm.gamma + 1)[:, None]
+        assert ours.phi is not None and ours.alpha is not None
         ours.phi[:, :1] = norm_weight * theirs.dynamic_alpha_fn[:, :1]
         ours.phi[:, 1:2] = norm_weight * theirs.dynamic_beta_fn[:, None]
         ours.phi[:, 2:] = norm_weight * theirs.dynamic_alpha_fn[:, 1:]

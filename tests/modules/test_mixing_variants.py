@@ -25,7 +25,7 @@ from mhc_lightning.modules import (
 
 EXACT = [PermutationHyperConnection, KroneckerHyperConnection, IdentityHyperConnection]
 # The factors of n whose permutations are mixed.
-FACTORS = {
+FACTORS: dict[tuple[type[GatedHyperConnection], int], list[int]] = {
     **{(PermutationHyperConnection, n): [n] for n in (1, 2, 3, 4)},
     **{(IdentityHyperConnection, n): [] for n in (1, 4, 5)},
     (KroneckerHyperConnection, 1): [],
@@ -54,7 +54,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def residual_by_loops(logits: np.ndarray, n: int, factors: list[int]) -> np.ndarray:
     """Kronecker product of Σ_m a_m P_m, a factor at a time; the identity where there is none."""
-    matrix = np.eye(1 if factors else n)
+    matrix: np.ndarray = np.eye(1 if factors else n)
     for size in factors:
         own, logits = np.split(logits, [math.factorial(size)])
         convex = np.zeros((size, size))

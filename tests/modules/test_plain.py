@@ -1,6 +1,7 @@
 """Whatever stands in the place of a projection is called: nobody reads its weight past it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,10 @@ def with_pre_hook(base: nn.Linear) -> nn.Module:
 
 
 def with_backward_hook(base: nn.Linear) -> nn.Module:
-    base.register_full_backward_hook(lambda _module, grads, _out: (5 * grads[0],))
+    def scaled(_module: nn.Module, grads: Any, _out: Any) -> tuple[Tensor]:
+        return (5 * grads[0],)
+
+    base.register_full_backward_hook(scaled)
     return base
 
 
@@ -173,11 +177,15 @@ def cached(model: Transformer, tokens: Tensor, first: int) -> Tensor:
     return model.forward_cached(tokens[:, first:], caches)
 
 
+def replace(model: Transformer, place: str, change: Callable[[Any], nn.Module]) -> None:
+    model.set_submodule(place, change(model.get_submodule(place)))
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_an_adapter_is_at_work_everywhere(place: str, model: Transformer) -> None:
     model.eval()
     before = model(TOKENS)
-    model.set_submodule(place, LoRA(model.get_submodule(place)))  # type: ignore[arg-type]
+    replace(model, place, LoRA)
     logits = model(TOKENS)
     assert (logits - before).abs().max() > 1e-3
     assert torch.allclose(cached(model, TOKENS, 4), logits[:, -1], atol=1e-5)
@@ -188,18 +196,18 @@ def test_an_adapter_is_at_work_everywhere(place: str, model: Transformer) -> Non
 
 def test_flops_count_adapters_and_weights_however_they_are_kept(model: Transformer) -> None:
     flops = model.flops_per_token(100)
-    parametrized(model.output)  # type: ignore[arg-type]
+    parametrized(model.output)
     assert model.flops_per_token(100) == flops
-    query = model.blocks[0].attention.body
-    query.query = LoRA(query.query)
-    added = query.query.lora_a.numel() + query.query.lora_b.numel()
+    replace(model, "blocks.0.attention.body.query", LoRA)
+    adapted = model.get_submodule("blocks.0.attention.body.query")
+    added = adapted.lora_a.numel() + adapted.lora_b.numel()
     assert model.flops_per_token(100) == flops + 6 * added
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_is_the_full_network(kind: str, model: Transformer) -> None:
     for place in PLACES:
-        model.set_submodule(place, KINDS[kind](model.get_submodule(place)))  # type: ignore[arg-type]
+        replace(model, place, KINDS[kind])
     model.eval()
     assert torch.allclose(cached(model, TOKENS, 4), model(TOKENS)[:, -1], rtol=1e-4, atol=1e-5)
 
@@ -211,7 +219,7 @@ def test_generation_of_a_quantised_network(model: Transformer) -> None:
     exact = model(TOKENS)
     for place in PLACES:
         if not place.endswith("router"):
-            model.set_submodule(place, quantised(model.get_submodule(place)))  # type: ignore[arg-type]
+            replace(model, place, quantised)
     logits = model(TOKENS)
     assert 0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
     assert (cached(model, TOKENS, 4) - exact[:, -1]).abs().max() < 0.1 * exact.abs().max()

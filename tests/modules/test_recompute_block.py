@@ -13,13 +13,18 @@ def test_a_norm_replayed_by_autograds_thread_leaves_copies_of_weights_to_those_w
 
     def copy_of_weight():
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+        def keep(tensor):
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             linear(x.clone().requires_grad_(), weight)
         return next(t for t in kept if t.shape == (8, 8)).untyped_storage().data_ptr()
 
     with torch.autocast("cpu", torch.bfloat16):
         before = copy_of_weight()
-        thread = threading.Thread(target=replay, args=(x,))
+        thread = threading.Thread(target=replay.__call__, args=(x,))
         thread.start()
         thread.join()
         assert copy_of_weight() == before

@@ -84,11 +84,14 @@ def hold_transforms_against_ordinary_calls(build: Callable[[], nn.Module], given
     def total(parameters: dict[str, Tensor], given: Tensor, weights: Tensor) -> Tensor:
         return (functional_call(module, parameters, (given,)) * weights).sum()
 
-    expected = gradients(module, lambda: (module(given) * weights).sum())
+    def weighted(given: Tensor, weights: Tensor) -> Tensor:
+        return (module(given) * weights).sum()
+
+    expected = gradients(module, partial(weighted, given, weights))
     assert_same(grad(total)(parameters, given, weights), expected)
     rows = [
-        gradients(module, lambda k=k: (module(given[k : k + 1]) * weights[k : k + 1]).sum())
-        for k in range(len(given))
+        gradients(module, partial(weighted, example, weight))
+        for example, weight in zip(given.split(1), weights.split(1), strict=True)
     ]
     each = vmap(grad(total), in_dims=(None, 1, 1))
     assert_same(each(parameters, given[None], weights[None]), stacked(rows))
@@ -97,11 +100,10 @@ def hold_transforms_against_ordinary_calls(build: Callable[[], nn.Module], given
     assert_same(ensemble(*state), torch.stack([member(given) for member in modules]))
     directions = {name: torch.randn_like(p) for name, p in parameters.items()}
     with sdpa_kernel(SDPBackend.MATH):
-        _, moving = jvp(
-            lambda p: functional_call(module, p, (given,)), (parameters,), (directions,)
-        )
+        moved = jvp(lambda p: functional_call(module, p, (given,)), (parameters,), (directions,))
     slope = sum((directions[name] * gradient).sum() for name, gradient in expected.items())
-    assert_same((weights * moving).sum(), slope)
+
+    assert_same((weights * moved[1]).sum(), slope)
 
 
 @pytest.mark.parametrize("name", sorted(CONNECTIONS))
@@ -139,7 +141,8 @@ def test_networks(
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_losses(tiny_transformer: Callable[..., Transformer]) -> None:
-    network = disturbed(tiny_transformer(num_experts=0))
+    network = tiny_transformer(num_experts=0)
+    disturbed(network)
     tokens, targets = torch.randint(0, 40, (2, 2, 5))
     targets[0, 2] = -100
     parameters = {name: p.detach() for name, p in network.named_parameters()}
@@ -159,8 +162,8 @@ def test_losses(tiny_transformer: Callable[..., Transformer]) -> None:
     expected = gradients(network, lambda: network.loss(tokens, targets))
     assert_same(grad(loss)(parameters, tokens, targets), expected)
     rows = [
-        gradients(network, lambda k=k: network.loss(tokens[k : k + 1], targets[k : k + 1]))
-        for k in range(2)
+        gradients(network, partial(network.loss, *example))
+        for example in zip(tokens.split(1), targets.split(1), strict=True)
     ]
     each = vmap(grad(loss), in_dims=(None, 1, 1))(parameters, tokens[None], targets[None])
     assert_same(each, stacked(rows))
