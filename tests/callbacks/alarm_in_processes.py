@@ -89,7 +89,8 @@ def main(folder: Path, *names: str) -> None:
         tokens = torch.randint(0, 40, (28, 8, 9), generator=torch.Generator().manual_seed(1))
         if name != "pipeline":
             tokens = tokens.unflatten(1, (2, 4))[:, trainer.global_rank]
-        trainer.fit(model, DataLoader(tokens.flatten(0, 1), batch_size=tokens.shape[1]))
+        rows: Any = tokens.flatten(0, 1)
+        trainer.fit(model, DataLoader(rows, batch_size=tokens.shape[1]))
         trainer.strategy.barrier()  # the first process writes the last checkpoint
         record = {
             "interventions": alarm.interventions,

@@ -53,6 +53,7 @@ class Foreign(pl.LightningModule):
         self, layers: int = 3, n: int = 2, dim: int = 4, recompute: bool = False, manual: int = 0
     ) -> None:
         super().__init__()
+        self.num_streams = n
         self.mixers = nn.ModuleList(Mixer(n, dim) for _ in range(layers))
         self.recompute = recompute
         self.manual = manual  # micro-batches per optimizer step, stepped by hand
@@ -60,7 +61,7 @@ class Foreign(pl.LightningModule):
         self.hooked: list[tuple[str, int, int]] = []  # (stage, step, modules with hooks)
 
     def forward(self, x: Tensor) -> Tensor:
-        streams = x.unsqueeze(-2).expand(*x.shape[:-1], self.mixers[0].n, -1)
+        streams = x.unsqueeze(-2).expand(*x.shape[:-1], self.num_streams, -1)
         for mixer in self.mixers:
             replay = self.recompute and self.training
             streams = checkpoint(mixer, streams, use_reentrant=False) if replay else mixer(streams)
@@ -113,7 +114,7 @@ def foreign() -> SimpleNamespace:
 @pytest.fixture
 def batches() -> DataLoader:
     generator = torch.Generator().manual_seed(1)
-    data = [torch.randn(5, 4, generator=generator) for _ in range(64)]
+    data: Any = [torch.randn(5, 4, generator=generator) for _ in range(64)]
     return DataLoader(data, batch_size=2)  # [2, 5, 4]
 
 

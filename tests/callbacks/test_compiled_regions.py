@@ -38,9 +38,10 @@ class Counting:
 
 
 def compile_wrapped(module: Any, backend: Any) -> None:
-    module.mixers = torch.nn.ModuleList(
-        [torch.compile(torch.nn.Sequential(*module.mixers), backend=backend, fullgraph=True)]
+    compiled: Any = torch.compile(
+        torch.nn.Sequential(*module.mixers), backend=backend, fullgraph=True
     )
+    module.mixers = torch.nn.ModuleList([compiled])
     module.mixers[0].n = 2
 
 
@@ -116,7 +117,8 @@ def test_regions_without_anything_to_watch_are_left_alone(fit: Any) -> None:
 
         on_train_batch_end = on_before_backward = on_train_batch_start  # type: ignore[assignment]
 
-    data = torch.utils.data.DataLoader(torch.randint(0, 16, (64, 9)), batch_size=2)
+    tokens: Any = torch.randint(0, 16, (64, 9))
+    data = torch.utils.data.DataLoader(tokens, batch_size=2)
     fit(module, gain, Spy(), max_steps=6, data=data)
     assert len([tag for tag in gain.last if "composite/forward/layer_" in tag]) == 4
     inside = modules_in_compiled_regions(module)
@@ -165,7 +167,8 @@ def test_a_module_met_again_within_one_program_begins_a_chain_and_is_told(foreig
         def forward(self, x: torch.Tensor) -> Any:
             return self.inner(x), self.inner(2 * x)
 
-    root = torch.nn.ModuleList([torch.compile(Views(), backend=Counting())])
+    compiled: Any = torch.compile(Views(), backend=Counting())
+    root = torch.nn.ModuleList([compiled])
     watcher = StreamWatcher()
     watcher.prepare(root)
     try:

@@ -92,8 +92,8 @@ def test_each_pass_of_a_network_is_one_chain(kind: str, mode: str) -> None:
 @pytest.mark.parametrize("teacher_mode", ["no_grad", "frozen", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_teachers_and_students_are_apart_in_any_order(kind: str, teacher_mode: str) -> None:
-    nets = nn.ModuleList([network(kind), network(kind, seed=1), network(kind, seed=2)])
-    student, first, second = nets
+    student, first, second = (network(kind, seed=seed) for seed in range(3))
+    nets = nn.ModuleList([student, first, second])
 
     def step() -> Any:
         return run(first, teacher_mode), run(second, teacher_mode), run(student, "plain")
@@ -102,12 +102,16 @@ def test_teachers_and_students_are_apart_in_any_order(kind: str, teacher_mode: s
     assert after(nets, lambda: (run(student, "plain"), run(first, teacher_mode))) == TWO
 
 
+def twice(net: Transformer, mode: str) -> tuple[Tensor, Tensor]:
+    return run(net, mode), run(net, mode)
+
+
 def test_single_passes_by_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MHC_LIGHTNING_KERNELS", "triton")
     for kind in ("mhc", "mhc_single_pass"):
         net = network(kind)
         for mode in ("plain", "no_grad", "recompute"):
-            assert after(net, lambda mode=mode, net=net: (run(net, mode), run(net, mode))) == TWO
+            assert after(net, partial(twice, net, mode)) == TWO
 
 
 def test_gains_are_those_of_each_network_alone() -> None:

@@ -29,7 +29,8 @@ def test_every_pattern_meets_the_tags_it_is_for(foreign: Any, fit: Any, events: 
         val_check_interval=2,
     )  # fmt: skip
     scalars = events().Tags()["scalars"]
-    for category, charts in LAYOUT.items():
+    layout: dict[str, dict[str, Any]] = {**LAYOUT}
+    for category, charts in layout.items():
         for _, patterns in charts.values():
             for pattern in patterns:
                 found = [tag for tag in scalars if re.match(pattern, tag)]  # as TensorBoard does

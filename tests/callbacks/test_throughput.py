@@ -45,7 +45,8 @@ def test_ranks_that_share_their_data_count_once() -> None:
 def test_the_peak_of_a_cpu_is_measured_without_random_numbers() -> None:
     state = torch.get_rng_state()
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    peak = peak_device_flops(SimpleNamespace(strategy=strategy, precision="32-true"))
+    trainer: Any = SimpleNamespace(strategy=strategy, precision="32-true")
+    peak = peak_device_flops(trainer)
     assert 1e8 < peak < 1e14
     assert torch.equal(state, torch.get_rng_state())
 
@@ -105,7 +106,8 @@ def test_utilisation_is_speed_times_flops_over_peak(foreign: Any, fit: Any) -> N
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step(self.embedding(batch), batch_idx)
 
-    data = torch.utils.data.DataLoader(torch.randint(0, 8, (32, 6)), batch_size=2)
+    tokens: Any = torch.randint(0, 8, (32, 6))
+    data = torch.utils.data.DataLoader(tokens, batch_size=2)
     throughput = Throughput(every_n_steps=2, peak_flops=1e6)
     fit(Counting(), throughput, max_steps=4, data=data)
     last = throughput.last
