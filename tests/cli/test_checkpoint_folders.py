@@ -35,8 +35,9 @@ def test_commands_give_the_same_from_both_forms(runs, capsys):
         exported = runs.folder / f"{name}_exported/model.safetensors"
         given.append((measured, text, exported.read_bytes()))
     assert given[0] == given[1]
-    words = (*COMMON, "output_dir=folder", "ckpt_path=last", "model.ffn_dim=32")
-    assert runs.inside("validate", *words) == 2
+    other_width = "model.ffn_dim=32"
+    code = runs.inside("validate", *COMMON, "output_dir=folder", "ckpt_path=last", other_width)
+    assert code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "of another shape: model.blocks." in error and "step_00000004" in error
 

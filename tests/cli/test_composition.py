@@ -199,7 +199,8 @@ def test_a_broken_config_file_is_one_line(tmp_path, text):
 
 def sources(text):
     """Key -> source, by the indentation of printed YAML."""
-    found, path = {}, []
+    found: dict[str, str] = {}
+    path: list[str] = []
     for line in text.splitlines()[1:]:
         head, _, source = line.partition("  # ")
         depth = (len(head) - len(head.lstrip())) // 2

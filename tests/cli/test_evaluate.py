@@ -32,8 +32,13 @@ def tasks(tmp_path_factory):
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (folder / "local_choice.yaml").write_text(yaml.safe_dump(task))
-    reads = {"task": "local_text", "output_type": "loglikelihood_rolling", "doc_to_text": ""}
-    reads |= {"doc_to_target": "{{context}}", "metric_list": [{"metric": "bits_per_byte"}]}
+    reads = {
+        "task": "local_text",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{context}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
     del task["doc_to_choice"]
     (folder / "local_text.yaml").write_text(yaml.safe_dump({**task, **reads}))
     return folder, docs

@@ -151,7 +151,9 @@ def test_every_connection_a_layer_at_a_time(connection, tiny_transformer):
             for parameter in part.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     state = network.state_dict()
-    read, alive, most = [], [], 0
+    read: list[str] = []
+    alive: list[tuple[str, weakref.ref]] = []
+    most = 0
 
     class Stored(dict):
         def __getitem__(self, name):
@@ -179,6 +181,7 @@ def test_every_connection_a_layer_at_a_time(connection, tiny_transformer):
         assert torch.allclose(layer.mappings.post, wanted.post, atol=1e-6)
         if connection is not SinglePassHyperConnection or k > 0:  # which reads by the one before
             shown = pre if connection is SinglePassHyperConnection else wanted.pre
+            assert shown is not None
             assert torch.allclose(layer.mappings.pre, shown, atol=1e-6)
         pre = wanted.pre
     assert inspect_mappings(layers).gains
@@ -198,9 +201,12 @@ def test_a_deepseek_v4_file_has_the_models_own_matrices(exported, deepseek, insp
     folder, _ = exported
     read = []
     take = StoredTensors.__getitem__
-    monkeypatch.setattr(
-        StoredTensors, "__getitem__", lambda self, name: read.append(name) or take(self, name)
-    )
+
+    def noted(self, name):
+        read.append(name)
+        return take(self, name)
+
+    monkeypatch.setattr(StoredTensors, "__getitem__", noted)
     report = inspect(deepseek, "eps=0")
     assert read == [f"layers.{k}.hc_{part}_base" for k in range(2) for part in ("attn", "ffn")]
     monkeypatch.undo()

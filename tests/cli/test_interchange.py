@@ -169,6 +169,6 @@ def test_a_tokenizer_other_than_the_checkpoints_is_refused(trained, command, cap
     prepare = ("input=text", "output=tokens", "num_workers=1", "validation_fraction=0.5", tokenizer)
     command.data = None
     assert command.inside("prepare", *prepare) == 0
-    words = (f"data.path={command.folder / 'tokens'}", "data.sequence_length=2")
-    error = error_of(trained.inside("validate", *LAST, *words), capfd)
+    path = f"data.path={command.folder / 'tokens'}"
+    error = error_of(trained.inside("validate", *LAST, path, "data.sequence_length=2"), capfd)
     assert "tokenizer mismatch" in error

@@ -44,7 +44,7 @@ def test_the_residual_connection_has_nothing_to_tune(capfd, monkeypatch):
 
 def launches(call):
     """By the table's entry that was looked up: the launches, with all that tells them apart."""
-    found = {}
+    found: dict[str, set[tuple[str, str, str]]] = {}
 
     def note(launch):
         constants = {k: v for k, v in launch.constants.items() if "block" not in k.lower()}
@@ -85,7 +85,9 @@ def test_every_kernel_there_is_can_be_tuned():
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch":
-                kernels.add(node.args[0].id)
+                kernel = node.args[0]
+                assert isinstance(kernel, ast.Name)
+                kernels.add(kernel.id)
     work = workloads(3, 2, WIDTH, torch.float32)
     run = {name: launches(workload.run) for name, workload in work.items()}
     assert {name: {name} for name in run} == {name: set(found) for name, found in run.items()}
