@@ -95,7 +95,7 @@ def test_reading_leaves_the_models_random_numbers_alone(prepared: PreparedData) 
 
 
 def worker_pids(loader: BatchLoader) -> list[int]:
-    return [worker.pid for worker in loader._loader._iterator._workers]  # type: ignore[union-attr]
+    return [worker.pid for worker in loader._loader._iterator._workers]
 
 
 def test_workers_outlive_a_signal_to_the_group_and_end_with_the_loader(

@@ -168,7 +168,7 @@ def test_a_finished_run_is_made_longer(
         shorter.save_checkpoint(path)
     resumed = run(module(prepared_path, sequence_length=LENGTH), whole.steps, path)
     assert_continues(resumed, whole.model, 6)
-    epochs = resumed.trainer.fit_loop.epoch_progress.current
+    epochs: Any = resumed.trainer.fit_loop.epoch_progress.current
     assert epochs.ready == epochs.processed == (1 if saved_by == "callback" else 2)
 
 
@@ -229,7 +229,7 @@ def test_a_second_resume_remembers_the_first_batch_size(
 
 
 def test_training_by_epochs(prepared_path: Path, tmp_path: Path) -> None:
-    options = {"max_epochs": 2, "enable_checkpointing": True}
+    options: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": True}
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     data = module(prepared_path, sequence_length=LENGTH)
     per_epoch = data.training_sequences.orders[0].length // BATCH

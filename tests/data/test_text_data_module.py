@@ -119,7 +119,7 @@ def test_without_held_out_text(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"no validation: .*larger validation_fraction"):
         assert data.val_dataloader() == []
     assert math.isnan(data.validation_bytes_per_token)
-    data.trainer.state.fn = TrainerFn.VALIDATING  # type: ignore[union-attr]
+    data.trainer.state.fn = TrainerFn.VALIDATING
     with pytest.raises(UserError, match="no held-out text"):
         data.val_dataloader()
 
