@@ -52,7 +52,7 @@ def test_rolling_scores_predict_every_token_once(network, direct, encode, max_le
 
 @torch.no_grad()
 def greedy_text(network, tokens, count):
-    drawn = []
+    drawn: list[int] = []
     for _ in range(count):
         token = int(network(torch.tensor([[*tokens, *drawn]]))[0, -1].argmax())
         if token == END:

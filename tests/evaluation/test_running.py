@@ -61,7 +61,7 @@ def test_local_continuations_are_compared_with_their_targets(
 ):
     loaded = load_tasks(manager, ["local_continuation"])
     model = HarnessModel(network, ByteTokenizer(), batch_size=4, max_length=512)
-    asked = []
+    asked: list[str] = []
 
     def knows_two(requests):
         asked.extend(request.args[0] for request in requests)
@@ -95,7 +95,7 @@ def test_the_papers_group_has_its_eight_tasks_and_numbers_of_examples(manager, m
 
     monkeypatch.setattr(_factory, "ConfigurableTask", Recorded)
     loaded = load_tasks(manager, ["paper"])
-    shots = {}
+    shots: dict[str, list[int]] = {}
     for name, task in loaded["tasks"].items():
         family = next(f for f in ("bbh", "hendrycks_math", "mmlu", name) if name.startswith(f))
         shots.setdefault(family, []).append(task.config["num_fewshot"])

@@ -28,7 +28,7 @@ def greedy_continuation(network, context, length):
 def test_batches_of_unequal_lengths_score_like_one_sequence_at_a_time(network, direct, batch_size):
     pairs = random_pairs(11)
     pairs += [(context, greedy_continuation(network, context, 4)) for context, _ in pairs[:3]]
-    counts = []
+    counts: list[int] = []
     scores = score_continuations(
         network, pairs, batch_size=batch_size, max_length=40, on_batch=counts.append
     )
