@@ -135,6 +135,7 @@ def test_the_tokenizer_comes_along_and_is_checked(tmp_path, settings, network):
     model = network(settings)
     export_model(model, tmp_path / "out", settings=settings, tokenizer=tokenizer)
     back = open_exported(tmp_path / "out").tokenizer()
+    assert isinstance(back, JsonTokenizer)
     assert back.fingerprint == tokenizer.fingerprint
     assert back.path == tmp_path / "out/tokenizer.json"
     (tmp_path / "out/tokenizer.json").write_text(back.path.read_text() + "\n")
