@@ -45,7 +45,9 @@ def kept_storages(model, forward):
     ignored = {tensor.untyped_storage().data_ptr() for tensor in own}
     passes = []
     for _ in range(2):
-        kept = {}  # by address: what is kept stays alive, so that no address is used twice
+        kept: dict[
+            int, int
+        ] = {}  # by address: what is kept stays alive, so that no address is used twice
 
         def keep(tensor, kept=kept):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()

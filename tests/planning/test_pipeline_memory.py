@@ -2,6 +2,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ class Device:
 
     def forward(self, k, part):
         stage = self.stages[k]
-        flow = (self.inputs[part],) if k == 0 else self.received[True, k][part]
+        flow: Any = (self.inputs[part],) if k == 0 else self.received[True, k][part]
         targets = {"targets": self.targets[part]} if stage.is_last else {}
         out = stage(*flow, **targets)
         out = out if isinstance(out, tuple) else (out.sum(),)
@@ -93,7 +94,7 @@ class Device:
             return
         halved = kind is Kind.BACKWARD_WEIGHT
         out, flow = (self.halves if halved else self.forwards).pop((k, part))
-        grads = None if self.stages[k].is_last else self.received[False, k][part]
+        grads: Any = None if self.stages[k].is_last else self.received[False, k][part]
         if kind is not Kind.BACKWARD_INPUT:
             back = stage_backward(out[0] if grads is None else out, grads, flow)
         elif k == 0:  # all of it is done in the second half
@@ -116,7 +117,8 @@ class Device:
                 self.backward(kind, k, part)
         for stage in self.stages.values():
             if self.mesh is not None:
-                _PipelineStageBase.perform_reduce_grad(SimpleNamespace(submod=stage), 1)
+                base: Any = SimpleNamespace(submod=stage)
+                _PipelineStageBase.perform_reduce_grad(base, 1)
                 for off in ("set_is_last_backward", "set_reshard_after_backward"):
                     getattr(stage, off)(False)
                 stage.set_requires_gradient_sync(False)
@@ -171,7 +173,7 @@ def test_the_bytes_that_a_stage_keeps_are_those_predicted(
             own = [*model.parameters(), *model.buffers(), device.inputs]
             buffers = [t for kept in device.received.values() for each in kept for t in each]
             ignored = {t.untyped_storage().data_ptr() for t in [*own, *buffers]}
-            kept = {}
+            kept: dict[int, int] = {}
 
             def keep(tensor, kept=kept, ignored=ignored):
                 storage = tensor.untyped_storage()

@@ -159,7 +159,7 @@ def test_any_pipeline_obeys_its_dependencies_and_loses_no_work(pipeline, overlap
     line = timeline(plan, micro_batches, times, transfers, overlapped=overlapped)
     last = len(plan.blocks) - 1
 
-    lanes = {}
+    lanes: dict[tuple, list[tuple[float, float]]] = {}
     for span in line.spans:
         assert 0 <= span.start <= span.end <= line.seconds
         lanes.setdefault((span.device, span.lane), []).append((span.start, span.end))
@@ -196,7 +196,7 @@ def test_any_pipeline_obeys_its_dependencies_and_loses_no_work(pipeline, overlap
                 assert sent[before].start >= ends[before] - 1e-9
                 assert sent[before].end <= start + 1e-9
 
-    spent = Counter()
+    spent: Counter[int] = Counter()
     for span in line.spans:
         if span.work not in (Work.SEND, Work.REPLAY):
             spent[span.action.stage] += span.end - span.start

@@ -1,6 +1,7 @@
 """The cut into stages and what is refused before any process is there."""
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from mhc_lightning.planning.stages import (
 )
 
 
-def plan(schedule: str, devices: int, blocks: int = 8, **changes: object) -> StagePlan:
+def plan(schedule: str, devices: int, blocks: int = 8, **changes: Any) -> StagePlan:
     return plan_stages([1.0] * blocks, schedule=schedule, devices=devices, **changes)
 
 
