@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import benchmark_scores
 import pytest
@@ -45,7 +46,7 @@ def models(tmp_path_factory):
         network = build_model(experiment).model
         with torch.no_grad():
             for parameter in network.parameters():  # at first all compute the same
-                parameter += 0.3 * torch.randn_like(parameter)
+                parameter.add_(0.3 * torch.randn_like(parameter))
         export_model(
             network,
             folder / f"exported_{name}",
@@ -118,7 +119,7 @@ def test_every_kind_of_model_is_evaluated_as_what_it_is(
     assert (tmp_path / "scores.png").stat().st_size > 10_000
 
 
-def report(value, error, shots):
+def report(value, error, shots) -> dict[str, dict[str, Any]]:
     """What `evaluate` would report of the paper's group, with fewer tasks inside."""
     members = {
         "bbh_cot_fewshot": ["bbh_one", "bbh_two"],
@@ -127,7 +128,11 @@ def report(value, error, shots):
         "mmlu_stem": ["physics"],
         "mmlu_other": ["nutrition"],
     }
-    made = {"results": {"paper": {"alias": "paper"}}, "n-shot": {}, "higher_is_better": {}}
+    made: dict[str, dict[str, Any]] = {
+        "results": {"paper": {"alias": "paper"}},
+        "n-shot": {},
+        "higher_is_better": {},
+    }
     for task, metric in PAPER:
         name, _, chosen = metric.partition(",")
         scores = {metric: value, f"{name}_stderr,{chosen}": error, "other,none": 0.9}

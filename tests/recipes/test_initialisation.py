@@ -30,7 +30,8 @@ STARTS = [
 def test_runs_differ_in_the_initialisation_and_the_seed_alone(size):
     runs = initialisation.runs_of(size, "", "1,2", ("trainer.max_steps=9",))
     assert set(runs) == set(initialisation.CANDIDATES)
-    found, first = {}, {}
+    found: dict[str, str] = {}
+    first: dict[int, dict] = {}
     for name, own in runs.items():
         for seed, run in enumerate(own, start=1):
             words = ["fit", "--config", run.config, *run.overrides]

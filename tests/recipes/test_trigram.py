@@ -20,8 +20,8 @@ def discounts(counts: Counter) -> list[float]:
 
 def brute_force(text: list[int], context: tuple[int, ...], symbol: int) -> float:
     """Modified Kneser-Ney straight from its definition, by dictionaries and recursion."""
-    longest = Counter(zip(text, text[1:], text[2:], strict=False))
-    orders = {2: longest}
+    orders: dict[int, Counter[tuple[int, ...]]] = {}
+    orders[2] = Counter(zip(text, text[1:], text[2:], strict=False))
     for length in (1, 0):  # a shorter context counts in how many longer ones it was seen
         orders[length] = Counter(key[1:] for key in orders[length + 1])
 
