@@ -16,7 +16,9 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.elements, self.text = [], [], []
+        self.open: list[str] = []
+        self.elements: list[tuple] = []
+        self.text: list[str] = []
         self.feed(text)
         self.close()
         assert self.open == []

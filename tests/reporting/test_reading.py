@@ -26,7 +26,9 @@ def test_event_files_alone_hold_the_same_numbers(runs, write):
     (run,) = read_runs([str(folder)])
     series = run.scalars["train/loss"]
     assert series.steps.tolist() == [1, 2, 3, 10]
-    assert np.array_equal(series.values, np.float32(list(points.values())), equal_nan=True)
+    assert np.array_equal(
+        series.values, np.array(list(points.values()), np.float32), equal_nan=True
+    )
     picture = run.pictures["stream_matrices/layer_0"]
     assert (picture.step, picture.width, picture.height) == (10, 5, 4)
     assert picture.png.startswith(b"\x89PNG")
