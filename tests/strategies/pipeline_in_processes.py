@@ -59,7 +59,8 @@ class Watched(LanguageModel):
         if self.trainer.global_step > len(self.rows):
             tags = [t for t in metrics if t.startswith(("train/", "experts/"))]
             self.rows.append({tag: float(metrics[tag]) for tag in tags})
-            for callback in self.trainer.callbacks:
+            callbacks: list[pl.Callback] = getattr(self.trainer, "callbacks")  # noqa: B009
+            for callback in callbacks:
                 if isinstance(callback, StreamSampler):
                     self.rows[-1].update(callback.last)
 
@@ -114,7 +115,7 @@ def run(case: dict[str, Any], output: Path) -> None:
     layout = case.get("strategy")
     strategy = PipelineStrategy(**layout) if layout else SingleDeviceStrategy(torch.device("cpu"))
     accumulate = 2
-    watching = [AmaxGain(1), StreamDiversity(1)] if case.get("watched") else []
+    watching: list[pl.Callback] = [AmaxGain(1), StreamDiversity(1)] if case.get("watched") else []
     trainer = pl.Trainer(
         callbacks=watching,
         accelerator="cpu",

@@ -139,11 +139,11 @@ def test_a_backward_pass_counts_as_a_wait_only_where_it_communicates_unseen() ->
 
     class Look(torch.autograd.Function):
         @staticmethod
-        def forward(context, value):  # type: ignore[no-untyped-def]
+        def forward(context, value):
             return value.clone()
 
         @staticmethod
-        def backward(context, gradient):  # type: ignore[no-untyped-def]
+        def backward(context, gradient):
             # From another thread, as the watch looks; this frame is not of the engine's.
             looking = threading.Thread(target=lambda: seen.append([v.look() for v in views]))
             looking.start()

@@ -97,7 +97,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "experts": {"experts": True},
         "padded": {"padded": True, "experts": True},
         "single_pass": {"single_pass": True},
@@ -193,9 +193,9 @@ def test_paired_stages_may_overlap_and_results_stay_the_same_to_the_bit(tmp_path
         "recorded": case("dualpipev", 2, recompute=3, watched=True, recorded=True),
     }
     plain, ours = train(tmp_path, 2, cases).values()
-    for part in ("gradients", "state"):
-        for key, wanted in plain[part].items():
-            assert torch.equal(ours[part][key], wanted), (part, key)
+    for group in ("gradients", "state"):
+        for key, wanted in plain[group].items():
+            assert torch.equal(ours[group][key], wanted), (group, key)
     assert [row["train/loss"] for row in ours["rows"]] == [r["train/loss"] for r in plain["rows"]]
 
     for rank, record in enumerate(ours["records"]):
@@ -276,7 +276,7 @@ def test_the_cause_of_a_fault_is_named_by_the_survivors(
 
 
 def test_what_cannot_run_is_refused_without_processes(tiny_transformer) -> None:
-    def refusal(precision: str = "32-true", compile: bool = False, batch: int = 4, **changes: Any):
+    def refusal(precision: Any = "32-true", compile: bool = False, batch: int = 4, **changes: Any):
         strategy = PipelineStrategy(**changes)
         pl.Trainer(
             accelerator="cpu", devices=2, strategy=strategy, precision=precision, logger=False

@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -37,7 +38,7 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor):
@@ -73,7 +74,7 @@ class Watched(LanguageModel):
         self.rows.append({tag: float(metrics[tag]) for tag in ("train/loss", "train/grad_norm")})
 
 
-def main(strategy: str, precision: str, init: str, output: str) -> None:
+def main(strategy: str, precision: Any, init: str, output: str) -> None:
     pl.seed_everything(0, verbose=False)
     initialisation._GROUP = 100  # values: some groups lie in both processes' parts
     with torch.device("meta" if init == "meta" else "cpu"), Allocations() as built:
