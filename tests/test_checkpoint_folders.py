@@ -262,13 +262,14 @@ def test_tensors_are_read_as_they_are_asked_for(saved, monkeypatch):
     tensors = SavedTensors(saved, "state_dict.")
     assert {name: tuple(t.shape) for name, t in tensors.on_meta().items()} == {
         "a": (50, 20), "b": (3,)}  # fmt: skip
-    read = []
+    read: list[str] = []
     real = FileSystemReader.read_data
-    monkeypatch.setattr(
-        FileSystemReader, "read_data",
-        lambda self, plan, planner: (read.extend(i.dest_index.fqn for i in plan.items),
-                                     real(self, plan, planner))[1],
-    )  # fmt: skip
+
+    def noted(self, plan, planner):
+        read.extend(i.dest_index.fqn for i in plan.items)
+        return real(self, plan, planner)
+
+    monkeypatch.setattr(FileSystemReader, "read_data", noted)
     assert list(tensors) == ["a", "b"] and len(tensors) == 2 and not read
     assert tensors["b"].shape == (3,) and read == ["state_dict.b"]
     with pytest.raises(UserError, match=r"step_00000001 cannot be loaded: .*state_dict\.c"):

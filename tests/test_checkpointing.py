@@ -126,7 +126,7 @@ def test_best_is_kept_by_the_monitored_metric(tmp_path, mode):
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     column = rows[0].index("val/loss")
     values = {int(row[0]): float(row[column]) for row in rows[1:] if row[column]}
-    best = (min if mode == "min" else max)(values, key=values.get)
+    best = (min if mode == "min" else max)(values, key=lambda step: values[step])
     assert os.readlink(tmp_path / "checkpoints/best") == f"step_{best:08d}.ckpt"
     assert saved_steps(tmp_path / "checkpoints") == sorted({best, 20})
 

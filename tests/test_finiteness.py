@@ -111,7 +111,8 @@ def test_what_is_found_is_counted():
         module[0].weight[1, :3] = math.nan
         module[0].weight[2, 0] = -math.inf
         module[1].weight.requires_grad_(False).fill_(math.nan)
-    optimizer.state[module[1].bias]["momentum_buffer"][0] = math.inf
+    bias = module.get_parameter("1.bias")
+    optimizer.state[bias]["momentum_buffer"][0] = math.inf
     found = non_finite(module, [optimizer])
     assert found == [
         NonFinite("parameter 0.weight", 3, 1, 12),

@@ -2,11 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.generation import Sampling, _distribution, generate, generate_together
@@ -41,8 +47,12 @@ class Counter(nn.Module):
         return self.scale * nn.functional.one_hot((tokens[:, -1] + 1) % 10, 10)
 
 
-def draw(model: nn.Module, count: int = 4000, **options: object) -> Tensor:
-    tokens = list(generate(model, [0], max_new_tokens=count, seed=1, **options))
+def generated(model: Any, prompt: list[int], **options: Any) -> list[int]:
+    return list(generate(model, prompt, **options))
+
+
+def draw(model: nn.Module, count: int = 4000, **options: Any) -> Tensor:
+    tokens = generated(model, [0], max_new_tokens=count, seed=1, **options)
     return torch.bincount(torch.tensor(tokens), minlength=4) / len(tokens)
 
 
@@ -77,7 +87,7 @@ def test_settings_make_the_distribution_that_transformers_makes(
     if ties:
         logits = logits.round()
         logits[7] = -torch.inf
-    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
     if top_k is not None:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p is not None:
@@ -105,19 +115,19 @@ def test_top_p_is_of_what_top_k_left() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_logits_that_state_no_probabilities_are_refused(temperature: float, value: float) -> None:
     model = Fixed([0.5, 0.3, 0.2])
-    assert list(generate(model, [0], max_new_tokens=2, temperature=1e-300)) == [0, 0]
+    assert generated(model, [0], max_new_tokens=2, temperature=1e-300) == [0, 0]
     with torch.no_grad():
         model.logits[1] = value
     with pytest.raises(UserError, match="logits are NaN or infinite"):
-        list(generate(model, [0], max_new_tokens=1, temperature=temperature))
+        generated(model, [0], max_new_tokens=1, temperature=temperature)
 
 
 def test_greedy_reads_what_it_wrote() -> None:
-    tokens = list(generate(Counter(), [3], max_new_tokens=9, temperature=0))
+    tokens = generated(Counter(), [3], max_new_tokens=9, temperature=0)
     assert tokens == [4, 5, 6, 7, 8, 9, 0, 1, 2]
-    tokens = list(generate(Counter(), [3], max_new_tokens=9, temperature=0, end_token=7))
+    tokens = generated(Counter(), [3], max_new_tokens=9, temperature=0, end_token=7)
     assert tokens == [4, 5, 6]
-    assert list(generate(Counter(), [3], max_new_tokens=3, temperature=1e-40, seed=0)) == [4, 5, 6]
+    assert generated(Counter(), [3], max_new_tokens=3, temperature=1e-40, seed=0) == [4, 5, 6]
 
 
 @pytest.fixture
@@ -135,7 +145,7 @@ def test_the_cache_changes_nothing(network: Transformer) -> None:
     """Greedy tokens and logits equal those of whole sequences read anew for every token."""
     model = network
     prompt = [3, 1, 4, 1, 5]
-    drawn = list(generate(model, prompt, max_new_tokens=12, temperature=0))
+    drawn = generated(model, prompt, max_new_tokens=12, temperature=0)
     sequence = list(prompt)
     caches = model.new_caches(1, 40)
     for token in drawn:
@@ -194,7 +204,7 @@ def test_prompts_together_are_continued_as_each_alone(network: Transformer) -> N
         Sampling(20, temperature=0),
     ]
     alone = [
-        list(generate(network, prompt, **dataclasses.asdict(sampling)))
+        generated(network, prompt, **dataclasses.asdict(sampling))
         for prompt, sampling in zip(prompts, samplings, strict=True)
     ]
     assert [len(tokens) for tokens in alone] == [12, 30, 5, 0, 20]
@@ -238,9 +248,9 @@ def test_prompts_together_are_continued_as_each_alone(network: Transformer) -> N
 
 def test_seed_repeats_the_draw() -> None:
     model = Fixed([0.25] * 4)
-    first = list(generate(model, [0], max_new_tokens=50, seed=3))
-    assert first == list(generate(model, [0], max_new_tokens=50, seed=3))
-    assert first != list(generate(model, [0], max_new_tokens=50, seed=4))
+    first = generated(model, [0], max_new_tokens=50, seed=3)
+    assert first == generated(model, [0], max_new_tokens=50, seed=3)
+    assert first != generated(model, [0], max_new_tokens=50, seed=4)
 
 
 def test_bad_arguments() -> None:
@@ -257,6 +267,6 @@ def test_bad_arguments() -> None:
         ({"seed": 1.5}, "seed must be a whole number"),
     ):
         with pytest.raises(UserError, match=message):
-            list(generate(Fixed([1.0]), [0], **{"max_new_tokens": 1, **bad}))
+            generated(Fixed([1.0]), [0], **{"max_new_tokens": 1, **bad})
     with pytest.raises(UserError, match="prompt is empty"):
-        list(generate(Fixed([1.0]), [], max_new_tokens=1))
+        generated(Fixed([1.0]), [], max_new_tokens=1)

@@ -26,7 +26,7 @@ class Recorder(DummyLogger):
         super().__init__()
         self.rows: list[tuple[int, dict[str, float]]] = []
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         assert step is not None
         self.rows.append((step, metrics))
 
@@ -66,9 +66,13 @@ def trainer(**options: Any) -> pl.Trainer:
     )
 
 
+def loader(rows: Any, batch_size: int) -> DataLoader:
+    return DataLoader(rows, batch_size=batch_size)
+
+
 def batches(count: int, size: int) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
-    return DataLoader(torch.randint(0, 40, (count * size, 9), generator=generator), batch_size=size)
+    return loader(torch.randint(0, 40, (count * size, 9), generator=generator), batch_size=size)
 
 
 def loss_of(model: LanguageModel, batch: Tensor) -> Tensor:
@@ -124,7 +128,9 @@ def test_validation_metrics_cover_all_tokens_and_share_the_axis(make: Make) -> N
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
-def test_validation_sums_do_not_saturate_and_leave_padding_out(make: Make, precision: Any) -> None:
+def test_validation_sums_do_not_saturate_and_leave_padding_out(
+    make: Make, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In any precision: bfloat16 cannot count to 4,000. An empty sequence and batch are nothing."""
     model = make()
     losses = torch.rand(300, 8) + torch.arange(300.0)[:, None] / 100
@@ -133,9 +139,9 @@ def test_validation_sums_do_not_saturate_and_leave_padding_out(make: Make, preci
     padded[7] = True
     tokens[padded] = -100
     parts = iter(losses.masked_fill(padded, 0)[..., None])
-    model.model.token_losses = lambda inputs, targets: next(parts)  # type: ignore[method-assign]
+    monkeypatch.setattr(model.model, "token_losses", lambda inputs, targets: next(parts))
     run = trainer(precision=precision)
-    run.validate(model, DataLoader(tokens.flatten(0, 1), batch_size=8), verbose=False)
+    run.validate(model, loader(tokens.flatten(0, 1), batch_size=8), verbose=False)
     found = {name: float(value) for name, value in run.callback_metrics.items()}
     mean = losses[~padded].double().mean()
     assert found["val/tokens"] == (~padded).sum()
@@ -155,10 +161,10 @@ def test_padding_changes_neither_training_nor_validation(make: Make) -> None:
     expected = pytest.approx(sum(sums) / (8 + 4 + 1), rel=1e-12)
     run = trainer(max_steps=1)
     before = copy.deepcopy(model)
-    run.fit(model, DataLoader(batch, batch_size=5))
+    run.fit(model, loader(batch, batch_size=5))
     assert isinstance(run.logger, Recorder)
     assert run.logger.series("train/loss")[1] == expected
-    run.validate(before, DataLoader(batch, batch_size=2), verbose=False)
+    run.validate(before, loader(batch, batch_size=2), verbose=False)
     assert float(run.callback_metrics["val/loss"]) == expected
 
 

@@ -64,7 +64,7 @@ def test_bad_values() -> None:
     for recipe, name in ((AdamW, "eps"), (Muon, "update_rms")):
         for value in (0.0, -1.0, float("nan"), float("inf"), *([1e-60] if name == "eps" else [])):
             with pytest.raises(UserError, match=rf"optimizer.{name} must be a positive number"):
-                recipe(lr=1.0, **{name: value})
+                recipe(lr=1.0, **{name: value})  # type: ignore[arg-type]
     for name in ("weight_decay", "final_fraction"):
         for value in (-0.1, float("nan"), float("inf")):
             with pytest.raises(UserError, match=rf"optimizer.{name} must be at least 0"):

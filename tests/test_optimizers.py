@@ -203,14 +203,14 @@ def test_schedulers_of_others_reach_every_group(recipe: AdamW, schedule: str) ->
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=["AdamW", "Muon"])
 def test_closures_hooks_and_missing_gradients(recipe: AdamW) -> None:
-    model, calls = network(), []
+    model, calls = network(), list[str]()
     optimizer = recipe.build_optimizer(model)
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
-    frozen = model[2].weight
+    frozen = model.get_parameter("2.weight")
     before = frozen.detach().clone()
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         calls.append("closure")
         optimizer.zero_grad()
         loss = model(torch.ones(2, 6)).square().mean()
@@ -271,7 +271,7 @@ class Foreign(pl.LightningModule):
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 def test_another_project_trains_and_resumes_with_it(tmp_path: Any) -> None:
-    data = 8 * [torch.randn(4, 6)]
+    data: Any = 8 * [torch.randn(4, 6)]
 
     def run(steps: int, resume: Any = None) -> tuple[Foreign, pl.Trainer]:
         module = Foreign()

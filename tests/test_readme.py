@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -217,7 +218,8 @@ def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
         module = module or build_model_for(experiment, trainer)
         data = experiment.config.data
         size = data.micro_batch_size or data.batch_size // replicas(trainer)
-        check_layout(trainer, module, SimpleNamespace(micro_batch_size=size))
+        settings: Any = SimpleNamespace(micro_batch_size=size)
+        check_layout(trainer, module, settings)
         assert data.batch_size % (size * replicas(trainer)) == 0, line
         layouts.append((type(trainer.strategy).__name__, trainer.world_size, replicas(trainer)))
     assert layouts == [

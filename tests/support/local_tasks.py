@@ -35,7 +35,7 @@ def write_local_tasks(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str
         "fewshot_config": {"sampler": "first_n"},
     }
     asked = {"doc_to_text": "Q: {{question}}\nA:", "num_fewshot": 2}
-    tasks = {
+    tasks: dict[str, dict[str, Any]] = {
         "local_choice": {
             **asked,
             "output_type": "multiple_choice",

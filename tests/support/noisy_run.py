@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -31,11 +32,13 @@ class Data(pl.LightningDataModule):
     micro = 2
 
     def train_dataloader(self):
+        assert self.trainer is not None
         position = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.micro
         return DataLoader(Numbers(position), batch_size=self.micro)
 
     def val_dataloader(self):
-        return DataLoader([torch.cos(torch.arange(8.0) + k) for k in range(6)], batch_size=2)
+        rows: Any = [torch.cos(torch.arange(8.0) + k) for k in range(6)]
+        return DataLoader(rows, batch_size=2)
 
 
 class Noisy(pl.LightningModule):

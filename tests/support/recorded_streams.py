@@ -89,7 +89,8 @@ def recorded(strategy: Any) -> Iterator[dict[str, Any]]:
         schedule's OVERLAP_F_B actions as (stage, micro-batch); ``ends``, how many operations there
         were when results were used, and what the main stream was behind by then.
     """
-    backend, found = Backend(), []
+    backend = Backend()
+    found: list[Operation] = []
     record: dict[str, Any] = {"operations": found, "pairs": [], "ends": []}
 
     def launching(kind: str, plain: Any) -> Any:
