@@ -221,8 +221,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    columns = ("workload", "n", "width", "dtype", "target", "registers", "spills", "shared")
-    columns += ("loads", "stores")
+    columns = ["workload", "n", "width", "dtype", "target", "registers", "spills", "shared"]
+    columns += ["loads", "stores"]
     if not args.json:
         print("|", " | ".join(columns), "|\n|" + "---|" * len(columns))
     shapes = itertools.product(args.targets, args.streams, args.widths, args.dtypes)

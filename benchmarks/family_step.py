@@ -26,11 +26,14 @@ from timing import interleaved_seconds, report
 class HyperConnectedLayer(nn.Module):
     """A V3 decoder layer whose sub-layers read from and write to V4's streams."""
 
+    layer: Any
+
     def __init__(self, layer: nn.Module, config: DeepseekV4Config) -> None:
         super().__init__()
         self.layer = layer
-        self.mixes = nn.ModuleList(DeepseekV4HyperConnection(config) for _ in range(2))
-        for mix in self.mixes:
+        mixes = [DeepseekV4HyperConnection(config) for _ in range(2)]
+        self.mixes = nn.ModuleList(mixes)
+        for mix in mixes:
             nn.init.normal_(mix.fn, std=0.02)
             nn.init.zeros_(mix.base)
             nn.init.constant_(mix.scale, 0.01)

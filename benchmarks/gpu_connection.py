@@ -5,7 +5,7 @@ several is where seams can be fused; times are given per sub-layer.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,8 +52,8 @@ def implementations(
     """By name: the kernels' choice, the number of sub-layers, and what builds the function."""
 
     def ours(kind: type[Connection], fused: bool, length: int) -> Built:
-        chain = nn.ModuleList(kind(width, n, index) for index in range(length)).to(bench.device)
-        return chain, partial(_fused if fused else _one_by_one, chain)
+        chain = [kind(width, n, index).to(bench.device) for index in range(length)]
+        return nn.ModuleList(chain), partial(_fused if fused else _one_by_one, chain)
 
     def theirs(kind: Callable[..., nn.Module], compiled: bool) -> Built:
         module = kind(width, n).to(bench.device)
@@ -62,7 +62,7 @@ def implementations(
 
     length = 2 if bench.toy else CHAIN
     mhc, hc, single = ManifoldHyperConnection, HyperConnection, SinglePassHyperConnection
-    found = {
+    found: dict[str, tuple[str, int, Callable[[], Built]]] = {
         "mhc_lightning": ("triton", 1, partial(ours, mhc, False, 1)),
         "mhc_lightning, torch path": ("torch", 1, partial(ours, mhc, False, 1)),
         "mhc_lightning, hc": ("triton", 1, partial(ours, hc, False, 1)),
@@ -125,7 +125,7 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def _one_by_one(chain: nn.ModuleList, streams: Tensor) -> Tensor:
+def _one_by_one(chain: Sequence[Connection], streams: Tensor) -> Tensor:
     carry = None
     for connection in chain:
         u, state = connection.read(streams, carry)
@@ -133,7 +133,7 @@ def _one_by_one(chain: nn.ModuleList, streams: Tensor) -> Tensor:
     return streams
 
 
-def _fused(chain: nn.ModuleList, streams: Tensor) -> Tensor:
+def _fused(chain: Sequence[Connection], streams: Tensor) -> Tensor:
     """As the network does it: each connection merges for the one before while it reads."""
     u, state = chain[0].read(streams)
     for index in range(1, len(chain)):

@@ -95,7 +95,7 @@ def _check_group(cases: list[Case], device: str) -> list[dict[str, Any]]:
     return [row for case in cases for row in check_case(case, device)]
 
 
-def _two_sub_layers(read: Callable, n: int, x: Tensor, output: Tensor, *parameters: Tensor):  # type: ignore[no-untyped-def]
+def _two_sub_layers(read: Callable, n: int, x: Tensor, output: Tensor, *parameters: Any) -> Tensor:
     streams, u, mappings = read(expand_streams(x, n), *parameters)
     if read is read_streams:
         streams, u, mappings = merge_and_read(

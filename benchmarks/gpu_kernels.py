@@ -83,7 +83,7 @@ def _measure_shape(
             key = {"operation": name, "implementation": implementation, **shape}
             call = operation.calls.get(implementation)
             if call is not None and results.wants(**key):
-                found = attempt(lambda call=call: {"seconds": bench.seconds(call)})
+                found = attempt(partial(_timed, bench, call))
                 results.add(**key, bytes=size, **found)
 
 
@@ -99,7 +99,15 @@ def _compile_some(task: tuple[int, int, int, int]) -> None:
     """Every ``hands``-th operation at (n, C), on a few tokens."""
     n, width, hand, hands = task
     for operation in list(operations("cuda", 256, n, width).values())[hand::hands]:
-        attempt(lambda call=operation.calls["triton"]: {"value": call()})
+        attempt(partial(_value, operation.calls["triton"]))
+
+
+def _timed(bench: Bench, call: Callable[[], object]) -> dict[str, Any]:
+    return {"seconds": bench.seconds(call)}
+
+
+def _value(call: Callable[[], object]) -> dict[str, Any]:
+    return {"value": call()}
 
 
 def operations(device: str, tokens: int, n: int, width: int) -> dict[str, Operation]:
@@ -111,6 +119,7 @@ def operations(device: str, tokens: int, n: int, width: int) -> dict[str, Operat
         plain = getattr(reference, name, None)
         # Plain torch takes coefficients one step further on: there it is no rival.
         if plain is not None and not name.startswith("coefficients"):
+            assert isinstance(workload.run, partial)
             calls |= _in_torch(plain, workload.run.args)
         found[name] = Operation(workload.elements, calls)
     for name, (elements, arguments) in _compositions(device, tokens, n, width).items():

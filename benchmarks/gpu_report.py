@@ -78,8 +78,10 @@ def correctness_table(record: Record | None) -> str:
         worst = max((r["error_found"] / r["limit"] for r in within), default=None)
         shown = "" if worst is None else f"{worst:.2f}"
         lines.append((kind, dtype, len(rows) - skipped, failed, beyond, shown, skipped or ""))
-    head = ("check", "dtype", "checks", "failed", "beyond the limit, as plain torch is")
-    head = (*head, "largest other error over the limit", "not run")
+    head = (
+        *("check", "dtype", "checks", "failed", "beyond the limit, as plain torch is"),
+        *("largest other error over the limit", "not run"),
+    )
     return table("Results against float64", head, lines, record)
 
 
@@ -153,8 +155,10 @@ def training_table(record: Record | None) -> str:
                 *(f"{row['tokens_per_second']:,.0f}", f"{100 * row['mfu']:.1f}%", over, each),
             )
         )
-    head = ("model", "settings", "kernels", "sequences", "tokens/s", "MFU", "over baseline")
-    head = (*head, "ns per token and sub-layer")
+    head = (
+        *("model", "settings", "kernels", "sequences", "tokens/s", "MFU", "over baseline"),
+        "ns per token and sub-layer",
+    )
     return table("A training step of 4,096-token sequences on one GPU", head, lines, record)
 
 
@@ -230,9 +234,9 @@ def draw(record: Record, path: Path, n: int = 4) -> None:
             and (share := share_of(row, copy)) is not None
         ]
         label = "ours" if rival == "triton" else rival
-        axes.scatter(
-            *zip(*marks, strict=True), color=colours[rival], label=label, s=30
-        ) if marks else None
+        if marks:
+            shares, places = zip(*marks, strict=True)
+            axes.scatter(shares, places, color=colours[rival], label=label, s=30)
     others = [
         (100 * p.share, shown.index(p.operation))
         for p in PUBLISHED

@@ -55,7 +55,7 @@ def main() -> int:
     return 0 if passed else 1
 
 
-def _run(part: str, bench, results, args: argparse.Namespace) -> bool:  # type: ignore[no-untyped-def]
+def _run(part: str, bench, results, args: argparse.Namespace) -> bool:
     """Run one part; whether it found no fault."""
     streams = [2] if args.toy else args.streams
     widths = [32] if args.toy else args.widths

@@ -107,7 +107,9 @@ def measure(name: str, model: LanguageModel, args: argparse.Namespace) -> dict[s
         def on_train_batch_start(self, *_: Any) -> None:
             spent.append(0.0)
 
-    tokens = torch.randint(0, 257, (2 * args.samples * args.batch + args.batch, args.length + 1))
+    tokens: Any = torch.randint(
+        0, 257, (2 * args.samples * args.batch + args.batch, args.length + 1)
+    )
     with tempfile.TemporaryDirectory() as folder:
         pl.Trainer(
             max_steps=2 * args.samples,

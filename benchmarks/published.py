@@ -39,10 +39,8 @@ _GB200 = 8.0e12
 
 
 def _megatron(operation: str, bandwidth: float) -> Published:
-    return Published(
-        *("Megatron-LM, cuTile", "Megatron-LM #3828", "GB200"),
-        *(operation, "32,768 x 7168", bandwidth, _GB200),
-    )
+    who, where, shape = "Megatron-LM, cuTile", "Megatron-LM #3828", "32,768 x 7168"
+    return Published(who, where, "GB200", operation, shape, bandwidth, _GB200)
 
 
 def _projection(who: str, operation: str, width: int, bandwidth: float) -> Published:

@@ -234,11 +234,11 @@ def _watched_memory(note: Callable[[np.ndarray, int, bool], None]) -> Iterator[N
         selected = np.broadcast_to(mask.data, pointers.data.shape)
         return pointers.data[selected], pointers.get_element_ty().primitive_bitwidth // 8
 
-    def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *policies: Any, **named: Any):  # type: ignore[no-untyped-def]
+    def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *policies: Any, **named: Any):
         note(*touched(ptrs, mask), False)
         return load(self, ptrs, mask, other, *policies, **named)
 
-    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *policies: Any, **named: Any):  # type: ignore[no-untyped-def]
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *policies: Any, **named: Any):
         note(*touched(ptrs, mask), True)
         return store(self, ptrs, value, mask, *policies, **named)
 
@@ -256,7 +256,7 @@ class _GlueMode(TorchDispatchMode):
         super().__init__()
         self.counter = counter
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "mhc_lightning":
             with self:  # what the operator's own code does counts

@@ -11,6 +11,7 @@ Both print the same losses.
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -100,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     pl.seed_everything(0, verbose=False)
     starts = torch.randint(0, VOCABULARY, (64, 1))
-    tokens = (starts + torch.arange(17)) % VOCABULARY
+    tokens: Any = (starts + torch.arange(17)) % VOCABULARY
     loader = DataLoader(tokens, batch_size=8)
     trainer = pl.Trainer(
         accelerator="cpu",

@@ -135,7 +135,8 @@ def main() -> None:
         ],
     )
     model = Tuner(tiny_model(args.layers, args.num_streams), args.lr)
-    trainer.fit(model, DataLoader(sequences(8 * args.steps, length=32), batch_size=8))
+    data: Any = sequences(8 * args.steps, length=32)
+    trainer.fit(model, DataLoader(data, batch_size=8))
 
 
 if __name__ == "__main__":

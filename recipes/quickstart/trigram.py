@@ -21,7 +21,7 @@ class _Order:
     """
 
     def __init__(self, counts: Integers) -> None:
-        ones, twos, threes, fours = (np.count_nonzero(counts == k) for k in (1, 2, 3, 4))
+        ones, twos, threes, fours = (int(np.count_nonzero(counts == k)) for k in (1, 2, 3, 4))
         share = ones / max(ones + 2 * twos, 1)
         self.discount = np.array(
             [

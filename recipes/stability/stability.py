@@ -62,8 +62,8 @@ def main(words: list[str]) -> None:
     compared = [f"baseline={folders[BASELINE]}"] if BASELINE in folders else []
     run("report", *folders.values(), *compared, f"output={folder / 'report'}")
     if {"hc", "mhc"} <= folders.keys():  # figure 2 has no other run
-        words = (folders["mhc"], folders["hc"], f"baseline={folders['mhc']}")
-        run("report", *words, f"output={folder / 'report_hc_minus_mhc'}")
+        pair = (folders["mhc"], folders["hc"], f"baseline={folders['mhc']}")
+        run("report", *pair, f"output={folder / 'report_hc_minus_mhc'}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from axes import plain, save
 
 from mhc_lightning.reporting.drawing import DASHES, FAINT, GRID, INK, RUN_COLOURS, TEXT
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
     from stress import Cell
@@ -86,11 +87,11 @@ def draw_largest_stable(cells: Sequence["Cell"], file: Path) -> None:
     save(figure, file)
 
 
-def _climb(axes: "Axes", cell: "Cell", look: tuple[str, object], edge: float) -> None:
+def _climb(axes: "Axes", cell: "Cell", look: tuple[str, Any], edge: float) -> None:
     rates, outcomes = zip(*sorted(cell.outcomes.items()), strict=True)
     heights = [min(outcome.loss, edge) for outcome in outcomes]
     colour, dash = look
-    axes.plot(rates, heights, color=colour, linestyle=dash, linewidth=1.6)  # type: ignore[arg-type]
+    axes.plot(rates, heights, color=colour, linestyle=dash, linewidth=1.6)
     for rate, height, outcome in zip(rates, heights, outcomes, strict=True):
         shape = "o" if outcome.stable else "x" if outcome.loss < edge else "^"
         axes.plot(rate, height, shape, color=colour, markersize=5)
@@ -106,7 +107,7 @@ def _rates_across(axes: "Axes", cells: Sequence["Cell"]) -> None:
     axes.set_xticks(rates, [f"{rate:g}" if k % 2 == 0 else "" for k, rate in enumerate(rates)])
 
 
-def _colours(cells: Sequence["Cell"]) -> dict[str, tuple[str, object]]:
+def _colours(cells: Sequence["Cell"]) -> dict[str, tuple[str, Any]]:
     names = dict.fromkeys(cell.connection for cell in cells)
     return {
         name: (RUN_COLOURS[k % len(RUN_COLOURS)], DASHES[k // len(RUN_COLOURS)])
@@ -114,10 +115,9 @@ def _colours(cells: Sequence["Cell"]) -> dict[str, tuple[str, object]]:
     }
 
 
-def _legend(axes: "Axes", colours: dict[str, tuple[str, object]]) -> tuple[list[object], list[str]]:
+def _legend(axes: "Axes", colours: dict[str, tuple[str, Any]]) -> tuple[list["Artist"], list[str]]:
     lines = [
-        axes.plot([], [], color=colour, linestyle=dash)[0]  # type: ignore[arg-type]
-        for colour, dash in colours.values()
+        axes.plot([], [], color=colour, linestyle=dash)[0] for colour, dash in colours.values()
     ]
     marks = [axes.plot([], [], shape, color=FAINT)[0] for shape in "x^"]
     return [*lines, *marks], [*colours, "failed", "beyond, or not finite"]
