@@ -12,10 +12,8 @@ from torch import Tensor
 from mhc_lightning.kernels.triton.coefficients import coefficients_backward, coefficients_forward
 
 
-def equations_15_to_19(
-    operands: list[Tensor], n: int, width: int, num_iterations: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    raw, squares, alpha, bias = operands
+def equations_15_to_19(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    raw, squares, alpha, bias, n, width, num_iterations, eps = given
     normed = raw * torch.rsqrt(squares / width + eps)
     pre, post, residual = (
         (part * gate + shift[:, None]).T
@@ -63,16 +61,17 @@ def test_coefficients_and_gradients(
         t.double().requires_grad_()
         for t in (raw_partials.double().sum(0), square_partials.double().sum(0), alpha, bias)
     ]
-    expected = equations_15_to_19(exact, *constants, eps)
+    expected = equations_15_to_19(*exact, *constants, eps)
     for actual, reference in zip(mappings, expected, strict=True):
         assert_close_to_float64(actual, reference.detach())
 
-    grads: Any = tuple(
+    grads = [
         torch.randn_like(m) if given else None for m, given in zip(mappings, has_grad, strict=True)
-    )
-    actual_grads = coefficients_backward(grads, raw, inverse_rms, alpha, bias, *constants)
-    totals = [(e * g).sum() for e, g in zip(expected, grads, strict=True) if g is not None]
-    raw_grad, squares_grad, alpha_grad, bias_grad = torch.autograd.grad(totals, exact)
+    ]
+    # Three gradients, at least one of them given, which mypy cannot see.
+    actual_grads = coefficients_backward(tuple(grads), raw, inverse_rms, alpha, bias, *constants)  # type: ignore[arg-type]
+    total = sum((e * g).sum() for e, g in zip(expected, grads, strict=True) if g is not None)
+    raw_grad, squares_grad, alpha_grad, bias_grad = torch.autograd.grad(total, exact)  # type: ignore[arg-type]
     # The streams' gradient through Σx² is 2x times that of Σx².
     expected_grads = (raw_grad, 2 * squares_grad, alpha_grad, bias_grad)
     for actual, reference in zip(actual_grads, expected_grads, strict=True):
@@ -93,7 +92,7 @@ def test_logits_of_80(n: int) -> None:
     results = coefficients_backward(grads, raw[0], inverse_rms, alpha, bias, *constants)
 
     exact = [t.double().requires_grad_() for t in (raw[0], squares[0], alpha, bias)]
-    expected = equations_15_to_19(exact, *constants, 1e-20)
+    expected = equations_15_to_19(*exact, *constants, 1e-20)
     for actual, reference in zip(mappings, expected, strict=True):
         assert_close_to_float64(actual, reference.detach())
     totals = [(e * g).sum() for e, g in zip(expected, grads, strict=True)]
