@@ -1,6 +1,7 @@
 """Products of runs of rows, by every path that there is for them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_transforms(dtype: torch.dtype, width: int) -> None:
     lengths = [(3, 0, 4, 1), (0, 0, 8, 0), (2, 2, 2, 2)]
     examples = [operands(width, dtype, *each) for each in lengths]
     batched = [torch.stack(tensors).detach() for tensors in zip(*examples, strict=True)]
-    tolerance = {"rtol": 0, "atol": 64 * torch.finfo(dtype).eps}
+    tolerance: Any = {"rtol": 0, "atol": 64 * torch.finfo(dtype).eps}
     expected = [grouped_product(*each) for each in examples]
     ours = vmap(grouped_product)(*batched)
     torch.testing.assert_close(ours, torch.stack(expected), **tolerance)
@@ -62,7 +63,7 @@ def test_transforms(dtype: torch.dtype, width: int) -> None:
             torch.testing.assert_close(actual[k], right, **tolerance)
         tangents = torch.randn_like(rows), torch.randn_like(weights)
         given = rows.detach(), weights.detach()
-        _, moving = jvp(lambda r, w, ends=ends: grouped_product(r, w, ends), given, tangents)
+        moving = jvp(lambda r, w, ends=ends: grouped_product(r, w, ends), given, tangents)[1]
         slope = sum((t * g).sum() for t, g in zip(tangents, wanted, strict=True))
         torch.testing.assert_close((moving * weigh).sum(), slope, **{**tolerance, "atol": 1e-3})
 

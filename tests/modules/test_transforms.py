@@ -175,13 +175,14 @@ def test_no_load_is_counted_within_a_transform(
 ) -> None:
     network = tiny_transformer(num_layers=1, num_dense_layers=0)
     tokens = torch.randint(0, 40, (2, 5))
-    state = dict(network.named_parameters()), dict(network.named_buffers())
-    (load,) = (t for name, t in state[1].items() if name.endswith("load"))
+    parameters: dict[str, Tensor] = dict(network.named_parameters())
+    buffers = dict(network.named_buffers())
+    (load,) = (t for name, t in buffers.items() if name.endswith("load"))
 
     def total(parameters: dict[str, Tensor], buffers: dict[str, Tensor], row: Tensor) -> Tensor:
         return functional_call(network, (parameters, buffers), (row[None],)).sum()
 
-    vmap(grad(total), in_dims=(None, None, 0))(*state, tokens)
+    vmap(grad(total), in_dims=(None, None, 0))(parameters, buffers, tokens)
     assert not load.any()
     network(tokens)
     assert load.sum() == tokens.numel() * 2
