@@ -62,16 +62,20 @@ class _Reader:
             UserError: A chunk is missing, damaged, or was changed since it was opened.
         """
         length = self.sequence_length
-        rows = np.full((size, length + 1), IGNORE_INDEX, np.int64)
+        rows = np.empty((size, length + 1), np.int64)
         used: dict[tuple[int, int], ChunkFile] = {}
         for row, place in enumerate(places):
+            filled = 0
             if place is not None:
                 source, chunk, sequence = place
                 tokens = used.get((source, chunk))
                 if tokens is None:
                     tokens = used[source, chunk] = self._opened(source, chunk)
                 found = tokens.read(sequence * length, length + 1)
-                rows[row, : len(found)] = found
+                filled = len(found)
+                rows[row, :filled] = found
+            if filled <= length:
+                rows[row, filled:] = IGNORE_INDEX
         return torch.from_numpy(rows)
 
     def _opened(self, source: int, chunk: int) -> ChunkFile:
