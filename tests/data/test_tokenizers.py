@@ -1,14 +1,18 @@
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
 
-from mhc_lightning.data import ByteTokenizer, JsonTokenizer, load_tokenizer
+from mhc_lightning.data import ByteTokenizer, JsonTokenizer, load_tokenizer, prepare
 from mhc_lightning.data.tokenizers import Tokenizer, tokenizer_from_record
 from mhc_lightning.errors import UserError
 
@@ -111,3 +115,96 @@ def test_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def write_tokenizer(folder: Path, model: Any, added: dict[str, bool] | None = None) -> Path:
+    """A ``tokenizer.json`` of a model; `added` tokens are special or not."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    for token, special in (added or {}).items():
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def character_models() -> dict[str, Any]:
+    characters = ["<unk>", "</s>", *"▁abs</>"]
+    scores = [(token, 0.0 if len(token) > 1 else -5.0) for token in characters]
+    ids = {token: number for number, token in enumerate(characters)}
+    return {
+        "unigram": models.Unigram(scores, 0),  # finds </s> as a word of its own
+        "bpe": models.BPE(ids, [], unk_token="<unk>"),
+        "bpe that takes whole words": models.BPE(ids, [], unk_token="<unk>", ignore_merges=True),
+    }
+
+
+@pytest.mark.parametrize("name", list(character_models()))
+@pytest.mark.parametrize("added", [{"</s>": True}, {"</s>": False}, {}], ids=str)
+def test_no_document_forges_an_end(tmp_path: Path, name: str, added: dict[str, bool]) -> None:
+    tokenizer = JsonTokenizer(write_tokenizer(tmp_path, character_models()[name], added))
+    assert tokenizer.end_of_document_token == "</s>"
+    texts = ["a</s>b", "</s>", "a </s></s> b", "</s</s>/s>", "ab"]
+    encoded = tokenizer.encode_documents([text.encode() for text in texts])
+    for text, ids in zip(texts, encoded, strict=True):
+        assert tokenizer.end_of_document not in ids
+        assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+
+
+def test_an_end_that_ordinary_text_becomes_is_refused(tmp_path: Path) -> None:
+    model = models.BPE({"</s>": 0, "a": 1}, [], unk_token="</s>")
+    tokenizer = JsonTokenizer(write_tokenizer(tmp_path, model))
+    with pytest.raises(UserError, match="encodes ordinary text as '</s>', which ends documents"):
+        tokenizer.encode("ab")
+
+
+def test_unknown_text_is_counted_warned_of_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("a?b!")
+    path = write_tokenizer(tmp_path, models.BPE({"a": 0, "b": 1, "?": 2, "</s>": 3}, []))
+    with pytest.warns(UserWarning, match="leaves out characters that it does not know"):
+        JsonTokenizer(path)
+    write_tokenizer(tmp_path, models.WordLevel({"a": 0, "</s>": 1}, "<unk>"))
+    with pytest.raises(UserError, match=r"cannot encode a text: .*UNK"):
+        JsonTokenizer(path).encode("b")
+    for name, model in character_models().items():
+        write_tokenizer(tmp_path, model)
+        summary = prepare(
+            tmp_path / "in.txt",
+            tmp_path / name,
+            tokenizer=path,
+            validation_fraction=0.0,
+            progress=False,
+        )
+        assert summary.total.unknown == 2
+        assert "2 tokens of text that the tokenizer does not know" in str(summary)
+
+
+def test_ids_that_the_library_changes_are_named(tokenizer_file: Path, tmp_path: Path) -> None:
+    content = json.loads(tokenizer_file.read_text())
+    content["added_tokens"][0]["id"] += 50_000
+    token = content["added_tokens"][0]["content"]
+    del content["model"]["vocab"][token]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=f"gaps in its ids, .*'{re.escape(token)}' is"):
+        JsonTokenizer(tmp_path)
+
+
+def test_dropout_truncation_and_padding_are_off(tokenizer_file: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.model.dropout = 0.5
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=100)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "the cat and the other cat " * 20
+    expected = JsonTokenizer(tokenizer_file).encode(text).tolist()
+    assert JsonTokenizer(tmp_path).encode(text).tolist() == expected
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token": ["a"]}', "\xff"])
+def test_a_broken_configuration_is_named(
+    tokenizer_file: Path, tmp_path: Path, content: str
+) -> None:
+    shutil.copy(tokenizer_file, tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be understood"):
+        JsonTokenizer(tmp_path)

@@ -28,7 +28,8 @@ from mhc_lightning.data.shard import (
     unit_folder,
     write_chunks,
 )
-from mhc_lightning.data.tokenizers import TOKENIZER_FILE, JsonTokenizer, Tokenizer
+from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE
+from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.data.units import Skipped
 from mhc_lightning.errors import UserError
 

@@ -64,12 +64,18 @@ class PrepareSummary:
 
     def __str__(self) -> str:
         skipped = self.record.skipped
+        unknown = self.total.unknown / self.total.tokens
         notes = [
             f"{self.bytes_per_token:.3f} bytes per token",
             *_counted(skipped.binary_files, "binary file", "skipped"),
             *_counted(skipped.empty_documents, "empty document", "skipped"),
             *_counted(self.total.invalid_utf8, "document", "with invalid UTF-8"),
             *_counted(self.total.with_nul, "document", "with NUL bytes"),
+            *_counted(
+                self.total.unknown,
+                "token",
+                f"of text that the tokenizer does not know ({unknown:.2%})",
+            ),
             f"{self.seconds:.1f} s",
         ]
         lines = [f"{self.output} {'was prepared already' if self.reused else 'is prepared'}"]

@@ -37,6 +37,7 @@ class Counts:
         bytes: Bytes of text.
         invalid_utf8: Documents (or parts of very long ones) with bytes that are no UTF-8.
         with_nul: Documents (or parts) with NUL bytes.
+        unknown: Tokens that stand for text which the tokenizer does not know.
     """
 
     documents: int = 0
@@ -44,6 +45,7 @@ class Counts:
     bytes: int = 0
     invalid_utf8: int = 0
     with_nul: int = 0
+    unknown: int = 0
 
     def add(self, other: "Counts") -> None:
         """Add the numbers of another one to this one's."""
@@ -52,6 +54,7 @@ class Counts:
         self.bytes += other.bytes
         self.invalid_utf8 += other.invalid_utf8
         self.with_nul += other.with_nul
+        self.unknown += other.unknown
 
 
 @dataclass
@@ -225,6 +228,8 @@ def _encode(documents: list[Document], tokenizer: Tokenizer, counts: Counts) -> 
         counts.bytes += len(document.data)
         counts.invalid_utf8 += not _is_utf8(document.data)
         counts.with_nul += b"\0" in document.data
+        if tokenizer.unknown is not None:
+            counts.unknown += int(np.count_nonzero(tokens == tokenizer.unknown))
     tokens = np.concatenate(parts)
     counts.tokens += len(tokens)
     return tokens

@@ -6,7 +6,6 @@ and a later reader all use the one the tokens were made with.
 
 import codecs
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,22 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from mhc_lightning.errors import UserError
-
-TOKENIZER_FILE = "tokenizer.json"
-
-# Names under which published tokenizers keep the token that ends a document.
-_END_OF_DOCUMENT_NAMES = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|end▁of▁sentence|>",
-    "<｜end▁of▁sentence｜>",
-    "<|endofdocument|>",
-    "</s>",
-    "<eos>",
-    "[EOS]",
-    "<|im_end|>",
+from mhc_lightning.data.tokenizer_files import (
+    TOKENIZER_FILE,
+    end_of_document_token,
+    read_tokenizer,
 )
+from mhc_lightning.errors import UserError
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -45,12 +34,14 @@ class Tokenizer(ABC):
         vocab_size: Number of ids; every id is below it.
         end_of_document: Id that follows each document.
         fingerprint: Equal for two tokenizers exactly when they give the same ids.
+        unknown: Id that stands for text which the tokenizer does not know; None if it has none.
     """
 
     name: str
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    unknown: int | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -148,33 +139,19 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, path: str | Path, end_of_document: str | None = None) -> None:
-        import tokenizers
-
         self.path = Path(path)
         if self.path.is_dir():
             self.path = self.path / TOKENIZER_FILE
-        if not self.path.is_file():
-            raise UserError(
-                f"tokenizer file {self.path} does not exist;"
-                " give the path of a tokenizer.json, or `bytes`"
-            )
-        content = self.path.read_bytes()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:
-            raise UserError(
-                f"{self.path} is not a tokenizer of the `tokenizers` library: {error}"
-            ) from error
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer, content, self.unknown = read_tokenizer(self.path)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.end_of_document_token = end_of_document or self._find_end_of_document(vocabulary)
+        self.end_of_document_token = end_of_document or end_of_document_token(self.path, vocabulary)
         if self.end_of_document_token not in vocabulary:
             raise UserError(
                 f"{self.path} has no token {self.end_of_document_token!r} to end documents with;"
                 " name one of its tokens with end_of_document=…"
             )
+        # Text that spells a special token is not taken for it; of another added token it is.
+        self._tokenizer.add_special_tokens([self.end_of_document_token])
         self.name = self.path.parent.name or self.path.stem
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = vocabulary[self.end_of_document_token]
@@ -183,30 +160,48 @@ class JsonTokenizer(Tokenizer):
     def __reduce__(self) -> tuple[Any, ...]:
         return JsonTokenizer, (self.path, self.end_of_document_token)
 
-    def _find_end_of_document(self, vocabulary: dict[str, int]) -> str:
-        config = self.path.with_name("tokenizer_config.json")
-        if config.is_file():
-            token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token in vocabulary:
-                return str(token)
-        for name in _END_OF_DOCUMENT_NAMES:
-            if name in vocabulary:
-                return name
-        raise UserError(
-            f"{self.path} has no end-of-document token under a usual name;"
-            " name one of its tokens with end_of_document=…"
-        )
-
     def encode(self, text: bytes | str) -> np.ndarray:
         """See :meth:`Tokenizer.encode`."""
         return self.encode_documents([text if isinstance(text, bytes) else _as_bytes(text)])[0]
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """See :meth:`Tokenizer.encode_documents`."""
+        """See :meth:`Tokenizer.encode_documents`.
+
+        Raises:
+            UserError: The tokenizer cannot encode a text, or takes it for an end of document.
+        """
         texts = [document.decode("utf-8", errors="replace") for document in documents]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = self._encode(texts)
+        for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+            if self._ends(ids):
+                encoded[number] = self._encode_apart(text)
+        return encoded
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library has no type of its own
+            raise UserError(f"{self.path} cannot encode a text: {error}") from error
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def _ends(self, ids: np.ndarray) -> bool:
+        return bool((ids == self.end_of_document).any())
+
+    def _encode_apart(self, text: str) -> np.ndarray:
+        """Ids of a text in which a model finds the end of document as a word of its own.
+
+        The text is encoded in parts, none of which spells it.
+        """
+        end = self.end_of_document_token
+        first, *others = text.split(end)
+        parts = [first] + [end[1:] + part for part in others]
+        ids = np.concatenate(self._encode([part + end[:1] for part in parts[:-1]] + parts[-1:]))
+        if self._ends(ids):
+            raise UserError(
+                f"{self.path} encodes ordinary text as {end!r}, which ends documents; name another"
+                " of its tokens with end_of_document=…"
+            )
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """See :meth:`Tokenizer.decode`; special tokens are left out."""

@@ -15,7 +15,9 @@ from torch import Tensor
 import mhc_lightning
 from mhc_lightning.checkpoint_files import sync_folder
 from mhc_lightning.checkpoint_folders import SavedTensors
-from mhc_lightning.data.tokenizers import TOKENIZER_FILE, JsonTokenizer, Tokenizer
+from mhc_lightning.data.checksums import file_xxh3, json_sha256
+from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE
+from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange.exported import (
     CONFIG_FILE,
@@ -87,6 +89,9 @@ def export_model(
         write_tensors(tensors, aside, shard_bytes)
         if isinstance(tokenizer, JsonTokenizer):
             shutil.copyfile(tokenizer.path, aside / TOKENIZER_FILE)
+        written = sorted(aside.glob("*.safetensors"))
+        record["files"] = {file.name: file_xxh3(file) for file in written}
+        record["checksum"] = json_sha256(record)
         text = json.dumps(record, indent=2, ensure_ascii=False)
         (aside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -1,0 +1,131 @@
+"""A ``tokenizer.json`` and the ``tokenizer_config.json`` beside it: read, checked, made plain."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mhc_lightning.errors import UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+_RARE_CHARACTERS = "\ua66e\U0001242b"  # letters that hardly any vocabulary has
+
+# Names under which published tokenizers keep the token that ends a document.
+_END_OF_DOCUMENT_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end▁of▁sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "<|endofdocument|>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|im_end|>",
+)
+
+
+def read_tokenizer(path: Path) -> tuple[Any, bytes, int | None]:
+    """A tokenizer that encodes all of a text, the same each time, and takes no text for special.
+
+    Truncation, padding and the dropout of BPE, which a file may ask for, are off.
+
+    Args:
+        path: The ``tokenizer.json``.
+
+    Returns:
+        The ``tokenizers.Tokenizer``, the file's content, and the id that stands for text which the
+        tokenizer does not know, if it has one.
+
+    Raises:
+        UserError: The file is missing or is no tokenizer.
+    """
+    import tokenizers
+
+    if not path.is_file():
+        raise UserError(
+            f"tokenizer file {path} does not exist; give the path of a tokenizer.json, or `bytes`"
+        )
+    content = path.read_bytes()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a tokenizer of the `tokenizers` library: {error}"
+        ) from error
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if isinstance(tokenizer.model, tokenizers.models.BPE):
+        tokenizer.model.dropout = None
+    described = json.loads(content)
+    _warn_of_other_ids(path, tokenizer, described)
+    _warn_of_lost_text(path, tokenizer)
+    return tokenizer, content, _unknown(tokenizer, described["model"])
+
+
+def _warn_of_other_ids(path: Path, tokenizer: Any, content: dict[str, Any]) -> None:
+    """The library numbers added tokens itself, and says nothing where the file has other ids."""
+    others = [
+        f"{token['content']!r} is {tokenizer.token_to_id(token['content'])}, not {token['id']}"
+        for token in content.get("added_tokens") or []
+        if tokenizer.token_to_id(token["content"]) != token["id"]
+    ]
+    if others:
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        warnings.warn(
+            f"{path} has gaps in its ids, which the `tokenizers` library closes: {others[0]}{more};"
+            " weights that were trained with the file's ids do not fit",
+            stacklevel=4,
+        )
+
+
+def _warn_of_lost_text(path: Path, tokenizer: Any) -> None:
+    try:
+        lost = not tokenizer.encode(_RARE_CHARACTERS, add_special_tokens=False).ids
+    except Exception:  # it refuses what it does not know
+        return
+    if lost:
+        warnings.warn(
+            f"{path} leaves out characters that it does not know, without an id in their place:"
+            " text gets lost unless its vocabulary has all of them",
+            stacklevel=4,
+        )
+
+
+def _unknown(tokenizer: Any, model: dict[str, Any]) -> int | None:
+    token = model.get("unk_token")
+    found: int | None = model.get("unk_id") if token is None else tokenizer.token_to_id(token)
+    return found
+
+
+def end_of_document_token(path: Path, vocabulary: dict[str, int]) -> str:
+    """The ``eos_token`` of a ``tokenizer_config.json``, else the first usual name that is known.
+
+    Args:
+        path: The ``tokenizer.json``, beside which the other may be.
+        vocabulary: Its tokens.
+
+    Raises:
+        UserError: There is no such token, or the ``tokenizer_config.json`` cannot be understood.
+    """
+    config = path.with_name("tokenizer_config.json")
+    if config.is_file():
+        try:
+            token = json.loads(config.read_bytes()).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            known = token in vocabulary
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{config} cannot be understood ({error}); mend or remove it,"
+                " or name the token that ends documents with end_of_document=…"
+            ) from error
+        if known:
+            return str(token)
+    for name in _END_OF_DOCUMENT_NAMES:
+        if name in vocabulary:
+            return name
+    raise UserError(
+        f"{path} has no end-of-document token under a usual name;"
+        " name one of its tokens with end_of_document=…"
+    )
