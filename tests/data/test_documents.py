@@ -52,20 +52,29 @@ def test_damaged_compressed_files_are_named(tmp_path: Path, suffix: str, damage:
 
 
 def test_jsonl_lines_give_their_field() -> None:
-    file = TextFile("/x.jsonl", "x.jsonl", 0, 0)
-    assert jsonl_document('{"text": "hé\\n"}'.encode(), "text", file, 1) == "hé\n".encode()
-    assert jsonl_document(b'{"text": null}', "text", file, 1) == b""
-    assert jsonl_document(b'{"text": "\xff"}', "text", file, 1) == b"\xff"
+    assert jsonl_document('{"text": "hé\\n"}'.encode(), "text", str) == "hé\n".encode()
+    assert jsonl_document(b'{"text": null}', "text", str) == b""
+    assert jsonl_document(b'{"text": "\xff"}', "text", str) == b"\xff"
     for line, message in (
         (b"{", r"line 7 of /x\.jsonl is no JSON"),
         (b'{"body": "a", "id": 1}', r"line 7 .* no field 'text' but 'body', 'id'"),
         (b'["a"]', "no field 'text' but no fields at all"),
         (b'{"text": 5}', "is int, not text"),
+        (b'{"text": "a", "deep": ' + b"[" * 10**5, "line 7 of /x.jsonl is no JSON"),
     ):
         with pytest.raises(UserError, match=message):
-            jsonl_document(line, "text", file, 7)
+            jsonl_document(line, "text", lambda: "line 7 of /x.jsonl")
 
 
 def test_lone_surrogates_are_kept_as_bytes() -> None:
     assert text_bytes("a\udcffb") == b"a\xffb"
     assert text_bytes("a\ud800") == b"a\xed\xa0\x80"
+    assert text_bytes("é\ud800 \udcff\udcfe") == "é".encode() + b"\xed\xa0\x80 \xff\xfe"
+
+
+def test_long_windows_of_zstd_are_read(tmp_path: Path) -> None:
+    settings = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, enable_ldm=1)
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "x.txt.zst").write_bytes(stream.compress(b"text\n" * 100) + stream.flush())
+    with open_bytes(as_file(tmp_path / "x.txt.zst")) as opened:
+        assert opened.read() == b"text\n" * 100

@@ -91,3 +91,23 @@ def test_one_line_names_a_file_of_each_form_and_how_to_go_on(tmp_path: Path) -> 
     assert len(find_text_files([tmp_path], exclude=["*.csv", "*.json"])) == 1
     as_text = find_text_files([tmp_path], as_text=["*.csv", "*.json"])
     assert {file.form for file in as_text} == {"plain text"} and len(as_text) == 4
+
+
+def test_linked_folders_are_followed_and_every_folder_is_read_once(tree: Path) -> None:
+    outside = tree.parent / "outside"
+    outside.mkdir()
+    (outside / "o.txt").write_text("outside")
+    (tree / "a link").symlink_to(tree / "b", target_is_directory=True)  # sorts before b
+    (tree / "b/out").symlink_to(outside, target_is_directory=True)
+    (tree / "b/c/up").symlink_to("../..", target_is_directory=True)
+    (outside / "back").symlink_to(tree, target_is_directory=True)
+    (tree / "gone").symlink_to("nowhere")
+    assert names(find_text_files([tree])) == ["a.txt", "b/c/y.md", "b/out/o.txt", "b/x.py"]
+    assert names(find_text_files([tree], exclude=["out"])) == ["a.txt", "b/c/y.md", "b/x.py"]
+    assert names(find_text_files([tree], not_below=[outside])) == ["a.txt", "b/c/y.md", "b/x.py"]
+
+
+def test_a_file_may_come_from_one_input_only(tree: Path) -> None:
+    for inputs in ([tree, tree / "b/x.py"], [tree / "a.txt"] * 2, [tree / "b", tree]):
+        with pytest.raises(UserError, match=r"comes twice, from input .* and .*; give it once"):
+            find_text_files(inputs)

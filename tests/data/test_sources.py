@@ -38,6 +38,7 @@ def test_hydra_containers_are_taken() -> None:
         ([{"path": "a", "weight": 0}], "weight of a is 0"),
         ([{"path": "a", "weight": "much"}], "weight of a is much"),
         ([{"path": "a", "weight": 1}, "b"], "weights for some sources only"),
+        ([{"path": p, "weight": 1e308} for p in "ab"], "too large to add"),
     ],
 )
 def test_wrong_paths_are_refused(path: object, message: str) -> None:

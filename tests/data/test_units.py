@@ -1,6 +1,7 @@
 import codecs
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from mhc_lightning.data.finding import find_text_files
 from mhc_lightning.data.units import Document, FileUnit, Skipped, is_held_out, plan_units
+from mhc_lightning.errors import UserError
 
 Write = Callable[..., Path]
 
@@ -138,3 +140,27 @@ def test_the_split_is_a_stable_share_of_the_documents() -> None:
     # A larger share keeps what a smaller one held out.
     assert all(is_held_out(d, 0.2) for d, held in zip(documents, held_out, strict=True) if held)
     assert not any(is_held_out(document, 0.0) for document in documents)
+
+
+@pytest.mark.parametrize("bad", [b"{", b'{"body": "a"}', b'{"text": 5}'])
+@pytest.mark.parametrize("unit_bytes", [40, 10**6])
+def test_a_bad_line_is_named_wherever_it_is(tmp_path: Path, unit_bytes: int, bad: bytes) -> None:
+    lines = [b'{"text": "number %d"}' % number for number in range(1, 101)]
+    lines[76] = bad
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    units = plan_units(find_text_files([tmp_path]), unit_bytes, 0.0)
+    with pytest.raises(UserError, match=r"line 77 of .*a\.jsonl"):
+        read(units, 0.0)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_a_file_that_changed_since_it_was_found_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    content = b'{"text": "a"}\n'
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for change in (path.read_bytes() * 2, path.read_bytes()):  # longer; the same length
+        units = plan_units(find_text_files([path]), 10**6, 0.0)
+        path.write_bytes(change)
+        os.utime(path, ns=(0, len(change)))
+        with pytest.raises(UserError, match=f"{name} changed while it was read"):
+            read(units, 0.0)

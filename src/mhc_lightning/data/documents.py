@@ -7,8 +7,10 @@ NUL bytes are kept, and counted.
 import gzip
 import io
 import json
+import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from mhc_lightning.data.forms import JSON_LINES, PLAIN_TEXT, compression_of
 from mhc_lightning.errors import UserError
 
 _BUFFER_BYTES = 1 << 16
+_LARGEST_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` makes, as large public archives are
+_SURROGATE = re.compile("([\ud800-\udfff])")
 
 
 @dataclass(frozen=True)
@@ -53,24 +57,33 @@ def open_bytes(file: TextFile) -> Iterator[io.BufferedReader]:
     """Open a file for reading, decompressed.
 
     Raises:
-        UserError: It cannot be read, or its compressed data are damaged or cut short.
+        UserError: It cannot be read, its compressed data are damaged or cut short, or it changed
+            since it was found.
     """
     import zstandard
 
     try:
         with open(file.path, "rb") as raw:
+            _check_unchanged(raw, file)
             if file.compression == ".gz":
                 yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES)
             elif file.compression == ".zst":
                 yield io.BufferedReader(_ZstdFrames(raw), _BUFFER_BYTES)
             else:
                 yield raw
+            _check_unchanged(raw, file)
     except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
         raise UserError(
             f"input {file.path} is damaged: {error}; repair it or leave it out"
         ) from error
     except OSError as error:
         raise UserError(f"input {file.path} cannot be read: {error.strerror or error}") from error
+
+
+def _check_unchanged(raw: io.BufferedReader, file: TextFile) -> None:
+    status = os.fstat(raw.fileno())
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
+        raise UserError(f"input {file.path} changed while it was read; run `prepare` again")
 
 
 class _ZstdFrames(io.RawIOBase):
@@ -96,7 +109,9 @@ class _ZstdFrames(io.RawIOBase):
             if self._frame is None:
                 import zstandard
 
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = zstandard.ZstdDecompressor(
+                    max_window_size=_LARGEST_ZSTD_WINDOW
+                ).decompressobj()
             self._ready = memoryview(self._frame.decompress(compressed))
             if self._frame.eof:
                 self._rest = self._frame.unused_data
@@ -107,32 +122,30 @@ class _ZstdFrames(io.RawIOBase):
         return taken
 
 
-def jsonl_document(line: bytes, field: str, file: TextFile, number: int) -> bytes:
+def jsonl_document(line: bytes, field: str, where: Callable[[], str]) -> bytes:
     """The document in one JSONL line; empty if its field is null.
 
     Args:
         line: The line, possibly with bytes that are no UTF-8 (they are kept).
         field: The key under which the text is.
-        file: For the error message.
-        number: For the error message: the line, first 1; 0 if unknown.
+        where: Names the line, for the error message.
 
     Raises:
         UserError: No JSON object, no such field, or its value is no string.
     """
-    where = f"line {number} of {file.path}" if number else f"a line of {file.path}"
     try:
         row = json.loads(line.decode("utf-8", errors="surrogateescape"))
-    except ValueError as error:
-        raise UserError(f"{where} is no JSON ({error}); mend or remove it") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where()} is no JSON ({error}); mend or remove it") from error
     if not isinstance(row, dict) or field not in row:
         keys = ", ".join(map(repr, row)) if isinstance(row, dict) else "no fields at all"
-        raise UserError(f"{where} has no field {field!r} but {keys}; name one with text_field=…")
+        raise UserError(f"{where()} has no field {field!r} but {keys}; name one with text_field=…")
     text = row[field]
     if text is None:
         return b""
     if not isinstance(text, str):
         raise UserError(
-            f"field {field!r} in {where} is {type(text).__name__}, not text;"
+            f"field {field!r} in {where()} is {type(text).__name__}, not text;"
             " name another with text_field=…"
         )
     return text_bytes(text)
@@ -143,4 +156,10 @@ def text_bytes(text: str) -> bytes:
     try:
         return text.encode("utf-8", errors="surrogateescape")
     except UnicodeEncodeError:
-        return text.encode("utf-8", errors="surrogatepass")
+        parts = _SURROGATE.split(text)  # text and surrogates in turn
+        return b"".join(
+            part.encode(
+                "utf-8", "surrogateescape" if "\udc80" <= part <= "\udcff" else "surrogatepass"
+            )
+            for part in parts
+        )

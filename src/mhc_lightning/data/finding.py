@@ -33,7 +33,7 @@ def find_text_files(
     """All files of the inputs, folders recursively, in a fixed order, and what each holds.
 
     Hidden files and folders (`.git`) and `__pycache__` are left out below a folder; a file that is
-    named itself is always taken.
+    named itself is always taken. Links to folders are followed, and each folder is read once.
 
     Args:
         inputs: Files and folders.
@@ -47,12 +47,20 @@ def find_text_files(
     Raises:
         UserError: An input does not exist, cannot be read, or is neither text nor binary: some
             form of documents that is not read here. A file that is named itself may also not be
-            binary.
+            binary, and no file may come from two inputs.
     """
     files: list[TextFile] = []
     refused: dict[Form, list[TextFile]] = {}
+    taken: dict[str, str | Path] = {}
 
-    def take(file: TextFile, named: bool) -> None:
+    def take(file: TextFile, given: str | Path, named: bool) -> None:
+        path = os.path.abspath(file.path)
+        if path in taken:
+            raise UserError(
+                f"{path} comes twice, from input {taken[path]} and {given}; give it once"
+                " (to see some text more often, prepare it apart and give its folder a weight)"
+            )
+        taken[path] = given
         form = Form(PLAIN_TEXT) if _matches(file.name, as_text) else _form(file, text_field)
         if form.mending or (named and form.name == BINARY):
             refused.setdefault(form, []).append(file)
@@ -62,10 +70,10 @@ def find_text_files(
         root = Path(given)
         try:
             if root.is_dir():
-                for file in _walk(root, include, exclude, {p.absolute() for p in not_below}):
-                    take(file, named=False)
+                for file in _walk(root, include, exclude, {p.resolve() for p in not_below}):
+                    take(file, given, named=False)
             else:
-                take(_text_file(root, root.name), named=True)
+                take(_text_file(root, root.name), given, named=True)
         except FileNotFoundError as error:
             raise UserError(f"input {error.filename} does not exist") from error
         except OSError as error:
@@ -123,22 +131,30 @@ def _walk(
         raise error
 
     found = []
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        below = Path(folder).relative_to(root)
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if _is_visible(name)
-            and Path(folder, name).absolute() not in not_below
-            and not _matches((below / name).as_posix(), exclude)
-        ]
-        for name in names:
-            relative = (below / name).as_posix()
-            if not _is_visible(name) or _matches(relative, exclude):
+    read = not_below - {root.resolve()}
+    waiting = [root]  # then links to folders, after all that need none: these may lead in a circle
+    while waiting:
+        for folder, subfolders, names in os.walk(waiting.pop(0), onerror=refuse):
+            resolved = Path(folder).resolve()
+            if resolved in read:
+                subfolders.clear()
                 continue
-            path = Path(folder, name)
-            if (not include or _matches(relative, include)) and path.is_file():
-                found.append(_text_file(path, relative))
+            read.add(resolved)
+            below = Path(folder).relative_to(root)
+            subfolders[:] = [
+                name
+                for name in sorted(subfolders)
+                if _is_visible(name) and not _matches((below / name).as_posix(), exclude)
+            ]
+            paths = [Path(folder, name) for name in subfolders]
+            waiting += [path for path in paths if path.is_symlink()]
+            for name in names:
+                relative = (below / name).as_posix()
+                if not _is_visible(name) or _matches(relative, exclude):
+                    continue
+                path = Path(folder, name)
+                if (not include or _matches(relative, include)) and path.is_file():
+                    found.append(_text_file(path, relative))
     return sorted(found, key=lambda file: file.name)
 
 

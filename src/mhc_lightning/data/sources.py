@@ -1,5 +1,6 @@
 """Which prepared folders training draws from, and how often: the values of ``data.path``."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,8 @@ def parse_sources(path: Any) -> list[Source]:
         raise UserError(
             "data.path gives weights for some sources only; give all of them one, or none"
         )
+    if not math.isfinite(sum(source.weight or 0.0 for source in sources)):
+        raise UserError("the weights in data.path are too large to add; give smaller ones")
     return sources
 
 

@@ -8,6 +8,7 @@ import codecs
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from mhc_lightning.data.documents import (
@@ -238,6 +239,16 @@ def _text_documents(
         yield Document(data, held_out, piece.ends)
 
 
+def _line_name(piece: Piece, number: int) -> str:
+    """What a message calls the line that is the number-th (from 1) of a piece."""
+    with open_bytes(piece.file) as stream:
+        remaining = piece.start
+        while remaining and (block := stream.read(min(remaining, _HASHED_BYTES))):
+            number += block.count(b"\n")
+            remaining -= len(block)
+    return f"line {number} of {piece.file.path}"
+
+
 def _jsonl_documents(
     piece: Piece, text_field: str, validation_fraction: float, skipped: Skipped
 ) -> Iterator[Document]:
@@ -253,7 +264,7 @@ def _jsonl_documents(
                 line = _unmarked(line)
             if not line.strip():
                 continue
-            data = jsonl_document(line, text_field, piece.file, 0 if piece.start else number)
+            data = jsonl_document(line, text_field, partial(_line_name, piece, number))
             if data:
                 yield Document(data, is_held_out(data, validation_fraction))
             else:
