@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_step_is_taken_on_a_damaged_chunk(command, prepared, tmp_path, capsys, workers):
     """A run that goes on over data damaged meanwhile ends, and its checkpoints stay."""
     command.data = shutil.copytree(prepared, tmp_path / "data")

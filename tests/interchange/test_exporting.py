@@ -189,6 +189,7 @@ def test_a_record_can_build_nothing_but_networks(tmp_path, settings, network):
     export(network(settings), tmp_path / "out", settings)
     file = tmp_path / "out/config.json"
     record = json.loads(file.read_text())
+    del record["checksum"]  # whoever changes a record would
     for section, name, reason in (
         ("model", "os.system", "no Transformer"),
         ("connection", "torch.nn.Linear", "no Connection"),
@@ -206,3 +207,22 @@ def test_a_record_can_build_nothing_but_networks(tmp_path, settings, network):
         load_exported(tmp_path / "out")
     with pytest.raises(UserError, match="holds no exported model"):
         load_exported(tmp_path)
+
+
+@pytest.mark.parametrize("shard_bytes", [9000, 10**9])
+def test_a_changed_byte_is_noticed(tmp_path, settings, network, shard_bytes):
+    folder = tmp_path / "out"
+    export(network(settings), folder, settings, shard_bytes=shard_bytes)
+    assert open_exported(folder).files.keys() == {f.name for f in folder.glob("*.safetensors")}
+    for file in (*folder.glob("*.safetensors"), folder / "config.json"):
+        content = file.read_bytes()
+        place = content.index(b'"step": 0') + 8 if file.suffix == ".json" else len(content) - 1
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(UserError, match=f"{file.name} is damaged, or was changed"):
+            load_exported(folder)
+        file.write_bytes(content)
+    load_exported(folder)
+    record = json.loads((folder / "config.json").read_text())
+    del record["files"], record["checksum"]  # as earlier versions wrote it
+    (folder / "config.json").write_text(json.dumps(record))
+    load_exported(folder)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_lightning.data.checksums import file_xxh3, json_sha256
 from mhc_lightning.data.tokenizers import Tokenizer, tokenizer_from_record
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange.safetensors_files import read_shapes, read_tensors
@@ -33,6 +34,7 @@ class Exported:
         connection: The same of the connections.
         tokenizer_record: What ``tokenizer`` is built from.
         step: Optimizer steps that it was trained for.
+        files: XXH3 checksums of the tensors' files; empty in folders of earlier versions.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class Exported:
     connection: dict[str, Any]
     tokenizer_record: dict[str, Any]
     step: int
+    files: dict[str, str]
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with.
@@ -64,9 +67,17 @@ class Exported:
             wanted: A state dict, on any device.
 
         Raises:
-            UserError: Names the tensors that are missing, left over or of another shape.
+            UserError: Names the tensors that are missing, left over or of another shape, or a file
+                that is not what `export` wrote.
         """
         check_tensors(read_shapes(self.folder), wanted, str(self.folder))
+        for name, checksum in self.files.items():
+            if file_xxh3(self.folder / name) != checksum:
+                raise UserError(
+                    f"{self.folder / name} is damaged, or was changed since `export` wrote it"
+                    f" (checksum); copy or export it again, or, if the change is meant, take"
+                    f" {name} out of `files` and `checksum` out of {CONFIG_FILE}"
+                )
         tensors = read_tensors(self.folder)
         return {name: tensors[name] for name in wanted}
 
@@ -89,7 +100,7 @@ def open_exported(folder: str | Path) -> Exported:
     """Read the record of an exported model.
 
     Raises:
-        UserError: The folder holds none, or one of a later format.
+        UserError: The folder holds none, one that was changed, or one of a later format.
     """
     folder = Path(folder)
     file = folder / CONFIG_FILE
@@ -110,6 +121,12 @@ def open_exported(folder: str | Path) -> Exported:
             f"{folder} is of format {version}, and this version reads {FORMAT_VERSION};"
             " use the version that wrote it, or a newer one"
         )
+    checksum = record.pop("checksum", None)
+    if checksum not in (None, json_sha256(record)):
+        raise UserError(
+            f"{file} is damaged, or was changed since `export` wrote it (checksum); copy or export"
+            " it again, or, if the change is meant, take its line `checksum` out"
+        )
     try:
         return Exported(
             folder,
@@ -117,6 +134,7 @@ def open_exported(folder: str | Path) -> Exported:
             dict(record["connection"]),
             dict(record["tokenizer"]),
             int(record["step"]),
+            dict(record.get("files", {})),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is incomplete: {error!r}") from error
