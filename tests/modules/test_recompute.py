@@ -96,8 +96,11 @@ def test_gradients_are_the_same_bits(connection: str, sizes: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     "connection",
     [
-        *("mhc", "single_pass", "lite", "identity"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("krom", "hc", "hc_static")),
+        *("mhc", "single_pass", "lite"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("identity", "krom", "hc", "hc_static")
+        ),
     ],
 )
 def test_by_kernels_with_fused_seams(connection: str, monkeypatch: pytest.MonkeyPatch) -> None:
