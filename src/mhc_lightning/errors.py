@@ -1,5 +1,6 @@
 """Errors that the command line turns into one clear line and an exit code of their own."""
 
+import errno
 from collections.abc import Mapping
 
 
@@ -54,3 +55,11 @@ def last_words(error: BaseException) -> str:
     if text.startswith("Caught ") and "Original Traceback" in text:
         text = text.rstrip().splitlines()[-1].partition(": ")[2] or text
     return " ".join(text.split())
+
+
+def no_room(error: BaseException) -> str | None:
+    """What to do about a full disk, if that is what an exception stands for."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror}{where}; make room there, and a run goes on with ckpt_path=last"

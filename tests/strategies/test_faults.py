@@ -1,5 +1,6 @@
 """What ended a run is told in one line, with its exit code, by every strategy."""
 
+import errno
 import os
 import signal
 import threading
@@ -45,6 +46,7 @@ def failure_of(dataset: Dataset) -> Exception:
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 4, "(CUDA out of memory); use a"),
         (MemoryError(), 4, "rank 1, at step 3, validation: out of memory"),
         (RuntimeError("[enforce fail] can't allocate memory: 1 GB"), 4, "out of memory"),
+        (OSError(errno.ENOSPC, "No space left", "metrics.csv"), 4, "No space left (metrics.csv); "),
         (KeyboardInterrupt(), 130, "rank 1 was interrupted at step 3, validation"),
         (RuntimeError("[gloo] Connection closed by peer"), 4, "rank 1 lost the others at step 3"),
         (dist.DistNetworkError("reset"), 4, "rank 1 lost the others at step 3"),

@@ -1,5 +1,6 @@
 """Entry point: runs a command and turns what goes wrong into one line and an exit code."""
 
+import errno
 import os
 import signal
 import sys
@@ -7,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from mhc_lightning.cli.arguments import Arguments, parse_arguments
 from mhc_lightning.cli.help_text import command_help, overall_help
-from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words
+from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words, no_room
 
 OK, USER_ERROR, NON_FINITE, INTERRUPTED = 0, 2, 3, 128 + signal.SIGINT
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ran out of memory; 130: interrupted; 143: stopped by SIGTERM (raised as SystemExit). Anything
     else is a bug, exit code 1, and keeps its traceback. All processes of a run end alike.
     """
+    _open_closed_streams()
     try:
         code = _run(parse_arguments(list(sys.argv[1:] if argv is None else argv)))
         sys.stdout.flush()
@@ -34,9 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has had enough, as `head` has; Python is not to complain once more at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader has had enough, as `head` has
         return OK
+    except OSError as error:
+        if (text := no_room(error)) is not None:
+            _drop_output()  # that may be what found no room
+            return _fail(RunFaultError(text), RunFaultError.EXIT_CODE)
+        if error.errno == errno.ENAMETOOLONG:
+            return _fail(UserError(f"{error.strerror}: {error.filename}"), USER_ERROR)
+        raise
 
 
 def _run(arguments: Arguments) -> int:
@@ -97,6 +105,18 @@ def _command(name: str) -> Callable[..., None]:
     else:
         from mhc_lightning.cli.prepare import prepare as command
     return command
+
+
+def _open_closed_streams() -> None:
+    """Give streams that the caller has closed (``>&-``) a place to go to, and their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _drop_output() -> None:
+    """Have Python not complain once more, at its exit, of output that cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words
+from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words, no_room
 
 INTERRUPTED = 128 + signal.SIGINT
 _KILLED = " (SIGKILL: often the kernel, when memory runs out)"
@@ -65,7 +65,7 @@ def machine_fault(error: BaseException) -> str | None:
             f"a process that loads data ended ({message.rstrip('.')}), often killed by the kernel"
             " when memory runs out; go on with ckpt_path=last, perhaps with fewer data.num_workers"
         )
-    return None
+    return no_room(error)
 
 
 def how_it_ended(returncode: int) -> str:
