@@ -52,14 +52,10 @@ def members_of(session: int) -> list[int]:
 @pytest.mark.parametrize(
     ("strategy", "fault", "code", "line"),
     [
-        ("ddp", "what: SIGKILL", 4, f"error: rank 1 {KILLED} at step "),
         ("auto", "what: SIGKILL", 4, f"error: rank 1 {KILLED} at step "),
-        ("fsdp", "what: SIGKILL", 4, f"error: rank 1 {KILLED} at step "),
         ("pipeline", "what: SIGKILL", 4, f"error: rank 1 (pipeline stage 1) {KILLED} at step "),
         ("ddp", "what: SIGKILL, at_start: true", 4, f"error: rank 1 {KILLED} before the processes"),
-        ("fsdp", "what: mistake, at_start: true", 2, "error: that was wrong"),
-        ("ddp", "what: mistake", 2, "error: rank 1, at step 4, between steps: that was wrong"),
-        ("fsdp", "what: SIGINT", 130, "error: rank 1 was interrupted at step 4"),
+        ("fsdp", "what: mistake", 2, "error: rank 1, at step 4, between steps: that was wrong"),
         ("ddp", "what: hang", 4, "error: rank 1 hangs at step 4, between steps (faulty.py"),
     ],
 )
