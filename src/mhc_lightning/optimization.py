@@ -44,7 +44,8 @@ class AdamW:
         """Raise UserError for values that cannot be meant."""
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UserError(f"optimizer.lr must be a positive number, not {self.lr}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        numbers = all(isinstance(beta, int | float) for beta in self.betas)
+        if len(self.betas) != 2 or not (numbers and all(0 <= beta < 1 for beta in self.betas)):
             raise UserError(
                 f"optimizer.betas must be two numbers from 0 to below 1, not {list(self.betas)}"
             )
@@ -84,7 +85,7 @@ class AdamW:
         return torch.optim.AdamW(
             self.parameter_groups(module.parameters()),
             lr=self.lr,
-            betas=(self.betas[0], self.betas[1]),
+            betas=(float(self.betas[0]), float(self.betas[1])),
             eps=self.eps,
             fused=True,
         )
@@ -158,7 +159,7 @@ class Muon(AdamW):
             lr=self.lr,
             momentum=self.momentum,
             update_rms=self.update_rms,
-            betas=(self.betas[0], self.betas[1]),
+            betas=(float(self.betas[0]), float(self.betas[1])),
             eps=self.eps,
         )
 

@@ -2,8 +2,11 @@ import json
 import math
 import os
 import resource
+import subprocess
+import sys
 
 import pytest
+import torch
 
 LAST = ("output_dir=run", "ckpt_path=last")
 
@@ -172,6 +175,15 @@ BAD = {
     "micro-batch in words": (["data.micro_batch_size=abc"], "data.micro_batch_size"),
     "half a micro-batch": (["data.micro_batch_size=2.0"], "data.micro_batch_size"),
     "bad seed": (["seed=-1"], "seed"),
+    "no whole number that one has": (["data.batch_size=1e30"], "data.batch_size"),
+    "too large a whole number": ([f"trainer.max_steps={10**24}"], "(too large)"),
+    "betas in words": (["optimizer.betas=[a,b]"], "optimizer.betas"),
+    "no callback": (["+callbacks.x._target_=builtins.dict"], "callbacks.x is a dict"),
+    "no logger": (["+logger.x._target_=builtins.dict"], "logger.x is a dict"),
+    "strategy of the trainer": (["+trainer.strategy=ddp"], "trainer.strategy"),
+    "accumulation": (["+trainer.accumulate_grad_batches=2"], "data.micro_batch_size"),
+    "only a trial": (["+trainer.fast_dev_run=true"], "trainer.fast_dev_run"),
+    "name too long": (["output_dir=" + 300 * "x"], "name too long"),
     "one beta": (["optimizer.betas=[0.9]"], "optimizer.betas"),
     "beta above one": (["optimizer.betas=[0.9,1.5]"], "optimizer.betas"),
     "growth instead of decay": (["optimizer.weight_decay=-1"], "optimizer.weight_decay"),
@@ -207,6 +219,9 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(command, capfd, case):
         ("generate", ["prompt=a", "ckpt_path=last", "temperature=-1"], "temperature"),
         ("generate", ["prompt=a", "ckpt_path=last", "top_k=1.5"], "generate.top_k"),
         ("validate", [], "ckpt_path"),
+        ("validate", ["ckpt_path=last", "trainer.limit_val_batches=0"], "nothing was validated"),
+        ("validate", ["ckpt_path=no_model.ckpt"], "no_model.ckpt has no model in it"),
+        ("plan", ["trainer.num_nodes=0"], "trainer.num_nodes"),
         ("plan", ["recompute=banana"], "recompute"),
         ("prepare", [], "input"),
         ("prepare", ["input=nowhere", "output=x"], "nowhere"),
@@ -214,12 +229,45 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(command, capfd, case):
     ],
 )
 def test_mistakes_in_other_commands(trained, capfd, name, words, expected):
+    torch.save({"state_dict": 7}, trained.folder / "no_model.ckpt")
     code = trained.inside(name, "output_dir=run", *words)
     output, errors = capfd.readouterr()
     assert code == 2, errors
     assert output == ""
     last = errors.splitlines()[-1]
     assert last.startswith("error: ") and expected in last
+
+
+@pytest.mark.parametrize(
+    ("words", "saved"),
+    [
+        (["model.rope_theta=100.0"], "model.rope_theta=10000.0 (not 100.0)"),
+        (["connection.sinkhorn_iterations=1"], "connection.sinkhorn_iterations=20 (not 1)"),
+        (["connection=mhc_single_pass"], "connection._target_=mhc_lightning.modules.Manifold"),
+        (["model.init_std=0.5"], None),  # says nothing of a trained model
+        ([], None),
+    ],
+)
+def test_a_checkpoint_of_another_model_whose_tensors_fit_is_told(trained, capfd, words, saved):
+    assert trained.inside("validate", "output_dir=run", "ckpt_path=last", *words) == 0
+    warnings = [line for line in capfd.readouterr()[1].splitlines() if "another model" in line]
+    assert len(warnings) == (saved is not None)
+    assert all(saved in line and line.startswith("warning: ") for line in warnings)
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_fault(closed):
+    line = f"exec '{sys.executable}' -m mhc_lightning --version {closed}"
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_output_that_finds_no_room_is_the_machines_fault():
+    line = f"exec '{sys.executable}' -m mhc_lightning --help >/dev/full"
+    ended = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert ended.returncode == 4
+    assert ended.stderr.startswith("error: No space left on device; make room")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback(command):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from mhc_lightning.cli.arguments import parse_arguments
+from mhc_lightning.cli.building import build_trainer
 from mhc_lightning.cli.composition import compose_experiment, escaped
 from mhc_lightning.cli.overrides import nearest_key
 from mhc_lightning.cli.provenance import show_config
@@ -132,7 +133,10 @@ def test_whole_numbers_may_be_written_as_powers_of_ten():
         (["=5"], "'' is no key"),
         (["+=5"], "'+' is no key"),
         (["seed@here=5"], "'seed@here' is no key"),
-        (["seed=18446744073709551616"], "seed must be a whole number, at least 0 and below 2**32"),
+        (
+            ["seed=18446744073709551616"],
+            "seed must be a whole number, not 18446744073709551616 (too large)",
+        ),
         (["seed=-1"], "seed must be a whole number, at least 0 and below 2**32, not -1"),
         (["seed=null"], "seed must be a whole number, at least 0 and below 2**32, not null"),
         (["optimizer.lr=${nope}"], "nope"),
@@ -252,3 +256,55 @@ def test_help_and_argument_errors_come_without_torch():
     lines = done.stderr.splitlines()
     assert len(lines) == 7 and all(line.startswith("error: ") for line in lines)
     assert "mhc_quickstart" in done.stdout and "prompt=TEXT" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("seed: 3\n".encode("utf-16"), "not text in UTF-8"),
+        ("prompt: ü\n".encode("latin-1"), "not text in UTF-8"),
+        (bytes(range(256)), "not text in UTF-8"),
+        (b"model:\n\tdim: 8\n", "not valid YAML"),
+        (b"seed: 1\nseed: 2\n", "duplicate key seed"),
+        (b"defaults: [mine, _self_]\n", "names itself"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content: bytes, message: str):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=f"config mine.yaml.* {message}"):
+        compose(config=tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_any_text_in_utf8_is_read(tmp_path, encoding: str, newline: str):
+    file = tmp_path / "a = ü.y.yaml"
+    text = "defaults: [mhc_quickstart, _self_]\nseed: 77\nprompt: ü\n"
+    file.write_bytes(text.replace("\n", newline).encode(encoding))
+    values = compose(config=file).values()
+    assert (values["seed"], values["prompt"]) == (77, "ü")
+
+
+@pytest.mark.parametrize(
+    ("lines", "meant"),
+    [
+        ("modle: {dim: 8}", "model"),
+        ("max_steps: 8", "trainer.max_steps"),
+        ("dim: 8\nmodel: {dim: '${dim}'}", None),  # for the file's own use
+        ("note: the first attempt", None),
+    ],
+)
+def test_a_key_that_nothing_reads_and_looks_like_another_is_told(tmp_path, capsys, lines, meant):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"defaults: [mhc_quickstart, _self_]\n{lines}\n")
+    compose(config=file)
+    key = lines.partition(":")[0]
+    expected = f"warning: config mine.yaml: nothing reads {key!r}; did you mean {meant!r}?\n"
+    assert capsys.readouterr().err == (expected if meant else "")
+
+
+def test_a_trainer_that_is_missing_is_named(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("defaults: [mhc_quickstart, _self_]\ntrainer: null\n")
+    with pytest.raises(UserError, match="has no section 'trainer'"):
+        build_trainer(compose(config=file))

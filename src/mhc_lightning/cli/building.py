@@ -18,6 +18,20 @@ if TYPE_CHECKING:
 
     from mhc_lightning import LanguageModel, TextDataModule
 
+# Arguments of Lightning's Trainer that follow from other settings, and what sets them.
+_SET_OTHERWISE = {
+    "accumulate_grad_batches": "it follows from data.batch_size and data.micro_batch_size",
+    "callbacks": "they have a section of their own, `callbacks`",
+    "check_val_every_n_epoch": "trainer.val_check_interval counts optimizer steps",
+    "default_root_dir": "it is output_dir",
+    "enable_model_summary": "`plan` tells what a model consists of",
+    "fast_dev_run": "trainer.max_steps=1 makes a run short",
+    "logger": "they have a section of their own, `logger`",
+    "num_sanity_val_steps": "trainer.val_check_interval says when to validate",
+    "strategy": "choose strategy=ddp, fsdp or pipeline, without `trainer.` before it",
+    "use_distributed_sampler": "the data are spread over all devices anyway",
+}
+
 # It would show errors that are raised and caught here a second time.
 logging.getLogger("hydra.utils").disabled = True
 
@@ -33,12 +47,7 @@ def build(experiment: Experiment, section: str, **more: Any) -> Any:
     Raises:
         UserError: the section is missing, or its target or a value in it is no good.
     """
-    node = OmegaConf.select(experiment.config, section)
-    if not isinstance(node, DictConfig) or "_target_" not in node:
-        raise UserError(
-            f"config {experiment.file.name} has no section {section!r} with a _target_;"
-            f" choose one from the group: `- {section}: …` under `defaults:`"
-        )
+    node = _require_section(experiment, section)
     target = _target(section, node._target_)
     plain = OmegaConf.to_container(node, resolve=True)
     assert isinstance(plain, dict)
@@ -57,11 +66,36 @@ def build(experiment: Experiment, section: str, **more: Any) -> Any:
     return factory(**more)
 
 
+def _require_section(experiment: Experiment, section: str) -> DictConfig:
+    node = OmegaConf.select(experiment.config, section)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise UserError(
+            f"config {experiment.file.name} has no section {section!r} with a _target_;"
+            f" choose one from the group: `- {section}: …` under `defaults:`"
+        )
+    return node
+
+
 def build_members(experiment: Experiment, section: str) -> list[Any]:
-    """Instantiate every named member of a section, leaving out those set to null."""
+    """Instantiate every named member of a section, leaving out those set to null.
+
+    Raises:
+        UserError: as `build`, or one is not what Lightning takes there.
+    """
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers import Logger
+
     members = experiment.values().get(section) or {}
     present = [name for name, member in members.items() if member is not None]
-    return [build(experiment, f"{section}.{name}") for name in present]
+    built = [build(experiment, f"{section}.{name}") for name in present]
+    kind = {"callbacks": Callback, "logger": Logger}[section]
+    for name, member in zip(present, built, strict=True):
+        if not isinstance(member, kind):
+            raise UserError(
+                f"{section}.{name} is a {type(member).__qualname__}, not a {kind.__name__} of"
+                " lightning.pytorch"
+            )
+    return built
 
 
 def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
@@ -74,6 +108,7 @@ def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
     """
     experiment, _ = settled(experiment)
     config = experiment.config
+    _require_section(experiment, "trainer")
     strategy: Any = OmegaConf.select(config, "strategy.name")
     if strategy is None:
         strategy = build(experiment, "strategy")
@@ -95,6 +130,9 @@ def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
             f"trainer.precision={config.trainer.precision} is not supported (gradients would be"
             " clipped at their scaled size); use bf16-mixed"
         )
+    for name, instead in _SET_OTHERWISE.items():
+        if name in config.trainer:
+            raise UserError(f"trainer.{name} is not for you to set here: {instead}")
     steps, every = config.trainer.max_steps, config.trainer.log_every_n_steps
     for name, value, least in (("max_steps", steps, 1), ("log_every_n_steps", every, 0)):
         if not isinstance(value, int) or value < least:

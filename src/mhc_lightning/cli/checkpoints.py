@@ -1,15 +1,24 @@
 """Which checkpoint a command means, and whether it fits the model."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from mhc_lightning.checkpoint_folders import SavedTensors, is_checkpoint_folder
 from mhc_lightning.checkpoint_names import candidates_for_last
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.run_folder import CHECKPOINTS, holds_run
+from mhc_lightning.cli.run_folder import CHECKPOINTS, CONFIG, holds_run, is_first_process
 from mhc_lightning.errors import UserError
-from mhc_lightning.interchange.exported import check_settings, is_exported, open_exported
+from mhc_lightning.interchange.exported import (
+    check_settings,
+    is_exported,
+    open_exported,
+    other_settings,
+    section_record,
+)
 from mhc_lightning.interchange.importing import weights_checkpoint
 from mhc_lightning.interchange.tensor_names import check_tensors
 from mhc_lightning.saved_checkpoints import fault_in, load_checkpoint
@@ -115,10 +124,37 @@ def load_fitting(
     checkpoint = load_checkpoint(path, trusted=trusted)
     saved = checkpoint["state_dict"]
     described = saved.on_meta() if isinstance(saved, SavedTensors) else saved
+    if not isinstance(described, Mapping):
+        raise UserError(f"checkpoint {path} has no model in it (its `state_dict` is no mapping)")
     shapes = {name: tensor.shape for name, tensor in described.items()}
     hint = "use the settings it was trained with (config.yaml of its run)"
     check_tensors(shapes, model.state_dict(), f"checkpoint {path}", hint)
+    _tell_other_settings(path, experiment)
     return checkpoint
+
+
+def _tell_other_settings(path: Path, experiment: Experiment) -> None:
+    """Warn if the run that a checkpoint lies in had a model that computes something else.
+
+    Tensors of the same shapes don't tell: neither the base of RoPE nor Sinkhorn's iterations.
+    """
+    if path.parent.name != CHECKPOINTS or not is_first_process():
+        return
+    try:
+        record = yaml.safe_load((path.parent.parent / CONFIG).read_text(encoding="utf-8"))
+        saved = record["model"]
+        changes = other_settings(
+            section_record(saved),
+            section_record(saved["connection"]),
+            experiment.values()["model"],
+        )
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return  # a checkpoint without its run, or of a model that is built in another way
+    if changes:
+        print(
+            f"warning: {path} was trained as another model; it had {', '.join(changes)}",
+            file=sys.stderr,
+        )
 
 
 def holds_weights_alone(checkpoint: dict[str, Any]) -> bool:

@@ -1,6 +1,8 @@
 """Composing an experiment: files, groups and overrides become one checked configuration."""
 
+import difflib
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from mhc_lightning.cli.overrides import (
     with_known_key,
     with_readable_value,
 )
+from mhc_lightning.cli.run_folder import is_first_process
 from mhc_lightning.cli.value_types import check_overridden_values
 from mhc_lightning.errors import UserError
 
@@ -130,6 +133,14 @@ def compose_experiment(arguments: Arguments) -> Experiment:
         raise UserError(_one_line(error, file)) from error
     except YAMLError as error:
         raise UserError(f"config {file.name} is not valid YAML: {flat(str(error))}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"config {file.name}, or one that it names, is not text in UTF-8 ({error.reason} at"
+            f" byte {error.start}); save it as UTF-8"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"config {file.name} names itself under `defaults:`") from error
+    _tell_unread_keys(file, plain, groups)
     return experiment
 
 
@@ -139,6 +150,28 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
         for key, value in node.items():
             yield f"{prefix}{key}"
             yield from dotted_keys(value, f"{prefix}{key}.")
+
+
+def _tell_unread_keys(file: Path, plain: DictConfig, groups: Iterable[str]) -> None:
+    """Warn of keys at the top of a file that look like others and that nothing reads.
+
+    Further keys are free: values of interpolations, or notes.
+    """
+    run = OmegaConf.load(shipped_folder() / "run" / "default.yaml")
+    known = {*map(str, run), *groups}
+    keys = dotted_keys(OmegaConf.to_container(plain))
+    inner = {key.rpartition(".")[2]: key for key in keys if "." in key}
+    text = file.read_text(encoding="utf-8")
+    for key in map(str, plain):
+        if key in known or re.search(rf"\$\{{[^}}]*\b{re.escape(key)}\b", text):
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        meant = near[0] if near else inner.get(key, key)
+        if meant != key and is_first_process():
+            print(
+                f"warning: config {file.name}: nothing reads {key!r}; did you mean {meant!r}?",
+                file=sys.stderr,
+            )
 
 
 def _place_literals(experiment: Experiment) -> None:

@@ -45,6 +45,8 @@ def plan(experiment: Experiment, arguments: Arguments) -> None:
         machine = machine_of(str(named))
     else:
         count = devices_per_node(values["trainer"]) * values["trainer"].get("num_nodes", 1)
+        if count < 1:
+            raise UserError("trainer.devices and trainer.num_nodes must be at least 1")
         machine = this_machine(count, _device(values["trainer"]))
     experiment, choice = settled(experiment, machine.devices, _per_node(machine, values["trainer"]))
     if choice is not None:

@@ -63,6 +63,10 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     for name, value in trainer.callback_metrics.items():
         measured[name] = int(value) if name == "val/tokens" else float(value)
     measured.pop("step", None)
+    if not measured:
+        raise UserError(
+            "nothing was validated: trainer.limit_val_batches=0, or the data have no held-out text"
+        )
     bytes_per_token = data.validation_bytes_per_token
     loss = measured.get("val/loss")
     if isinstance(loss, float) and bytes_per_token > 0:

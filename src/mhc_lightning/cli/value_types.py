@@ -2,6 +2,7 @@
 
 import collections.abc
 import inspect
+import math
 import types
 import typing
 from typing import Any
@@ -36,7 +37,7 @@ def check_overridden_values(before: DictConfig, after: DictConfig, keys: list[st
         kind = type(default)
         if OmegaConf.is_config(value):
             raise _wrong_type(key, OmegaConf.to_container(value), _NAMES.get(kind, kind.__name__))
-        if kind is int and isinstance(value, float) and value.is_integer():
+        if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             OmegaConf.update(after, key, int(value))
         elif kind is not str and not _matches(value, kind):
             raise _wrong_type(key, value, _NAMES.get(kind, kind.__name__))
@@ -54,7 +55,10 @@ def check_arguments(section: str, target: Any, arguments: dict[str, Any]) -> Non
     Raises:
         UserError: a value of the wrong type, or one that `target` has no parameter for.
     """
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # of something built in, which does not say what it takes
+        return
     function = target.__init__ if inspect.isclass(target) else target
     try:
         hints = typing.get_type_hints(function)
@@ -82,6 +86,8 @@ def _wrong_type(key: str, value: Any, expected: str) -> UserError:
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
+    if isinstance(value, int | float) and 2**53 <= abs(value) < math.inf:
+        return "too large"
     return _NAMES.get(type(value), type(value).__name__)
 
 
@@ -97,7 +103,7 @@ def _matches(value: Any, kind: Any) -> bool:
     if kind is bool:
         return isinstance(value, bool)
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is str:

@@ -175,20 +175,33 @@ def check_settings(exported: Exported, settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: Names those that differ.
     """
+    changes = other_settings(exported.model, exported.connection, settings)
+    if changes:
+        raise UserError(
+            f"{exported.folder} is a model of other settings; give {', '.join(changes)}"
+        )
+
+
+def other_settings(
+    model: Mapping[str, Any], connection: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[str]:
+    """What differs from the section ``model`` of a configuration, each as ``key=value (not …)``.
+
+    Args:
+        model: The `section_record` to compare with.
+        connection: Its connection's.
+        settings: The section, ``connection`` within it.
+    """
     sections = {
-        "model": (exported.model, section_record(settings)),
-        "connection": (exported.connection, section_record(settings["connection"])),
+        "model": (model, section_record(settings)),
+        "connection": (connection, section_record(settings["connection"])),
     }
-    changes = [
+    return [
         f"{section}.{'_target_' if name == 'class' else name}={theirs[name]} (not {ours[name]})"
         for section, (theirs, ours) in sections.items()
         for name in theirs
         if name in ours and name not in _OF_TRAINING and theirs[name] != ours[name]
     ]
-    if changes:
-        raise UserError(
-            f"{exported.folder} is a model of other settings; give {', '.join(changes)}"
-        )
 
 
 def build_network(
