@@ -3,6 +3,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from noisy_run import newest, run, sigterm_at
+from noisy_run import Noisy, newest, run, sigterm_at
+from torch.utils.data import DataLoader
 
 from mhc_lightning import checkpoint_files
 from mhc_lightning.checkpoint_files import point_link, write_checkpoint
@@ -156,6 +158,122 @@ def test_a_best_that_cannot_be_written_displaces_none(tmp_path, monkeypatch):
         run(tmp_path, 20, callbacks=[Scores()], every_n_steps=3, keep_last=1, keep_best=1)
     assert saved_steps(tmp_path / "checkpoints") == [10, 20]
     assert os.readlink(tmp_path / "checkpoints/best") == "step_00000010.ckpt"
+
+
+class Scored(pl.Callback):
+    """Gives validations the scores that are wanted."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        score = self.scores[trainer.global_step]
+        pl_module.log_dict({"score": score, "accuracy": 10 - score})
+
+
+def links(folder):
+    return {p.name: os.readlink(p) for p in (folder / "checkpoints").iterdir() if p.is_symlink()}
+
+
+@pytest.mark.parametrize("form", [{}, {"sharded": True}])
+@pytest.mark.parametrize("keep_last", [1, None])
+def test_best_is_of_the_branch_that_goes_on(tmp_path, form, keep_last):
+    """Its later steps are worse than those of the branch that was given up, which they replace."""
+    settings = {"every_n_steps": 5, "keep_best": 1, "monitor": "score", **form}
+    run(tmp_path, 15, callbacks=[Scored({5: 3.0, 10: 2.0, 15: 1.0})], keep_last=None, **settings)
+    end = "" if form else ".ckpt"
+    assert links(tmp_path)["best"] == f"step_00000015{end}"
+    worse = Scored({10: 8.0, 15: 7.0, 20: 6.0})
+    earlier = tmp_path / f"checkpoints/step_00000005{end}"
+    for steps in (10, 15, 20):
+        run(tmp_path, steps, resume=earlier, callbacks=[worse], keep_last=keep_last, **settings)
+        assert links(tmp_path)["best"] == f"step_00000005{end}"
+        earlier = newest(tmp_path)
+    assert saved_steps(tmp_path / "checkpoints") == ([5, 20] if keep_last else [5, 10, 15, 20])
+
+
+def test_there_is_no_best_where_a_branch_begins_without_one(tmp_path):
+    settings = {"every_n_steps": 4, "keep_last": None, "keep_best": 1, "monitor": "score"}
+    run(tmp_path, 5, callbacks=[Scored({5: 3.0})], **settings)
+    assert links(tmp_path)["best"] == "step_00000005.ckpt"
+    run(tmp_path, 6, resume=tmp_path / "checkpoints/step_00000004.ckpt",
+        callbacks=[Scored({5: float("nan")})], **settings)  # fmt: skip
+    assert "best" not in links(tmp_path)
+    assert saved_steps(tmp_path / "checkpoints") == [4, 5, 6]
+
+
+@pytest.mark.parametrize("change", [{"monitor": "accuracy"}, {"mode": "max"}])
+def test_scores_of_another_metric_are_not_compared(tmp_path, change):
+    settings = {"every_n_steps": 5, "keep_best": 1, "keep_last": 1, "monitor": "score"}
+    run(tmp_path, 5, callbacks=[Scored({5: 1.0})], **settings)
+    settings |= change
+    with pytest.warns(UserWarning, match=r"chosen anew; those so far \(\[5\]\) are kept"):
+        run(tmp_path, 10, resume=newest(tmp_path), callbacks=[Scored({10: 0.5})], **settings)
+    assert links(tmp_path)["best"] == "step_00000010.ckpt"
+    run(tmp_path, 15, resume=newest(tmp_path), callbacks=[Scored({15: 0.1})], **settings)
+    assert links(tmp_path)["best"] == "step_00000010.ckpt"
+    assert saved_steps(tmp_path / "checkpoints") == [5, 10, 15], "5 is kept for good"
+
+
+@pytest.mark.parametrize("form", [{}, {"sharded": True}])
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_copies_in_place_of_links_are_not_written_over(tmp_path, form, name):
+    """As tools that follow links leave them."""
+    run(tmp_path, 4, **form)
+    saved, copy = newest(tmp_path), tmp_path / "checkpoints" / name
+    copy.unlink(missing_ok=True)
+    (shutil.copytree if form else shutil.copy)(saved, copy)
+    for resume in (copy, saved):
+        with pytest.raises(UserError, match=f"{name} is no link but a copy.*delete it if"):
+            run(tmp_path, 8, resume=resume, **form)
+    assert not fault_in(copy) and not fault_in(saved)
+    (shutil.rmtree if form else os.unlink)(copy)
+    run(tmp_path, 8, resume=saved, **form)
+    assert saved_steps(tmp_path / "checkpoints") == [4, 8]
+
+
+def test_a_file_system_without_links_is_named_before_the_training(tmp_path, monkeypatch):
+    def refuse(self, target, target_is_directory=False):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(UserError, match=r"no symbolic links, which last and best are.*output_dir"):
+        run(tmp_path, hook=lambda *_: pytest.fail("it trains"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"max_epochs": 2}, 10),
+        ({"max_epochs": 2, "limit_train_batches": 3}, 6),
+        ({"max_epochs": 2, "accumulate_grad_batches": 3}, 4),
+        ({"max_epochs": 3, "max_steps": 7}, 7),
+        ({"max_epochs": 1, "val_check_interval": 1.0}, 5),
+    ],
+)
+def test_the_end_of_a_run_of_epochs_is_saved(tmp_path, settings, step):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[RunCheckpoint(tmp_path, every_n_steps=None)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    rows = [torch.sin(torch.arange(8.0) + k) for k in range(10)]
+    trainer.fit(Noisy(), DataLoader(rows, batch_size=2))
+    assert trainer.global_step == step and saved_steps(tmp_path) == [step]
+
+
+@pytest.mark.parametrize("form", [{}, {"sharded": True}, {"asynchronous": True}])
+@pytest.mark.parametrize("end", [4, 5, 6])  # due, in a validation, neither
+def test_a_finished_run_is_made_longer_from_the_weights_of_its_training(tmp_path, form, end):
+    """At the end of a run, averages take the place of the module's weights."""
+    run(tmp_path / "whole", 9, callbacks=[Averages()])
+    run(tmp_path / "longer", end, callbacks=[Averages()], **form)
+    run(tmp_path / "longer", 9, resume=newest(tmp_path / "longer"), callbacks=[Averages()], **form)
+    rows = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "longer")]
+    assert rows[0] == rows[1]
 
 
 def test_disk_full_is_survived_with_a_warning_per_failure(tmp_path, monkeypatch):

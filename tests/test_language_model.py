@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
@@ -209,6 +210,23 @@ def test_a_run_goes_on_with_the_settings_of_now(
     other = {AdamW: Muon, Muon: AdamW}[kind](lr=1e-2)
     with pytest.raises(UserError, match=f"optimizer is {kind.__name__}, not "):
         run(6, other, tmp_path / "4.ckpt")
+
+
+@pytest.mark.parametrize("limit", [-1.0, float("nan")])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_limit_that_turns_gradients_round_is_refused(
+    make: Make, limit: float, algorithm: str
+) -> None:
+    run = trainer(gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
+    with pytest.raises(UserError, match="gradient_clip_val must be at least 0"):
+        run.fit(make(), batches(4, 2))
+
+
+def test_scaled_gradients_are_refused(make: Make) -> None:
+    """A fused optimizer unscales them itself, after they were clipped."""
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(UserError, match=r"16-mixed is not supported.*use bf16-mixed"):
+        trainer(plugins=[scaled], gradient_clip_val=1.0).fit(make(), batches(4, 2))
 
 
 def test_gradient_norm_is_before_clipping(make: Make) -> None:

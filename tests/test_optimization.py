@@ -1,5 +1,7 @@
 """The optimizer recipe: groups and schedule."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -8,8 +10,9 @@ from mhc_lightning.modules import (
     HyperConnection,
     IdentityHyperConnection,
     ManifoldHyperConnection,
+    Transformer,
 )
-from mhc_lightning.optimization import AdamW, Muon
+from mhc_lightning.optimization import AdamW, Muon, go_on_with, settings_of
 
 
 def test_step_schedule_of_the_paper() -> None:
@@ -83,18 +86,17 @@ def test_parameters_too_coarse_for_their_updates_are_said_to_be(
     recipe: AdamW, recwarn: pytest.WarningsRecorder
 ) -> None:
     """What it says is so: a norm weight of 1 loses updates of 1e-3, and any below the part."""
-    for dtype, part in ((torch.bfloat16, 512), (torch.float16, 4096)):
-        network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).to(dtype)
-        network[0].bias.requires_grad_(False)
-        recipe.build(network, 10)
-        (said,) = {str(warning.message) for warning in recwarn.list}
-        recwarn.clear()
-        name = str(dtype).removeprefix("torch.")
-        assert f"3 of 3 trained parameters are {name}" in said and f"below 1/{part} of" in said
-        assert "trainer.precision=bf16-mixed" in said
-        lost = torch.rand(100) + 1
-        assert torch.equal((lost.to(dtype) * (1 - 0.99 / part)).to(dtype), lost.to(dtype))
-        assert torch.tensor(1.0).to(dtype) * (1 - 1.01 / part) < 1
+    dtype, part = torch.bfloat16, 512
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).to(dtype)
+    network[0].bias.requires_grad_(False)
+    recipe.build(network, 10)
+    (said,) = {str(warning.message) for warning in recwarn.list}
+    recwarn.clear()
+    assert "3 of 3 trained parameters are bfloat16" in said and f"below 1/{part} of" in said
+    assert "trainer.precision=bf16-mixed" in said
+    lost = torch.rand(100) + 1
+    assert torch.equal((lost.to(dtype) * (1 - 0.99 / part)).to(dtype), lost.to(dtype))
+    assert torch.tensor(1.0).to(dtype) * (1 - 1.01 / part) < 1
     for dtype in (torch.float32, torch.float64):
         recipe.build(torch.nn.Linear(4, 4, dtype=dtype), 10)
     recipe.build(torch.nn.Sequential(torch.nn.Linear(4, 4), frozen_half()), 10)
@@ -103,3 +105,102 @@ def test_parameters_too_coarse_for_their_updates_are_said_to_be(
 
 def frozen_half() -> torch.nn.Module:
     return torch.nn.Linear(4, 4).bfloat16().requires_grad_(False)
+
+
+@pytest.mark.parametrize("recipe", [AdamW(lr=1e-3), Muon(lr=1e-3)], ids=["AdamW", "Muon"])
+def test_float16_parameters_are_refused_because_their_moments_vanish(recipe: AdamW) -> None:
+    layer = torch.nn.Linear(4, 4, dtype=torch.float16)
+    with pytest.raises(UserError, match=r"2 of 2 trained parameters are float16.*bf16-mixed"):
+        recipe.build(layer, 10)
+    recipe.build(torch.nn.Sequential(layer.requires_grad_(False), torch.nn.Linear(4, 4)), 10)
+    # What it says is so: the second moment of such a gradient is zero, and so is eps.
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.float16))
+    weight.grad = torch.full_like(weight, 2e-4)
+    torch.optim.AdamW([weight], lr=1e-3, betas=(0.9, 0.95), eps=1e-20).step()
+    assert not weight.isfinite().any()
+
+
+class Adapter(torch.nn.Module):
+    """A low-rank adapter, which has no weight of its own."""
+
+    def __init__(self, base: torch.nn.Module, rows: int, columns: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(columns, 2, bias=False)
+        self.up = torch.nn.Linear(2, rows, bias=False)
+
+
+@pytest.mark.parametrize("change", ["none", "adapters", "tied", "bias"])
+def test_muon_takes_no_table_whatever_stands_in_its_place(
+    tiny_transformer: Callable[..., Transformer], change: str
+) -> None:
+    network = tiny_transformer()
+    inner = {id(p) for p in network.blocks.parameters() if p.dim() > 1}
+    size, dim = network.vocab_size, network.embedding.weight.shape[1]
+    if change == "adapters":
+        network.embedding = Adapter(network.embedding, size, dim)  # type: ignore[assignment]
+        network.output = Adapter(network.output, size, dim)  # type: ignore[assignment]
+    elif change == "tied":
+        network.output.weight = network.embedding.weight
+    elif change == "bias":
+        network.output = torch.nn.Linear(dim, size)
+    muon, tables, vectors = Muon(lr=1.0).build_optimizer(network).param_groups
+    assert {id(p) for p in muon["params"]} == inner
+    outer = [*network.embedding.parameters(), *network.output.parameters()]
+    assert {id(p) for p in tables["params"]} == {id(p) for p in outer if p.dim() > 1}
+    assert sum(len(g["params"]) for g in (muon, tables, vectors)) == len([*network.parameters()])
+    kept = {p: Muon(lr=1.0).state_per_value(network, p) for p in network.parameters()}
+    assert {id(p) for p, count in kept.items() if count == 1} == inner
+
+
+def test_muon_leaves_tables_and_kernels_of_other_modules_to_adamw() -> None:
+    parts = {
+        "conv": torch.nn.Conv2d(2, 4, 3),
+        "up": torch.nn.ConvTranspose1d(2, 4, 3),
+        "positions": torch.nn.Embedding(5, 4),
+        "bag": torch.nn.EmbeddingBag(5, 4),
+        "attention": torch.nn.MultiheadAttention(4, 2),
+        "linear": torch.nn.Linear(4, 4),
+    }
+    muon, tables, _ = Muon(lr=1.0).build_optimizer(torch.nn.ModuleDict(parts)).param_groups
+    names = {p: name for name, p in torch.nn.ModuleDict(parts).named_parameters()}
+    assert {names[p] for p in muon["params"]} == {
+        "attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"
+    }  # fmt: skip
+    assert {names[p] for p in tables["params"]} == {
+        "conv.weight", "up.weight", "positions.weight", "bag.weight"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "steps"),
+    [
+        (AdamW(lr=1.0), AdamW(lr=1.0), (10, 100)),
+        (AdamW(lr=1.0), AdamW(lr=1.0, warmup_steps=20), (100, 100)),
+        (AdamW(lr=1.0, schedule="cosine"), AdamW(lr=1.0, schedule="constant"), (20, 20)),
+        (Muon(lr=1.0, schedule="cosine"), Muon(lr=0.5, schedule="cosine"), (20, 40)),
+        (Muon(lr=1.0), Muon(lr=1.0), (10, 10)),
+    ],
+)
+def test_the_first_step_after_a_resume_has_the_learning_rate_of_the_schedule_of_now(
+    before: AdamW, now: AdamW, steps: tuple[int, int]
+) -> None:
+    (optimizer, scheduler), (other, other_scheduler) = (
+        recipe.build(torch.nn.Linear(2, 2), total)
+        for recipe, total in zip((before, now), steps, strict=True)
+    )
+    for _ in range(9):
+        optimizer.step()
+        scheduler.step()
+    settings = settings_of(other)
+    other.load_state_dict(optimizer.state_dict())
+    other_scheduler.load_state_dict(scheduler.state_dict())
+    changed = go_on_with(settings, other, other_scheduler)
+    same = (before, steps[0]) == (now, steps[1])
+    assert bool(changed) != same
+    for step in range(9, 15):
+        wanted = now.lr * now.factor(step, steps[1])
+        assert {group["lr"] for group in other.param_groups} == {wanted}
+        assert set(other_scheduler.get_last_lr()) == {wanted}
+        other.step()
+        other_scheduler.step()

@@ -1,10 +1,11 @@
 """Files written so that no crash can lose what was there, and checkpoints of one such file."""
 
 import contextlib
+import errno
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -47,6 +48,32 @@ def point_link(link: Path, target_name: str) -> None:
     aside.symlink_to(target_name)
     os.replace(aside, link)
     sync_folder(link.parent)
+
+
+def require_links(folder: Path, names: Collection[str]) -> None:
+    """Make sure that links of these names can be made, and replace nothing but links.
+
+    Raises:
+        UserError: One of them is a file or folder, or the file system has no symbolic links.
+        OSError: The folder cannot be written to.
+    """
+    for path in (folder / name for name in names):
+        if path.exists() and not path.is_symlink():
+            raise UserError(
+                f"{path} is no link but a copy, as some tools leave in place of one; delete it if"
+                " what it is a copy of is there too, else give it that name (step_…)"
+            )
+    probe = folder / f"{ASIDE}probe"
+    try:
+        probe.symlink_to(probe.name)
+        probe.unlink()
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        raise UserError(
+            f"the file system of {folder} has no symbolic links, which {' and '.join(names)} are"
+            f" ({error.strerror}); choose another output_dir"
+        ) from error
 
 
 def write_text_atomically(path: Path, text: str) -> None:

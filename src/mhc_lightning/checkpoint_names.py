@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+LAST, BEST = "last", "best"  # links beside the checkpoints
 _NAME = re.compile(r"step_([0-9]+)(\.ckpt)?")
 
 
@@ -43,7 +44,7 @@ def candidates_for_last(folder: Path) -> list[Path]:
     resuming from an earlier checkpoint.
     """
     saved = saved_checkpoints(folder)
-    link = folder / "last"
+    link = folder / LAST
     named = os.readlink(link) if link.is_symlink() else ""
     match = _NAME.fullmatch(named)
     if match:

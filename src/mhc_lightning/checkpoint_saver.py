@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from mhc_lightning.checkpoint_files import point_link
 from mhc_lightning.checkpoint_forms import Sharded, ShardedFolder, WholeFile, choose_form
-from mhc_lightning.checkpoint_names import checkpoint_name, checkpoints_of
+from mhc_lightning.checkpoint_names import BEST, LAST, checkpoint_name, checkpoints_of
 from mhc_lightning.checkpoint_retention import Retention
 from mhc_lightning.errors import UserError
 from mhc_lightning.finiteness import require_finite
@@ -69,6 +69,19 @@ class CheckpointSaver:
         own = path.parent == self.folder.resolve() and path.exists()
         self.resumed_from = self.folder / path.name if own else None
         self.saved_step = step
+
+    def point_best(self) -> None:
+        """In the first process: of a run that goes on, let `best` name the best one so far.
+
+        It may name a later one, of the branch that was given up, which is to be written over.
+        """
+        if self.resumed_from is None:
+            return
+        steps = self.retention.best_steps()
+        for path in checkpoints_of(self.folder, steps[0]) if steps else []:
+            point_link(self.folder / BEST, path.name)
+        if not steps:
+            (self.folder / BEST).unlink(missing_ok=True)
 
     def take(self, trainer: pl.Trainer) -> dict[str, Any]:
         """What to save of the run as it is; the tensors in it may be the live ones."""
@@ -125,13 +138,13 @@ class CheckpointSaver:
 
     def _commit(self, path: Path, step: int, best: int | None, spared: set[int]) -> None:
         """In the first process, once a checkpoint has its name: move the links, then prune."""
-        point_link(self.folder / "last", path.name)
+        point_link(self.folder / LAST, path.name)
         for other in checkpoints_of(self.folder, step):
             if other != path:
                 remove_checkpoint(other)  # of the other form
         if best is not None:
             for saved in checkpoints_of(self.folder, best):
-                point_link(self.folder / "best", saved.name)
+                point_link(self.folder / BEST, saved.name)
         self.retention.prune(self.folder, newest=step, spared=spared)
 
 

@@ -13,9 +13,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mhc_lightning.checkpoint_files import point_link
+from mhc_lightning.checkpoint_files import point_link, require_links
 from mhc_lightning.checkpoint_forms import Sharded, read_folders_too
-from mhc_lightning.checkpoint_names import saved_steps
+from mhc_lightning.checkpoint_names import BEST, LAST, saved_steps
 from mhc_lightning.checkpoint_retention import Retention
 from mhc_lightning.checkpoint_saver import CheckpointSaver
 from mhc_lightning.errors import UserError
@@ -115,6 +115,7 @@ class RunCheckpoint(Checkpoint):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
+            require_links(self.folder, (LAST, BEST))
         except OSError as error:
             raise UserError(
                 f"cannot write checkpoints to {self.folder}: {error.strerror or error};"
@@ -126,6 +127,8 @@ class RunCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note_sigterm)
         self._seen_step = trainer.global_step
+        if trainer.is_global_zero:
+            self.saver.point_best()
         if self._random_state is not None:
             restore_random_state(self._random_state, pl_module.device)
 
@@ -157,7 +160,7 @@ class RunCheckpoint(Checkpoint):
             return
         self._seen_step = step
         self._agree_on_stopping(trainer)
-        last = step >= trainer.max_steps > 0 or trainer.should_stop
+        last = step >= trainer.max_steps > 0 or trainer.should_stop or _is_last_of_epochs(trainer)
         self._due = last or self._stopping or step % (self.every_n_steps or step + 1) == 0
         if self._asked:
             self._asked, self._due = False, True
@@ -202,6 +205,11 @@ class RunCheckpoint(Checkpoint):
         if self._due:
             self._write(trainer, validation_pending=False)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what is due: as a run ends, callbacks may leave the module other weights."""
+        if self._due and self._snapshot is not None:
+            self._write(trainer, validation_pending=False)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the end of the run, and wait for what is being written."""
         self.saver.settle()
@@ -223,15 +231,34 @@ class RunCheckpoint(Checkpoint):
     # ---- what the checkpoint holds
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores of the best checkpoints so far, and which are kept for good."""
-        return {"scores": dict(self.retention.scores), "kept": sorted(self.retention.kept)}
+        """The scores of the best checkpoints so far, of what, and which are kept for good."""
+        return {
+            "scores": dict(self.retention.scores),
+            "scored_by": [self.monitor, self.retention.mode],
+            "kept": sorted(self.retention.kept),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the scores and what is kept, as far as the checkpoints are still there."""
+        """Take up the scores and what is kept, as far as the checkpoints are still there.
+
+        Scores of another metric, or mode, compare with none of now: what was best by them is kept
+        for good, and the best are chosen anew.
+        """
         there = set(saved_steps(self.folder))
-        scores = state_dict["scores"]
-        self.retention.scores = {s: scores[s] for s in scores if s in there}
+        scores = {s: score for s, score in state_dict["scores"].items() if s in there}
         self.retention.kept = there & set(state_dict.get("kept", ()))
+        now = [self.monitor, self.retention.mode]
+        before = state_dict.get("scored_by", now)
+        if before == now:
+            self.retention.scores = scores
+            return
+        self.retention.scores = {}
+        self.retention.kept |= set(scores)
+        if scores:
+            rank_zero_warn(
+                f"checkpoint.monitor and mode are {' '.join(now)}, and were {' '.join(before)}: the"
+                f" best checkpoints are chosen anew; those so far ({sorted(scores)}) are kept"
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -255,7 +282,7 @@ class RunCheckpoint(Checkpoint):
             if hasattr(logger, "resume_from"):
                 logger.resume_from(checkpoint["global_step"])
         if self.saver.resumed_from is not None:
-            point_link(self.folder / "last", self.saver.resumed_from.name)
+            point_link(self.folder / LAST, self.saver.resumed_from.name)
 
     # ---- saving
 
@@ -311,6 +338,13 @@ class RunCheckpoint(Checkpoint):
             self.saver.settle()
             trainer.strategy.barrier("RunCheckpoint")
             raise SIGTERMException(128 + signal.SIGTERM)
+
+
+def _is_last_of_epochs(trainer: pl.Trainer) -> bool:
+    """Whether the batch is the last one of a run that is measured in epochs."""
+    loop = trainer.fit_loop
+    epochs = -1 if loop.max_epochs is None else loop.max_epochs
+    return loop.epoch_loop.batch_progress.is_last_batch and 0 < epochs <= trainer.current_epoch + 1
 
 
 def _loops_at_step_end(loops: dict[str, Any], validation_pending: bool) -> dict[str, Any]:

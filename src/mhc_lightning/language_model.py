@@ -120,7 +120,19 @@ class LanguageModel(pl.LightningModule):
             self._weights = None
 
     def on_fit_start(self) -> None:
-        """Load given weights, now that every strategy has brought the network to life."""
+        """Load given weights, now that every strategy has brought the network to life.
+
+        Raises:
+            UserError: The trainer would clip gradients wrongly.
+        """
+        limit = self.trainer.gradient_clip_val
+        if limit is not None and not limit >= 0:
+            raise UserError(f"trainer.gradient_clip_val must be at least 0, or null, not {limit}")
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError(
+                f"trainer.precision={self.trainer.precision} is not supported (gradients would be"
+                " clipped at their scaled size); use bf16-mixed"
+            )
         self._take_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -9,12 +9,14 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
 from mhc_lightning.muon import MuonAdamW
+from mhc_lightning.optimizer_names import keep_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +72,18 @@ class AdamW:
     def build(self, module: nn.Module, total_steps: int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer and the scheduler (to be stepped once per optimizer step).
 
-        Warns if parameters are kept in a precision that loses updates.
+        Warns if parameters are kept in a precision that loses updates. What the optimizer saves
+        is loaded for the same parameters alone: see `keep_names`.
 
         Args:
             module: Whose parameters to train; frozen ones are left out.
             total_steps: Steps of the whole run.
+
+        Raises:
+            UserError: Parameters are float16.
         """
-        optimizer = self.build_optimizer(module)
-        _warn_of_lost_updates(module)
+        _check_precision(module)
+        optimizer = keep_names(self.build_optimizer(module), module)
         return optimizer, LambdaLR(optimizer, partial(self.factor, total_steps=total_steps))
 
     def build_optimizer(self, module: nn.Module) -> Optimizer:
@@ -123,8 +129,10 @@ class AdamW:
 class Muon(AdamW):
     """Muon for matrices, AdamW for the rest, with the same schedule (arXiv 2606.19348).
 
-    AdamW takes the embedding, the output projection and all vectors: norm weights and the
-    connections' biases and gates. Muon takes everything else, the connections' ``phi`` included.
+    AdamW takes the embedding and the output projection, whatever module stands in their place (an
+    adapter and what it wraps, say), all vectors (norm weights, biases, the connections' gates), and
+    the tables and kernels of further ``nn.Embedding``, ``nn.EmbeddingBag`` and convolutions. Muon
+    takes everything else, the connections' ``phi`` included.
 
     Attributes:
         momentum: Of Muon, with Nesterov's look-ahead.
@@ -146,14 +154,14 @@ class Muon(AdamW):
 
     def build_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer over the parameters of ``module`` that are trained."""
-        trained = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in trained if self._is_for_muon(module, p)]
-        tables = [p for p in trained if p.dim() > 1 and not self._is_for_muon(module, p)]
+        trained, tables = [p for p in module.parameters() if p.requires_grad], _tables(module)
+        matrices = [p for p in trained if p.dim() > 1 and p not in tables]
+        others = [p for p in trained if p.dim() > 1 and p in tables]
         vectors = [p for p in trained if p.dim() <= 1]
         return MuonAdamW(
             [
                 {"params": matrices, "weight_decay": self.weight_decay, "muon": True},
-                {"params": tables, "weight_decay": self.weight_decay, "muon": False},
+                {"params": others, "weight_decay": self.weight_decay, "muon": False},
                 {"params": vectors, "weight_decay": 0.0, "muon": False},
             ],
             lr=self.lr,
@@ -165,22 +173,35 @@ class Muon(AdamW):
 
     def state_per_value(self, module: nn.Module, parameter: nn.Parameter) -> int:
         """Numbers kept for each value of one of ``module``'s parameters: a momentum, or AdamW's."""
-        return 1 if self._is_for_muon(module, parameter) else 2
-
-    @staticmethod
-    def _is_for_muon(module: nn.Module, parameter: nn.Parameter) -> bool:
-        tables = {
-            id(table)
-            for network in module.modules()
-            if isinstance(network, Transformer)
-            for table in (network.embedding.weight, network.output.weight)
-        }
-        return parameter.dim() > 1 and id(parameter) not in tables
+        return 1 if parameter.dim() > 1 and parameter not in _tables(module) else 2
 
 
-def _warn_of_lost_updates(module: nn.Module) -> None:
-    """Say so if parameters are too coarse for the updates that they get."""
+def _tables(module: nn.Module) -> set[nn.Parameter]:
+    """Parameters that are no linear map from one hidden vector to another, as far as is known."""
+    found: list[nn.Module] = []
+    for part in module.modules():
+        if isinstance(part, Transformer):
+            found += [part.embedding, part.output]
+        elif isinstance(part, nn.Embedding | nn.EmbeddingBag | _ConvNd):
+            found.append(part)
+    return {parameter for part in found for parameter in part.parameters()}
+
+
+def _check_precision(module: nn.Module) -> None:
+    """Refuse parameters that are too narrow for their moments, or warn of updates that are lost.
+
+    Raises:
+        UserError: Trained parameters are float16.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
+    narrow = sum(p.dtype == torch.float16 for p in trained)
+    if narrow:
+        # Second moments vanish there, and an eps beside them: 0 / 0.
+        raise UserError(
+            f"{narrow} of {len(trained)} trained parameters are float16, which does not hold the"
+            " square of a gradient below 0.0002: AdamW would divide by zero; train with"
+            " trainer.precision=bf16-mixed, which keeps parameters float32"
+        )
     half = [p for p in trained if p.is_floating_point() and p.dtype.itemsize < 4]
     if not half:
         return
@@ -215,15 +236,19 @@ def go_on_with(
         Saved and present value of what differs, by name.
     """
     changed: dict[str, tuple[Any, Any]] = {}
-    for k, (group, now) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
+    # Groups that were added after `settings_of` are left as they were saved.
+    for k, (group, now) in enumerate(zip(optimizer.param_groups, settings, strict=False)):
         for name, value in now.items():
             saved = group.get(name)
             if saved == value:
                 continue
             changed.setdefault("lr" if name == "initial_lr" else name, (saved, value))
             group[name] = value
-            if name == "initial_lr":
-                scheduler.base_lrs[k] = value
-                group["lr"] = value * scheduler.lr_lambdas[k](scheduler.last_epoch)
+        scheduler.base_lrs[k] = group["initial_lr"]
+        # Of the schedule of now, from the first step on: what was saved is the old one's.
+        factor = scheduler.lr_lambdas[k](scheduler.last_epoch)
+        saved, group["lr"] = group["lr"], group["initial_lr"] * factor
+        if saved != group["lr"] and "lr" not in changed:
+            changed["the next step's learning rate"] = saved, group["lr"]
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
     return changed

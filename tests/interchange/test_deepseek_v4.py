@@ -149,6 +149,22 @@ def test_what_does_not_fit_is_named(settings, network):
         assert text in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["layers.0.hc_attn_fn", "layers.1.hc_ffn_base", "hc_head_base"])
+def test_values_that_would_be_other_ones_are_refused(settings, network, name):
+    model = network(settings)
+    tensors, record = to_deepseek_v4(model)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        changed = {**tensors, name: tensors[name].to(dtype)}
+        with pytest.raises(UserError, match=f"{name} is {dtype}: quantised"):
+            from_deepseek_v4(model, changed, record)
+    for value in (float("nan"), float("inf")):
+        changed = {**tensors, name: torch.full_like(tensors[name], value)}
+        with pytest.raises(UserError, match=f"{name} .*not finite"):
+            from_deepseek_v4(model, changed, record)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
 def test_epsilons_of_the_released_models_are_asked_for(settings, network):
     tensors, _ = to_deepseek_v4(network(settings))
     with pytest.raises(UserError, match=r"connection\.eps is 1e-20.*connection\.eps=1e-06"):

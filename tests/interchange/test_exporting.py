@@ -119,6 +119,70 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, settings, network):
     identical(before, model.state_dict())
 
 
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 1])
+def test_tied_weights_are_each_written(tmp_path, settings, network, shard_bytes):
+    model = network(settings)
+    model.output.weight = model.embedding.weight
+    export(model, tmp_path / "out", settings, shard_bytes=shard_bytes)
+    back = load_exported(tmp_path / "out")
+    identical(model.state_dict(), back.state_dict())
+    assert torch.equal(model(TOKENS), back(TOKENS))
+
+
+def test_quantised_weights_are_refused_both_ways(tmp_path, settings, network):
+    model = network(settings)
+    export(model, tmp_path / "out", settings)
+    file = tmp_path / "out/model.safetensors"
+    tensors = load_file(file)
+    for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool, torch.int64):
+        changed = {**tensors, "output.weight": tensors["output.weight"].to(dtype)}
+        with pytest.raises(UserError, match=r"holds what is no plain weight, output\.weight"):
+            export(changed, tmp_path / "other", settings)
+        save_file(changed, file)
+        for attempt in (
+            lambda: load_exported(tmp_path / "out"),
+            lambda: import_model(tmp_path / "out", model),
+        ):
+            with pytest.raises(UserError, match=r"output\.weight.*quantised weights are not read"):
+                attempt()
+    packed = {**tensors, "output.dtype": torch.qint8}
+    with pytest.raises(UserError, match=r"output\.dtype \(is it quantised\?\)"):
+        export(packed, tmp_path / "other", settings)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path, settings, network):
+    export(network(settings), tmp_path / "out", settings, shard_bytes=1)
+    first, second, *_ = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    both = load_file(first)
+    save_file({**{name: torch.zeros_like(both[name]) for name in both}, **load_file(second)},
+              second)  # fmt: skip
+    with pytest.raises(UserError, match=f"holds {next(iter(both))} twice"):
+        load_exported(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "said"),
+    [
+        (None, {"step": float("inf")}, "is incomplete"),
+        ("model", {"class": ...}, "model names no class"),
+        ("connection", {"class": ...}, "connection names no class"),
+        ("model", {"vocab_size": 10**30}, "does not fit this version: [^\n]*$"),
+    ],
+)
+def test_a_damaged_record_is_refused_in_a_line(tmp_path, settings, network, section, change, said):
+    export(network(settings), tmp_path / "out", settings)
+    file = tmp_path / "out/config.json"
+    record = json.loads(file.read_text())
+    part = record if section is None else record[section]
+    part |= change
+    for name in [name for name in part if part[name] is ...]:
+        del part[name]
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=said):
+        load_exported(tmp_path / "out")
+
+
 def test_a_cut_file_is_refused(tmp_path, settings, network):
     export(network(settings), tmp_path / "out", settings)
     file = tmp_path / "out/model.safetensors"

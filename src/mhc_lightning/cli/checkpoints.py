@@ -1,5 +1,6 @@
 """Which checkpoint a command means, and whether it fits the model."""
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mhc_lightning.checkpoint_folders import SavedTensors, is_checkpoint_folder
-from mhc_lightning.checkpoint_names import candidates_for_last
+from mhc_lightning.checkpoint_names import LAST, candidates_for_last
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import CHECKPOINTS, CONFIG, holds_run, is_first_process
 from mhc_lightning.errors import UserError
@@ -63,8 +64,12 @@ def find_checkpoint(experiment: Experiment) -> Path | None:
 
 
 def _newest_sound(folder: Path, output_dir: Path) -> Path | None:
-    candidates = candidates_for_last(folder)
+    candidates, link = candidates_for_last(folder), folder / LAST
     faults: list[tuple[str, str]] = []
+    if link.is_symlink() and not link.exists():
+        faults.append((os.readlink(link), "missing"))
+    elif link.exists() and not link.is_symlink():
+        faults.append((str(link), "no link but a copy of one (step_…, a name to give it)"))
     for path in candidates:
         fault = fault_in(path)
         if fault is None:

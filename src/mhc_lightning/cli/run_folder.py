@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mhc_lightning.checkpoint_names import saved_checkpoints
+from mhc_lightning.checkpoint_names import BEST, LAST, saved_checkpoints
 from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _run_files(folder: Path) -> Any:
         yield from folder.glob("events.out.tfevents.*")
         for _, checkpoint in saved_checkpoints(folder / CHECKPOINTS):
             yield checkpoint
-        for name in ("last", "best"):
+        for name in (LAST, BEST):
             if os.path.lexists(link := folder / CHECKPOINTS / name):  # it may lead nowhere
                 yield link
 

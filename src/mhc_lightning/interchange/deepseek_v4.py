@@ -77,10 +77,12 @@ def connection_from_deepseek_v4(
     """Copy V4's ``fn``, ``base`` and ``scale`` into a connection.
 
     Raises:
-        UserError: Names the tensors that are missing, left over or of another shape.
+        UserError: Names the tensors that are missing, left over or of another shape, or one that
+            is quantised or not finite.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_tensors(shapes, connection_to_deepseek_v4(connection), "the connection")
+    _check_values(tensors)
     n = connection.num_streams
     with torch.no_grad():
         connection.phi.copy_(_transpose_comb(tensors["fn"], n).t())
@@ -135,8 +137,9 @@ def from_deepseek_v4(
             models say).
 
     Raises:
-        UserError: Names tensors that are missing, left over or of another shape, settings that the
-            network's connections do not have, or a head that is not the streams' mean.
+        UserError: Names tensors that are missing, left over or of another shape, one that is
+            quantised or not finite, settings that the network's connections do not have, or a head
+            that is not the streams' mean.
     """
     settings = settings or DeepseekV4Settings()
     found = {}
@@ -150,6 +153,7 @@ def from_deepseek_v4(
         wanted = {name: t for name, t in wanted.items() if not name.startswith("hc_head")}
     shapes = {name: tensor.shape for name, tensor in found.items()}
     check_tensors(shapes, wanted, "the DeepSeek-V4 model")
+    _check_values(found)
     for key, own, theirs in (
         ("sinkhorn_iterations", ours.hc_sinkhorn_iters, settings.hc_sinkhorn_iters),
         ("eps", ours.rms_norm_eps, settings.rms_norm_eps),
@@ -219,6 +223,21 @@ def static_mappings(base: Tensor, settings: DeepseekV4Settings) -> StreamMapping
         mixing = mixing / (mixing.sum(-2, keepdim=True) + eps)
     mappings = (torch.sigmoid(pre) + eps, 2 * torch.sigmoid(post), mixing.T)
     return StreamMappings(*(mapping.unsqueeze(0) for mapping in mappings))
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what would be copied as other numbers than were meant.
+
+    Raises:
+        UserError: A tensor is quantised or not finite.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise UserError(
+                f"{name} is {tensor.dtype}: quantised weights are not read; give float32 ones"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{name} of the DeepSeek-V4 model has values that are not finite")
 
 
 def _deepseek_name(name: str) -> str:

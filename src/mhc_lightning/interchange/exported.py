@@ -136,7 +136,7 @@ def open_exported(folder: str | Path) -> Exported:
             int(record["step"]),
             dict(record.get("files", {})),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} is incomplete: {error!r}") from error
 
 
@@ -214,6 +214,9 @@ def build_network(
     Raises:
         UserError: A class is unknown, or does not take the arguments.
     """
+    for name, section in (("model", model), ("connection", connection)):
+        if "class" not in section:
+            raise UserError(f"{where} is incomplete: {name} names no class")
     connection_class = _class_named(connection["class"], Connection, where)
     model_class = _class_named(model["class"], Transformer, where)
     try:
@@ -221,7 +224,8 @@ def build_network(
             connection=partial(connection_class, **_arguments(connection)), **_arguments(model)
         )
     except TypeError as error:
-        raise UserError(f"{where} does not fit this version: {error}") from error
+        reason = str(error).partition("\n")[0]  # torch adds where in its own code
+        raise UserError(f"{where} does not fit this version: {reason}") from error
 
 
 def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:

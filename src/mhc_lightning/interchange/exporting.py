@@ -59,8 +59,8 @@ def export_model(
         overwrite: Whether to replace an exported model that the folder already holds.
 
     Raises:
-        UserError: The settings are not those of this model, the tokenizer has more ids than it,
-            or the folder is taken or cannot be written.
+        UserError: The settings are not those of this model, it is quantised, the tokenizer has more
+            ids than it, or the folder is taken or cannot be written.
     """
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -75,6 +75,14 @@ def export_model(
     with torch.device("meta"):
         rebuilt = build_network(record["model"], record["connection"], "the configuration")
     described = tensors.on_meta() if isinstance(tensors, SavedTensors) else tensors
+    others = [name for name, tensor in described.items()
+              if not isinstance(tensor, Tensor)
+              or not (tensor.is_floating_point() and tensor.itemsize > 1)]  # fmt: skip
+    if others:
+        raise UserError(
+            f"the model to export holds what is no plain weight, {others[0]} (is it quantised?);"
+            " export the one it was made from"
+        )
     check_tensors(
         {name: tensor.shape for name, tensor in described.items()},
         rebuilt.state_dict(),

@@ -20,6 +20,7 @@ from mhc_lightning.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = ("F64", "F32", "BF16", "F16")  # of weights, as the format names them
 _METADATA = {"format": "pt"}  # readers of the Hugging Face libraries ask for it
 
 
@@ -27,7 +28,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
     """Write tensors to ``folder``, in their order, as they are (dtype and bits).
 
     Args:
-        tensors: By name, no two sharing memory.
+        tensors: By name; of those that share memory, as tied weights do, each is written.
         folder: Where the files go.
         shard_bytes: How many bytes of tensors one file holds at most; a larger tensor gets a file
             of its own.
@@ -58,13 +59,22 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in ``folder``, without reading the tensors.
 
     Raises:
-        UserError: A file is missing or damaged.
+        UserError: A file is missing or damaged, a tensor is in two, or one holds no numbers of at
+            least 16 bits with a fraction, as quantised weights do.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in _files(folder):
         with _opened(file) as content:
             for name in content.keys():  # noqa: SIM118  (it is no mapping)
-                shapes[name] = tuple(content.get_slice(name).get_shape())
+                if name in shapes:
+                    raise UserError(f"{folder} holds {name} twice, in {file.name} too")
+                part = content.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{name} in {file} is {part.get_dtype()}, not one of {', '.join(_DTYPES)}:"
+                        " quantised weights are not read"
+                    )
+                shapes[name] = tuple(part.get_shape())
     return shapes
 
 
@@ -95,7 +105,13 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
 
 
 def _save(tensors: Mapping[str, Tensor], names: list[str], file: Path) -> None:
-    chosen = {name: tensors[name].detach().cpu().contiguous() for name in names}
+    chosen: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name in names:
+        tensor = tensors[name].detach().cpu().contiguous()
+        own = tensor.untyped_storage().data_ptr()
+        chosen[name] = tensor.clone() if own in memory else tensor  # the format shares nothing
+        memory.add(own)
     try:
         save_file(chosen, file, metadata=_METADATA)
     except SafetensorError as error:  # its way to say that the disk is full

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from mhc_lightning.checkpoint_folders import SavedTensors, load_folder
 from mhc_lightning.modules.initialisation import held_rows
+from mhc_lightning.optimizer_names import NAMES, check_names
 from mhc_lightning.strategies.sharding import load_rows
 
 
@@ -106,10 +107,8 @@ class WholeState:
             The tensors, by ``<entry>.<name of the parameter>``, and the parameter groups of the
             whole optimizer, with the parameters' names.
         """
-        groups = zip(optimizer.param_groups, self._whole_groups(optimizer), strict=True)
-        return self._optimizer_tensors(optimizer), [
-            {**group, "params": names} for group, names in groups
-        ]
+        names = self._whole_groups(optimizer)
+        return self._optimizer_tensors(optimizer), _saved_groups(optimizer, names, names)
 
     def gather_optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole optimizer's ``state_dict`` on rank zero; else an empty one.
@@ -125,23 +124,22 @@ class WholeState:
         for key in sorted(gathered):
             entry, name = key.split(".", 1)
             states.setdefault(numbers[name], {})[entry] = gathered[key]
-        param_groups = [
-            {
-                **{k: v for k, v in group.items() if k != "params"},
-                "params": [numbers[name] for name in whole],
-            }
-            for group, whole in zip(optimizer.param_groups, groups, strict=True)
-        ]
+        params = [[numbers[name] for name in group] for group in groups]
+        param_groups = _saved_groups(optimizer, groups, params)
         return {"state": dict(sorted(states.items())), "param_groups": param_groups}
 
     def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        """Load this process's part of a whole optimizer's ``state_dict``."""
+        """Load this process's part of a whole optimizer's ``state_dict``.
+
+        Raises:
+            UserError: It was saved for other parameters.
+        """
         parameters = {name: p for p, name in self._names().items()}
+        whole_groups = self._whole_groups(optimizer)
+        check_names([group.get(NAMES) for group in state["param_groups"]], whole_groups)
         values = {
             name: {key: _part(value, parameters[name]) for key, value in entries.items()}
-            for names, group in zip(
-                self._whole_groups(optimizer), state["param_groups"], strict=True
-            )
+            for names, group in zip(whole_groups, state["param_groups"], strict=True)
             for name, number in zip(names, group["params"], strict=True)
             if name in parameters and (entries := state["state"].get(number)) is not None
         }
@@ -150,6 +148,7 @@ class WholeState:
     def _load_optimizer_part(
         self, optimizer: Optimizer, saved: SavedTensors, groups: Sequence[Mapping[str, Any]]
     ) -> None:
+        check_names([group["params"] for group in groups], self._whole_groups(optimizer))
         parameters = {name: p for p, name in self._names().items()}
         parts: dict[str, Tensor] = {}
         values: dict[str, dict[str, Tensor]] = {}
@@ -175,7 +174,8 @@ class WholeState:
         own = [names[p] for group in optimizer.param_groups for p in group["params"]]
         state = {k: values[name] for k, name in zip(numbers, own, strict=True) if name in values}
         merged = [
-            {**saved, "params": ours["params"]} for saved, ours in zip(groups, local, strict=True)
+            {**saved, **{key: ours[key] for key in ("params", NAMES) if key in ours}}
+            for saved, ours in zip(groups, local, strict=True)
         ]
         optimizer.load_state_dict({"state": state, "param_groups": merged})
 
@@ -234,6 +234,17 @@ class WholeState:
                 dist.recv(buffer, group=group, group_src=stage)
                 gathered[name] = buffer.cpu()
         return gathered
+
+
+def _saved_groups(
+    optimizer: Optimizer, names: Sequence[Sequence[str]], params: Sequence[Sequence[Any]]
+) -> list[dict[str, Any]]:
+    """An optimizer's groups with the parameters of the whole one; named if they are by itself."""
+    own = optimizer.state_dict()["param_groups"]
+    return [
+        {**group, "params": numbers, **({NAMES: named} if NAMES in group else {})}
+        for group, named, numbers in zip(own, names, params, strict=True)
+    ]
 
 
 def _whole_tensors(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
