@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -260,7 +261,7 @@ def test_the_end_of_a_run_of_epochs_is_saved(tmp_path, settings, step):
         enable_model_summary=False,
         **settings,
     )
-    rows = [torch.sin(torch.arange(8.0) + k) for k in range(10)]
+    rows: Any = [torch.sin(torch.arange(8.0) + k) for k in range(10)]
     trainer.fit(Noisy(), DataLoader(rows, batch_size=2))
     assert trainer.global_step == step and saved_steps(tmp_path) == [step]
 

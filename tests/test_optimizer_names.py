@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -120,7 +121,7 @@ def test_a_run_goes_on_with_the_same_parameters_alone(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        batch = torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
+        batch: Any = torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
         data = DataLoader(batch.expand(40, 6), batch_size=2)
         trainer.fit(module, data, ckpt_path=resume, weights_only=False)
         return torch.cat([p.detach().flatten() for p in module.parameters()])
