@@ -174,6 +174,7 @@ def test_a_damaged_record_is_refused_in_a_line(tmp_path, settings, network, sect
     export(network(settings), tmp_path / "out", settings)
     file = tmp_path / "out/config.json"
     record = json.loads(file.read_text())
+    del record["checksum"]  # as of an earlier version, or edited by hand
     part = record if section is None else record[section]
     part |= change
     for name in [name for name in part if part[name] is ...]:
