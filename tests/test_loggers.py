@@ -159,3 +159,12 @@ def test_tensorboard_survives_a_full_disk(tmp_path):
     log.log_metrics({"loss": 6.0}, 6)
     log.save()
     assert points(tmp_path, "loss") == [(k, float(k)) for k in range(1, 7)]
+
+
+def test_a_flipped_byte_does_not_keep_a_run_from_going_on(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"step,loss\n1,2.0\n2,1\xff5\n3,1.0\n")
+    logger = MetricsCSV(tmp_path)
+    logger.resume_from(2)
+    logger.log_metrics({"loss": 4.0}, 3)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
+    assert rows(tmp_path)[0]["loss"] == "2.0" and float(rows(tmp_path)[2]["loss"]) == 4.0

@@ -104,7 +104,7 @@ class MetricsCSV(Logger):
             return self._columns
         self._columns = [STEP]
         if self.path.exists():
-            with open(self.path, encoding="utf-8", newline="") as file:
+            with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
                 self._columns = next(csv.reader(file), [STEP])
             rows = list(self._rows())
             self._rewrite(rows)  # without a cut last line
@@ -115,7 +115,7 @@ class MetricsCSV(Logger):
 
     def _rows(self) -> list[dict[str, str]]:
         """Complete rows of the file, as text by column, empty cells left out."""
-        text = self.path.read_text(encoding="utf-8")
+        text = self.path.read_text(encoding="utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(whole))
         columns = len(reader.fieldnames or [])

@@ -95,3 +95,14 @@ def test_a_table_takes_one_choice_after_the_other(tmp_path):
     assert read_table(path) == {"a": {"n4": START, "n2": START}, "b": {"n4": START}}
     assert json.loads(path.read_text())["device"] == "a GPU"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[-16, 64, 4, 2], [0, 64, 4, 2], [16, 48, 4, 2], [16, 64, 64, 2], [16, 64, 4, 0], [16]],
+)
+def test_sizes_that_no_kernel_can_have_are_left_out(tmp_path, values):
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"choices": {"merge_forward": {"n4-c64-float32": values}}}))
+    with pytest.warns(UserWarning, match="which is no table of block sizes"):
+        assert read_table(file) == {}

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -120,7 +120,7 @@ def read_table(path: Path) -> Table:
     try:
         choices = json.loads(path.read_text(encoding="utf-8"))["choices"]
         return {
-            kernel: {key: Config(*map(int, values)) for key, values in shapes.items()}
+            kernel: {key: _config(values) for key, values in shapes.items()}
             for kernel, shapes in choices.items()
         }
     except FileNotFoundError:
@@ -128,6 +128,20 @@ def read_table(path: Path) -> Table:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"left out {path}, which is no table of block sizes: {error}", stacklevel=2)
         return {}
+
+
+def _config(values: Sequence[int]) -> Config:
+    """A choice as a file has it.
+
+    Raises:
+        ValueError, TypeError: No kernel could be cut so.
+    """
+    config = Config(*map(int, values))
+    tokens, width, warps, stages = config
+    powers = all(value > 0 and value & (value - 1) == 0 for value in (tokens, width, warps))
+    if not powers or warps > 32 or stages < 1:
+        raise ValueError(f"{list(values)} are no block sizes")
+    return config
 
 
 def add_to_table(path: Path, kernel: str, key: str, config: Config, measured_on: dict) -> None:
