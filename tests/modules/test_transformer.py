@@ -1,6 +1,7 @@
 """The Transformer: equality at initialisation, causality, variants, counts."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -264,6 +265,12 @@ def test_flops_per_token_of_a_dense_model() -> None:
         ({"rope_dim": 3}, "model.rope_dim must be even"),
         ({"num_layers": 0}, "model.num_layers must be at least 1, not 0"),
         ({"vocab_size": 0}, "model.vocab_size must be at least 1, not 0"),
+        ({"num_experts": -1}, "model.num_experts must be at least 0, not -1"),
+        ({"num_shared_experts": -1}, "model.num_shared_experts must be at least 0, not -1"),
+        ({"num_dense_layers": -1}, "model.num_dense_layers must be at least 0, not -1"),
+        ({"rope_theta": 0.0}, "model.rope_theta must be at least 1, not 0"),
+        ({"norm_eps": -1.0}, "model.norm_eps must be at least 0, not -1"),
+        ({"bias_update_speed": math.nan}, "model.bias_update_speed must be at least 0, not nan"),
         ({**EXPERTS, "num_active_experts": 9}, "model.num_active_experts must be between"),
     ],
 )

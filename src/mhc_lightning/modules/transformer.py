@@ -156,21 +156,27 @@ class Transformer(nn.Module):
         init_std: float = 0.006,
     ) -> None:
         super().__init__()
-        at_least_one = {
-            "vocab_size": vocab_size,
-            "dim": dim,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "ffn_dim": ffn_dim,
-            "num_streams": num_streams,
-            "head_dim": head_dim,
-            "kv_rank": kv_rank,
+        least: dict[str, tuple[float, float]] = {
+            "vocab_size": (vocab_size, 1),
+            "dim": (dim, 1),
+            "num_layers": (num_layers, 1),
+            "num_heads": (num_heads, 1),
+            "ffn_dim": (ffn_dim, 1),
+            "num_streams": (num_streams, 1),
+            "head_dim": (head_dim, 1),
+            "rope_dim": (rope_dim, 0),
+            "kv_rank": (kv_rank, 1),
+            "rope_theta": (rope_theta, 1),
+            "num_experts": (num_experts, 0),
+            "num_shared_experts": (num_shared_experts, 0),
+            "num_dense_layers": (num_dense_layers, 0),
+            "bias_update_speed": (bias_update_speed, 0),
+            "norm_eps": (norm_eps, 0),
+            "init_std": (init_std, 0),
         }
-        for name, value in at_least_one.items():
-            if value < 1:
-                raise UserError(f"model.{name} must be at least 1, not {value}")
-        if not init_std >= 0:
-            raise UserError(f"model.init_std must be at least 0, not {init_std}")
+        for name, (value, limit) in least.items():
+            if not value >= limit:  # NaN is not either
+                raise UserError(f"model.{name} must be at least {limit}, not {value}")
         # Drawn before the layers draw, which on meta they do not: both builds get the same seed.
         with unset_fake_temporarily():
             self.init_seed = int(torch.randint(2**32, (), device="cpu"))
