@@ -148,3 +148,20 @@ def test_nothing_is_seen_outside_the_window() -> None:
     watcher.close()
     module(X)
     assert watcher.close() == []
+
+
+def test_watching_leaves_the_head_fused_with_the_loss(tiny_transformer, monkeypatch) -> None:
+    """All logits at once would be the largest tensor of a step, on sampled steps alone."""
+    network = tiny_transformer()
+    tokens, targets = torch.randint(0, 40, (2, 2, 9))
+    unwatched = network.loss(tokens, targets)
+    called: list[int] = []
+    monkeypatch.setattr(
+        torch.nn.Linear, "forward", lambda self, x: called.append(id(self)) or x @ self.weight.t()
+    )
+    watcher = StreamWatcher()
+    watcher.open(network)
+    watched = network.loss(tokens, targets)
+    assert len(watcher.close()) == 4
+    assert called and id(network.output) not in called
+    assert torch.equal(watched, unwatched)

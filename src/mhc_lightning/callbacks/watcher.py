@@ -121,7 +121,8 @@ class StreamWatcher:
         inside = modules_in_compiled_regions(root)
         for name, module in root.named_modules():
             if module not in inside:
-                hook = partial(self._see, name)
+                hook: Any = partial(self._see, name)
+                hook.only_observes = True  # a projection may stay fused, and so go unseen
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         self._compiled = {} if place is not None else self._candidates(root, inside)
         for module in self._compiled:
