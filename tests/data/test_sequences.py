@@ -13,7 +13,7 @@ from mhc_lightning.data.chunk_file import Chunk
 from mhc_lightning.data.sequences import (
     TrainingSequences,
     ValidationSequences,
-    predicted_tokens,
+    held_out_sequences_in,
     sequences_in,
 )
 from mhc_lightning.errors import UserError
@@ -99,7 +99,7 @@ def test_all_held_out_tokens_but_a_chunks_first_are_predicted_once(
     prepared: PreparedData, length: int
 ) -> None:
     chunks = prepared.chunks("validation")
-    count = sum(len(predicted_tokens(chunk, length)) for chunk in chunks)
+    count = sum(held_out_sequences_in(chunk, length) for chunk in chunks)
     every = ValidationSequences([prepared], [count], length)
     rows = every.__getitems__(range(count))
     held = [np.asarray(prepared.tokens(chunk)) for chunk in chunks]
@@ -113,9 +113,14 @@ def test_all_held_out_tokens_but_a_chunks_first_are_predicted_once(
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 64, 65, 66])
-def test_short_chunks(tokens: int) -> None:
-    sizes = predicted_tokens(Chunk("", tokens, 0, 0, ""), LENGTH)
-    assert sizes == [k for k in (min(LENGTH, tokens - 1), tokens - 65) if k > 0]
+def test_short_chunks(prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    chunk = Chunk("", tokens, 0, 0, "")
+    monkeypatch.setitem(prepared.record.chunks, "validation", [chunk])
+    sizes = [k for k in (min(LENGTH, tokens - 1), tokens - 65) if k > 0]
+    assert held_out_sequences_in(chunk, LENGTH) == len(sizes)
+    for count in range(len(sizes) + 1):
+        chosen = ValidationSequences([prepared], [count], LENGTH)
+        assert chosen.num_tokens == [sum(sizes[:count])]
 
 
 def test_a_chunk_that_changes_while_it_is_read_from_is_named(

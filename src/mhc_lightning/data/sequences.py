@@ -5,6 +5,9 @@ is predicted exactly once. The few tokens at a chunk's end that fill no sequence
 in validation they make a shorter one.
 """
 
+import bisect
+import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -28,14 +31,12 @@ def sequences_in(chunk: Chunk, sequence_length: int) -> int:
     return max(0, (chunk.tokens - 1) // sequence_length)
 
 
-def predicted_tokens(chunk: Chunk, sequence_length: int) -> list[int]:
-    """How many tokens each sequence of a chunk predicts, the last one perhaps fewer.
+def held_out_sequences_in(chunk: Chunk, sequence_length: int) -> int:
+    """How many sequences a chunk gives in validation, the last one perhaps shorter.
 
     Together they predict every token of the chunk but its first.
     """
-    whole = sequences_in(chunk, sequence_length)
-    rest = max(0, chunk.tokens - 1 - whole * sequence_length)
-    return [sequence_length] * whole + [rest] * (rest > 0)
+    return max(0, math.ceil((chunk.tokens - 1) / sequence_length))
 
 
 class _Reader:
@@ -179,16 +180,20 @@ class ValidationSequences(torch.utils.data.Dataset[Tensor]):
         self._places: list[_Place] = []
         self.num_tokens: list[int] = []
         for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
-            every = [
-                ((number, chunk, row), tokens)
-                for chunk, held in enumerate(source.chunks(VALIDATION))
-                for row, tokens in enumerate(predicted_tokens(held, sequence_length))
-            ]
-            whole = [place for place in every if place[1] == sequence_length]
-            among = whole if count <= len(whole) else every
-            chosen = [among[place * len(among) // count] for place in range(count)]
-            self._places += [place for place, _ in chosen]
-            self.num_tokens.append(sum(tokens for _, tokens in chosen))
+            chunks = source.chunks(VALIDATION)
+            sizes = [sequences_in(chunk, sequence_length) for chunk in chunks]
+            if count > sum(sizes):
+                sizes = [held_out_sequences_in(chunk, sequence_length) for chunk in chunks]
+            ends = list(itertools.accumulate(sizes))
+            predicted = 0
+            for place in range(count):
+                index = place * ends[-1] // count
+                chunk = bisect.bisect_right(ends, index)
+                row = index - (ends[chunk] - sizes[chunk])
+                self._places.append((number, chunk, row))
+                rest = chunks[chunk].tokens - 1 - row * sequence_length
+                predicted += min(sequence_length, rest)
+            self.num_tokens.append(predicted)
 
     def __len__(self) -> int:
         return len(self._places)

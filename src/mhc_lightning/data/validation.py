@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 
 from mhc_lightning.data.order import apportion
-from mhc_lightning.data.prepared import VALIDATION, PreparedData
-from mhc_lightning.data.sequences import predicted_tokens
+from mhc_lightning.data.prepared import PreparedData
+from mhc_lightning.data.record import VALIDATION
+from mhc_lightning.data.sequences import held_out_sequences_in
 
 
 def validation_counts(
@@ -23,7 +24,7 @@ def validation_counts(
         wanted: Number of sequences over all sources; None for all there are.
     """
     available = [
-        sum(len(predicted_tokens(chunk, sequence_length)) for chunk in data.chunks(VALIDATION))
+        sum(held_out_sequences_in(chunk, sequence_length) for chunk in data.chunks(VALIDATION))
         for data in sources
     ]
     if wanted is None:
