@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mhc_lightning.data import checksums
-from mhc_lightning.data.checksums import file_sha256, file_xxh3
+from mhc_lightning import checksums
+from mhc_lightning.checksums import file_sha256, file_xxh3
 from mhc_lightning.data.chunk_file import Chunk, ChunkFile
 from mhc_lightning.errors import UserError
 

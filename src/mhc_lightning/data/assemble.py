@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mhc_lightning.data.checksums import file_xxh3
+from mhc_lightning.checksums import file_xxh3
 from mhc_lightning.data.chunk_file import Chunk
 from mhc_lightning.data.forms import BINARY
 from mhc_lightning.data.record import (

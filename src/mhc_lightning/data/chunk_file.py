@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mhc_lightning.data.checksums import is_right
+from mhc_lightning.checksums import is_right
 from mhc_lightning.errors import UserError
 
 

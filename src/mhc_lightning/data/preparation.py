@@ -5,7 +5,6 @@ appears under its name only when all of it is written, and a run after an interr
 units that were finished.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from mhc_lightning.checksums import json_sha256
 from mhc_lightning.data import hub
 from mhc_lightning.data.assemble import assemble
 from mhc_lightning.data.finding import count_forms, find_text_files
@@ -190,7 +189,7 @@ def prepare(
     )
     # What the result depends on; the paths before the files' names are not part of it. A form is
     # where it is not what the name says, which leaves folders of earlier versions recognised.
-    identity = _checksum(
+    identity = json_sha256(
         {
             **{key: value for key, value in settings.items() if key not in _NOT_IDENTITY},
             **({"as_text": list(as_text)} if as_text else {}),
@@ -229,10 +228,6 @@ def prepare(
 
 def _names(inputs: Sequence[str | Path]) -> str:
     return ", ".join(map(str, inputs)) or "an empty list of inputs"
-
-
-def _checksum(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _existing(output: Path, identity: str, overwrite: bool) -> Record | None:

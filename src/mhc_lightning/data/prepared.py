@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mhc_lightning.data.checksums import file_sha256, file_xxh3
+from mhc_lightning.checksums import file_sha256, file_xxh3
 from mhc_lightning.data.chunk_file import Chunk, ChunkFile, DamagedChunkError
 from mhc_lightning.data.record import RECORD_FILE, SPLITS, VALIDATION, Record
 from mhc_lightning.data.remote import ChunkCache, is_url
@@ -212,7 +212,7 @@ class PreparedData:
         rest: list[np.ndarray] = []
         end = self.tokenizer.end_of_document
         for chunk in self.chunks(split):
-            tokens = np.asarray(self.tokens(chunk))
+            tokens = self.tokens(chunk)
             *ended, last = np.split(tokens, np.flatnonzero(tokens == end) + 1)
             for part in ended:
                 yield self.tokenizer.decode_bytes(np.concatenate([*rest, part[:-1]]))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mhc_lightning.data.checksums import file_sha256, file_xxh3, json_sha256
+from mhc_lightning.checksums import file_sha256, file_xxh3, json_sha256
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.data.units import Document, Skipped, Unit
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_lightning.data.checksums import file_xxh3, json_sha256
+from mhc_lightning.checksums import file_xxh3, json_sha256
 from mhc_lightning.data.tokenizers import Tokenizer, tokenizer_from_record
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange.safetensors_files import read_shapes, read_tensors

@@ -24,7 +24,7 @@ def file_xxh3(path: Path) -> str:
     import xxhash
 
     with path.open("rb", buffering=0) as stream:
-        return _digest(xxhash.xxh3_128(), stream.fileno())
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def json_sha256(content: dict[str, Any]) -> str:
@@ -64,7 +64,7 @@ def _state(descriptor: int) -> tuple[int, ...]:
 
 
 def _digest(algorithm: Any, descriptor: int) -> str:
-    """Of all of an open file; the file's position stays."""
+    """Of all of an open file; its position, which forked processes share, stays."""
     position = 0
     while block := os.pread(descriptor, _BLOCK_BYTES, position):
         algorithm.update(block)
