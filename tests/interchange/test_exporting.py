@@ -291,3 +291,17 @@ def test_a_changed_byte_is_noticed(tmp_path, settings, network, shard_bytes):
     del record["files"], record["checksum"]  # as earlier versions wrote it
     (folder / "config.json").write_text(json.dumps(record))
     load_exported(folder)
+
+
+def test_weights_in_other_files_than_were_exported_are_refused_in_a_line(
+    tmp_path, settings, network
+):
+    folder = tmp_path / "out"
+    export(network(settings), folder, settings, shard_bytes=9000)
+    shards = sorted(folder.glob("*.safetensors"))
+    tensors = {name: tensor for file in shards for name, tensor in load_file(file).items()}
+    for file in shards:
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"{shards[0].name} was removed since `export` wrote it"):
+        load_exported(folder)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.interchange.tensor_names import check_tensors
+from mhc_lightning.interchange.tensor_names import check_tensors, is_weight
 from mhc_lightning.modules import ManifoldHyperConnection, StreamMappings, Transformer
 
 HC_EPS = 1e-6
@@ -232,7 +232,7 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
         UserError: A tensor is quantised or not finite.
     """
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
+        if not is_weight(tensor):
             raise UserError(
                 f"{name} is {tensor.dtype}: quantised weights are not read; give float32 ones"
             )

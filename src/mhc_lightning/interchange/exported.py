@@ -68,15 +68,17 @@ class Exported:
 
         Raises:
             UserError: Names the tensors that are missing, left over or of another shape, or a file
-                that is not what `export` wrote.
+                that is not what `export` wrote, or not there.
         """
         check_tensors(read_shapes(self.folder), wanted, str(self.folder))
         for name, checksum in self.files.items():
-            if file_xxh3(self.folder / name) != checksum:
+            file = self.folder / name
+            if not file.is_file() or file_xxh3(file) != checksum:
+                found = "is damaged, or was changed" if file.is_file() else "was removed"
                 raise UserError(
-                    f"{self.folder / name} is damaged, or was changed since `export` wrote it"
-                    f" (checksum); copy or export it again, or, if the change is meant, take"
-                    f" {name} out of `files` and `checksum` out of {CONFIG_FILE}"
+                    f"{file} {found} since `export` wrote it (checksum); copy or export it again,"
+                    f" or, if the change is meant, take {name} out of `files` and `checksum` out of"
+                    f" {CONFIG_FILE}"
                 )
         tensors = read_tensors(self.folder)
         return {name: tensors[name] for name in wanted}

@@ -28,7 +28,7 @@ from mhc_lightning.interchange.exported import (
     section_record,
 )
 from mhc_lightning.interchange.safetensors_files import write_tensors
-from mhc_lightning.interchange.tensor_names import check_tensors
+from mhc_lightning.interchange.tensor_names import check_tensors, is_weight
 from mhc_lightning.modules import Transformer
 
 SHARD_BYTES = 5_000_000_000
@@ -75,12 +75,10 @@ def export_model(
     with torch.device("meta"):
         rebuilt = build_network(record["model"], record["connection"], "the configuration")
     described = tensors.on_meta() if isinstance(tensors, SavedTensors) else tensors
-    others = [name for name, tensor in described.items()
-              if not isinstance(tensor, Tensor)
-              or not (tensor.is_floating_point() and tensor.itemsize > 1)]  # fmt: skip
-    if others:
+    other = next((name for name, value in described.items() if not is_weight(value)), None)
+    if other is not None:
         raise UserError(
-            f"the model to export holds what is no plain weight, {others[0]} (is it quantised?);"
+            f"the model to export holds what is no plain weight, {other} (is it quantised?);"
             " export the one it was made from"
         )
     check_tensors(

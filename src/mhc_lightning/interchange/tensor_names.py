@@ -1,4 +1,4 @@
-"""Comparing the tensors that are there with those that are wanted."""
+"""Whether the tensors that are there are those that are wanted, and plain weights."""
 
 from collections.abc import Iterable, Mapping
 
@@ -43,6 +43,14 @@ def check_tensors(
     if faults:
         faults += [hint] if hint else []
         raise UserError(f"the tensors of {where} are not those of the model; {'; '.join(faults)}")
+
+
+def is_weight(value: object) -> bool:
+    """Whether a value is a tensor of plain weights: numbers with a fraction, of 16 bits or more.
+
+    Quantised weights are not: integers and floats of 8 bits, of which other tensors tell the scale.
+    """
+    return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize > 1
 
 
 def _listed(names: list[str]) -> str:
