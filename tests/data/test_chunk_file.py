@@ -69,6 +69,15 @@ def test_reads_are_the_tokens(path: Path, chunk: Chunk) -> None:
     file.close()
 
 
+def test_reads_go_on_where_one_call_gives_less(
+    path: Path, chunk: Chunk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, pread = opened(path, chunk), os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 99_999), at))
+    assert np.array_equal(file.read(1, 200_000), TOKENS[1:])
+    assert np.array_equal(opened(path, chunk).read(0, 60_000), TOKENS[:60_000])
+
+
 @pytest.mark.parametrize("position", [0, 4, 150_001, 400_003])
 def test_a_changed_byte_anywhere_is_found(path: Path, chunk: Chunk, position: int) -> None:
     change(path, position)

@@ -89,12 +89,16 @@ class ChunkFile:
         """
         assert self._descriptor is not None
         wanted = max(0, min(count, self._tokens - start)) * self._itemsize
+        position = self._offset + start * self._itemsize
         try:
-            data = os.pread(self._descriptor, wanted, self._offset + start * self._itemsize)
+            data = os.pread(self._descriptor, wanted, position)
+            while len(data) < wanted:  # one call reads 2 GiB at most
+                more = os.pread(self._descriptor, wanted - len(data), position + len(data))
+                if not more:
+                    raise self._damaged("was cut short")
+                data += more
         except OSError as error:
             raise self._damaged(f"cannot be read: {error.strerror}") from error
-        if len(data) != wanted:
-            raise self._damaged("was cut short")
         return np.frombuffer(data, self._dtype)
 
     def close(self) -> None:
