@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 from mhc_lightning.errors import UserError
@@ -23,9 +22,13 @@ class BrokenTorchvisionError(UserError, ImportError):
 
 
 def _named(distribution: str) -> str:
+    from importlib import (
+        metadata,
+    )  # here: every program that imports this package would wait for it
+
     try:
-        return f"{distribution} {version(distribution)}"
-    except PackageNotFoundError:
+        return f"{distribution} {metadata.version(distribution)}"
+    except metadata.PackageNotFoundError:
         return distribution
 
 
