@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mhc_lightning.checkpoint_folders import SavedTensors, is_checkpoint_folder
-from mhc_lightning.checkpoint_names import LAST, candidates_for_last
+from mhc_lightning.checkpoint_names import BEST, LAST, candidates_for_last
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import CHECKPOINTS, CONFIG, holds_run, is_first_process
 from mhc_lightning.errors import UserError
@@ -44,7 +44,7 @@ def find_checkpoint(experiment: Experiment) -> Path | None:
     folder = output_dir / CHECKPOINTS
     if asked == "last":
         return _newest_sound(folder, output_dir)
-    path = folder / "best" if asked == "best" else Path(asked).expanduser()
+    path = folder / BEST if asked == "best" else Path(asked).expanduser()
     if not path.exists():
         hint = (
             " (checkpoint.keep_best=1 keeps one)" if asked == "best" else "; or use ckpt_path=last"

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mhc_lightning.checkpoint_names import LAST
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import (
@@ -112,6 +113,6 @@ def _begin_anew(experiment: Experiment, weights: Path, trainer: "pl.Trainer") ->
             if hasattr(logger, "resume_from"):
                 logger.resume_from(0)
         if is_first_process():
-            point_link(weights.parent / "last", weights.name)
+            point_link(weights.parent / LAST, weights.name)
     if is_first_process():
         print(f"starting at step 0 with the weights of {weights}", file=sys.stderr)

@@ -21,7 +21,7 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
         raise UserError("import needs input=FOLDER, one that `export` wrote")
 
     from mhc_lightning.checkpoint_files import point_link, write_checkpoint
-    from mhc_lightning.checkpoint_names import checkpoint_name
+    from mhc_lightning.checkpoint_names import LAST, checkpoint_name
     from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting
 
@@ -34,7 +34,7 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
     file = folder / CHECKPOINTS / checkpoint_name(0)
     try:
         write_checkpoint(checkpoint, file)
-        point_link(file.parent / "last", file.name)
+        point_link(file.parent / LAST, file.name)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror or error}") from error
     print(f"wrote {file}: the weights of {source[0]}", file=sys.stderr)
