@@ -137,6 +137,7 @@ def test_whole_numbers_may_be_written_as_powers_of_ten():
             ["seed=18446744073709551616"],
             "seed must be a whole number, not 18446744073709551616 (too large)",
         ),
+        (["compile=18446744073709551616"], "not 18446744073709551616 (a whole number)"),
         (["seed=-1"], "seed must be a whole number, at least 0 and below 2**32, not -1"),
         (["seed=null"], "seed must be a whole number, at least 0 and below 2**32, not null"),
         (["optimizer.lr=${nope}"], "nope"),

@@ -77,17 +77,22 @@ def check_arguments(section: str, target: Any, arguments: dict[str, Any]) -> Non
 
 def _wrong_type(key: str, value: Any, expected: str) -> UserError:
     shown = "null" if value is None else repr(value)
+    kind = _kind(value)
+    if (
+        _NAMES[int] in expected
+        and isinstance(value, int | float)
+        and 2**53 <= abs(value) < math.inf
+    ):
+        kind = "too large"
     quote = ""
     if _NAMES[str] in expected and isinstance(value, int | float):
         quote = f"; as a text it stands between quotes: {key}='\"{value}\"'"
-    return UserError(f"{key} must be {expected}, not {shown} ({_kind(value)}){quote}")
+    return UserError(f"{key} must be {expected}, not {shown} ({kind}){quote}")
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
-    if isinstance(value, int | float) and 2**53 <= abs(value) < math.inf:
-        return "too large"
     return _NAMES.get(type(value), type(value).__name__)
 
 
