@@ -43,10 +43,10 @@ class Lineage:
     """
 
     def __init__(self) -> None:
-        self._key = object()  # of the marks on autograd's nodes
         self._forget()
 
     def _forget(self) -> None:
+        self._key = object()  # of the marks on autograd's nodes
         self._seen: dict[int, _Seen] = {}
         self._ends: dict[int, _End] = {}
         self._read: dict[int, StorageWeakRef] = {}
@@ -63,7 +63,6 @@ class Lineage:
         if self._merge in merge_observers:
             merge_observers.remove(self._merge)
         self._forget()
-        self._key = object()
 
     def arrive(
         self, number: int, name: str, args: tuple[Any, ...], mappings: StreamMappings

@@ -58,7 +58,7 @@ class Sighting(NamedTuple):
 
 
 def in_order(
-    sightings: Sequence[Sighting], programs: Mapping[int, int | None], *, one_chain: bool
+    sightings: Sequence[Sighting], programs: Mapping[int, int | None]
 ) -> tuple[list[Observation], str | None]:
     """The sub-layers in the order of their calls, each once.
 
@@ -66,7 +66,6 @@ def in_order(
         sightings: In any order.
         programs: For the first sighting in each call of a compiled program, by its order, the order
             of the one that it comes after.
-        one_chain: Whether all of them are one chain, whatever they say.
 
     Returns:
         The observations, and the name of a module that was met again within one call of a compiled
@@ -90,8 +89,6 @@ def in_order(
         layers[s.order] = layer = len(observations)
         before = after[s.order]
         place = None if before is None else layers.get(before)
-        if one_chain:
-            place = layer - 1 if layer else None
         observations.append(Observation(s.name, _checked(s), s.note, s.stage, layer, place))
     return observations, unclear
 

@@ -55,7 +55,7 @@ class StreamWatcher:
     What each sub-layer comes after is told by the streams (see `Lineage`), so that independent
     forward passes are chains of their own. Inside one compiled program nothing is told of streams:
     sub-layers follow one another there, and a module that is met again begins a new chain, with a
-    warning. The stages of a pipeline are one chain.
+    warning. The stages of a pipeline are one chain, which `across_stages` makes.
 
     Args:
         extract: How to get a record out of a module call; None takes every output that is a
@@ -155,8 +155,7 @@ class StreamWatcher:
                 self._sightings.append(sighting)
             delattr(module, self._slot)
         sightings, self._sightings = self._sightings, []
-        place, self._place = self._place, None
-        observations, unclear = in_order(sightings, programs, one_chain=place is not None)
+        observations, unclear = in_order(sightings, programs)
         if unclear and not self._warned:
             self._warned = True
             rank_zero_warn(
