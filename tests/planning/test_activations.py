@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -145,13 +147,27 @@ def test_counting_leaves_the_model_as_it_was(connection, build, loss):
 @pytest.mark.parametrize("size", [0, 4])
 def test_sub_layers_that_are_alike_are_run_once(build, monkeypatch, size):
     model = build("mhc", num_layers=12, **MOE)
-    runs = []
+    runs: list[str] = []
     real = activations.kept_by
     monkeypatch.setattr(activations, "_known", {})
-    monkeypatch.setattr(activations, "kept_by", lambda *given: runs.append(1) or real(*given))
+    monkeypatch.setattr(
+        activations, "kept_by", lambda *given: runs.append(given[3]) or real(*given)
+    )
     batch = MicroBatch(2, 16, precision_of("bf16-true"), True, recompute_block=size)
     saved_for_backward(model, batch, copies_weights=False)
     # Embedding, head twice; the first sub-layer reads copies, and the first feed-forward is dense.
     assert len(runs) == 3 + (2 if size else 4)
     saved_for_backward(model, batch, copies_weights=False)
     assert len(runs) == 3 + (2 if size else 4)
+    saved_for_backward(model, replace(batch, recompute_block=size + 2), copies_weights=False)
+    assert runs.count("tokens") == 1 and runs.count("loss") == 2  # nothing is recomputed there
+
+
+def test_frozen_weights_are_not_taken_for_trained_ones(build, loss):
+    model = build("mhc", num_layers=3)
+    batch = MicroBatch(2, 16, precision_of("32-true"), fused_norm=False)
+    trained = sum(saved_for_backward(model, batch, copies_weights=False).values())
+    for block in model.blocks[1:]:
+        block.feed_forward.requires_grad_(False)
+    frozen = sum(saved_for_backward(model, batch, copies_weights=False).values())
+    assert frozen == kept_storages(model, lambda: loss(model, 2, 16, "32-true")) < trained

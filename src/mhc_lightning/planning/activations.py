@@ -109,7 +109,7 @@ def saved_for_backward(
         NotPlannableError: If something of it cannot be run without values.
     """
     saved = Counter(dict.fromkeys(KINDS, 0))
-    passed, in_buffers = _handed_on(model, batch), receives
+    passed, in_buffers = handed_on(model, batch), receives
     if has_embedding(model):
         in_buffers = False
         kept = _kept_by_embedding(model, batch)
@@ -166,12 +166,15 @@ def norm_bytes(model: Transformer, batch: MicroBatch) -> int:
     norm = sub_layers(model)[0].layer.get_submodule("norm")
     entering = contiguous((batch.tokens, width_of(model)), precision.activation_dtype)
     kept = _counted(norm, run, [entering], NORMS, batch)
-    return kept.sizes.get(NORMS, 0) - norm_statistic_bytes(batch)
+    return kept.sizes.get(NORMS, 0) - max(4, precision.activation) * batch.tokens
 
 
-def norm_statistic_bytes(batch: MicroBatch) -> int:
-    """Bytes of what an RMSNorm divides by, one number per token."""
-    return max(4, batch.precision.activation) * batch.tokens
+def handed_on(model: Transformer, batch: MicroBatch) -> tuple[Passed, ...]:
+    """Streams and their carry, if they have one, as a network's blocks hand them on."""
+    size = batch.sequences, batch.length, model.num_streams, sub_layers(model)[0].connection.dim
+    streams = contiguous(size, batch.precision.activation_dtype)
+    carry = model.carry_like(torch.empty(size, dtype=streams.dtype, device="meta"))
+    return (streams,) if carry is None else (streams, contiguous(carry.shape, carry.dtype))
 
 
 def _in_blocks(model: Transformer, size: int) -> list[tuple[SubLayer, ...]]:
@@ -185,18 +188,10 @@ def _in_blocks(model: Transformer, size: int) -> list[tuple[SubLayer, ...]]:
     return groups
 
 
-def _handed_on(model: Transformer, batch: MicroBatch) -> tuple[Passed, ...]:
-    """Streams and their carry, as a network's blocks hand them on."""
-    size = batch.sequences, batch.length, model.num_streams, sub_layers(model)[0].connection.dim
-    streams = contiguous(size, batch.precision.activation_dtype)
-    carry = model.carry_like(torch.empty(size, dtype=streams.dtype, device="meta"))
-    return (streams,) if carry is None else (streams, contiguous(carry.shape, carry.dtype))
-
-
 def _between(passed: Sequence[Passed], kept_as: Sequence[str]) -> Counter[str]:
     """Bytes of what is handed on: kept by the part that made it, or the one that takes it."""
     sizes = Counter[str]()
-    for each, kind in zip(passed, kept_as, strict=False):
+    for each, kind in zip(passed, kept_as, strict=True):
         if each.kept_as or kind:
             sizes[each.kept_as or kind] += each.nbytes
     return sizes
@@ -230,7 +225,7 @@ def _kept_by_sub_layers(
             return layer(x)
 
     modules = nn.ModuleList(module for each in group for module in each)
-    return _counted(modules, run, entering, CONNECTIONS, batch)
+    return _counted(modules, run, entering, CONNECTIONS, batch, batch.recompute_block)
 
 
 def _kind_of(body: nn.Module) -> str:
@@ -275,10 +270,11 @@ def _counted(
     entering: Sequence[Passed],
     kind: str,
     batch: MicroBatch,
+    recompute_block: int = 0,
 ) -> Kept:
-    """``kept_by``, once for modules that are alike."""
+    """``kept_by``, once for modules that are alike and run alike."""
     rest = tuple(entering), kind, batch.precision, batch.fused_norm
-    key = likeness(module), *rest, batch.recompute_block
+    key = likeness(module), *rest, recompute_block
     if key not in _known:
         _known[key] = kept_by(module, run, *rest)
     return _known[key]

@@ -177,8 +177,9 @@ def kept_by(
                 f" run on tensors without values ({reason[:200]})"
             ) from error
         kept = keeping.result(tensors, leaving)
-    sizes = kept.sizes | ({kind: kept.sizes[kind] - constants} if constants else {})
-    return kept._replace(sizes=sizes)
+    if constants:
+        kept.sizes[kind] -= constants
+    return kept
 
 
 class _Operators(TorchDispatchMode):
@@ -271,9 +272,9 @@ def likeness(module: nn.Module) -> tuple:
         settings = {key: value for key, value in vars(part).items() if key not in _STATE}
         if isinstance(part, Connection):
             del settings["layer_index"]  # where it starts, not what it does
-        shapes = [(key, t.shape, t.dtype) for key, t in part.named_parameters(recurse=False)]
-        shapes += [(key, t.shape, t.dtype) for key, t in part.named_buffers(recurse=False)]
-        found.append((name, type(part), repr(sorted(settings.items())), tuple(shapes)))
+        tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        shapes = tuple((key, t.shape, t.dtype, t.requires_grad) for key, t in tensors)
+        found.append((name, type(part), repr(sorted(settings.items())), shapes))
     return tuple(found)
 
 

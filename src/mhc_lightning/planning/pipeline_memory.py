@@ -24,8 +24,8 @@ from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import (
     KINDS,
     MicroBatch,
+    handed_on,
     saved_for_backward,
-    sub_layers,
 )
 from mhc_lightning.planning.memory import (
     DeviceMemory,
@@ -147,12 +147,7 @@ def _sends(plan: StagePlan, stage: int, other: int) -> bool:
 
 def boundary_bytes(model: Transformer, batch: MicroBatch) -> int:
     """Bytes of what crosses a boundary between stages: n·C values per token, and their carry."""
-    dtype = batch.precision.activation_dtype
-    connection, _ = sub_layers(model)[0]
-    shape = batch.sequences, batch.length, connection.num_streams, connection.dim
-    streams = torch.empty(shape, dtype=dtype, device="meta")
-    carry = model.carry_like(streams)
-    return sum(t.numel() * t.element_size() for t in (streams, carry) if t is not None)
+    return sum(tensor.nbytes for tensor in handed_on(model, batch))
 
 
 def _saved(
