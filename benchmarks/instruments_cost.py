@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from mhc_lightning import LanguageModel
 from mhc_lightning.callbacks import AmaxGain, StreamDiversity, StreamMatrixHeatmap, StreamSampler
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimizers.recipes import AdamW
 from timing import report
 
 PICTURE_INTERVALS = 50  # pictures' default interval, in units of log_every_n_steps

@@ -9,7 +9,7 @@ from mhc_lightning.cli.arguments import parse_arguments
 from mhc_lightning.cli.building import build
 from mhc_lightning.cli.composition import Experiment, compose_experiment
 from mhc_lightning.modules import Transformer
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimizers.recipes import AdamW
 
 
 def experiment_of(name: str, *overrides: str) -> Experiment:

@@ -18,7 +18,7 @@ from mhc_lightning.modules import (
     ResidualConnection,
     Transformer,
 )
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimizers.recipes import AdamW
 from timing import interleaved_seconds, report
 
 CONNECTIONS: dict[str, Callable[..., Connection]] = {

@@ -17,7 +17,7 @@ from torchmetrics.text import Perplexity
 from mhc_lightning import LanguageModel
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.modules import Transformer
-from mhc_lightning.optimization import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamW, Muon
 
 
 class Recorder(DummyLogger):

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mhc_lightning._moved import keep_old_names
 from mhc_lightning._torchvision import explain_failures
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["LanguageModel", "TextDataModule"]
 
+keep_old_names()
 explain_failures()  # before anything here imports Lightning
 
 # Loaded at first use: they import Lightning, which takes seconds.

@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
-from mhc_lightning.finiteness import last_gains
 from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.kernels.operands import check_values
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
-from mhc_lightning.optimization import AdamW, Muon, go_on_with, settings_of
+from mhc_lightning.optimizers.finiteness import last_gains
+from mhc_lightning.optimizers.recipes import AdamW, Muon, go_on_with, settings_of
 from mhc_lightning.strategies.gradient_norm import global_norm
 from mhc_lightning.strategies.sharding import load_rows, shard
 

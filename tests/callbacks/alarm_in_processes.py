@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.callbacks import AmaxGain, StabilityAlarm
-from mhc_lightning.checkpointing import RunCheckpoint
+from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.modules import HyperConnection, Transformer
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimizers.recipes import AdamW
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 
 STRATEGIES = {"ddp": DDPStrategy, "fsdp": FullyShardedStrategy, "pipeline": PipelineStrategy}

@@ -14,7 +14,7 @@ from mhc_lightning.callbacks.watcher import StreamWatcher
 from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.language_model import LanguageModel
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimizers.recipes import AdamW
 
 
 @pytest.fixture(autouse=True)

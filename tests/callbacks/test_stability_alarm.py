@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.callbacks import AmaxGain, StabilityAlarm
-from mhc_lightning.checkpointing import RunCheckpoint
+from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import HyperConnection, ManifoldHyperConnection, ResidualConnection
-from mhc_lightning.optimization import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamW, Muon
 
 INTERVAL = 4  # optimizer steps between samples of the gains
 BACKWARD = "amax_gain/composite/backward"

@@ -8,10 +8,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from mhc_lightning.checkpoint_files import point_link, write_checkpoint
+from mhc_lightning.checkpoints.whole_file import write_checkpoint
 from mhc_lightning.cli.checkpoints import find_checkpoint
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.atomic import point_link
 
 
 class Asked:

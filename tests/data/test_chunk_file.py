@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mhc_lightning import checksums
-from mhc_lightning.checksums import file_sha256, file_xxh3
 from mhc_lightning.data.chunk_file import Chunk, ChunkFile
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.checksums import file_sha256, file_xxh3
 
 TOKENS = np.arange(200_000, dtype=np.uint16)
 HEADER = b"head"

@@ -13,12 +13,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from mhc_lightning import LanguageModel, checkpoint_folder_writing
-from mhc_lightning.checkpointing import RunCheckpoint
+from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.errors import NonFiniteLossError
 from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
 from mhc_lightning.modules.initialisation import held_rows
-from mhc_lightning.optimization import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamW, Muon
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 
 SEQUENCES = 8  # per optimizer step

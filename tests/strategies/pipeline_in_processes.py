@@ -24,7 +24,7 @@ from mhc_lightning.modules import (
     SinglePassHyperConnection,
     Transformer,
 )
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimizers.recipes import AdamW
 from mhc_lightning.strategies import PipelineStrategy
 
 SEQUENCES = 16  # per optimizer step

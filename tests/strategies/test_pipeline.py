@@ -18,7 +18,7 @@ import torch
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.errors import UserError
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimizers.recipes import AdamW
 from mhc_lightning.strategies import PipelineStrategy
 
 SCRIPT = Path(__file__).with_name("pipeline_in_processes.py")

@@ -21,7 +21,7 @@ from mhc_lightning.modules import (
     Transformer,
     initialisation,
 )
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimizers.recipes import AdamW
 from mhc_lightning.strategies import FullyShardedStrategy
 
 STRATEGIES = {

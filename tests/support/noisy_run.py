@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from mhc_lightning.checkpoint_names import candidates_for_last
-from mhc_lightning.checkpointing import RunCheckpoint
+from mhc_lightning.checkpoints.names import candidates_for_last
+from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.loggers import MetricsCSV
 
 

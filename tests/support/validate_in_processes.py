@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from mhc_lightning import LanguageModel, TextDataModule
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
-from mhc_lightning.optimization import AdamW
+from mhc_lightning.optimizers.recipes import AdamW
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 
 STRATEGIES: dict[str, Any] = {

@@ -10,9 +10,9 @@ from mhc_lightning.callbacks.cadence import Cadence
 from mhc_lightning.callbacks.figures import gain_profile
 from mhc_lightning.callbacks.gains import GAIN_TAGS, amax_gains
 from mhc_lightning.callbacks.observations import Observation, links
-from mhc_lightning.callbacks.reporting import log_image, log_scalars, takes_images
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
 from mhc_lightning.callbacks.watcher import Extract
+from mhc_lightning.loggers.every_logger import log_image, log_scalars, takes_images
 
 
 class Peak(NamedTuple):

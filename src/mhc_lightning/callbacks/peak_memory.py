@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from mhc_lightning.callbacks.cadence import Cadence
-from mhc_lightning.callbacks.reporting import log_scalars
+from mhc_lightning.loggers.every_logger import log_scalars
 
 PEAK_MEMORY = "train/peak_memory_bytes"
 

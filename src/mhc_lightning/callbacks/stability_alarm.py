@@ -14,12 +14,12 @@ from mhc_lightning.callbacks.agreement import first_process_values
 from mhc_lightning.callbacks.alarm_evidence import largest_gradient, spans, sub_layers_above
 from mhc_lightning.callbacks.alarm_policy import AlarmPolicy, Decision
 from mhc_lightning.callbacks.lowered_rate import LoweredRate
-from mhc_lightning.callbacks.reporting import log_scalars
 from mhc_lightning.callbacks.robust_band import RobustBand
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
 from mhc_lightning.callbacks.update_guard import UpdateGuard
 from mhc_lightning.errors import NonFiniteLossError, UserError
-from mhc_lightning.finiteness import require_finite
+from mhc_lightning.loggers.every_logger import log_scalars
+from mhc_lightning.optimizers.finiteness import require_finite
 
 _LEAST_SAMPLES = 8  # of a gain, which is seen on logging steps only
 

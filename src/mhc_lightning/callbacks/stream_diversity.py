@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mhc_lightning.callbacks.lineage import streams_in_arguments
 from mhc_lightning.callbacks.observations import Observation
-from mhc_lightning.callbacks.reporting import log_scalars
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
 from mhc_lightning.callbacks.watcher import Extract
 from mhc_lightning.kernels import StreamMappings
+from mhc_lightning.loggers.every_logger import log_scalars
 
 ExtractStreams = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
 """(module, arguments, output) of one module call to the streams [..., n, C] that entered it."""

@@ -10,8 +10,8 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from mhc_lightning.callbacks.cadence import Cadence, refuse_twice
-from mhc_lightning.callbacks.reporting import log_scalars
 from mhc_lightning.errors import UserError
+from mhc_lightning.loggers.every_logger import log_scalars
 
 
 def count_batch_tokens(batch: Any) -> int:

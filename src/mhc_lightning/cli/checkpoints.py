@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mhc_lightning.checkpoint_folders import SavedTensors, is_checkpoint_folder
-from mhc_lightning.checkpoint_names import BEST, LAST, candidates_for_last
+from mhc_lightning.checkpoints.folder_reading import SavedTensors, is_checkpoint_folder
+from mhc_lightning.checkpoints.names import BEST, LAST, candidates_for_last
+from mhc_lightning.checkpoints.saved import fault_in, load_checkpoint
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import CHECKPOINTS, CONFIG, holds_run, is_first_process
 from mhc_lightning.errors import UserError
@@ -22,7 +23,6 @@ from mhc_lightning.interchange.exported import (
 )
 from mhc_lightning.interchange.importing import weights_checkpoint
 from mhc_lightning.interchange.tensor_names import check_tensors
-from mhc_lightning.saved_checkpoints import fault_in, load_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn

@@ -107,7 +107,7 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def _write(report: dict[str, Any], output_dir: Path, tasks: list[str]) -> None:
-    from mhc_lightning.checkpoint_files import write_text_atomically
+    from mhc_lightning.files.atomic import write_text_atomically
 
     name = re.sub(r"[^\w.-]+", "_", "+".join(tasks))[:80]
     file = output_dir / FOLDER / f"step_{report['step']:08d}_{name}.json"

@@ -19,7 +19,7 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     if values["ckpt_path"] is None:
         raise UserError("export needs ckpt_path=last, ckpt_path=best or a checkpoint")
 
-    from mhc_lightning.checkpoint_folders import SavedTensors
+    from mhc_lightning.checkpoints.folder_reading import SavedTensors
     from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.tokenizer import tokenizer_of

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhc_lightning.checkpoint_names import LAST
+from mhc_lightning.checkpoints.names import LAST
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import (
@@ -104,7 +104,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
 
 def _begin_anew(experiment: Experiment, weights: Path, trainer: "pl.Trainer") -> None:
     """Make the run folder one whose run begins, at step 0, with the weights of a file."""
-    from mhc_lightning.checkpoint_files import point_link
+    from mhc_lightning.files.atomic import point_link
 
     values = experiment.values()
     folder, weights = Path(values["output_dir"]), weights.resolve()

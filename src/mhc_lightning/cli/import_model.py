@@ -20,10 +20,11 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
     if not source or len(source) != 1:
         raise UserError("import needs input=FOLDER, one that `export` wrote")
 
-    from mhc_lightning.checkpoint_files import point_link, write_checkpoint
-    from mhc_lightning.checkpoint_names import LAST, checkpoint_name
+    from mhc_lightning.checkpoints.names import LAST, checkpoint_name
+    from mhc_lightning.checkpoints.whole_file import write_checkpoint
     from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting
+    from mhc_lightning.files.atomic import point_link
 
     folder = Path(values["output_dir"])
     module = build_model(experiment, on_meta=True)  # for its shapes

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mhc_lightning.checkpoint_names import BEST, LAST, saved_checkpoints
+from mhc_lightning.checkpoints.names import BEST, LAST, saved_checkpoints
 from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def write_records(folder: Path, config: dict[str, Any], words: list[str], **abou
     Raises:
         UserError: they cannot be written.
     """
-    from mhc_lightning.checkpoint_files import write_text_atomically
+    from mhc_lightning.files.atomic import write_text_atomically
 
     if not is_first_process():
         return
@@ -151,7 +151,7 @@ def _read_environment(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_environment(folder: Path, record: dict[str, Any]) -> None:
-    from mhc_lightning.checkpoint_files import write_text_atomically
+    from mhc_lightning.files.atomic import write_text_atomically
 
     text = json.dumps(record, indent=2, ensure_ascii=False)
     write_text_atomically(folder / ENVIRONMENT, text + "\n")

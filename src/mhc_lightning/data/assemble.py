@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from mhc_lightning.checksums import file_xxh3
 from mhc_lightning.data.chunk_file import Chunk
 from mhc_lightning.data.forms import BINARY
 from mhc_lightning.data.record import (
@@ -32,6 +31,7 @@ from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE
 from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.data.units import Skipped
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.checksums import file_xxh3
 
 INDEX_FILE = "index.json"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mhc_lightning.checksums import is_right
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.checksums import is_right
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhc_lightning.checksums import json_sha256
 from mhc_lightning.data import hub
 from mhc_lightning.data.assemble import assemble
 from mhc_lightning.data.finding import count_forms, find_text_files
@@ -25,6 +24,7 @@ from mhc_lightning.data.shard import Counts, ShardOptions
 from mhc_lightning.data.tokenizers import load_tokenizer
 from mhc_lightning.data.units import Unit, plan_units
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.checksums import json_sha256
 
 _SMALLEST_UNIT, _LARGEST_UNIT = 1 << 20, 1 << 25
 _USUAL_UNITS = 16

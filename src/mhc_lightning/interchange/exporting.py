@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import mhc_lightning
-from mhc_lightning.checkpoint_files import sync_folder
-from mhc_lightning.checkpoint_folders import SavedTensors
-from mhc_lightning.checksums import file_xxh3, json_sha256
+from mhc_lightning.checkpoints.folder_reading import SavedTensors
 from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE
 from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.atomic import sync_folder
+from mhc_lightning.files.checksums import file_xxh3, json_sha256
 from mhc_lightning.interchange.exported import (
     CONFIG_FILE,
     FORMAT,

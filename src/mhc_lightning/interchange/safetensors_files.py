@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mhc_lightning.checkpoint_folders import SavedTensors
+from mhc_lightning.checkpoints.folder_reading import SavedTensors
 from mhc_lightning.errors import UserError
 
 SINGLE_FILE = "model.safetensors"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from mhc_lightning.checkpoint_names import saved_steps
+from mhc_lightning.checkpoints.names import saved_steps
 from mhc_lightning.errors import UserError
 from mhc_lightning.reporting.event_reading import EVENT_FILES, Picture, read_events
 from mhc_lightning.reporting.series import Series

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from mhc_lightning.checkpoint_folders import SavedTensors
+from mhc_lightning.checkpoints.folder_reading import SavedTensors
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.connection import Unmerged
 from mhc_lightning.modules.initialisation import held_rows, reset_module

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from mhc_lightning.checkpoint_folders import SavedTensors, load_folder
+from mhc_lightning.checkpoints.folder_reading import SavedTensors, load_folder
 from mhc_lightning.modules.initialisation import held_rows
-from mhc_lightning.optimizer_names import NAMES, check_names
+from mhc_lightning.optimizers.parameter_names import NAMES, check_names
 from mhc_lightning.strategies.sharding import load_rows
 
 

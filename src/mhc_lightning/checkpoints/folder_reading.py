@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.serialization import _get_layout
 
-from mhc_lightning.checkpoint_files import fault_in_file, load_file
+from mhc_lightning.checkpoints.whole_file import fault_in_file, load_file
 from mhc_lightning.errors import UserError
 
 INDEX = ".metadata"

@@ -15,8 +15,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from mhc_lightning.checkpoint_files import ASIDE, keeping_errors, sync_folder, write_checkpoint
-from mhc_lightning.checkpoint_folders import RUN, shortfall
+from mhc_lightning.checkpoints.folder_reading import RUN, shortfall
+from mhc_lightning.checkpoints.whole_file import keeping_errors, write_checkpoint
+from mhc_lightning.files.atomic import ASIDE, sync_folder
 
 
 def save_folder(

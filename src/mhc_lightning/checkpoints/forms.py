@@ -11,9 +11,9 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from mhc_lightning.checkpoint_files import write_checkpoint
-from mhc_lightning.checkpoint_folder_writing import save_folder
-from mhc_lightning.checkpoint_folders import load_whole_folder
+from mhc_lightning.checkpoints.folder_reading import load_whole_folder
+from mhc_lightning.checkpoints.folder_writing import save_folder
+from mhc_lightning.checkpoints.whole_file import write_checkpoint
 from mhc_lightning.errors import UserError
 from mhc_lightning.strategies.whole_files import WholeFileStrategy
 from mhc_lightning.strategies.whole_state import WholeState

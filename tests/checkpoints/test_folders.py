@@ -13,12 +13,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mhc_lightning import checkpoint_folder_writing
-from mhc_lightning.checkpoint_files import point_link, write_checkpoint
-from mhc_lightning.checkpoint_folder_writing import save_folder
-from mhc_lightning.checkpoint_folders import INDEX, RUN, SavedTensors, load_whole_folder
-from mhc_lightning.checkpoint_names import candidates_for_last, saved_steps
+from mhc_lightning.checkpoints.folder_reading import INDEX, RUN, SavedTensors, load_whole_folder
+from mhc_lightning.checkpoints.folder_writing import save_folder
+from mhc_lightning.checkpoints.names import candidates_for_last, saved_steps
+from mhc_lightning.checkpoints.saved import fault_in, load_checkpoint, remove_leftovers
+from mhc_lightning.checkpoints.whole_file import write_checkpoint
 from mhc_lightning.errors import UserError
-from mhc_lightning.saved_checkpoints import fault_in, load_checkpoint, remove_leftovers
+from mhc_lightning.files.atomic import point_link
 
 FOLDERS = {"sharded": True}
 BACKGROUND = {"asynchronous": True}

@@ -12,7 +12,7 @@ from mhc_lightning.modules import (
     ManifoldHyperConnection,
     Transformer,
 )
-from mhc_lightning.optimization import AdamW, Muon, go_on_with, settings_of
+from mhc_lightning.optimizers.recipes import AdamW, Muon, go_on_with, settings_of
 
 
 def test_step_schedule_of_the_paper() -> None:

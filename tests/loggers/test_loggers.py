@@ -9,8 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mhc_lightning import loggers
-from mhc_lightning.loggers import MetricsCSV, TensorBoard
+from mhc_lightning.loggers import MetricsCSV, TensorBoard, metrics_csv
 
 
 def rows(folder):
@@ -110,15 +109,15 @@ def test_a_full_disk_delays_rows_and_does_not_stop_the_run(tmp_path):
 def test_a_new_column_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch):
     log = MetricsCSV(tmp_path)
     log.log_metrics({"a": 1}, 1)
-    write = loggers.write_text_atomically
+    write = metrics_csv.write_text_atomically
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(loggers, "write_text_atomically", full)
+    monkeypatch.setattr(metrics_csv, "write_text_atomically", full)
     with pytest.warns(RuntimeWarning, match="No space left"):
         log.log_metrics({"b": 2}, 2)
-    monkeypatch.setattr(loggers, "write_text_atomically", write)
+    monkeypatch.setattr(metrics_csv, "write_text_atomically", write)
     log.log_metrics({"c": 3}, 3)
     assert rows(tmp_path) == [
         {"step": "1", "a": "1"},

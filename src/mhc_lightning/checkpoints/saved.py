@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mhc_lightning.checkpoint_files import ASIDE, fault_in_file, load_file
-from mhc_lightning.checkpoint_folders import fault_in_folder, load_folder
+from mhc_lightning.checkpoints.folder_reading import fault_in_folder, load_folder
+from mhc_lightning.checkpoints.whole_file import fault_in_file, load_file
+from mhc_lightning.files.atomic import ASIDE
 
 
 def remove_checkpoint(path: Path) -> None:

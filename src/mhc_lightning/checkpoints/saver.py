@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from mhc_lightning.checkpoint_files import point_link
-from mhc_lightning.checkpoint_forms import Sharded, ShardedFolder, WholeFile, choose_form
-from mhc_lightning.checkpoint_names import BEST, LAST, checkpoint_name, checkpoints_of
-from mhc_lightning.checkpoint_retention import Retention
+from mhc_lightning.checkpoints.forms import Sharded, ShardedFolder, WholeFile, choose_form
+from mhc_lightning.checkpoints.names import BEST, LAST, checkpoint_name, checkpoints_of
+from mhc_lightning.checkpoints.retention import Retention
+from mhc_lightning.checkpoints.saved import remove_checkpoint
 from mhc_lightning.errors import UserError
-from mhc_lightning.finiteness import require_finite
-from mhc_lightning.saved_checkpoints import remove_checkpoint
+from mhc_lightning.files.atomic import point_link
+from mhc_lightning.optimizers.finiteness import require_finite
 
 
 class CheckpointSaver:

@@ -13,14 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mhc_lightning.checkpoint_files import point_link, require_links
-from mhc_lightning.checkpoint_forms import Sharded, read_folders_too
-from mhc_lightning.checkpoint_names import BEST, LAST, saved_steps
-from mhc_lightning.checkpoint_retention import Retention
-from mhc_lightning.checkpoint_saver import CheckpointSaver
+from mhc_lightning.checkpoints.forms import Sharded, read_folders_too
+from mhc_lightning.checkpoints.names import BEST, LAST, saved_steps
+from mhc_lightning.checkpoints.random_state import capture_random_state, restore_random_state
+from mhc_lightning.checkpoints.retention import Retention
+from mhc_lightning.checkpoints.saved import remove_leftovers
+from mhc_lightning.checkpoints.saver import CheckpointSaver
 from mhc_lightning.errors import UserError
-from mhc_lightning.random_state import capture_random_state, restore_random_state
-from mhc_lightning.saved_checkpoints import remove_leftovers
+from mhc_lightning.files.atomic import point_link, require_links
 
 
 class RunCheckpoint(Checkpoint):

@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
 )
 
-from mhc_lightning.muon import MuonAdamW
-from mhc_lightning.optimization import AdamW, Muon
+from mhc_lightning.optimizers.muon import MuonAdamW
+from mhc_lightning.optimizers.recipes import AdamW, Muon
 
 RECIPES = [AdamW(lr=1e-2), Muon(lr=1e-2)]
 Network = nn.Sequential

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from mhc_lightning.checkpoint_names import checkpoints_of, saved_steps
+from mhc_lightning.checkpoints.names import checkpoints_of, saved_steps
+from mhc_lightning.checkpoints.saved import remove_checkpoint
 from mhc_lightning.errors import UserError
-from mhc_lightning.saved_checkpoints import remove_checkpoint
 
 
 class Retention:

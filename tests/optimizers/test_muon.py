@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mhc_lightning.modules import Transformer
-from mhc_lightning.muon import MuonAdamW, orthogonalise
-from mhc_lightning.optimization import AdamW, Muon
+from mhc_lightning.optimizers.muon import MuonAdamW, orthogonalise
+from mhc_lightning.optimizers.recipes import AdamW, Muon
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (3, 8, 5)])

@@ -17,12 +17,13 @@ from noisy_run import Noisy, newest, run, sigterm_at
 from torch.utils.data import DataLoader
 
 from mhc_lightning import checkpoint_files
-from mhc_lightning.checkpoint_files import point_link, write_checkpoint
-from mhc_lightning.checkpoint_names import candidates_for_last, saved_steps
-from mhc_lightning.checkpointing import RunCheckpoint
+from mhc_lightning.checkpoints.names import candidates_for_last, saved_steps
+from mhc_lightning.checkpoints.random_state import capture_random_state, restore_random_state
+from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
+from mhc_lightning.checkpoints.saved import fault_in, load_checkpoint, remove_leftovers
+from mhc_lightning.checkpoints.whole_file import write_checkpoint
 from mhc_lightning.errors import UserError
-from mhc_lightning.random_state import capture_random_state, restore_random_state
-from mhc_lightning.saved_checkpoints import fault_in, load_checkpoint, remove_leftovers
+from mhc_lightning.files.atomic import point_link
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The two loggers of every run: `metrics.csv`, and TensorBoard event files; both resume exactly."""
+"""The logger of `metrics.csv`: every scalar of a run in one table, which resumes exactly."""
 
 import csv
 import io
@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-from mhc_lightning.checkpoint_files import write_text_atomically
-from mhc_lightning.event_files import EventFile, drop_events_after
+from mhc_lightning.files.atomic import write_text_atomically
 
 STEP = "step"
 
@@ -170,58 +168,6 @@ class MetricsCSV(Logger):
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow([row.get(tag, "") for tag in self._columns])
         return line.getvalue().encode()
-
-
-class TensorBoard(TensorBoardLogger):
-    """TensorBoard event files straight in the run folder.
-
-    Resuming removes the points after the checkpoint from the files themselves, so no reader sees
-    a step twice, and marks the restart for a TensorBoard that is watching.
-
-    Args:
-        folder: Where the event files go.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(save_dir=str(folder), name="", version="", default_hp_metric=False)
-
-    @property
-    def log_dir(self) -> str:
-        """The folder of the event files."""
-        return str(self.save_dir)
-
-    @rank_zero_only
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Nothing: the run's settings are in `config.yaml`."""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """The `SummaryWriter`."""
-        if self._experiment is None:
-            file_writer = super().experiment._get_file_writer()
-            self._file = Path(file_writer.event_writer._file_name)
-            file_writer.event_writer.close()
-            file_writer.event_writer = EventFile(self._file)
-        return self._experiment
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Write the events to the file."""
-        self.experiment.flush()
-
-    @rank_zero_only
-    def resume_from(self, step: int) -> None:
-        """Remove the events after `step`."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        writer = self.experiment._get_file_writer()
-        for file in sorted(Path(self.log_dir).glob("events.out.tfevents.*")):
-            if file.name != self._file.name:
-                drop_events_after(step, file)
-        restart = Event(session_log=SessionLog(status=SessionLog.START))
-        writer.add_event(restart, step + 1)
-        writer.flush()
 
 
 def _number(value: Any) -> str | None:

@@ -9,10 +9,10 @@ import torch
 from noisy_run import Data, Noisy, newest, run
 
 from mhc_lightning.callbacks import StabilityAlarm
-from mhc_lightning.checkpoint_names import saved_steps
+from mhc_lightning.checkpoints.names import saved_steps
+from mhc_lightning.checkpoints.saved import fault_in
 from mhc_lightning.errors import NonFiniteLossError
-from mhc_lightning.finiteness import NonFinite, non_finite
-from mhc_lightning.saved_checkpoints import fault_in
+from mhc_lightning.optimizers.finiteness import NonFinite, non_finite
 
 FORMS = {"file": {}, "folder": {"sharded": True}, "background": {"asynchronous": True}}
 

@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
-from mhc_lightning.muon import MuonAdamW
-from mhc_lightning.optimizer_names import keep_names
+from mhc_lightning.optimizers.muon import MuonAdamW
+from mhc_lightning.optimizers.parameter_names import keep_names
 
 
 @dataclass(frozen=True, kw_only=True)

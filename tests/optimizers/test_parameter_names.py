@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mhc_lightning.checkpoint_names import saved_checkpoints
-from mhc_lightning.checkpointing import RunCheckpoint
+from mhc_lightning.checkpoints.names import saved_checkpoints
+from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.errors import UserError
-from mhc_lightning.optimization import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamW, Muon
 
 RECIPES = [AdamW(lr=1e-2, schedule="constant"), Muon(lr=1e-2, schedule="constant")]
 # Of `network`: what a run trained, what another trains, and what tells them apart.

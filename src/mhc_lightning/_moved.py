@@ -1,0 +1,48 @@
+"""Modules that were renamed: their old names still import, with a warning that says the new one."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# Old name -> new name, without the package's.
+MOVED = {
+    "callbacks.reporting": "loggers.every_logger",
+    "checkpoint_folders": "checkpoints.folder_reading",
+    "checkpoint_names": "checkpoints.names",
+    "checkpointing": "checkpoints.run_checkpoint",
+    "event_files": "loggers.event_files",
+    "finiteness": "optimizers.finiteness",
+    "muon": "optimizers.muon",
+    "optimization": "optimizers.recipes",
+    "optimizer_names": "optimizers.parameter_names",
+    "random_state": "checkpoints.random_state",
+    "saved_checkpoints": "checkpoints.saved",
+}
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Finds the modules of `MOVED` under their old names, after all other finders have not."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a moved module, or None."""
+        package, _, name = fullname.partition(".")
+        moved = package == __package__ and name in MOVED
+        return ModuleSpec(fullname, self) if moved else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module of the new name in place of the empty one, so that both are the same."""
+        old = module.__name__
+        new = f"{__package__}.{MOVED[old.removeprefix(f'{__package__}.')]}"
+        warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(new)
+
+
+def keep_old_names() -> None:
+    """Let the old names of `MOVED` be imported."""
+    sys.meta_path.append(_MovedModules())

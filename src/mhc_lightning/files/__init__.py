@@ -1,0 +1,1 @@
+"""Writing files so that no crash loses any, and their checksums."""
