@@ -19,7 +19,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 from mhc_lightning.cli.main import main
 from mhc_lightning.inspection import inspect_mappings, static_mappings_of
 from mhc_lightning.interchange.deepseek_v4 import to_deepseek_v4
-from mhc_lightning.interchange.exported import load_exported
+from mhc_lightning.interchange.exported_model import load_exported
 from mhc_lightning.interchange.safetensors_files import StoredTensors
 from mhc_lightning.modules import (
     HyperConnection,

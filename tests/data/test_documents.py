@@ -11,7 +11,7 @@ from mhc_lightning.data.documents import (
     open_bytes,
     text_bytes,
 )
-from mhc_lightning.data.finding import find_text_files
+from mhc_lightning.data.input_files import find_text_files
 from mhc_lightning.errors import UserError
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mhc_lightning.data import ByteTokenizer, JsonTokenizer, PreparedData, prepare, shard
-from mhc_lightning.data.record import SPLITS
+from mhc_lightning.data.prepared_record import SPLITS
 from mhc_lightning.errors import UserError
 
 Write = Callable[..., Path]

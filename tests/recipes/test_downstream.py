@@ -20,9 +20,9 @@ from mhc_lightning.cli.building import build_model
 from mhc_lightning.cli.composition import compose_experiment
 from mhc_lightning.cli.main import main as command
 from mhc_lightning.data.tokenizers import ByteTokenizer
-from mhc_lightning.evaluation import running
+from mhc_lightning.evaluation import harness_tasks
 from mhc_lightning.evaluation.harness_model import HarnessModel
-from mhc_lightning.evaluation.running import load_tasks, run_tasks, task_manager
+from mhc_lightning.evaluation.harness_tasks import load_tasks, run_tasks, task_manager
 from mhc_lightning.interchange import export_model, load_exported
 
 SMALL = """
@@ -79,7 +79,7 @@ def test_every_kind_of_model_is_evaluated_as_what_it_is(
     words, models, tasks, monkeypatch, tmp_path, capsys
 ):
     manager = task_manager(tasks)  # takes long to make
-    monkeypatch.setattr(running, "task_manager", lambda include_path: manager)
+    monkeypatch.setattr(harness_tasks, "task_manager", lambda include_path: manager)
 
     def run(*words, capture):  # in this process
         printed = io.StringIO()

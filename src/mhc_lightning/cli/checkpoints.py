@@ -14,7 +14,8 @@ from mhc_lightning.checkpoints.saved import fault_in, load_checkpoint
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import CHECKPOINTS, CONFIG, holds_run, is_first_process
 from mhc_lightning.errors import UserError
-from mhc_lightning.interchange.exported import (
+from mhc_lightning.interchange.compatibility import check_tensors
+from mhc_lightning.interchange.exported_model import (
     check_settings,
     is_exported,
     open_exported,
@@ -22,7 +23,6 @@ from mhc_lightning.interchange.exported import (
     section_record,
 )
 from mhc_lightning.interchange.importing import weights_checkpoint
-from mhc_lightning.interchange.tensor_names import check_tensors
 
 if TYPE_CHECKING:
     from torch import nn

@@ -47,7 +47,7 @@ def measure(experiment: Experiment, tasks: list[str]) -> dict[str, Any]:
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.cli.value_types import check_arguments
     from mhc_lightning.evaluation.harness_model import HarnessModel
-    from mhc_lightning.evaluation.running import load_tasks, run_tasks, task_manager
+    from mhc_lightning.evaluation.harness_tasks import load_tasks, run_tasks, task_manager
 
     values = experiment.values()
     settings = values["evaluate"]

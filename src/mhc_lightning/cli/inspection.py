@@ -71,7 +71,7 @@ def inspect(arguments: Arguments) -> None:
 
 
 def _look(path: Path, text: str | None, arguments: Arguments) -> Inspected:
-    from mhc_lightning.interchange.exported import holds_own_record
+    from mhc_lightning.interchange.exported_model import holds_own_record
 
     if path.is_dir() and (path / CONFIG).is_file():
         return _look_at_run(path / CONFIG, "last", path, text, arguments)
@@ -104,7 +104,11 @@ def _look_at_run(
     from mhc_lightning.cli.composition import compose_experiment
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.inspection import mappings_on, static_mappings_of
-    from mhc_lightning.interchange.exported import bring_to_life, build_network, section_record
+    from mhc_lightning.interchange.exported_model import (
+        bring_to_life,
+        build_network,
+        section_record,
+    )
 
     literal = {key: typed for key, typed in arguments.literal.items() if key not in _OWN}
     literal |= {"ckpt_path": [asked], "output_dir": [str(run)]}
@@ -134,7 +138,7 @@ def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> Ins
     import torch
 
     from mhc_lightning.inspection import mappings_on, static_mappings_of
-    from mhc_lightning.interchange.exported import load_exported, open_exported
+    from mhc_lightning.interchange.exported_model import load_exported, open_exported
     from mhc_lightning.interchange.safetensors_files import StoredTensors
 
     _typed_settings(arguments, ())

@@ -5,7 +5,7 @@ from typing import Any
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.data.tokenizers import Tokenizer, load_tokenizer
 from mhc_lightning.errors import UserError
-from mhc_lightning.interchange.exported import is_exported, open_exported
+from mhc_lightning.interchange.exported_model import is_exported, open_exported
 
 
 def tokenizer_of(

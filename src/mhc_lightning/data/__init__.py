@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mhc_lightning.data.preparation import PrepareSummary, prepare
-    from mhc_lightning.data.prepared import PreparedData
+    from mhc_lightning.data.prepared_data import PreparedData
     from mhc_lightning.data.text_data_module import TextDataModule
     from mhc_lightning.data.tokenizers import ByteTokenizer, JsonTokenizer, load_tokenizer
 
@@ -24,7 +24,7 @@ _HOMES = {
     "ByteTokenizer": "tokenizers",
     "JsonTokenizer": "tokenizers",
     "PrepareSummary": "preparation",
-    "PreparedData": "prepared",
+    "PreparedData": "prepared_data",
     "TextDataModule": "text_data_module",
     "load_tokenizer": "tokenizers",
     "prepare": "preparation",

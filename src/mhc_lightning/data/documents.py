@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from mhc_lightning.data.forms import JSON_LINES, PLAIN_TEXT, compression_of
+from mhc_lightning.data.file_formats import JSON_LINES, PLAIN_TEXT, compression_of
 from mhc_lightning.errors import UserError
 
 _BUFFER_BYTES = 1 << 16
@@ -32,7 +32,7 @@ class TextFile:
         name: Its path below the input it was found in, with forward slashes; orders the files.
         size: Bytes on disk.
         modified: Modification time in nanoseconds.
-        form: What it holds, see :mod:`mhc_lightning.data.forms`.
+        form: What it holds, see :mod:`mhc_lightning.data.file_formats`.
     """
 
     path: str

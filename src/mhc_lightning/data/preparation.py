@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhc_lightning.data import hub
-from mhc_lightning.data.assemble import assemble
-from mhc_lightning.data.finding import count_forms, find_text_files
-from mhc_lightning.data.forms import BINARY, form_by_name
-from mhc_lightning.data.pool import Job, run_units
-from mhc_lightning.data.prepared import PreparedData
-from mhc_lightning.data.record import FORMAT, RECORD_FILE, SPLITS, Record
-from mhc_lightning.data.shard import Counts, ShardOptions
+from mhc_lightning.data import hub_datasets
+from mhc_lightning.data.file_formats import BINARY, form_by_name
+from mhc_lightning.data.input_files import count_forms, find_text_files
+from mhc_lightning.data.prepared_data import PreparedData
+from mhc_lightning.data.prepared_record import FORMAT, RECORD_FILE, SPLITS, Record
+from mhc_lightning.data.prepared_writing import assemble
 from mhc_lightning.data.tokenizers import load_tokenizer
-from mhc_lightning.data.units import Unit, plan_units
+from mhc_lightning.data.unit_tokenization import Counts, ShardOptions
+from mhc_lightning.data.work_units import Unit, plan_units
+from mhc_lightning.data.worker_pool import Job, run_units
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import json_sha256
 
@@ -175,12 +175,12 @@ def prepare(
         "as_text": list(as_text),
         "chunk_bytes": chunk_bytes,
     }
-    paths = [each for each in inputs if not str(each).startswith(hub.PREFIX)]
+    paths = [each for each in inputs if not str(each).startswith(hub_datasets.PREFIX)]
     found_files = find_text_files(
         paths, include, exclude, [output, work], as_text=as_text, text_field=text_field
     )
     files = [file for file in found_files if file.form != BINARY]
-    datasets = [hub.open_dataset(str(each)) for each in inputs if each not in paths]
+    datasets = [hub_datasets.open_dataset(str(each)) for each in inputs if each not in paths]
     if not found_files and not datasets:
         matching = " that match include=… and exclude=…" if include or exclude else ""
         raise UserError(f"no files in {_names(inputs)}{matching}; name a folder or files with text")
@@ -210,7 +210,7 @@ def prepare(
     def make() -> Record:
         units: list[Unit] = [*plan_units(files, unit_bytes, validation_fraction)]
         for dataset in datasets:
-            units += hub.plan_rows(dataset, unit_bytes, text_field)
+            units += hub_datasets.plan_rows(dataset, unit_bytes, text_field)
         limit = unit_bytes * chosen.dtype.itemsize * 3 // 2
         options = ShardOptions(text_field, validation_fraction, limit)
         _resume_or_clear(work, identity)

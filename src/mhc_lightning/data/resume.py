@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from mhc_lightning.data.prepared import PreparedData
+from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.errors import UserError
 
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mhc_lightning.data.prepared import PreparedData
-from mhc_lightning.data.record import TRAIN
-from mhc_lightning.data.sequences import sequences_in
+from mhc_lightning.data.prepared_data import PreparedData
+from mhc_lightning.data.prepared_record import TRAIN
 from mhc_lightning.data.tokenizers import load_tokenizer
+from mhc_lightning.data.training_sequences import sequences_in
 from mhc_lightning.errors import UserError
 
 
@@ -84,7 +84,7 @@ def open_sources(
         sources: Which ones.
         sequence_length: Tokens to predict per sequence.
         tokenizer: The tokenizer they must have been prepared with; None for any.
-        cache_dir: See :class:`mhc_lightning.data.prepared.PreparedData`.
+        cache_dir: See :class:`mhc_lightning.data.prepared_data.PreparedData`.
         storage_options: Likewise.
 
     Returns:

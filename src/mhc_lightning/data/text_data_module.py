@@ -8,13 +8,13 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mhc_lightning.data.loader import BatchLoader, TrainingLoader
-from mhc_lightning.data.prepared import PreparedData
+from mhc_lightning.data.batch_loader import BatchLoader, TrainingLoader
+from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.resume import align_batch_count, check_same_stream, stream_identity
-from mhc_lightning.data.sequences import TrainingSequences, ValidationSequences
 from mhc_lightning.data.sources import open_sources, parse_sources
 from mhc_lightning.data.tokenizers import Tokenizer
-from mhc_lightning.data.validation import validation_batches, validation_counts
+from mhc_lightning.data.training_sequences import TrainingSequences, ValidationSequences
+from mhc_lightning.data.validation_sequences import validation_batches, validation_counts
 from mhc_lightning.errors import UserError
 
 
@@ -210,7 +210,7 @@ class TextDataModule(L.LightningDataModule):
         assert self.sources
 
     def train_dataloader(self) -> TrainingLoader:
-        """Endless training batches; see :class:`mhc_lightning.data.loader.TrainingLoader`."""
+        """Endless training batches; see :class:`mhc_lightning.data.batch_loader.TrainingLoader`."""
         assert self.trainer is not None
         rank, world_size = self._data_parallel()
         accumulation = self.accumulation(world_size)

@@ -1,6 +1,6 @@
 """Models out of this package and into it: safetensors folders, and DeepSeek-V4's layout."""
 
-from mhc_lightning.interchange.exported import Exported, load_exported, open_exported
+from mhc_lightning.interchange.exported_model import Exported, load_exported, open_exported
 from mhc_lightning.interchange.exporting import export_model
 from mhc_lightning.interchange.importing import import_model, weights_checkpoint
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.interchange.tensor_names import check_tensors, is_weight
+from mhc_lightning.interchange.compatibility import check_tensors, is_weight
 from mhc_lightning.modules import ManifoldHyperConnection, StreamMappings, Transformer
 
 HC_EPS = 1e-6

@@ -19,7 +19,8 @@ from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.atomic import sync_folder
 from mhc_lightning.files.checksums import file_xxh3, json_sha256
-from mhc_lightning.interchange.exported import (
+from mhc_lightning.interchange.compatibility import check_tensors, is_weight
+from mhc_lightning.interchange.exported_model import (
     CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
@@ -28,7 +29,6 @@ from mhc_lightning.interchange.exported import (
     section_record,
 )
 from mhc_lightning.interchange.safetensors_files import write_tensors
-from mhc_lightning.interchange.tensor_names import check_tensors, is_weight
 from mhc_lightning.modules import Transformer
 
 SHARD_BYTES = 5_000_000_000

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhc_lightning.interchange.exported import Exported, open_exported
+from mhc_lightning.interchange.exported_model import Exported, open_exported
 from mhc_lightning.modules import Transformer
 
 _PREFIX = "model."  # of the network within the LightningModule

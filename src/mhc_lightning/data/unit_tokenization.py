@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mhc_lightning.data.tokenizers import Tokenizer
-from mhc_lightning.data.units import Document, Skipped, Unit
+from mhc_lightning.data.work_units import Document, Skipped, Unit
 from mhc_lightning.files.checksums import file_sha256, file_xxh3, json_sha256
 
 # litdata asks a package index for its newest version when it is imported, unless told not to.

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from mhc_lightning.data.order import EpochOrder, Mixture, apportion, permutation
+from mhc_lightning.data.shuffling import EpochOrder, Mixture, apportion, permutation
 
 SIZES = [5, 0, 3, 8, 1, 4, 6]
 

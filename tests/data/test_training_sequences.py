@@ -10,7 +10,7 @@ import torch
 from mhc_lightning.data import PreparedData
 from mhc_lightning.data import sequences as module
 from mhc_lightning.data.chunk_file import Chunk
-from mhc_lightning.data.sequences import (
+from mhc_lightning.data.training_sequences import (
     TrainingSequences,
     ValidationSequences,
     held_out_sequences_in,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mhc_lightning.data import PreparedData
-from mhc_lightning.data.record import Record
+from mhc_lightning.data.prepared_record import Record
 
 
 def test_a_record_is_read_as_it_was_written(prepared: PreparedData) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from mhc_lightning.data import PreparedData
-from mhc_lightning.data.validation import validation_batches, validation_counts
+from mhc_lightning.data.validation_sequences import validation_batches, validation_counts
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

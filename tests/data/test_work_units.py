@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mhc_lightning.data.finding import find_text_files
-from mhc_lightning.data.units import Document, FileUnit, Skipped, is_held_out, plan_units
+from mhc_lightning.data.input_files import find_text_files
+from mhc_lightning.data.work_units import Document, FileUnit, Skipped, is_held_out, plan_units
 from mhc_lightning.errors import UserError
 
 Write = Callable[..., Path]

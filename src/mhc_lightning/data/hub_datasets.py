@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mhc_lightning.data.documents import text_bytes
-from mhc_lightning.data.units import Document, Skipped, is_held_out
+from mhc_lightning.data.work_units import Document, Skipped, is_held_out
 from mhc_lightning.errors import UserError
 
 PREFIX = "hf://"
@@ -37,7 +37,7 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class HubUnit:
-    """A :class:`mhc_lightning.data.units.Unit` of the rows [start, stop)."""
+    """A :class:`mhc_lightning.data.work_units.Unit` of the rows [start, stop)."""
 
     dataset: HubDataset
     start: int
@@ -47,7 +47,7 @@ class HubUnit:
     def documents(
         self, text_field: str, validation_fraction: float, skipped: Skipped
     ) -> Iterator[Document]:
-        """See :class:`mhc_lightning.data.units.Unit`."""
+        """See :class:`mhc_lightning.data.work_units.Unit`."""
         for start in range(self.start, self.stop, _ROWS_AT_ONCE):
             stop = min(start + _ROWS_AT_ONCE, self.stop)
             for text in _texts(self.dataset, start, stop, text_field):

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mhc_lightning.data.chunk_file import Chunk
-from mhc_lightning.data.forms import BINARY
-from mhc_lightning.data.record import (
+from mhc_lightning.data.file_formats import BINARY
+from mhc_lightning.data.prepared_record import (
     RECORD_FILE,
     SPLITS,
     TRAIN,
@@ -19,7 +19,9 @@ from mhc_lightning.data.record import (
     Record,
     content_checksum,
 )
-from mhc_lightning.data.shard import (
+from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE
+from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
+from mhc_lightning.data.unit_tokenization import (
     Counts,
     ShardOptions,
     held_out_tokens,
@@ -27,9 +29,7 @@ from mhc_lightning.data.shard import (
     unit_folder,
     write_chunks,
 )
-from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE
-from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
-from mhc_lightning.data.units import Skipped
+from mhc_lightning.data.work_units import Skipped
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import file_xxh3
 
@@ -53,10 +53,10 @@ def assemble(
         num_units: Number of units, all finished.
         tokenizer: The tokenizer; a ``tokenizer.json`` is copied.
         options: As the units were written with.
-        identity: See :class:`mhc_lightning.data.record.Record`.
+        identity: See :class:`mhc_lightning.data.prepared_record.Record`.
         settings: Likewise.
         inputs: The inputs' names, for the error message.
-        forms: See :class:`mhc_lightning.data.record.Record`.
+        forms: See :class:`mhc_lightning.data.prepared_record.Record`.
 
     Returns:
         The record, which is also written.

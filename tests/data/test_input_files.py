@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mhc_lightning.data.documents import TextFile
-from mhc_lightning.data.finding import count_forms, find_text_files
+from mhc_lightning.data.input_files import count_forms, find_text_files
 from mhc_lightning.errors import UserError
 
 

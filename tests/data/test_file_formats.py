@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from mhc_lightning.data.finding import find_text_files
-from mhc_lightning.data.forms import form_of
-from mhc_lightning.data.units import Skipped, plan_units
+from mhc_lightning.data.file_formats import form_of
+from mhc_lightning.data.input_files import find_text_files
+from mhc_lightning.data.work_units import Skipped, plan_units
 from mhc_lightning.errors import UserError
 
 TEXTS = [

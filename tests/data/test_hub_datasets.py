@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mhc_lightning.data import PreparedData, prepare
-from mhc_lightning.data.hub import open_dataset, plan_rows
+from mhc_lightning.data.hub_datasets import open_dataset, plan_rows
 from mhc_lightning.errors import UserError
 
 

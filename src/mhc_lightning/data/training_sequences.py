@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mhc_lightning.data.chunk_file import Chunk, ChunkFile
-from mhc_lightning.data.order import EpochOrder, Mixture
-from mhc_lightning.data.prepared import PreparedData
-from mhc_lightning.data.record import TRAIN, VALIDATION
+from mhc_lightning.data.prepared_data import PreparedData
+from mhc_lightning.data.prepared_record import TRAIN, VALIDATION
+from mhc_lightning.data.shuffling import EpochOrder, Mixture
 from mhc_lightning.kernels import IGNORE_INDEX
 
 _OPEN_CHUNKS = 128  # each holds a file descriptor

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from mhc_lightning.data.chunk_cache import ChunkCache, is_url
 from mhc_lightning.data.chunk_file import Chunk, ChunkFile, DamagedChunkError
-from mhc_lightning.data.record import RECORD_FILE, SPLITS, VALIDATION, Record
-from mhc_lightning.data.remote import ChunkCache, is_url
+from mhc_lightning.data.prepared_record import RECORD_FILE, SPLITS, VALIDATION, Record
 from mhc_lightning.data.tokenizers import Tokenizer, json_fingerprint, tokenizer_from_record
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import file_sha256, file_xxh3

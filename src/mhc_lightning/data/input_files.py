@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mhc_lightning.data.documents import TextFile, open_bytes
-from mhc_lightning.data.forms import (
+from mhc_lightning.data.file_formats import (
     BINARY,
     PLAIN_TEXT,
     SAMPLE_BYTES,

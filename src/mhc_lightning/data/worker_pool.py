@@ -14,9 +14,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhc_lightning.data.shard import ShardOptions, is_finished, unit_folder, write_shard
 from mhc_lightning.data.tokenizers import Tokenizer
-from mhc_lightning.data.units import Unit
+from mhc_lightning.data.unit_tokenization import ShardOptions, is_finished, unit_folder, write_shard
+from mhc_lightning.data.work_units import Unit
 from mhc_lightning.errors import UserError
 
 # Forking shares the loaded libraries; elsewhere than on Linux system libraries do not stand it.

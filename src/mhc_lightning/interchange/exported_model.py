@@ -14,8 +14,8 @@ from torch import Tensor
 from mhc_lightning.data.tokenizers import Tokenizer, tokenizer_from_record
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import file_xxh3, json_sha256
+from mhc_lightning.interchange.compatibility import check_tensors
 from mhc_lightning.interchange.safetensors_files import read_shapes, read_tensors
-from mhc_lightning.interchange.tensor_names import check_tensors
 from mhc_lightning.modules import Connection, Transformer
 
 CONFIG_FILE = "config.json"

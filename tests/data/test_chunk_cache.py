@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mhc_lightning.data import PreparedData, prepare, remote
-from mhc_lightning.data.remote import ChunkCache, is_url
-from mhc_lightning.data.sequences import TrainingSequences
+from mhc_lightning.data import PreparedData, chunk_cache, prepare
+from mhc_lightning.data.chunk_cache import ChunkCache, is_url
+from mhc_lightning.data.training_sequences import TrainingSequences
 from mhc_lightning.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(chunk_cache, "_RETRY_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mhc_lightning.data.chunk_file import Chunk
-from mhc_lightning.data.shard import Counts
 from mhc_lightning.data.tokenizers import ByteTokenizer, smallest_dtype
-from mhc_lightning.data.units import Skipped
+from mhc_lightning.data.unit_tokenization import Counts
+from mhc_lightning.data.work_units import Skipped
 from mhc_lightning.files.checksums import json_sha256
 
 RECORD_FILE = "prepared.json"

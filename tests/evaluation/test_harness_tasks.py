@@ -7,7 +7,7 @@ from lm_eval.tasks import _factory
 from mhc_lightning.data.tokenizers import ByteTokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.evaluation.harness_model import HarnessModel
-from mhc_lightning.evaluation.running import load_tasks, run_tasks, task_manager
+from mhc_lightning.evaluation.harness_tasks import load_tasks, run_tasks, task_manager
 
 LOCAL = ["local_choice", "local_continuation", "local_text"]
 

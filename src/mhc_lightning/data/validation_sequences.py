@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from mhc_lightning.data.order import apportion
-from mhc_lightning.data.prepared import PreparedData
-from mhc_lightning.data.record import VALIDATION
-from mhc_lightning.data.sequences import held_out_sequences_in
+from mhc_lightning.data.prepared_data import PreparedData
+from mhc_lightning.data.prepared_record import VALIDATION
+from mhc_lightning.data.shuffling import apportion
+from mhc_lightning.data.training_sequences import held_out_sequences_in
 
 
 def validation_counts(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mhc_lightning.data import PreparedData
-from mhc_lightning.data.loader import BatchLoader, TrainingLoader
-from mhc_lightning.data.sequences import TrainingSequences
+from mhc_lightning.data.batch_loader import BatchLoader, TrainingLoader
+from mhc_lightning.data.training_sequences import TrainingSequences
 from mhc_lightning.errors import UserError
 
 
@@ -117,9 +117,9 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_loader(
 
 def test_a_program_that_forgets_its_loader_ends(prepared_path: Path) -> None:
     script = f"""
-from mhc_lightning.data.loader import TrainingLoader
-from mhc_lightning.data.prepared import PreparedData
-from mhc_lightning.data.sequences import TrainingSequences
+from mhc_lightning.data.batch_loader import TrainingLoader
+from mhc_lightning.data.prepared_data import PreparedData
+from mhc_lightning.data.training_sequences import TrainingSequences
 from mhc_lightning.errors import UserError
 class Owner:
     begin = lambda self: 0
