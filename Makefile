@@ -16,11 +16,11 @@ PYTEST := $(VENV)/bin/python -m pytest --numprocesses=2 --dist=loadfile
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Where there is a GPU, exactly this version: a local CPU build (2.x.y+cpu) does not count as it.
 TORCH_REQUIREMENT = torch$(if $(TORCH_INDEX),==,$(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo === || echo ==))$(TORCH)
-SOURCES := src tests examples benchmarks recipes
+SOURCES := src tests examples benchmarks recipes docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint types format wheel clean
+.PHONY: help quickstart test test-slow lint types format docs wheel clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,11 +45,14 @@ format: $(VENV)/.ready-dev ## Mend style and formatting where that is safe
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
 
+docs: $(VENV)/.ready-docs ## Build the documentation into site/ (open site/index.html)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict $(ARGS)
+
 wheel: $(VENV)/.ready-dev ## Build the source archive and the wheel into dist/
 	$(VENV)/bin/python -m build
 
 clean: ## Remove the environment, builds and caches (never runs or data)
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # litdata brings torchvision, which nothing here uses; one that does not fit this torch has to go.
@@ -74,4 +77,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(call install,.[dev])
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(call install,.[docs])
 	@touch $@

@@ -17,10 +17,11 @@ EXTRAS = {
     "src/mhc_lightning/evaluation": "evaluate",
     "recipes/shared/sweep.py": "slurm",
     "benchmarks": "dev",
+    "docs": "docs",
     "examples": "dev",
     "tests": "dev",
 }
-FOLDERS = ("src", "recipes", "benchmarks", "examples", "tests")
+FOLDERS = ("src", "recipes", "benchmarks", "docs", "examples", "tests")
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,8 @@ def test_malicious_releases_of_lightning_are_excluded(project):
 
 
 def test_constraints_pin_every_dependency_within_what_the_project_allows(project, constraints):
-    for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
+    extras = project["optional-dependencies"]
+    for text in project["dependencies"] + extras["dev"] + extras["docs"]:
         requirement = Requirement(text)
         pinned = constraints[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pinned), text
