@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -19,7 +18,8 @@ from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimizers.finiteness import last_gains
 from mhc_lightning.optimizers.recipes import AdamW, Muon, go_on_with, settings_of
 from mhc_lightning.strategies.gradient_norm import global_norm
-from mhc_lightning.strategies.sharding import load_rows, shard
+from mhc_lightning.strategies.layout import layout_of
+from mhc_lightning.strategies.sharding import load_rows, shard_by_mesh
 
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,13 +94,7 @@ class LanguageModel(pl.LightningModule):
         if self.compile_sublayers:
             self.model.compile_sublayers()
         if self.device_mesh is not None:
-            mixed = "bf16" in str(self.trainer.precision)
-            shard(
-                self.model,
-                self.device_mesh["data_parallel"],
-                self.trainer.strategy.root_device,
-                torch.bfloat16 if mixed else None,
-            )
+            shard_by_mesh(self, self.model)
             self._take_weights()
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
@@ -195,8 +189,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log loss and perplexity of the whole validation set, in which every token weighs one."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self._validated, group=self._group("data_parallel_group"))
+        layout_of(self.trainer.strategy).sum_over_data_parallel(self._validated)
         total, count = self._validated
         self.log("val/loss", total / count, prog_bar=True, sync_dist=True)  # the same everywhere
         self.log("val/perplexity", (total / count).exp(), sync_dist=True)
@@ -231,7 +224,7 @@ class LanguageModel(pl.LightningModule):
             NonFiniteLossError: Before any weight is changed by the step.
         """
         trained = [p for p in self.parameters() if p.grad is not None]
-        norm = global_norm(trained, self._group("pipeline_group"))
+        norm = global_norm(trained, layout_of(self.trainer.strategy).pipeline_group)
         self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         self._log_expert_loads()
@@ -259,27 +252,20 @@ class LanguageModel(pl.LightningModule):
 
     def _log_expert_loads(self) -> None:
         """Sum the global batch's loads; log how far the fullest expert is above the mean."""
-        violations = []
+        layout, violations = layout_of(self.trainer.strategy), []
         for balance in self._balances():
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(balance.load, group=self._group("data_parallel_group"))
+            layout.sum_over_data_parallel(balance.load)
             # float32 in a stage of any dtype: stages without experts do not know theirs.
             violation = balance.load.max() / balance.load.mean() - 1
             violations.append(violation.float().nan_to_num(0))  # of no tokens at all
         found = torch.stack(violations) if violations else torch.zeros(0, device=self.device)
         worst = found.max() if violations else torch.full((), -math.inf, device=self.device)
         total = torch.stack([found.sum(), torch.full_like(worst, len(violations))])
-        pipeline = self._group("pipeline_group")
-        if pipeline is not None:
-            dist.all_reduce(worst, dist.ReduceOp.MAX, group=pipeline)
-            dist.all_reduce(total, group=pipeline)
-        if violations or (pipeline is not None and total[1] > 0):
+        layout.max_over_pipeline(worst)
+        layout.sum_over_pipeline(total)
+        if violations or (layout.pipeline_group is not None and total[1] > 0):
             self.log("experts/max_violation", worst)
             self.log("experts/mean_violation", total[0] / total[1])
-
-    def _group(self, name: str) -> dist.ProcessGroup | None:
-        """A group of the strategy's processes, where its layout has such groups."""
-        return getattr(self.trainer.strategy, name, None)
 
     def _check_finite(self, grad_norm: Tensor) -> None:
         loss = torch.stack(self._step_losses).sum()

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from mhc_lightning.callbacks import Throughput
 from mhc_lightning.callbacks.throughput import (
     count_batch_tokens,
-    data_parallel_size,
     peak_device_flops,
 )
 from mhc_lightning.errors import UserError
@@ -31,15 +30,6 @@ def test_counts_the_tokens_of_usual_batches(batch: Any, tokens: int) -> None:
 def test_a_batch_it_cannot_count_is_a_user_error(batch: Any) -> None:
     with pytest.raises(UserError, match="count_tokens="):
         count_batch_tokens(batch)
-
-
-def test_ranks_that_share_their_data_count_once() -> None:
-    def trainer(**strategy: Any) -> Any:
-        return SimpleNamespace(strategy=SimpleNamespace(**strategy), world_size=8)
-
-    assert data_parallel_size(trainer()) == 1
-    pipeline = trainer(distributed_sampler_kwargs={"num_replicas": 2, "rank": 0})
-    assert data_parallel_size(pipeline) == 2
 
 
 def test_the_peak_of_a_cpu_is_measured_without_random_numbers() -> None:

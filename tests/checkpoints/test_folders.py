@@ -12,7 +12,7 @@ from noisy_run import newest, run, sigterm_at
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from mhc_lightning import checkpoint_folder_writing
+from mhc_lightning.checkpoints import folder_writing
 from mhc_lightning.checkpoints.folder_reading import INDEX, RUN, SavedTensors, load_whole_folder
 from mhc_lightning.checkpoints.folder_writing import save_folder
 from mhc_lightning.checkpoints.names import candidates_for_last, saved_steps
@@ -129,7 +129,7 @@ def test_a_full_disk_is_survived_with_its_reason(tmp_path, monkeypatch, form):
 def test_one_is_written_at_a_time_and_the_end_waits(tmp_path, monkeypatch):
     """Training overtakes a slow write, which goes on from a copy of the step it is named for."""
     passed, running, most = threading.Event(), [], []
-    real = checkpoint_folder_writing._Writer.write_data
+    real = folder_writing._Writer.write_data
 
     def slow(self, *args):
         running.append(1)
@@ -148,7 +148,7 @@ def test_one_is_written_at_a_time_and_the_end_waits(tmp_path, monkeypatch):
         if trainer.global_step == 11:
             raise RuntimeError("power cut")
 
-    monkeypatch.setattr(checkpoint_folder_writing._Writer, "write_data", slow)
+    monkeypatch.setattr(folder_writing._Writer, "write_data", slow)
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, hook=hook, keep_last=None, **BACKGROUND)
     assert saved_steps(tmp_path / "checkpoints") == [4, 8] and max(most) == 1
@@ -219,7 +219,7 @@ def test_nothing_has_the_name_before_all_of_it_is_there(tmp_path, saved, monkeyp
         seen.extend(sorted(file.name for file in path.parent.iterdir()))
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
-    monkeypatch.setattr(checkpoint_folder_writing, "write_checkpoint", write)
+    monkeypatch.setattr(folder_writing, "write_checkpoint", write)
     done = save_folder({"state_dict": {"a": torch.zeros(9)}}, {}, saved, lambda: None, group=None,
                        asynchronous=False)  # fmt: skip
     assert isinstance(done.exception(), OSError) and done.exception().errno == errno.EDQUOT

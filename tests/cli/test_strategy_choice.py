@@ -17,6 +17,7 @@ from mhc_lightning.cli.strategy_choice import (
 from mhc_lightning.errors import UserError
 from mhc_lightning.planning.stages import plan_stages
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
+from mhc_lightning.strategies.layout import layout_of
 
 
 def compose(name, *words):
@@ -109,7 +110,7 @@ def test_the_trainer_has_what_was_chosen():
         experiment = compose("mhc_9b", *words, f"trainer.devices={devices}")
         strategy = build_trainer(experiment, logger=False, enable_checkpointing=False).strategy
         assert type(strategy) is kind
-        assert getattr(strategy, "data_parallel_size", 1) == replicas
+        assert layout_of(strategy).data_parallel_size == replicas
 
 
 def test_plan_and_print_config_tell_of_the_choice(capsys):

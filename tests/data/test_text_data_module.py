@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from mhc_lightning import TextDataModule
 from mhc_lightning.data import ByteTokenizer, PreparedData, prepare
 from mhc_lightning.errors import UserError
+from mhc_lightning.strategies.layout import Layout
 
 
 def module(path: Any, **options: Any) -> TextDataModule:
@@ -24,7 +25,7 @@ def fake_trainer(
     """As much of a trainer as a data module looks at; the layout is the strategy's to say."""
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     if world_size > 1:
-        strategy.distributed_sampler_kwargs = {"rank": rank, "num_replicas": world_size}
+        strategy.layout = lambda: Layout(world_size, rank)
     return SimpleNamespace(
         **{
             "strategy": strategy,

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
-from mhc_lightning import LanguageModel, checkpoint_folder_writing
+from mhc_lightning import LanguageModel
+from mhc_lightning.checkpoints import folder_writing
 from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.errors import NonFiniteLossError
 from mhc_lightning.loggers import MetricsCSV
@@ -20,6 +21,7 @@ from mhc_lightning.modules import ManifoldHyperConnection, Transformer
 from mhc_lightning.modules.initialisation import held_rows
 from mhc_lightning.optimizers.recipes import AdamW, Muon
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
+from mhc_lightning.strategies.layout import layout_of
 
 SEQUENCES = 8  # per optimizer step
 STRATEGIES = {
@@ -53,7 +55,7 @@ class Data(pl.LightningDataModule):
         return DataLoader(torch.utils.data.Subset(self._tokens(1000), range(2)), batch_size=None)
 
     def _tokens(self, start: int) -> Tokens:
-        replicas = getattr(self.trainer.strategy, "data_parallel_size", self.trainer.world_size)
+        replicas = layout_of(self.trainer.strategy).data_parallel_size
         return Tokens(start, self.trainer.global_rank % replicas, replicas)
 
 
@@ -99,7 +101,7 @@ def build(optimizer: type[AdamW]) -> Noisy:
 
 def kill_when_writing(step: int) -> None:
     """End the last process, without notice, when it has written a shard of this step."""
-    real = checkpoint_folder_writing._Writer.write_data
+    real = folder_writing._Writer.write_data
 
     def write(self: Any, *args: Any) -> Any:
         done = real(self, *args)
@@ -107,7 +109,7 @@ def kill_when_writing(step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 
-    setattr(checkpoint_folder_writing._Writer, "write_data", write)  # noqa: B010
+    setattr(folder_writing._Writer, "write_data", write)  # noqa: B010
 
 
 def run(leg: dict[str, Any], output: Path) -> None:

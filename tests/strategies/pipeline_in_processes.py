@@ -26,6 +26,7 @@ from mhc_lightning.modules import (
 )
 from mhc_lightning.optimizers.recipes import AdamW
 from mhc_lightning.strategies import PipelineStrategy
+from mhc_lightning.strategies.layout import layout_of
 
 SEQUENCES = 16  # per optimizer step
 
@@ -142,7 +143,7 @@ def run(case: dict[str, Any], output: Path) -> None:
     if case.get("padded"):  # sequences of all lengths, also of none
         lengths = torch.randint(0, 10, tokens.shape[:2], generator=generator)
         tokens[torch.arange(9) >= lengths[..., None]] = -100
-    replicas = getattr(strategy, "data_parallel_size", 1)
+    replicas = layout_of(strategy).data_parallel_size
     rank = trainer.global_rank % replicas
     share = tokens.unflatten(1, (replicas, -1))[:, rank].flatten(0, 1)
     size = SEQUENCES // accumulate // replicas

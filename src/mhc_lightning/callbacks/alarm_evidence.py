@@ -1,13 +1,13 @@
 """What an alarm shows for itself: the sub-layers and the gradient that stand out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from mhc_lightning.strategies.layout import layout_of
 
 
 def sub_layers_above(last: Mapping[str, float], tag: str, bound: float | None) -> list[int]:
@@ -49,11 +49,8 @@ def largest_gradient(trainer: pl.Trainer) -> str | None:
     for name, parameter in trainer.lightning_module.named_parameters():
         if parameter.grad is not None:
             squares.append((name, _square(parameter.grad)))
-    group: Any = getattr(trainer.strategy, "pipeline_group", None)
-    if group is not None:
-        stages: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(stages, squares, group=group)
-        squares = [square for stage in stages for square in stage]
+    stages = layout_of(trainer.strategy).gather_over_pipeline(squares)
+    squares = [square for stage in stages for square in stage]
     if not squares:
         return None
     broken = [name for name, square in squares if not square < float("inf")]

@@ -4,10 +4,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
 from mhc_lightning.callbacks.observations import Observation
+from mhc_lightning.strategies.layout import layout_of
 
 
 def across_stages(
@@ -23,15 +23,14 @@ def across_stages(
         observations: Those of this process's stages.
         device: Where the tensors of the result are to be.
     """
-    group = getattr(trainer.strategy, "pipeline_group", None)
-    if group is None:
+    layout = layout_of(trainer.strategy)
+    if layout.pipeline_group is None:
         return observations
 
     def moved(value: Any, to: torch.device | str) -> Any:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(to), value)
 
-    stages: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(stages, moved(observations, "cpu"), group=group)
+    stages = layout.gather_over_pipeline(moved(observations, "cpu"))
     everything = [observation for stage in stages for observation in stage]
     ordered = sorted(everything, key=lambda observation: observation.stage)
     chain = [o._replace(layer=k, after=k - 1 if k else None) for k, o in enumerate(ordered)]

@@ -1,7 +1,6 @@
 """The common base of callbacks that sample a model's stream mappings now and then."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
@@ -14,6 +13,7 @@ from mhc_lightning.callbacks.observations import Observation
 from mhc_lightning.callbacks.pipeline_stages import across_stages
 from mhc_lightning.callbacks.watcher import Extract, StreamWatcher
 from mhc_lightning.kernels import StreamMappings
+from mhc_lightning.strategies.layout import layout_of
 
 Reduced = TypeVar("Reduced")
 
@@ -114,9 +114,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         step = trainer.global_step + 1
         if self.cadence.is_due(trainer, step):
             self._step, self._reduced = step, None
-            piped = hasattr(trainer.strategy, "place_in_pipeline")
-            place = partial(getattr, trainer.strategy, "place_in_pipeline") if piped else None
-            self._watcher.open(pl_module, place)
+            self._watcher.open(pl_module, layout_of(trainer.strategy).running_micro_batch)
 
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor

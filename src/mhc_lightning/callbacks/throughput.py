@@ -12,6 +12,7 @@ from torch import Tensor
 from mhc_lightning.callbacks.cadence import Cadence, refuse_twice
 from mhc_lightning.errors import UserError
 from mhc_lightning.loggers.every_logger import log_scalars
+from mhc_lightning.strategies.layout import layout_of
 
 
 def count_batch_tokens(batch: Any) -> int:
@@ -34,12 +35,6 @@ def count_batch_tokens(batch: Any) -> int:
         f"Throughput cannot count the tokens of a batch of type {type(batch).__name__};"
         " give it count_tokens=..., a function from a batch to their number"
     )
-
-
-def data_parallel_size(trainer: pl.Trainer) -> int:
-    """How many ranks read different data; pipeline and tensor parallel ranks share theirs."""
-    kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-    return int(kwargs.get("num_replicas", 1))
 
 
 def peak_device_flops(trainer: pl.Trainer) -> float | None:
@@ -127,7 +122,8 @@ class Throughput(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Count the batch, and log where a step is due."""
-        tokens = self.count_tokens(batch) * data_parallel_size(trainer)
+        shares = layout_of(trainer.strategy).data_parallel_size
+        tokens = self.count_tokens(batch) * shares
         step = trainer.global_step
         self.total_tokens += tokens
         self._tokens += tokens

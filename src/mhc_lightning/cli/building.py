@@ -162,7 +162,9 @@ def _spreads(trainer: dict[str, Any]) -> bool:
 
 def replicas(trainer: "pl.Trainer") -> int:
     """How many shares a batch is cut into: pipeline devices have theirs in common."""
-    return int(getattr(trainer.strategy, "data_parallel_size", trainer.world_size))
+    from mhc_lightning.strategies.layout import layout_of
+
+    return layout_of(trainer.strategy).data_parallel_size
 
 
 def check_layout(
@@ -178,7 +180,9 @@ def check_layout(
     Raises:
         UserError: the strategy's own.
     """
-    if hasattr(trainer.strategy, "check"):
+    from mhc_lightning.strategies import PipelineStrategy
+
+    if isinstance(trainer.strategy, PipelineStrategy):
         trainer.strategy.check(module, None if data is None else data.micro_batch_size)
 
 
@@ -228,7 +232,9 @@ def build_model(experiment: Experiment, *, on_meta: bool = False) -> "LanguageMo
 
 def build_model_for(experiment: Experiment, trainer: "pl.Trainer") -> "LanguageModel":
     """The model, on ``meta`` if the trainer's strategy brings it to life part by part."""
-    return build_model(experiment, on_meta=getattr(trainer.strategy, "materialises_model", False))
+    from mhc_lightning.strategies.layout import layout_of
+
+    return build_model(experiment, on_meta=layout_of(trainer.strategy).materialises_module)
 
 
 def count_optimizer_steps(

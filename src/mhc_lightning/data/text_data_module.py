@@ -16,6 +16,7 @@ from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.data.training_sequences import TrainingSequences, ValidationSequences
 from mhc_lightning.data.validation_sequences import validation_batches, validation_counts
 from mhc_lightning.errors import UserError
+from mhc_lightning.strategies.layout import Layout, layout_of
 
 
 class TextDataModule(L.LightningDataModule):
@@ -185,13 +186,9 @@ class TextDataModule(L.LightningDataModule):
         return count
 
     def _data_parallel(self) -> tuple[int, int]:
-        """This process's data-parallel rank and their number.
-
-        Strategies whose ranks share data (pipeline stages, tensor parallelism) say so there.
-        """
-        strategy = self.trainer.strategy if self.trainer is not None else None
-        layout = getattr(strategy, "distributed_sampler_kwargs", None) or {}
-        return layout.get("rank", 0), layout.get("num_replicas", 1)
+        """This process's data-parallel rank and the data-parallel size."""
+        layout = Layout() if self.trainer is None else layout_of(self.trainer.strategy)
+        return layout.data_parallel_rank, layout.data_parallel_size
 
     @property
     def consumed_sequences(self) -> int:

@@ -1,5 +1,6 @@
 """FSDP2 over all devices of a run."""
 
+from mhc_lightning.strategies.layout import Layout, mesh_layout
 from mhc_lightning.strategies.watched import Watched
 from mhc_lightning.strategies.whole_files import WholeFileStrategy
 from mhc_lightning.strategies.whole_state import WholeState
@@ -9,15 +10,12 @@ class FullyShardedStrategy(Watched, WholeFileStrategy):
     """Lightning's ModelParallelStrategy with every process in the data-parallel dimension.
 
     The LightningModule shards itself over ``device_mesh["data_parallel"]``. A run resumes under any
-    strategy and number of devices.
+    strategy and number of devices. A module may come with its network on ``meta``: no process ever
+    builds it whole, ``configure_model`` gives this process's part memory and values.
 
     Args:
         timeout_seconds: How long a process may wait for another; one that it waits for longer
             counts as hung.
-
-    Attributes:
-        materialises_model: A module may come with its network on ``meta``: no process ever builds
-            it whole, ``configure_model`` gives this process's part memory and values.
     """
 
     def __init__(self, timeout_seconds: float = 1800) -> None:
@@ -27,6 +25,10 @@ class FullyShardedStrategy(Watched, WholeFileStrategy):
         """Size the mesh by the number of processes, which is known only now."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def layout(self) -> Layout:
+        """All processes are data-parallel."""
+        return mesh_layout(self, self.num_nodes * self.num_processes, materialises_module=True)
 
     def whole_state(self) -> WholeState:
         """Every process has a part of every tensor."""

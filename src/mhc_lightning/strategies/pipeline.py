@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from mhc_lightning.errors import UserError
@@ -20,6 +20,7 @@ from mhc_lightning.planning.stages import (
 )
 from mhc_lightning.strategies.backward_within_step import run_backward_within_step
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
+from mhc_lightning.strategies.layout import Layout, mesh_layout
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
 from mhc_lightning.strategies.sharding import bring_to_life, shard_parts
@@ -55,9 +56,8 @@ class PipelineStrategy(Watched, WholeFileStrategy):
             feed-forward's output of a stage, which is sent, on a stream of high priority. Results
             are the same to the bit. Not run on a GPU yet; on a CPU it makes no difference.
 
-    Attributes:
-        materialises_model: A module may come with its network on ``meta``: each process gives only
-            its stages memory and values.
+    A module may come with its network on ``meta``: each process gives memory and values only to its
+    stages.
 
     If a process fails or hangs, every other one prints which (its rank and stages) and why, and
     ends; so does the one that hangs.
@@ -90,34 +90,25 @@ class PipelineStrategy(Watched, WholeFileStrategy):
 
     # ---- the layout
 
-    @property
-    def data_parallel_size(self) -> int:
-        """Pipelines that share a batch; known before any process group is.
+    def layout(self) -> Layout:
+        """Pipelines share the batch; the sizes are known before any process group is.
 
         Raises:
             UserError: The devices cannot be shared out.
         """
         devices = self.num_nodes * self.num_processes
-        return devices // pipeline_size_of(devices, self.pipeline_size)
+        return mesh_layout(
+            self,
+            planned_size=devices // pipeline_size_of(devices, self.pipeline_size),
+            pipeline_group=None if self._device_mesh is None else self._pipeline_group,
+            running_micro_batch=lambda: None if self._engine is None else self._engine.place,
+            materialises_module=True,
+        )
 
     @property
-    def pipeline_group(self) -> dist.ProcessGroup:
+    def _pipeline_group(self) -> dist.ProcessGroup:
         """The processes of this one's pipeline."""
-        return self._mesh["pipeline"].get_group()
-
-    @property
-    def data_parallel_group(self) -> dist.ProcessGroup:
-        """The processes that hold the same stages as this one."""
-        return self._mesh["data_parallel"].get_group()
-
-    @property
-    def place_in_pipeline(self) -> tuple[int, int] | None:
-        """(stage, micro-batch) of the forward pass that is running in this process, or None."""
-        return None if self._engine is None else self._engine.place
-
-    @property
-    def _mesh(self) -> DeviceMesh:
-        return self.device_mesh
+        return self.device_mesh["pipeline"].get_group()
 
     def plan(self, network: Any) -> StagePlan:
         """The stages of a network, which may be on ``meta``.
@@ -174,7 +165,7 @@ class PipelineStrategy(Watched, WholeFileStrategy):
             batch = getattr(loaded, "micro_batch_size", None) if training else None
             self.check(self.lightning_module, batch)
         self._setup_distributed()
-        replicas = self.data_parallel_size
+        replicas = self.layout().data_parallel_size
         # Dimensions are asked for by name, so that a later one (expert parallelism, cut out of the
         # data-parallel one) disturbs nobody; one of size 1 would only cost process groups now.
         self._device_mesh = init_device_mesh(
@@ -258,7 +249,7 @@ class PipelineStrategy(Watched, WholeFileStrategy):
         self._engine = PipelineEngine(
             stages,
             plan,
-            self.pipeline_group,
+            self._pipeline_group,
             self.root_device,
             self.micro_batches,
             lambda: 1 / trainer.accumulate_grad_batches,
@@ -270,7 +261,7 @@ class PipelineStrategy(Watched, WholeFileStrategy):
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        clip_by_global_norm(parameters, clip_val, self.pipeline_group)
+        clip_by_global_norm(parameters, clip_val, self._pipeline_group)
 
 
 def _is_compiled(network: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -42,6 +43,17 @@ def shard(
     for method in ("loss", "token_losses", "forward_cached"):
         register_fsdp_forward_method(model, method)
     bring_to_life([model], device)
+
+
+def shard_by_mesh(module: pl.LightningModule, network: Transformer) -> None:
+    """`shard` a module's network in ``configure_model``, as its trainer's strategy asks for it.
+
+    The strategy is any that gives the module a device mesh: this package's or Lightning's.
+    """
+    assert module.device_mesh is not None
+    strategy = module.trainer.strategy
+    param_dtype = torch.bfloat16 if "bf16" in str(module.trainer.precision) else None
+    shard(network, module.device_mesh["data_parallel"], strategy.root_device, param_dtype)
 
 
 def shard_parts(

@@ -18,7 +18,6 @@ class WholeFileStrategy(ModelParallelStrategy):
     values. What Lightning saves is one file, whole; `RunCheckpoint` asks for parts.
     """
 
-    materialises_model = True
     _gathers = True
 
     def whole_state(self) -> WholeState:

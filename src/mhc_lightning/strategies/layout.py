@@ -1,0 +1,93 @@
+"""How the processes of a run share its batch and its model, whichever strategy started them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One process's view of the layout. Groups are None until the processes have met.
+
+    Attributes:
+        data_parallel_size: Shares that a batch is cut into. The stages of a pipeline, and
+            tensor-parallel processes, have one share in common.
+        data_parallel_rank: The share of this process; 0 until the processes have met.
+        data_parallel_group: The processes that hold the same part of the model as this one, and
+            other shares of the batch; None for all processes.
+        pipeline_group: The processes of this one's pipeline, in order; None without a pipeline.
+        running_micro_batch: Gives (stage, micro-batch) of the forward pass that is running in this
+            process, or None while none is; itself None without a pipeline.
+        materialises_module: True if a module may come on ``meta``: each process then gives memory
+            and values to its own part only.
+    """
+
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
+    data_parallel_group: dist.ProcessGroup | None = None
+    pipeline_group: dist.ProcessGroup | None = None
+    running_micro_batch: Callable[[], tuple[int, int] | None] | None = None
+    materialises_module: bool = False
+
+    def sum_over_data_parallel(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all shares of the batch."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(tensor, group=self.data_parallel_group)
+
+    def sum_over_pipeline(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the processes of a pipeline, if there is one."""
+        if self.pipeline_group is not None:
+            dist.all_reduce(tensor, group=self.pipeline_group)
+
+    def max_over_pipeline(self, tensor: Tensor) -> None:
+        """Replace a tensor by its maximum over the processes of a pipeline, if there is one."""
+        if self.pipeline_group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.pipeline_group)
+
+    def gather_over_pipeline(self, value: Any) -> list[Any]:
+        """A picklable value of each process of the pipeline, in order; [value] without one."""
+        if self.pipeline_group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self.pipeline_group)
+        dist.all_gather_object(values, value, group=self.pipeline_group)
+        return values
+
+
+@runtime_checkable
+class HasLayout(Protocol):
+    """A strategy that describes its own layout."""
+
+    def layout(self) -> Layout:
+        """The layout, as far as it is known: sizes at any time, groups once processes have met."""
+        ...
+
+
+def layout_of(strategy: Strategy) -> Layout:
+    """The layout of any strategy: this package's, Lightning's own, or one with a ``layout()``."""
+    if isinstance(strategy, HasLayout):
+        return strategy.layout()
+    if isinstance(strategy, ModelParallelStrategy):
+        size = strategy._data_parallel_size
+        return mesh_layout(strategy, strategy.num_nodes if isinstance(size, str) else size)
+    if isinstance(strategy, ParallelStrategy):
+        sampler = strategy.distributed_sampler_kwargs or {}
+        return Layout(sampler.get("num_replicas", 1), sampler.get("rank", 0))
+    return Layout()
+
+
+def mesh_layout(strategy: ModelParallelStrategy, planned_size: int, **more: Any) -> Layout:
+    """The layout of a strategy whose device mesh has a ``data_parallel`` dimension.
+
+    Args:
+        strategy: The strategy, before or after its processes have met.
+        planned_size: The data-parallel size, for as long as there is no mesh.
+        more: Other attributes of the layout.
+    """
+    if strategy._device_mesh is None:
+        return Layout(planned_size, **more)
+    mesh = strategy.device_mesh["data_parallel"]
+    return Layout(mesh.size(), mesh.get_local_rank(), mesh.get_group(), **more)
