@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from axes import plain, save
 from benchmark_scores import MODELS, Row
 
-from mhc_lightning.reporting.drawing import FAINT, INK, RUN_COLOURS, TEXT
+from mhc_lightning.plotting.theme import FAINT, INK, RUN_COLOURS, TEXT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,9 +23,8 @@ from provenance import provenance, write_json
 from recipe_words import chosen, of_size, read_words, seeds_of
 from sweep import Run, run_all
 
-from mhc_lightning.reporting.reading import Run as ReadRun
-from mhc_lightning.reporting.reading import read_runs
-from mhc_lightning.reporting.series import layer_matrix
+from mhc_lightning.reporting.logged_runs import LoggedRun, read_runs
+from mhc_lightning.reporting.metric_series import layer_matrix
 
 HERE = Path(__file__).parent
 DEFAULT = "default"
@@ -63,7 +62,7 @@ class Candidate:
     """
 
     name: str
-    runs: dict[int, ReadRun]
+    runs: dict[int, LoggedRun]
     diverged: list[int]
 
     def validation_losses(self) -> dict[int, float]:

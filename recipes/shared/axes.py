@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mhc_lightning.reporting.drawing import FAINT, GRID, TEXT
+from mhc_lightning.plotting.theme import FAINT, GRID, TEXT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

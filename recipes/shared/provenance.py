@@ -9,14 +9,14 @@ from typing import Any
 
 from commands import shown
 
-from mhc_lightning.reporting import facts
-from mhc_lightning.reporting.reading import Run
-from mhc_lightning.reporting.record import plain
+from mhc_lightning.formatting import json_value
+from mhc_lightning.reporting.logged_runs import LoggedRun
+from mhc_lightning.reporting.run_description import what_was_run
 
 
-def provenance(runs: Sequence[Run], words: Sequence[str]) -> dict[str, Any]:
+def provenance(runs: Sequence[LoggedRun], words: Sequence[str]) -> dict[str, Any]:
     """The command, and the devices, versions and commits of runs; each list without repetition."""
-    about = [facts.what_was_run(run) for run in runs]
+    about = [what_was_run(run) for run in runs]
     script = shown(Path(sys.argv[0]).resolve())
     return {
         "command": shlex.join(["python", script, *words]),
@@ -30,4 +30,4 @@ def provenance(runs: Sequence[Run], words: Sequence[str]) -> dict[str, Any]:
 def write_json(values: dict[str, Any], file: Path) -> None:
     """Write plain values; what is not finite becomes a text, which JSON has no number for."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(plain(values), indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(json_value(values), indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mhc_lightning.reporting.drawing import COLOURS, FAINT, INK, RUN_COLOURS, TEXT
+from mhc_lightning.plotting.theme import COLOURS, FAINT, INK, RUN_COLOURS, TEXT
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from provenance import provenance, write_json
 from scaling import Results
 from scaling_figure import Panel, draw
 
-from mhc_lightning.reporting.reading import read_runs
+from mhc_lightning.reporting.logged_runs import read_runs
 
 _FIT_NOTE = (
     "Least squares for each seed; values are means over seeds with 95% intervals by Student's t."

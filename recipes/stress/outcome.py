@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mhc_lightning.reporting.series import Series
+from mhc_lightning.reporting.metric_series import Series
 
 MARGIN = 0.5
 """Nats by which a loss may lie above what it is compared with."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from axes import plain, save
 
-from mhc_lightning.reporting.drawing import DASHES, FAINT, GRID, INK, RUN_COLOURS, TEXT
+from mhc_lightning.plotting.theme import DASHES, FAINT, GRID, INK, RUN_COLOURS, TEXT
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

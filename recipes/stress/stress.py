@@ -25,9 +25,8 @@ from rate_pictures import draw_largest_stable, draw_loss_by_rate
 from recipe_words import chosen, of_size, read_words
 from sweep import Run, run_all
 
-from mhc_lightning.reporting.reading import Run as ReadRun
-from mhc_lightning.reporting.reading import read_runs
-from mhc_lightning.reporting.series import Series
+from mhc_lightning.reporting.logged_runs import LoggedRun, read_runs
+from mhc_lightning.reporting.metric_series import Series
 
 HERE = Path(__file__).parent
 PAPERS = ("residual", "hc", "mhc")
@@ -126,7 +125,7 @@ class Cell:
         name = f"{self.connection}_{self.depth}_{self.precision}_{rate:g}"
         return Run(name, config, (*own, *overrides))
 
-    def add(self, rate: float, found: ReadRun | None, stopped: bool) -> None:
+    def add(self, rate: float, found: LoggedRun | None, stopped: bool) -> None:
         """Take in a run that has ended; None: before it logged anything."""
         best = min((o.loss for r, o in self.outcomes.items() if r < rate), default=float("inf"))
         logged = {} if found is None else found.scalars
@@ -176,7 +175,7 @@ def table(cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def record(cells: list[Cell], runs: list[ReadRun], words: list[str]) -> dict[str, Any]:
+def record(cells: list[Cell], runs: list[LoggedRun], words: list[str]) -> dict[str, Any]:
     """The result as plain values."""
     return {
         **provenance(runs, words),
@@ -217,7 +216,7 @@ def main(words: list[str]) -> None:
     cells = cells_of(size, only, depths, precisions)
     folder = Path(read.settings["output"] or f"runs/stress/{name}")
     prepare_library(config, read.overrides)
-    found: list[ReadRun] = []
+    found: list[LoggedRun] = []
 
     def try_out(tried: list[tuple[Cell, float]]) -> None:
         runs = [cell.run(rate, config, read.overrides) for cell, rate in tried]

@@ -10,7 +10,17 @@ from types import ModuleType
 
 # Old name -> new name, without the package's.
 MOVED = {
-    "callbacks.reporting": "loggers.every_logger",
+    "callbacks.alarm_evidence": "callbacks.alarm.evidence",
+    "callbacks.alarm_policy": "callbacks.alarm.policy",
+    "callbacks.cadence": "callbacks.every_n_steps",
+    "callbacks.compiled_regions": "callbacks.watching.compiled_regions",
+    "callbacks.lineage": "callbacks.watching.lineage",
+    "callbacks.observations": "callbacks.watching.observations",
+    "callbacks.reporting": "loggers.trainer_loggers",
+    "callbacks.robust_band": "callbacks.alarm.robust_band",
+    "callbacks.stability_alarm": "callbacks.alarm.stability_alarm",
+    "callbacks.update_guard": "callbacks.alarm.update_control",
+    "callbacks.watcher": "callbacks.watching.stream_watcher",
     "checkpoint_folders": "checkpoints.folder_reading",
     "checkpoint_names": "checkpoints.names",
     "checkpointing": "checkpoints.run_checkpoint",
@@ -37,6 +47,12 @@ MOVED = {
     "optimization": "optimizers.recipes",
     "optimizer_names": "optimizers.parameter_names",
     "random_state": "checkpoints.random_state",
+    "reporting.drawing": "plotting.theme",
+    "reporting.facts": "reporting.run_description",
+    "reporting.reading": "reporting.logged_runs",
+    "reporting.record": "reporting.report_json",
+    "reporting.series": "reporting.metric_series",
+    "reporting.writing": "reporting.report_folder",
     "saved_checkpoints": "checkpoints.saved",
 }
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from mhc_lightning.callbacks import AmaxGain
-from mhc_lightning.callbacks.amax_gain import format_gain
 from mhc_lightning.callbacks.gains import GAIN_TAGS, amax_gains
 
 
@@ -78,13 +77,6 @@ def test_profiles_are_drawn_at_the_ends_and_now_and_then(
 def test_profiles_at_an_interval_of_their_own(foreign: Any, fit: Any, events: Any) -> None:
     fit(foreign.Module(), AmaxGain(every_n_steps=1, profile_every_n_steps=3), max_steps=7)
     assert [e.step for e in events().Images("amax_gain/profile")] == [3, 6, 7]
-
-
-@pytest.mark.parametrize(
-    ("gain", "text"), [(1.0, "1.000"), (22.5134, "22.513"), (3012.3, "3012"), (math.nan, "nan")]
-)
-def test_gains_read_well(gain: float, text: str) -> None:
-    assert format_gain(gain) == text
 
 
 def test_nothing_is_drawn_for_loggers_that_take_no_images(

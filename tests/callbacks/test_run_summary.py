@@ -6,8 +6,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mhc_lightning.callbacks import AmaxGain, RunSummary, Throughput
-from mhc_lightning.callbacks.amax_gain import format_gain
-from mhc_lightning.callbacks.run_summary import _duration
+from mhc_lightning.formatting import format_gain
 
 
 def table(text: str) -> dict[str, str]:
@@ -65,11 +64,3 @@ def test_a_run_that_failed_gets_none(
     with pytest.raises(RuntimeError, match="no"):
         fit(Failing(), RunSummary())
     assert "Run summary" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(1.25, "1.2 s"), (61, "1 min 01 s"), (3725, "1 h 02 min"), (90061, "25 h 01 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text

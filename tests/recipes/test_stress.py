@@ -9,7 +9,7 @@ from outcome import FORGOT, NOT_FINITE, STALLED, TRAINED, judge
 import stress
 from mhc_lightning.cli.arguments import parse_arguments
 from mhc_lightning.cli.composition import compose_experiment
-from mhc_lightning.reporting.series import Series
+from mhc_lightning.reporting.metric_series import Series
 
 INFINITY = float("inf")
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mhc_lightning.reporting.gains import gain_range
-from mhc_lightning.reporting.series import Series
+from mhc_lightning.reporting.gain_extremes import gain_range
+from mhc_lightning.reporting.metric_series import Series
 from mhc_lightning.reporting.statistics import (
     final_mean,
     final_window,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.reporting.reading import read_runs
+from mhc_lightning.reporting.logged_runs import read_runs
 from mhc_lightning.reporting.summary import choose_baseline, over_seeds, summarise
 from mhc_lightning.reporting.verdicts import judge
 

@@ -1,10 +1,10 @@
 """For any LightningModule: instruments (gains, matrices, diversity, speed), progress, an alarm."""
 
+from mhc_lightning.callbacks.alarm import StabilityAlarm
 from mhc_lightning.callbacks.amax_gain import AmaxGain, Peak
 from mhc_lightning.callbacks.peak_memory import PeakMemory
 from mhc_lightning.callbacks.progress_bar import ProgressBar
 from mhc_lightning.callbacks.run_summary import RunSummary
-from mhc_lightning.callbacks.stability_alarm import StabilityAlarm
 from mhc_lightning.callbacks.stability_dashboard import StabilityDashboard
 from mhc_lightning.callbacks.stream_diversity import StreamDiversity
 from mhc_lightning.callbacks.stream_matrix_heatmap import StreamMatrixHeatmap

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 from torch import Tensor
 
-from mhc_lightning.callbacks.cadence import Cadence
-from mhc_lightning.callbacks.figures import gain_profile
+from mhc_lightning.callbacks.every_n_steps import EveryNSteps
 from mhc_lightning.callbacks.gains import GAIN_TAGS, amax_gains
-from mhc_lightning.callbacks.observations import Observation, links
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
-from mhc_lightning.callbacks.watcher import Extract
-from mhc_lightning.loggers.every_logger import log_image, log_scalars, takes_images
+from mhc_lightning.callbacks.watching.observations import Observation, links
+from mhc_lightning.callbacks.watching.stream_watcher import Extract
+from mhc_lightning.loggers.trainer_loggers import log_image, log_scalars, takes_images
+from mhc_lightning.plotting.gain_profile import gain_profile
 
 
 class Peak(NamedTuple):
@@ -21,11 +21,6 @@ class Peak(NamedTuple):
     value: float
     layer: int
     step: int
-
-
-def format_gain(value: float) -> str:
-    """A gain for people to read: 1.004, 22.513, 3012."""
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
 class _Gains(NamedTuple):
@@ -80,7 +75,7 @@ class AmaxGain(StreamSampler[_Gains]):
         super().__init__(every_n_steps, extract)
         self.token_mean = token_mean
         self.peaks: dict[str, Peak] = {}
-        self._profiles = Cadence(
+        self._profiles = EveryNSteps(
             profile_every_n_steps, "AmaxGain (profile)", log_intervals=50, ends=True
         )
 

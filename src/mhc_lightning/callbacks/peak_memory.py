@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from mhc_lightning.callbacks.cadence import Cadence
-from mhc_lightning.loggers.every_logger import log_scalars
+from mhc_lightning.callbacks.every_n_steps import EveryNSteps
+from mhc_lightning.loggers.trainer_loggers import log_scalars
 
 PEAK_MEMORY = "train/peak_memory_bytes"
 
@@ -51,11 +51,11 @@ class PeakMemory(pl.Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        self.cadence = Cadence(every_n_steps, "PeakMemory")
+        self.schedule = EveryNSteps(every_n_steps, "PeakMemory")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from where the run starts, or resumes."""
-        self.cadence.restart(trainer.global_step)
+        self.schedule.restart(trainer.global_step)
 
     def on_train_batch_end(
         self,
@@ -67,7 +67,7 @@ class PeakMemory(pl.Callback):
     ) -> None:
         """Log where a step is due."""
         step = trainer.global_step
-        if not self.cadence.is_due(trainer, step):
+        if not self.schedule.is_due(trainer, step):
             return
         peak = peak_memory(trainer.strategy.root_device)
         if peak is not None:

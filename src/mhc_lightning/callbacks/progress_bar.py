@@ -10,9 +10,10 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from torch import Tensor
 from tqdm import tqdm
 
-from mhc_lightning.callbacks.amax_gain import AmaxGain, format_gain
-from mhc_lightning.callbacks.cadence import Cadence
+from mhc_lightning.callbacks.amax_gain import AmaxGain
+from mhc_lightning.callbacks.every_n_steps import EveryNSteps
 from mhc_lightning.callbacks.throughput import Throughput
+from mhc_lightning.formatting import format_gain
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _ENDLESS_BAR = "{desc} {n_fmt} [{elapsed}{postfix}]"
@@ -39,7 +40,7 @@ class ProgressBar(LightningProgressBar):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()
-        self.cadence = Cadence(every_n_steps, "ProgressBar", ends=True)
+        self.schedule = EveryNSteps(every_n_steps, "ProgressBar", ends=True)
         self._enabled = True
         self._bar: tqdm | None = None
         self._validation_bar: tqdm | None = None
@@ -64,7 +65,7 @@ class ProgressBar(LightningProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar at the step the run starts or resumes from."""
-        self.cadence.restart(trainer.global_step)
+        self.schedule.restart(trainer.global_step)
         self._started, self._first_step = time.monotonic(), trainer.global_step
         if self._enabled and _is_terminal():
             total = total_steps(trainer)
@@ -91,7 +92,7 @@ class ProgressBar(LightningProgressBar):
         step = trainer.global_step
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-        if self.cadence.is_due(trainer, step):
+        if self.schedule.is_due(trainer, step):
             self._show(trainer, step, outputs)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

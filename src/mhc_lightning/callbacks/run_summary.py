@@ -6,8 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from mhc_lightning.callbacks.amax_gain import AmaxGain, format_gain
+from mhc_lightning.callbacks.amax_gain import AmaxGain
 from mhc_lightning.callbacks.throughput import Throughput
+from mhc_lightning.formatting import format_duration, format_gain
 
 
 class RunSummary(pl.Callback):
@@ -54,7 +55,7 @@ class RunSummary(pl.Callback):
                 rows += _gain_rows(callback)
             elif isinstance(callback, Throughput) and callback.total_tokens:
                 rows += _token_rows(callback)
-        rows.append(("training time", _duration(seconds)))
+        rows.append(("training time", format_duration(seconds)))
         return rows + _file_rows(trainer)
 
 
@@ -96,11 +97,3 @@ def _file_rows(trainer: pl.Trainer) -> list[tuple[str, str]]:
     if folders:
         rows.append(("watch", f"tensorboard --logdir {folders[0]}  (page /#custom_scalars)"))
     return rows
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02.0f} s" if minutes else f"{rest:.1f} s"

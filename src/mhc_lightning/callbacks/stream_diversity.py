@@ -7,12 +7,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from mhc_lightning.callbacks.lineage import streams_in_arguments
-from mhc_lightning.callbacks.observations import Observation
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
-from mhc_lightning.callbacks.watcher import Extract
+from mhc_lightning.callbacks.watching.lineage import streams_in_arguments
+from mhc_lightning.callbacks.watching.observations import Observation
+from mhc_lightning.callbacks.watching.stream_watcher import Extract
 from mhc_lightning.kernels import StreamMappings
-from mhc_lightning.loggers.every_logger import log_scalars
+from mhc_lightning.loggers.trainer_loggers import log_scalars
 
 ExtractStreams = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
 """(module, arguments, output) of one module call to the streams [..., n, C] that entered it."""

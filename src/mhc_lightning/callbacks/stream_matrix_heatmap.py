@@ -7,13 +7,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from mhc_lightning.callbacks.figures import matrix_heatmap
 from mhc_lightning.callbacks.gains import chains, mean_products
-from mhc_lightning.callbacks.observations import Observation, links
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
-from mhc_lightning.callbacks.watcher import Extract
+from mhc_lightning.callbacks.watching.observations import Observation, links
+from mhc_lightning.callbacks.watching.stream_watcher import Extract
 from mhc_lightning.errors import UserError
-from mhc_lightning.loggers.every_logger import log_image, takes_images
+from mhc_lightning.loggers.trainer_loggers import log_image, takes_images
+from mhc_lightning.plotting.matrix_heatmap import matrix_heatmap
 
 
 class _Matrices(NamedTuple):

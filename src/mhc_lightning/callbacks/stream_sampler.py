@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from mhc_lightning.callbacks.cadence import Cadence, refuse_twice
-from mhc_lightning.callbacks.observations import Observation
-from mhc_lightning.callbacks.pipeline_stages import across_stages
-from mhc_lightning.callbacks.watcher import Extract, StreamWatcher
+from mhc_lightning.callbacks.every_n_steps import EveryNSteps, refuse_twice
+from mhc_lightning.callbacks.watching.observations import Observation
+from mhc_lightning.callbacks.watching.pipeline_stages import across_stages
+from mhc_lightning.callbacks.watching.stream_watcher import Extract, StreamWatcher
 from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.strategies.layout import layout_of
 
@@ -63,7 +63,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         log_intervals: int = 1,
         ends: bool = False,
     ) -> None:
-        self.cadence = Cadence(
+        self.schedule = EveryNSteps(
             every_n_steps, type(self).__name__, log_intervals=log_intervals, ends=ends
         )
         self.last: dict[str, float] = {}
@@ -103,7 +103,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from where the run starts, or resumes."""
-        self.cadence.restart(trainer.global_step)
+        self.schedule.restart(trainer.global_step)
         self._reduced = None
 
     def on_train_batch_start(
@@ -112,7 +112,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         """Open the window if this micro-batch is the first of a step to sample."""
         self._watcher.close()  # a batch that the module skipped never ended
         step = trainer.global_step + 1
-        if self.cadence.is_due(trainer, step):
+        if self.schedule.is_due(trainer, step):
             self._step, self._reduced = step, None
             self._watcher.open(pl_module, layout_of(trainer.strategy).running_micro_batch)
 

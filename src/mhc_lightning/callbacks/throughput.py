@@ -9,9 +9,9 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
-from mhc_lightning.callbacks.cadence import Cadence, refuse_twice
+from mhc_lightning.callbacks.every_n_steps import EveryNSteps, refuse_twice
 from mhc_lightning.errors import UserError
-from mhc_lightning.loggers.every_logger import log_scalars
+from mhc_lightning.loggers.trainer_loggers import log_scalars
 from mhc_lightning.strategies.layout import layout_of
 
 
@@ -84,7 +84,7 @@ class Throughput(pl.Callback):
         count_tokens: Callable[[Any], int] | None = None,
         peak_flops: float | None = None,
     ) -> None:
-        self.cadence = Cadence(every_n_steps, "Throughput")
+        self.schedule = EveryNSteps(every_n_steps, "Throughput")
         self.count_tokens = count_tokens or count_batch_tokens
         self.peak_flops = peak_flops
         self.last: dict[str, float] = {}
@@ -100,7 +100,7 @@ class Throughput(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting; look up what the devices could do."""
-        self.cadence.restart(trainer.global_step)
+        self.schedule.restart(trainer.global_step)
         self.total_tokens = self._tokens = 0
         self._first_step, self._warm = trainer.global_step + 1, False
         self._clock = _Clock()
@@ -127,7 +127,7 @@ class Throughput(pl.Callback):
         step = trainer.global_step
         self.total_tokens += tokens
         self._tokens += tokens
-        due = self.cadence.is_due(trainer, step)
+        due = self.schedule.is_due(trainer, step)
         if not self._warm:
             self._warm = step >= self._first_step
             self._restart(trainer)

@@ -57,11 +57,11 @@ def inspect(arguments: Arguments) -> None:
             raise UserError(f"{path} has no connections to look at")
 
         from mhc_lightning.cli.inspection_report import as_json, as_text, draw
+        from mhc_lightning.formatting import json_value
         from mhc_lightning.inspection import inspect_mappings
-        from mhc_lightning.reporting.record import plain
 
         inspection = inspect_mappings(found.layers)
-        report = json.dumps(plain(as_json(found, inspection))) if arguments.json else ""
+        report = json.dumps(json_value(as_json(found, inspection))) if arguments.json else ""
         report = report or as_text(found, inspection)
         if "output" in arguments.literal:
             folder = Path(arguments.literal["output"][-1]).expanduser()

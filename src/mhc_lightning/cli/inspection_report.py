@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mhc_lightning.callbacks.amax_gain import format_gain
-from mhc_lightning.callbacks.figures import gain_profile, matrix_heatmap
 from mhc_lightning.callbacks.gains import GAIN_TAGS
 from mhc_lightning.errors import UserError
+from mhc_lightning.formatting import format_gain
 from mhc_lightning.inspection import Inspection
+from mhc_lightning.plotting.gain_profile import gain_profile
+from mhc_lightning.plotting.matrix_heatmap import matrix_heatmap
 
 if TYPE_CHECKING:
     import numpy as np

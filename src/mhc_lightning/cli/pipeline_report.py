@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mhc_lightning.cli.units import in_seconds, in_units
+from mhc_lightning.formatting import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from mhc_lightning.planning import Plan
@@ -37,9 +37,9 @@ def devices_table(pipeline: "PipelineForecast") -> str:
                 ", ".join(map(str, device.stages)),
                 str(device.blocks),
                 str(device.in_flight),
-                in_units(memory.weights),
-                in_units(memory.activations),
-                in_units(memory.total),
+                format_bytes(memory.weights),
+                format_bytes(memory.activations),
+                format_bytes(memory.total),
             )
         )
     return "memory of each device, and micro-batches between forward and backward\n" + _columns(
@@ -63,11 +63,11 @@ def schedules_table(plan: "Plan") -> str:
         rows.append(
             (
                 name + ("*" if name == chosen else ""),
-                in_units(each.forecast.fullest.memory.total),
-                in_seconds(each.forecast.seconds(overlapped=False)),
+                format_bytes(each.forecast.fullest.memory.total),
+                format_seconds(each.forecast.seconds(overlapped=False)),
                 f"{sequential.bubble:.1%}",
                 _overhead(each, overlapped=False),
-                in_seconds(each.forecast.seconds(overlapped=True)),
+                format_seconds(each.forecast.seconds(overlapped=True)),
                 f"{overlapped.bubble:.1%}",
                 _overhead(each, overlapped=True),
             )

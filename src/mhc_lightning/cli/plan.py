@@ -17,8 +17,8 @@ from mhc_lightning.cli.pipeline_plan import (
 )
 from mhc_lightning.cli.plan_report import report
 from mhc_lightning.cli.strategy_choice import devices_per_node, settled
-from mhc_lightning.cli.units import in_units
 from mhc_lightning.errors import UserError
+from mhc_lightning.formatting import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -203,11 +203,11 @@ def _require_room(model: "Transformer", planned: "Plan") -> None:
     from mhc_lightning.planning import remedies
 
     kinds = ", ".join(
-        f"{kind} {in_units(size)}" for kind, size in vars(planned.memory).items() if size
+        f"{kind} {format_bytes(size)}" for kind, size in vars(planned.memory).items() if size
     )
     changes = remedies(model, planned.run, planned.machine)
     raise UserError(
-        f"a device needs {in_units(planned.memory.total)} of memory ({kinds}) but has"
-        f" {in_units(planned.machine.kind.memory)} ({planned.machine.name});"
+        f"a device needs {format_bytes(planned.memory.total)} of memory ({kinds}) but has"
+        f" {format_bytes(planned.machine.kind.memory)} ({planned.machine.name});"
         f" what would make it fit: {'; or '.join(changes) or _OTHERWISE}"
     )

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from mhc_lightning.cli.pipeline_report import devices_table, pipeline_heading, schedules_table
-from mhc_lightning.cli.units import in_seconds, in_units
+from mhc_lightning.formatting import format_bytes, format_count, format_duration, format_seconds
 
 if TYPE_CHECKING:
     from mhc_lightning.planning import Plan
@@ -53,10 +53,10 @@ def _parameters(plan: "Plan") -> str:
     return _table(
         "parameters",
         [
-            ("total", _count(counts.total), "both vocabulary matrices included"),
-            ("active", _count(counts.active), "per token: no embedding, chosen experts only"),
-            ("connections", _count(counts.connections), ""),
-            ("vocabulary", _count(counts.vocabulary), "embedding and head"),
+            ("total", format_count(counts.total), "both vocabulary matrices included"),
+            ("active", format_count(counts.active), "per token: no embedding, chosen experts only"),
+            ("connections", format_count(counts.connections), ""),
+            ("vocabulary", format_count(counts.vocabulary), "embedding and head"),
         ],
     )
 
@@ -65,7 +65,7 @@ def _memory(plan: "Plan") -> str:
     memory, kind = plan.memory, plan.machine.kind
     meanings = _ABOUT if plan.pipeline is None else _ABOUT | {"communication": _RECEIVED}
     rows = [
-        (name, in_units(size), meanings[name])
+        (name, format_bytes(size), meanings[name])
         for name, size in vars(memory).items()
         if size or name != "rebuilt"
     ]
@@ -74,16 +74,16 @@ def _memory(plan: "Plan") -> str:
     whose = (
         "per device" if pipeline is None else f"of the fullest device, {pipeline.fullest.device}"
     )
-    rows.append(("total", in_units(memory.total), f"{verdict} in {in_units(kind.memory)}"))
-    parts = [(name, in_units(size), "") for name, size in plan.activations.items() if size]
-    parts.append(("together", in_units(memory.activations), ""))
+    rows.append(("total", format_bytes(memory.total), f"{verdict} in {format_bytes(kind.memory)}"))
+    parts = [(name, format_bytes(size), "") for name, size in plan.activations.items() if size]
+    parts.append(("together", format_bytes(memory.activations), ""))
     if block := plan.recompute_block:
         without, within = plan.activations_without_recompute, plan.activations_with_recompute
         on, off = ("this run", "") if plan.run.recompute_block else ("predicted", "this run")
         about = f"{on}: streams rebuilt in blocks of {block} sub-layers, one block included"
         parts += [
-            ("recompute=off", in_units(without), off),
-            (f"recompute={block}", in_units(within), about),
+            ("recompute=off", format_bytes(without), off),
+            (f"recompute={block}", format_bytes(within), about),
         ]
     return "\n".join(
         (
@@ -101,11 +101,15 @@ def _work(plan: "Plan") -> str:
             ("arithmetic", f"{plan.flops_per_token / 1e9:.3g} GFLOP", "forward and backward"),
             (
                 "streams",
-                in_units(streams.training_fused),
+                format_bytes(streams.training_fused),
                 "moved forward and backward, each operation one kernel",
             ),
-            ("", in_units(streams.forward_fused), "of it forward"),
-            ("", in_units(streams.forward_unfused), "forward, one operation at a time (Table 2)"),
+            ("", format_bytes(streams.forward_fused), "of it forward"),
+            (
+                "",
+                format_bytes(streams.forward_unfused),
+                "forward, one operation at a time (Table 2)",
+            ),
         ],
     )
 
@@ -113,13 +117,17 @@ def _work(plan: "Plan") -> str:
 def _time(plan: "Plan") -> str:
     step, kind = plan.step_seconds, plan.machine.kind
     rows = [
-        ("arithmetic", in_seconds(step.compute), f"at {kind.flops_share:.0%} of the peak"),
-        ("memory", in_seconds(step.traffic), f"at {kind.bandwidth_share:.0%} of the bandwidth"),
-        ("collectives", in_seconds(step.communication), "beside both"),
-        ("waiting", in_seconds(step.waiting), "of devices for other stages, and transfers"),
-        ("step", in_seconds(step.total), ""),
+        ("arithmetic", format_seconds(step.compute), f"at {kind.flops_share:.0%} of the peak"),
+        ("memory", format_seconds(step.traffic), f"at {kind.bandwidth_share:.0%} of the bandwidth"),
+        ("collectives", format_seconds(step.communication), "beside both"),
+        ("waiting", format_seconds(step.waiting), "of devices for other stages, and transfers"),
+        ("step", format_seconds(step.total), ""),
         ("tokens/s", f"{plan.tokens_per_second:,.0f}", "over all devices"),
-        ("to finish", _duration(plan.days), f"{plan.run.max_steps:,} steps, {_tokens(plan)}"),
+        (
+            "to finish",
+            format_duration(86400 * plan.days),
+            f"{plan.run.max_steps:,} steps, {_tokens(plan)}",
+        ),
     ]
     if plan.pipeline is None:
         del rows[3]
@@ -127,30 +135,17 @@ def _time(plan: "Plan") -> str:
     if plan.pipeline is not None and plan.pipeline.pipeline.measured is not None:
         title = f"time per step, from {plan.pipeline.pipeline.measured.file}"
         rows[:2] = [
-            ("passes", in_seconds(step.compute), "mean over devices"),
-            ("optimizer", in_seconds(step.traffic), ""),
+            ("passes", format_seconds(step.compute), "mean over devices"),
+            ("optimizer", format_seconds(step.traffic), ""),
         ]
     return _table(title, rows)
 
 
 def _tokens(plan: "Plan") -> str:
-    return f"{_count(plan.tokens)} tokens"
+    return f"{format_count(plan.tokens)} tokens"
 
 
 def _table(title: str, rows: list[tuple[str, str, str]]) -> str:
     width = max(len(value) for _, value, _ in rows)
     lines = [f"  {name:<13} {value:>{width}}  {about}".rstrip() for name, value, about in rows]
     return "\n".join((title, *lines))
-
-
-def _count(number: int) -> str:
-    for size, letter in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.4g}{letter}"
-    return str(number)
-
-
-def _duration(days: float) -> str:
-    if days >= 1:
-        return f"{days:,.1f} days"
-    return f"{days * 24:.1f} hours" if days >= 1 / 24 else f"{days * 1440:.1f} minutes"

@@ -18,9 +18,9 @@ def report(arguments: Arguments) -> None:
     if arguments.config is not None or arguments.print_config:
         raise UserError("report takes no --config: settings are read from the runs' folders")
 
-    from mhc_lightning.reporting.record import record
     from mhc_lightning.reporting.report import make_report
-    from mhc_lightning.reporting.writing import write_report
+    from mhc_lightning.reporting.report_folder import write_report
+    from mhc_lightning.reporting.report_json import record
 
     baseline, output = (arguments.literal.get(key, [None])[-1] for key in ("baseline", "output"))
     made = make_report(arguments.paths, baseline)

@@ -9,7 +9,7 @@ from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import is_first_process
 from mhc_lightning.errors import UserError
-from mhc_lightning.reporting.record import plain
+from mhc_lightning.formatting import json_value
 
 
 def validate(experiment: Experiment, arguments: Arguments) -> None:
@@ -25,7 +25,7 @@ def validate(experiment: Experiment, arguments: Arguments) -> None:
     if not is_first_process():
         return
     if arguments.json:
-        print(json.dumps(plain(metrics)))
+        print(json.dumps(json_value(metrics)))
         return
     width = max(map(len, metrics))
     for name, value in metrics.items():

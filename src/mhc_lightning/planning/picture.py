@@ -6,13 +6,15 @@ Uses matplotlib's object interface, so nothing here touches a display or pyplot'
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
+from mhc_lightning.formatting import format_seconds
 from mhc_lightning.planning.pipeline import PipelineForecast
 from mhc_lightning.planning.simulation import Lane, Span, Timeline, Work
+from mhc_lightning.plotting.theme import FAINT, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _FAINT, _IDLE = "#222222", "#8a8a8a", "#ececec"
+_IDLE = "#ececec"
 
 
 class _Look(NamedTuple):
@@ -28,7 +30,7 @@ _LOOKS = {
     Work.FORWARD: _Look("forward", "#4a9ab8", "#1f6f8b"),
     Work.BACKWARD: _Look("backward", "#d1495b", "#9e2b3c"),
     Work.BACKWARD_INPUT: _Look("backward, inputs", "#e98a95", "#d96575"),
-    Work.BACKWARD_WEIGHT: _Look("backward, weights", "#f2c14e", "#dba21f", _INK),
+    Work.BACKWARD_WEIGHT: _Look("backward, weights", "#f2c14e", "#dba21f", INK),
     Work.REPLAY: _Look("replay", "#5aa469", "#3c7d4a"),
     Work.SEND: _Look("communication", "#4b4b5c", "#4b4b5c"),
     Work.MERGE: _Look("merges, high priority", "#9a6fb0", "#9a6fb0"),
@@ -78,14 +80,14 @@ def draw_timelines(name: str, forecast: PipelineForecast, file: str) -> None:
         used |= {span.work for span in line.spans}
         seconds = forecast.seconds(overlapped=line.overlapped)
         axes.set_title(
-            f"{about}: {_time(line.seconds)} a pass, {_time(seconds)} a step, bubble"
-            f" {line.bubble:.1%}",
+            f"{about}: {format_seconds(line.seconds)} a pass, {format_seconds(seconds)} a step,"
+            f" bubble {line.bubble:.1%}",
             fontsize=10,
             loc="left",
-            color=_INK,
+            color=INK,
         )
         if number:
-            axes.set_xlabel(unit, fontsize=9, color=_FAINT)
+            axes.set_xlabel(unit, fontsize=9, color=FAINT)
     stages = len(plan.blocks)
     figure.text(
         0.15 / _WIDTH,
@@ -116,7 +118,7 @@ def draw_timelines(name: str, forecast: PipelineForecast, file: str) -> None:
             "darker: a device's later stages",
             ha="right",
             fontsize=8.5,
-            color=_FAINT,
+            color=FAINT,
         )
     figure.savefig(file, format="png")
 
@@ -155,8 +157,8 @@ def _devices(
         f"{device}: {', '.join(map(str, plan.stages_of(device)))}" for device in range(plan.devices)
     ]
     axes.set_yticks([device + 0.5 for device in range(plan.devices)], labels)
-    axes.set_ylabel("device: stages", fontsize=9, color=_FAINT)
-    axes.tick_params(length=0, labelsize=8.5, labelcolor=_INK)
+    axes.set_ylabel("device: stages", fontsize=9, color=FAINT)
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
@@ -179,7 +181,3 @@ def _number(axes: "Axes", span: Span, middle: float, inches: float, ink: str) ->
         color=ink,
         clip_on=True,
     )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

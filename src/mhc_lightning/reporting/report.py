@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mhc_lightning.reporting.drawing import Look
-from mhc_lightning.reporting.figures import draw_all
-from mhc_lightning.reporting.panels import Section, looks
-from mhc_lightning.reporting.reading import Run, read_runs
+from mhc_lightning.reporting.figures.run_styles import RunStyle, run_styles
+from mhc_lightning.reporting.figures.sections import Section, figure_sections
+from mhc_lightning.reporting.logged_runs import LoggedRun, read_runs
 from mhc_lightning.reporting.summary import (
     OverSeeds,
     Summary,
@@ -33,12 +32,12 @@ class Report:
     summaries: list[Summary]
     verdicts: list[Verdict]
     seeds: list[OverSeeds]
-    baseline: Run | None
-    looks: dict[str, Look]
+    baseline: LoggedRun | None
+    looks: dict[str, RunStyle]
     sections: list[Section]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[LoggedRun]:
         """The runs."""
         return [summary.run for summary in self.summaries]
 
@@ -47,7 +46,7 @@ def make_report(paths: Sequence[str], baseline: str | None = None) -> Report:
     """Read runs and work out all that is to be said of them.
 
     Args:
-        paths: Run folders, or folders that hold some.
+        paths: LoggedRun folders, or folders that hold some.
         baseline: The one to compare with; see `choose_baseline`.
 
     Raises:
@@ -57,11 +56,12 @@ def make_report(paths: Sequence[str], baseline: str | None = None) -> Report:
     runs = read_runs(paths)
     chosen = choose_baseline(runs, baseline)
     summaries = summarise(runs, chosen)
+    styles = run_styles(runs, chosen)
     return Report(
         summaries=summaries,
         verdicts=[judge(summary) for summary in summaries],
         seeds=over_seeds(summaries),
         baseline=chosen,
-        looks=looks(runs, chosen),
-        sections=draw_all(runs, chosen),
+        looks=styles,
+        sections=figure_sections(runs, styles, chosen),
     )

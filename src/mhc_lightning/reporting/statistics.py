@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mhc_lightning.reporting.series import Series
+from mhc_lightning.formatting import format_interval
+from mhc_lightning.reporting.metric_series import Series
 
 WINDOW_SHARE = 0.1
 """The final window: this share of the logged points, the last ones, ..."""
@@ -44,6 +45,13 @@ class Estimate:
     def resolved(self) -> bool:
         """Whether zero lies outside the interval."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    @property
+    def interval(self) -> str:
+        """The 95% interval as text: −0.0210 to −0.0102; empty where there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        return format_interval(self.low, self.high)
 
 
 def final_window(points: int) -> int:

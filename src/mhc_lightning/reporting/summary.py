@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.reporting import facts
-from mhc_lightning.reporting.gains import DIRECTIONS, KINDS, GainRange, gain_range, gain_tag
-from mhc_lightning.reporting.reading import Run
-from mhc_lightning.reporting.series import Series
+from mhc_lightning.reporting import run_description
+from mhc_lightning.reporting.gain_extremes import DIRECTIONS, KINDS, GainRange, gain_range, gain_tag
+from mhc_lightning.reporting.logged_runs import LoggedRun
+from mhc_lightning.reporting.metric_series import Series
+from mhc_lightning.reporting.settings_comparison import same_batches, same_but_for_the_seed
 from mhc_lightning.reporting.statistics import (
     Estimate,
     final_mean,
@@ -76,7 +77,7 @@ class Summary:
         not_finite: First step at which the loss or its gradient was logged as NaN or infinite.
     """
 
-    run: Run
+    run: LoggedRun
     ending: tuple[str, str]
     loss: Estimate | None
     lowest: tuple[float, int, int] | None
@@ -108,7 +109,7 @@ class OverSeeds:
     high: float
 
 
-def choose_baseline(runs: Sequence[Run], named: str | None) -> Run | None:
+def choose_baseline(runs: Sequence[LoggedRun], named: str | None) -> LoggedRun | None:
     """The run that the others are compared with.
 
     Args:
@@ -129,10 +130,10 @@ def choose_baseline(runs: Sequence[Run], named: str | None) -> Run | None:
         )
     if len(runs) < 2:
         return None
-    return next((run for run in runs if facts.has_one_stream(run)), runs[0])
+    return next((run for run in runs if run_description.has_one_stream(run)), runs[0])
 
 
-def summarise(runs: Sequence[Run], baseline: Run | None) -> list[Summary]:
+def summarise(runs: Sequence[LoggedRun], baseline: LoggedRun | None) -> list[Summary]:
     """Every run in numbers, in the order given.
 
     Raises:
@@ -141,7 +142,9 @@ def summarise(runs: Sequence[Run], baseline: Run | None) -> list[Summary]:
     return [_summarise(run, baseline_of(run, runs, baseline)) for run in runs]
 
 
-def baseline_of(run: Run, runs: Sequence[Run], baseline: Run | None) -> Run | None:
+def baseline_of(
+    run: LoggedRun, runs: Sequence[LoggedRun], baseline: LoggedRun | None
+) -> LoggedRun | None:
     """What a run is compared with: the baseline, or its twin that has the run's seed.
 
     Returns:
@@ -150,17 +153,17 @@ def baseline_of(run: Run, runs: Sequence[Run], baseline: Run | None) -> Run | No
     if baseline is None or run is baseline:
         return None
     seed = run.setting("seed")
-    if facts.same_but_for_the_seed(run, baseline) and seed != baseline.setting("seed"):
+    if same_but_for_the_seed(run, baseline) and seed != baseline.setting("seed"):
         return None
     if seed == baseline.setting("seed"):
         return baseline
     for other in runs:
-        if facts.same_but_for_the_seed(other, baseline) and other.setting("seed") == seed:
+        if same_but_for_the_seed(other, baseline) and other.setting("seed") == seed:
             return other
     return baseline
 
 
-def _summarise(run: Run, baseline: Run | None) -> Summary:
+def _summarise(run: LoggedRun, baseline: LoggedRun | None) -> Summary:
     scalars = run.scalars
     loss = scalars.get(LOSS)
     speed, memory = (_finite(run, tag) for tag in (SPEED, MEMORY))
@@ -168,7 +171,7 @@ def _summarise(run: Run, baseline: Run | None) -> Summary:
     ranges = {tag: gain_range(scalars, tag, LIMIT) for tag in tags}
     return Summary(
         run=run,
-        ending=facts.ending(run),
+        ending=run_description.ending(run),
         loss=None if loss is None else final_mean(loss),
         lowest=None if loss is None else lowest_mean(loss),
         validation=_last(run),
@@ -181,7 +184,7 @@ def _summarise(run: Run, baseline: Run | None) -> Summary:
     )
 
 
-def gap(run: Run, baseline: Run) -> Gap:
+def gap(run: LoggedRun, baseline: LoggedRun) -> Gap:
     """A run's loss less a baseline's, at the same steps.
 
     Raises:
@@ -201,7 +204,7 @@ def gap(run: Run, baseline: Run) -> Gap:
         both = run.scalars[VALIDATION].minus(baseline.scalars[VALIDATION])
         if len(both):
             validation = int(both.steps[-1]), float(both.values[-1])
-    return Gap(baseline.name, estimate, validation, facts.same_batches(run, baseline))
+    return Gap(baseline.name, estimate, validation, same_batches(run, baseline))
 
 
 def over_seeds(summaries: Sequence[Summary]) -> list[OverSeeds]:
@@ -211,7 +214,7 @@ def over_seeds(summaries: Sequence[Summary]) -> list[OverSeeds]:
         if summary.gap is None or summary.gap.loss is None:
             continue
         for group in groups:
-            if facts.same_but_for_the_seed(group[0].run, summary.run):
+            if same_but_for_the_seed(group[0].run, summary.run):
                 group.append(summary)
                 break
         else:
@@ -229,20 +232,20 @@ def over_seeds(summaries: Sequence[Summary]) -> list[OverSeeds]:
     return found
 
 
-def _last(run: Run) -> tuple[int, float] | None:
+def _last(run: LoggedRun) -> tuple[int, float] | None:
     series = run.scalars.get(VALIDATION)
     if series is None or len(series) == 0:
         return None
     return int(series.steps[-1]), float(series.values[-1])
 
 
-def _finite(run: Run, tag: str) -> Series | None:
+def _finite(run: LoggedRun, tag: str) -> Series | None:
     """The values of a tag that are numbers, if there are any."""
     finite = run.scalars[tag].finite() if tag in run.scalars else None
     return finite if finite is not None and len(finite) else None
 
 
-def _gradient(run: Run) -> GradientNorm | None:
+def _gradient(run: LoggedRun) -> GradientNorm | None:
     finite = _finite(run, GRADIENT)
     if finite is None:
         return None
@@ -252,7 +255,7 @@ def _gradient(run: Run) -> GradientNorm | None:
     )
 
 
-def _not_finite(run: Run) -> tuple[int, str] | None:
+def _not_finite(run: LoggedRun) -> tuple[int, str] | None:
     found = []
     for tag, name in ((LOSS, "training loss"), (GRADIENT, "gradient norm")):
         if tag in run.scalars:

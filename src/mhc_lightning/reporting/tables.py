@@ -5,11 +5,21 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from mhc_lightning.reporting import facts, words
-from mhc_lightning.reporting.drawing import Look
-from mhc_lightning.reporting.gains import DIRECTIONS, KINDS, gain_tag
-from mhc_lightning.reporting.reading import Run
+from mhc_lightning.formatting import (
+    format_bytes,
+    format_difference,
+    format_gain,
+    format_list,
+    format_number,
+    format_steps,
+    format_sub_layers,
+)
+from mhc_lightning.reporting import run_description
+from mhc_lightning.reporting.figures.run_styles import RunStyle
+from mhc_lightning.reporting.gain_extremes import DIRECTIONS, KINDS, gain_tag
+from mhc_lightning.reporting.logged_runs import LoggedRun
 from mhc_lightning.reporting.report import Report
+from mhc_lightning.reporting.settings_comparison import differing_settings
 from mhc_lightning.reporting.summary import AT_ONE, LIMIT, OverSeeds, Summary
 
 _MISSING = '<span class="missing">not logged</span>'
@@ -23,7 +33,7 @@ _NAMED = frozenset(
 )
 
 
-def named(run: Run, looks: Mapping[str, Look]) -> str:
+def named(run: LoggedRun, looks: Mapping[str, RunStyle]) -> str:
     """A run's name with its colour."""
     colour = looks[run.name].colour
     return (
@@ -78,7 +88,7 @@ def _loss(summary: Summary) -> str:
     loss = summary.loss
     if loss is None:
         return _MISSING
-    where = words.steps(loss.first_step, loss.last_step)
+    where = format_steps(loss.first_step, loss.last_step)
     return f"{loss.value:.4f}<small>{where}</small>"
 
 
@@ -86,7 +96,7 @@ def _validation(summary: Summary) -> str:
     if summary.validation is None:
         return _MISSING
     step, value = summary.validation
-    return f"{words.number(value, 5)}<small>step {step:,}</small>"
+    return f"{format_number(value, 5)}<small>step {step:,}</small>"
 
 
 def _gap(summary: Summary, named: bool) -> str:
@@ -96,16 +106,16 @@ def _gap(summary: Summary, named: bool) -> str:
         return '<span class="missing">baseline</span>'
     parts = []
     if gap.loss is not None:
-        parts.append(words.difference(gap.loss.value))
-        interval = "no interval" if gap.loss.low is None else words.interval(gap.loss)
+        parts.append(format_difference(gap.loss.value))
+        interval = gap.loss.interval or "no interval"
         parts.append(f"<small>{interval}</small>")
         steps = gap.loss.first_step, gap.loss.last_step
         if summary.loss is None or steps != (summary.loss.first_step, summary.loss.last_step):
-            parts.append(f"<small>{words.steps(*steps)}</small>")
+            parts.append(f"<small>{format_steps(*steps)}</small>")
     if gap.validation is not None:
         step, value = gap.validation
         when = "" if summary.validation and summary.validation[0] == step else f", step {step:,}"
-        parts.append(f"<small>validation {words.difference(value)}{when}</small>")
+        parts.append(f"<small>validation {format_difference(value)}{when}</small>")
     if named and parts:
         parts.append(f"<small>{html.escape(gap.baseline)}</small>")
     return "".join(parts) or _MISSING
@@ -119,9 +129,11 @@ def _gain(tag: str) -> Callable[[Summary], str]:
         largest = found.largest
         if found.distance <= AT_ONE:
             return f"1<small>{'always' if found.distance == 0 else f'to {AT_ONE:g}'}</small>"
-        place = words.sub_layers(largest).removeprefix(" in ") if largest.value > LIMIT else ""
+        place = ""
+        if largest.value > LIMIT:
+            place = format_sub_layers(largest.first_layer, largest.last_layer)
         small = f"<small>{place}</small>" if place else ""
-        return f"{words.gain(largest.value)}<small>step {largest.step:,}</small>{small}"
+        return f"{format_gain(largest.value)}<small>step {largest.step:,}</small>{small}"
 
     return cell
 
@@ -131,7 +143,7 @@ def _gradient(summary: Summary) -> str:
     if norm is None:
         return _MISSING
     return (
-        f"{words.number(norm.median)}, {words.number(norm.largest)}"
+        f"{format_number(norm.median)}, {format_number(norm.largest)}"
         f"<small>step {norm.step:,}</small>"
     )
 
@@ -141,7 +153,7 @@ def _speed(summary: Summary) -> str:
 
 
 def _memory(summary: Summary) -> str:
-    return _MISSING if summary.memory is None else words.memory(summary.memory)
+    return _MISSING if summary.memory is None else format_bytes(summary.memory)
 
 
 def _seeds(report: Report) -> str:
@@ -151,8 +163,8 @@ def _seeds(report: Report) -> str:
         f'<th scope="col">{text}</th>' for text in ("Seeds", "Mean loss gap", "95% over seeds")
     )
     rows = [
-        f'<tr><th scope="row">{html.escape(words.listed(group.runs))}</th>'
-        f"<td>{len(group.runs)}</td><td>{words.difference(group.value)}</td>"
+        f'<tr><th scope="row">{html.escape(format_list(group.runs))}</th>'
+        f"<td>{len(group.runs)}</td><td>{format_difference(group.value)}</td>"
         f"<td>{_ends(group)}</td></tr>"
         for group in report.seeds
     ]
@@ -160,7 +172,7 @@ def _seeds(report: Report) -> str:
 
 
 def _ends(group: OverSeeds) -> str:
-    return f"{words.difference(group.low)} to {words.difference(group.high)}"
+    return f"{format_difference(group.low)} to {format_difference(group.high)}"
 
 
 def _to_mind(report: Report) -> list[str]:
@@ -182,7 +194,7 @@ def _to_mind(report: Report) -> list[str]:
     if short:
         verb = "is" if len(short) == 1 else "are"
         notes.append(
-            f"{words.listed(short)} {verb} incomplete: final values are those of the last steps"
+            f"{format_list(short)} {verb} incomplete: final values are those of the last steps"
             " there are, gaps those of the last steps in common."
         )
     return notes
@@ -195,12 +207,12 @@ def what_was_run(report: Report) -> str:
     unknown = [run.name for run in report.runs if run not in runs]
     if unknown:
         text = (
-            f'<p class="about">Of {html.escape(words.listed(unknown))} nothing is recorded but what'
+            f'<p class="about">Of {html.escape(format_list(unknown))} nothing is recorded but what'
             " was logged: there is neither config.yaml nor environment.json.</p>\n"
         )
     if not runs:
         return text
-    described = [facts.what_was_run(run) for run in runs]
+    described = [run_description.what_was_run(run) for run in runs]
     shared = [key for key in described[0] if len({about[key] for about in described}) == 1]
     listed = "".join(
         f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(described[0][key])}</dd></div>"
@@ -208,7 +220,7 @@ def what_was_run(report: Report) -> str:
     )
     text = f"<dl>{listed}</dl>\n{text}" if shared else text
     rows = {key: [about[key] for about in described] for key in described[0] if key not in shared}
-    settings = facts.differing_settings(runs)
+    settings = differing_settings(runs)
     for key, values in settings.items():
         if key not in _NAMED:
             pairs = zip(runs, values, strict=True)
@@ -225,7 +237,7 @@ def what_was_run(report: Report) -> str:
     return f"{text}{table}"
 
 
-def _setting(run: Run, value: Any) -> str:
+def _setting(run: LoggedRun, value: Any) -> str:
     if run.config is None:
-        return facts.UNKNOWN
+        return run_description.UNKNOWN
     return "–" if value is None else str(value)

@@ -20,10 +20,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mhc_lightning.reporting import facts, words
-from mhc_lightning.reporting.gains import DIRECTIONS, KINDS, Extreme, GainRange, gain_tag
-from mhc_lightning.reporting.reading import Run
-from mhc_lightning.reporting.series import Series
+from mhc_lightning.formatting import (
+    format_difference,
+    format_gain,
+    format_list,
+    format_number,
+    format_steps,
+    format_sub_layers,
+)
+from mhc_lightning.reporting import run_description
+from mhc_lightning.reporting.gain_extremes import DIRECTIONS, KINDS, Extreme, GainRange, gain_tag
+from mhc_lightning.reporting.logged_runs import LoggedRun
+from mhc_lightning.reporting.metric_series import Series
 from mhc_lightning.reporting.summary import AT_ONE, GRADIENT, LIMIT, LOSS, Gap, Summary
 
 RISE_SHARE = 0.05
@@ -100,12 +108,12 @@ def judge(summary: Summary) -> Verdict:
     calm = []
     if not diverged and logged:
         verb = "were" if len(logged) > 1 else "was"
-        calm = [f"{words.listed(logged).capitalize()} {verb} finite at every logged step."]
+        calm = [f"{format_list(logged).capitalize()} {verb} finite at every logged step."]
     told = [*diverged, *bad, *calm, *fine, *_streams(summary), *_comparison(summary.gap)]
     return Verdict(state, reasons if state == UNSTEADY else [], told, missing)
 
 
-def _has(run: Run, tag: str) -> bool:
+def _has(run: LoggedRun, tag: str) -> bool:
     return tag in run.scalars and len(run.scalars[tag]) > 0
 
 
@@ -135,11 +143,11 @@ def _judge_gains(summary: Summary) -> tuple[list[str], list[str]]:
             elif not sentences:
                 fine.append(
                     f"{name.capitalize()} stayed near 1: largest"
-                    f" {words.gain(found.largest.value)}, at step {found.largest.step:,}"
+                    f" {format_gain(found.largest.value)}, at step {found.largest.step:,}"
                     f"{_in_one(found.largest)}."
                 )
     if at_one:
-        subject = f"{words.listed(at_one).capitalize()} gain{'s' if len(at_one) > 1 else ''}"
+        subject = f"{format_list(at_one).capitalize()} gain{'s' if len(at_one) > 1 else ''}"
         if len(at_one) == len(KINDS) * len(DIRECTIONS):
             subject = "All gains"
         fine.insert(0, f"{subject} stayed at 1 (to {AT_ONE:g}).")
@@ -161,13 +169,14 @@ def _left_one(name: str, found: GainRange) -> list[str]:
 
 
 def _where(extreme: Extreme) -> str:
-    place = words.sub_layers(extreme)
-    return f"{words.gain(extreme.value)} at step {extreme.step:,}{',' if place else ''}{place}"
+    place = format_sub_layers(extreme.first_layer, extreme.last_layer)
+    return f"{format_gain(extreme.value)} at step {extreme.step:,}{', in ' if place else ''}{place}"
 
 
 def _in_one(extreme: Extreme) -> str:
     """The sub-layer of a value near 1, if it is one: a stretch of them says nothing."""
-    return words.sub_layers(extreme) if extreme.first_layer == extreme.last_layer else ""
+    first, last = extreme.first_layer, extreme.last_layer
+    return f" in {format_sub_layers(first, last)}" if first is not None and first == last else ""
 
 
 def _rise(summary: Summary) -> list[str]:
@@ -180,12 +189,12 @@ def _rise(summary: Summary) -> list[str]:
     if rise <= noise or rise <= RISE_SHARE * (start - low) or first == loss.first_step:
         return []
     return [
-        f"The training loss rose again: it was {words.number(low)} over {words.steps(first, last)}"
-        f" and ends at {words.number(loss.value)}."
+        f"The training loss rose again: it was {format_number(low)} over"
+        f" {format_steps(first, last)} and ends at {format_number(loss.value)}."
     ]
 
 
-def _spike(run: Run) -> list[str]:
+def _spike(run: LoggedRun) -> list[str]:
     norm = run.scalars.get(GRADIENT)
     if norm is None:
         return []
@@ -196,8 +205,8 @@ def _spike(run: Run) -> list[str]:
     if median == 0 or later.values[at] <= SPIKE * median:
         return []
     return [
-        f"The gradient norm spiked to {words.number(float(later.values[at]))} at step"
-        f" {int(later.steps[at]):,}, {words.number(float(later.values[at]) / median, 2)} times its"
+        f"The gradient norm spiked to {format_number(float(later.values[at]))} at step"
+        f" {int(later.steps[at]):,}, {format_number(float(later.values[at]) / median, 2)} times its"
         " median."
     ]
 
@@ -209,12 +218,12 @@ def _streams(summary: Summary) -> list[str]:
         for tag in ("stream_diversity/mean", "sinkhorn_residual/row", "sinkhorn_residual/column")
     )
     if diversity is not None and len(diversity):
-        if facts.has_one_stream(run):
+        if run_description.has_one_stream(run):
             return ["It has one stream, so there is nothing to mix."]
         if not diversity.values.any():
             return ["Its streams were equal throughout, or it has but one."]
         sentences.append(
-            f"Stream diversity ends at {words.number(float(diversity.values[-1]), 2)} (0: all"
+            f"Stream diversity ends at {format_number(float(diversity.values[-1]), 2)} (0: all"
             " streams are equal)."
         )
     if row is not None and column is not None and len(row) and len(column):
@@ -222,12 +231,12 @@ def _streams(summary: Summary) -> list[str]:
         if worst[0] <= DOUBLY_STOCHASTIC:
             sentences.append(
                 f"Rows of the mixing matrices sum to 1; column sums stayed within"
-                f" {words.number(worst[1], 2)} of 1."
+                f" {format_number(worst[1], 2)} of 1."
             )
         else:
             sentences.append(
                 "The mixing matrices are not doubly stochastic: sums were up to"
-                f" {words.number(max(worst), 2)} off 1."
+                f" {format_number(max(worst), 2)} off 1."
             )
     return sentences
 
@@ -235,19 +244,19 @@ def _streams(summary: Summary) -> list[str]:
 def _comparison(gap: Gap | None) -> list[str]:
     if gap is None or gap.loss is None:
         return []
-    loss, where = gap.loss, words.steps(gap.loss.first_step, gap.loss.last_step)
+    loss, where = gap.loss, format_steps(gap.loss.first_step, gap.loss.last_step)
     if loss.low is None:
         return [
-            f"Against {gap.baseline} the training loss differs by {words.difference(loss.value)}"
+            f"Against {gap.baseline} the training loss differs by {format_difference(loss.value)}"
             f" over {where}: too few points for an interval."
         ]
     if not loss.resolved:
         return [
             f"Against {gap.baseline} no difference in training loss is resolved over {where}:"
-            f" {words.difference(loss.value)} (95%: {words.interval(loss)})."
+            f" {format_difference(loss.value)} (95%: {loss.interval})."
         ]
     side = "below" if loss.value < 0 else "above"
     return [
-        f"The training loss is {words.number(abs(loss.value))} {side} that of {gap.baseline} over"
-        f" {where} (95%: {words.interval(loss)})."
+        f"The training loss is {format_number(abs(loss.value))} {side} that of {gap.baseline} over"
+        f" {where} (95%: {loss.interval})."
     ]

@@ -1,0 +1,1 @@
+"""How the mappings of a model are observed: hooks, order of sub-layers, chains of streams."""

@@ -1,0 +1,135 @@
+"""Forward hooks inside what ``torch.compile`` has compiled.
+
+A module that is called in eager code runs its hooks whatever its neighbours do. Inside a compiled
+region hooks are part of the traced program: they are ignored if they come after the compilation,
+unless dynamo guards on them, and then every new hook would compile the region anew. So the modules
+worth watching in there are given one hook that keeps its key in the module's table of hooks: two
+programs exist, with and without it, and are switched between without further compilation.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from mhc_lightning.callbacks.watching.lineage import Lineage, floating_tensors
+from mhc_lightning.kernels import StreamMappings
+
+
+def modules_in_compiled_regions(root: nn.Module) -> set[nn.Module]:
+    """All modules below `root` that run inside a compiled program.
+
+    Recognised are modules wrapped by ``torch.compile(module)``, those compiled in place by
+    ``module.compile()``, and a LightningModule that was compiled as a whole.
+    """
+    inside: set[nn.Module] = set()
+    if getattr(root, "_compiler_ctx", None) is not None:  # Lightning's from_compiled
+        inside.update(root.modules())
+    for module in root.modules():
+        if isinstance(module, OptimizedModule):
+            inside.update(module._orig_mod.modules())
+        elif getattr(module, "_compiled_call_impl", None) is not None:
+            inside.update(module.modules())
+    return inside
+
+
+def declares_mappings(module: nn.Module) -> bool:
+    """Whether the module's ``forward`` is annotated to return `StreamMappings`."""
+    declared = getattr(type(module).forward, "__annotations__", {}).get("return")
+    return declared is StreamMappings or "StreamMappings" in str(declared)
+
+
+class HookGuards:
+    """Makes dynamo notice hooks that are added to compiled modules, for as long as a fit lasts."""
+
+    def __init__(self) -> None:
+        self._previous: bool | None = None
+
+    def enable(self) -> None:
+        """Turn the guards on; programs compiled without them are dropped and compiled again."""
+        config = torch._dynamo.config
+        if config.skip_nnmodule_hook_guards:
+            self._previous = True
+            config.skip_nnmodule_hook_guards = False
+            torch.compiler.reset()
+
+    def restore(self) -> None:
+        """Leave dynamo's setting as it was found."""
+        if self._previous is not None:
+            torch._dynamo.config.skip_nnmodule_hook_guards = self._previous
+            self._previous = None
+
+
+class SwitchableHook:
+    """One forward hook on one module that can be taken out and put back under the same key."""
+
+    def __init__(self, module: nn.Module, hook: object) -> None:
+        self._module, self._hook = module, hook
+        self._handle = module.register_forward_hook(hook, with_kwargs=True)  # type: ignore[arg-type]
+
+    def put_back(self) -> None:
+        """Install the hook again after `remove`."""
+        self._module._forward_hooks[self._handle.id] = self._hook  # type: ignore[assignment]
+        self._module._forward_hooks_with_kwargs[self._handle.id] = True
+
+    def remove(self) -> None:
+        """Take the hook out; the module's hook tables are then as if it had never been there."""
+        self._handle.remove()
+
+
+class ProgramCalls:
+    """Tells a `Lineage` what goes into compiled programs and what comes out, from outside of them.
+
+    Args:
+        lineage: Whom to tell.
+        clock: How many sub-layers were seen so far, in compiled code as well.
+    """
+
+    def __init__(self, lineage: Lineage, clock: Tensor) -> None:
+        self._lineage, self._clock = lineage, clock
+        self._wrapped: dict[nn.Module, tuple[str, Any]] = {}
+        self._after: dict[int, int | None] = {}
+
+    def open(self, root: nn.Module) -> None:
+        """Stand before every compiled program that modules below `root` call."""
+        inside: set[nn.Module] = set()
+        for name, module in root.named_modules():
+            call, attribute = _program(module)
+            if call is not None and module not in inside:
+                inside.update(module.modules())
+                self._wrapped[module] = attribute, call
+                module.__dict__[attribute] = partial(self._call, name, call)
+
+    def close(self) -> dict[int, int | None]:
+        """Step aside.
+
+        Returns:
+            For the number of the first sub-layer in every call of a program, what it comes after.
+        """
+        for module, (attribute, call) in self._wrapped.items():
+            module.__dict__[attribute] = call
+        self._wrapped.clear()
+        after, self._after = self._after, {}
+        return after
+
+    def _call(self, name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return call(*args, **kwargs)
+        arguments = (*args, *kwargs.values())
+        first = int(self._clock)
+        after = self._lineage.find(floating_tensors(arguments[:1]))
+        output = call(*args, **kwargs)
+        behind = int(self._clock)
+        if behind > first:
+            self._after[first] = after
+            self._lineage.leave_program(behind - 1, name, arguments, output)
+        return output
+
+
+def _program(module: nn.Module) -> tuple[Any, str]:
+    """What calls a module's compiled program, if it has one, and the attribute that holds it."""
+    if isinstance(module, OptimizedModule):
+        return module.__dict__.get("forward"), "forward"
+    return getattr(module, "_compiled_call_impl", None), "_compiled_call_impl"

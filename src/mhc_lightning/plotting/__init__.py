@@ -1,0 +1,1 @@
+"""Figures drawn with matplotlib: their common theme, gain profiles and matrix heat maps."""
