@@ -19,7 +19,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 
 from members import experiment_of
-from mhc_lightning.cli.building import build
+from mhc_lightning.cli.instantiation import build
 from timing import interleaved_seconds, report
 
 

@@ -12,7 +12,7 @@ import torch
 from gpu_bench import Bench, attempt, kernels, release_memory
 from gpu_results import Results
 from members import Member, experiment_of
-from mhc_lightning.cli.building import build
+from mhc_lightning.cli.instantiation import build
 from mhc_lightning.planning import Layout, ShapesOnly, this_machine
 from mhc_lightning.planning.activations import MicroBatch, sub_layers
 from mhc_lightning.planning.memory import device_memory

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mhc_lightning.cli.arguments import parse_arguments
-from mhc_lightning.cli.building import build
 from mhc_lightning.cli.composition import Experiment, compose_experiment
+from mhc_lightning.cli.instantiation import build
 from mhc_lightning.modules import Transformer
 from mhc_lightning.optimizers.recipes import AdamW
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from live_storages import LiveStorages
 from mhc_lightning.cli.arguments import parse_arguments
-from mhc_lightning.cli.building import build
 from mhc_lightning.cli.composition import compose_experiment
+from mhc_lightning.cli.instantiation import build
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
 from mhc_lightning.modules.recompute import recomputing
 from timing import interleaved_seconds, report

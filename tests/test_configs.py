@@ -8,13 +8,14 @@ from omegaconf import OmegaConf
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.cli.arguments import parse_arguments
-from mhc_lightning.cli.building import build, build_members, build_model, build_trainer
+from mhc_lightning.cli.components import build_model, build_trainer
 from mhc_lightning.cli.composition import compose_experiment
 from mhc_lightning.cli.experiments import (
     group_choices,
     shipped_experiments,
     shipped_folder,
 )
+from mhc_lightning.cli.instantiation import build, build_members
 from mhc_lightning.cli.main import main
 from mhc_lightning.data import prepare
 from mhc_lightning.modules import Connection

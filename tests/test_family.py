@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mhc_lightning.cli.arguments import parse_arguments
-from mhc_lightning.cli.building import build
 from mhc_lightning.cli.composition import Experiment, compose_experiment
+from mhc_lightning.cli.instantiation import build
 from mhc_lightning.modules import Connection, MixtureOfExperts, Transformer
 
 # arXiv 2512.24880, Table 5, as printed: total and active parameters of the models with mHC.

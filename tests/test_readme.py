@@ -203,9 +203,9 @@ def test_make_targets_exist(document, commands_in, repository):
 def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
     """All but starting the processes."""
     from mhc_lightning.cli.arguments import parse_arguments
-    from mhc_lightning.cli.building import build_model_for, build_trainer, check_layout, replicas
+    from mhc_lightning.cli.components import build_model_for, build_trainer, check_layout, replicas
     from mhc_lightning.cli.composition import compose_experiment
-    from mhc_lightning.cli.strategy_choice import settled
+    from mhc_lightning.cli.strategy_choice import resolve_strategy
 
     layouts, module = [], None
     for line in commands_in("README.md", SCALED):
@@ -213,7 +213,7 @@ def test_the_commands_for_many_devices_make_layouts_that_fit(commands_in):
         if words[0] == "plan":  # run below
             continue
         experiment = compose_experiment(parse_arguments([*words, "trainer.accelerator=cpu"]))
-        experiment, _ = settled(experiment)
+        experiment, _ = resolve_strategy(experiment)
         trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
         module = module or build_model_for(experiment, trainer)
         data = experiment.config.data

@@ -24,6 +24,8 @@ MOVED = {
     "checkpoint_folders": "checkpoints.folder_reading",
     "checkpoint_names": "checkpoints.names",
     "checkpointing": "checkpoints.run_checkpoint",
+    "cli.building": "cli.components",
+    "cli.provenance": "cli.print_config",
     "data.assemble": "data.prepared_writing",
     "data.finding": "data.input_files",
     "data.forms": "data.file_formats",

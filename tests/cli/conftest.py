@@ -1,3 +1,5 @@
+"""A prepared folder, a finished run, and the command line, in this process or in its own."""
+
 import contextlib
 import csv
 import os
@@ -8,6 +10,7 @@ import sys
 from itertools import count
 
 import pytest
+from in_process import run_main
 
 # Everything a run has, in a few seconds.
 SMALL = """
@@ -55,6 +58,10 @@ class Command:
         data = [] if self.data is None else [f"data.path={self.data}"]
         return [command, "--config", str(config), *SMALL, *data, *words]
 
+    def run(self, command, *words, code=0, **options):
+        """Run in this process; the exit code must be `code`. Gives (stdout, stderr)."""
+        return run_main(*self.words(command, *words, **options), folder=self.folder, code=code)
+
     def inside(self, command, *words, **options):
         """Run in this process, which has imported everything; gives the exit code."""
         from mhc_lightning.cli.main import main
@@ -88,7 +95,7 @@ class Command:
                 process.communicate()
 
     def __call__(self, command, *words, code=0, **options):
-        """Run to the end; its exit code must be `code`. Gives (stdout, stderr)."""
+        """As `run`, in a process of its own."""
         process = self.start(command, *words, **options)
         output, errors = process.communicate(timeout=300)
         assert process.returncode == code, f"exit code {process.returncode}\n{output}\n{errors}"

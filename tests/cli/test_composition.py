@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from mhc_lightning.cli.arguments import parse_arguments
-from mhc_lightning.cli.building import build_trainer
+from mhc_lightning.cli.components import build_trainer
 from mhc_lightning.cli.composition import compose_experiment, escaped
 from mhc_lightning.cli.overrides import nearest_key
-from mhc_lightning.cli.provenance import show_config
+from mhc_lightning.cli.print_config import show_config
 from mhc_lightning.errors import UserError
 
 LITERALS = [

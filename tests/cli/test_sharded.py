@@ -7,7 +7,7 @@ import torch
 
 from mhc_lightning.checkpoints.saved import load_checkpoint
 from mhc_lightning.cli.arguments import parse_arguments
-from mhc_lightning.cli.building import build_model_for, build_trainer
+from mhc_lightning.cli.components import build_model_for, build_trainer
 from mhc_lightning.cli.composition import compose_experiment
 
 EXPERTS = ("model.num_experts=4", "model.num_active_experts=2", "model.num_shared_experts=1")

@@ -3,7 +3,7 @@
 import pytest
 
 from mhc_lightning.cli.arguments import parse_arguments
-from mhc_lightning.cli.building import build_trainer
+from mhc_lightning.cli.components import build_trainer
 from mhc_lightning.cli.composition import compose_experiment
 from mhc_lightning.cli.main import main
 from mhc_lightning.cli.strategy_choice import (
@@ -12,7 +12,7 @@ from mhc_lightning.cli.strategy_choice import (
     Work,
     choose_pipelines,
     evenness,
-    settled,
+    resolve_strategy,
 )
 from mhc_lightning.errors import UserError
 from mhc_lightning.planning.stages import plan_stages
@@ -68,14 +68,14 @@ def test_what_will_not_do_has_a_reason(task, devices, reason):
 @pytest.mark.parametrize(("size", "expected"), [("9b", (2, 4, 16)), ("27b", (1, 8, 32))])
 def test_the_papers_large_models_use_pipelines_where_there_are_gpus(family, size, expected):
     count, length, parts = expected
-    experiment, line = settled(compose(f"{family}_{size}"), 8, 8)
+    experiment, line = resolve_strategy(compose(f"{family}_{size}"), 8, 8)
     values = experiment.values()
     assert values["strategy"]["_target_"].endswith("PipelineStrategy")
     assert values["strategy"]["pipeline_size"] == length
     assert values["strategy"]["microbatches"] == values["data"]["micro_batch_size"] == parts
     pipelines = f"{count} pipeline{'s' * (count > 1)}"
     assert line.startswith(f"strategy: {pipelines} of {length} devices, schedule 1f1b")
-    assert settled(experiment) == (experiment, None)
+    assert resolve_strategy(experiment) == (experiment, None)
 
 
 def test_one_device_and_compiled_code_have_fsdp_and_are_told_why():
@@ -84,16 +84,16 @@ def test_one_device_and_compiled_code_have_fsdp_and_are_told_why():
         ((), 1, "there is one device"),
         (split, 8, "compile=true does not go with strategy.schedule=dualpipev"),
     ):
-        experiment, line = settled(compose("mhc_9b", *words), devices, devices)
+        experiment, line = resolve_strategy(compose("mhc_9b", *words), devices, devices)
         assert experiment.values()["strategy"]["_target_"].endswith("FullyShardedStrategy")
         assert experiment.values()["data"]["micro_batch_size"] == 1
         assert line == f"strategy: fsdp, not pipeline, since {reason}"
-    compiled, _ = settled(compose("mhc_9b", "compile=true"), 8, 8)
+    compiled, _ = resolve_strategy(compose("mhc_9b", "compile=true"), 8, 8)
     assert compiled.values()["strategy"]["pipeline_size"] == 4
 
 
 def test_what_was_asked_for_is_done_or_refused():
-    asked, _ = settled(compose("mhc_9b", "strategy.pipeline_size=8"), 8, 8)
+    asked, _ = resolve_strategy(compose("mhc_9b", "strategy.pipeline_size=8"), 8, 8)
     assert asked.values()["strategy"]["microbatches"] == 32
     for word, reason in (
         ("strategy.schedule=chimera", "must be one of gpipe"),
@@ -101,7 +101,7 @@ def test_what_was_asked_for_is_done_or_refused():
         ("strategy.microbatches=7", "does not divide the 128 micro-batches"),
     ):
         with pytest.raises(UserError, match=reason):
-            settled(compose("mhc_9b", word), 8, 8)
+            resolve_strategy(compose("mhc_9b", word), 8, 8)
 
 
 def test_the_trainer_has_what_was_chosen():

@@ -16,7 +16,7 @@ from local_tasks import write_local_tasks
 
 import downstream
 from mhc_lightning.cli.arguments import parse_arguments
-from mhc_lightning.cli.building import build_model
+from mhc_lightning.cli.components import build_model
 from mhc_lightning.cli.composition import compose_experiment
 from mhc_lightning.cli.main import main as command
 from mhc_lightning.data.tokenizers import ByteTokenizer

@@ -12,8 +12,9 @@ from mhc_lightning.checkpoints.folder_reading import SavedTensors, is_checkpoint
 from mhc_lightning.checkpoints.names import BEST, LAST, candidates_for_last
 from mhc_lightning.checkpoints.saved import fault_in, load_checkpoint
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.run_folder import CHECKPOINTS, CONFIG, holds_run, is_first_process
+from mhc_lightning.cli.run_folder import holds_run, is_first_process
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.run_layout import CHECKPOINTS, CONFIG
 from mhc_lightning.interchange.compatibility import check_tensors
 from mhc_lightning.interchange.exported_model import (
     check_settings,

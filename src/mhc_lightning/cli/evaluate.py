@@ -42,8 +42,8 @@ def evaluate(experiment: Experiment, arguments: Arguments) -> None:
 
 def measure(experiment: Experiment, tasks: list[str]) -> dict[str, Any]:
     """The harness's results, with the checkpoint, the step and the settings they belong to."""
-    from mhc_lightning.cli.building import build_model, build_trainer
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
+    from mhc_lightning.cli.components import build_model, build_trainer
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.cli.value_types import check_arguments
     from mhc_lightning.evaluation.harness_model import HarnessModel

@@ -20,8 +20,8 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
         raise UserError("export needs ckpt_path=last, ckpt_path=best or a checkpoint")
 
     from mhc_lightning.checkpoints.folder_reading import SavedTensors
-    from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
+    from mhc_lightning.cli.components import build_model
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.cli.value_types import check_arguments
     from mhc_lightning.interchange import export_model

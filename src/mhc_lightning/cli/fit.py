@@ -8,13 +8,13 @@ from mhc_lightning.checkpoints.names import LAST
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import (
-    CHECKPOINTS,
     claim,
     delete_run,
     is_first_process,
     recorded_end,
     write_records,
 )
+from mhc_lightning.files.run_layout import CHECKPOINTS
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -33,22 +33,21 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     folder = Path(values["output_dir"])
     claim(folder, resumes=values["ckpt_path"] is not None, overwrite=values["overwrite"])
 
-    from mhc_lightning.cli.building import (
-        build,
+    from mhc_lightning.cli.checkpoints import find_checkpoint, holds_weights_alone, load_fitting
+    from mhc_lightning.cli.components import (
         build_data,
-        build_members,
         build_model_for,
         build_trainer,
         check_layout,
         count_optimizer_steps,
         replicas,
     )
-    from mhc_lightning.cli.checkpoints import find_checkpoint, holds_weights_alone, load_fitting
+    from mhc_lightning.cli.instantiation import build, build_members
     from mhc_lightning.cli.plan import check_room
     from mhc_lightning.cli.run_faults import named_faults
-    from mhc_lightning.cli.strategy_choice import settled
+    from mhc_lightning.cli.strategy_choice import resolve_strategy
 
-    experiment, choice = settled(experiment)
+    experiment, choice = resolve_strategy(experiment)
     if choice is not None and is_first_process():
         print(choice, file=sys.stderr)
     checkpoint = find_checkpoint(experiment)

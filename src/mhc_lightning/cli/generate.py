@@ -29,8 +29,8 @@ def generate(experiment: Experiment, arguments: Arguments) -> None:
 def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> None:
     import torch
 
-    from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint
+    from mhc_lightning.cli.components import build_model
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.cli.value_types import check_arguments
     from mhc_lightning.generation import generate as draw

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.run_folder import CHECKPOINTS, claim, delete_run, write_records
+from mhc_lightning.cli.run_folder import claim, delete_run, write_records
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.run_layout import CHECKPOINTS
 
 
 def import_model(experiment: Experiment, arguments: Arguments) -> None:
@@ -22,8 +23,8 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
 
     from mhc_lightning.checkpoints.names import LAST, checkpoint_name
     from mhc_lightning.checkpoints.whole_file import write_checkpoint
-    from mhc_lightning.cli.building import build_model
     from mhc_lightning.cli.checkpoints import load_fitting
+    from mhc_lightning.cli.components import build_model
     from mhc_lightning.files.atomic import point_link
 
     folder = Path(values["output_dir"])

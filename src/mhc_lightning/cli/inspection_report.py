@@ -13,7 +13,7 @@ from mhc_lightning.plotting.matrix_heatmap import matrix_heatmap
 if TYPE_CHECKING:
     import numpy as np
 
-    from mhc_lightning.cli.inspection import Inspected
+    from mhc_lightning.cli.inspected_checkpoint import InspectedCheckpoint
 
 _HEADER = (
     *("", "sub-layer", "forward", "backward", "composite fwd", "composite bwd"),
@@ -21,7 +21,7 @@ _HEADER = (
 )
 
 
-def as_text(found: "Inspected", inspection: Inspection) -> str:
+def as_text(found: "InspectedCheckpoint", inspection: Inspection) -> str:
     """A table for people."""
     rows: list[tuple[str, ...]] = [_HEADER]
     for k, name in enumerate(inspection.names):
@@ -41,7 +41,7 @@ def as_text(found: "Inspected", inspection: Inspection) -> str:
     return "\n".join([_title(found), "", *lines, "", *_summaries(inspection)])
 
 
-def as_json(found: "Inspected", inspection: Inspection) -> dict[str, Any]:
+def as_json(found: "InspectedCheckpoint", inspection: Inspection) -> dict[str, Any]:
     """Everything, matrices included."""
     layers = []
     for k, name in enumerate(inspection.names):
@@ -72,7 +72,7 @@ def as_json(found: "Inspected", inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def draw(found: "Inspected", inspection: Inspection, folder: Path) -> int:
+def draw(found: "InspectedCheckpoint", inspection: Inspection, folder: Path) -> int:
     """Draw the gains, every matrix and the products of all into a folder; how many pictures.
 
     Raises:
@@ -104,7 +104,7 @@ def _heatmap(matrix: Any, title: str, step: int | None) -> "np.ndarray":
     return matrix_heatmap(matrix.double().numpy(), title, step)
 
 
-def _title(found: "Inspected") -> str:
+def _title(found: "InspectedCheckpoint") -> str:
     step = "" if found.step is None else f", step {found.step:,}"
     what = (
         "static matrices, of the biases alone"

@@ -63,7 +63,7 @@ def _run(arguments: Arguments) -> int:
         report(arguments)
         return OK
     if arguments.command == "inspect":
-        from mhc_lightning.cli.inspection import inspect
+        from mhc_lightning.cli.inspect import inspect
 
         signal.signal(signal.SIGTERM, _leave)
         inspect(arguments)
@@ -76,7 +76,7 @@ def _run(arguments: Arguments) -> int:
 
     experiment = compose_experiment(arguments)
     if arguments.print_config:
-        from mhc_lightning.cli.provenance import show_config
+        from mhc_lightning.cli.print_config import show_config
 
         print(show_config(experiment), end="")
         return OK

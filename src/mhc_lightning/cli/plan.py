@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.pipeline_plan import (
+from mhc_lightning.cli.pipeline_settings import (
     PIPELINE_STRATEGY,
     PipelineSettings,
     check_pipeline_settings,
@@ -16,7 +16,7 @@ from mhc_lightning.cli.pipeline_plan import (
     strategy_name,
 )
 from mhc_lightning.cli.plan_report import report
-from mhc_lightning.cli.strategy_choice import devices_per_node, settled
+from mhc_lightning.cli.strategy_choice import devices_per_node, resolve_strategy
 from mhc_lightning.errors import UserError
 from mhc_lightning.formatting import format_bytes
 
@@ -48,7 +48,8 @@ def plan(experiment: Experiment, arguments: Arguments) -> None:
         if count < 1:
             raise UserError("trainer.devices and trainer.num_nodes must be at least 1")
         machine = this_machine(count, _device(values["trainer"]))
-    experiment, choice = settled(experiment, machine.devices, _per_node(machine, values["trainer"]))
+    per_node = _per_node(machine, values["trainer"])
+    experiment, choice = resolve_strategy(experiment, machine.devices, per_node)
     if choice is not None:
         print(choice, file=sys.stderr)
     values = experiment.values()
@@ -102,7 +103,7 @@ def check_room(experiment: Experiment, devices: int, device: "torch.device") -> 
 
 
 def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, Plan]":
-    from mhc_lightning.cli.building import build
+    from mhc_lightning.cli.instantiation import build
     from mhc_lightning.modules import Transformer
     from mhc_lightning.planning import (
         NotPlannableError,
@@ -148,7 +149,7 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
 
 def _baseline(experiment: Experiment, model: "Transformer") -> "Transformer | None":
     """The model with the ordinary residual connection; None if that is what it has."""
-    from mhc_lightning.cli.building import build
+    from mhc_lightning.cli.instantiation import build
     from mhc_lightning.modules import ResidualConnection
     from mhc_lightning.planning import ShapesOnly
 
@@ -169,7 +170,7 @@ def _micro_batch_size(experiment: Experiment, devices: int) -> int:
     if micro is None and size % devices == 0:
         micro = size // devices
     if not micro or micro < 1 or size < 1 or size % (micro * devices):
-        from mhc_lightning.cli.building import build_data
+        from mhc_lightning.cli.components import build_data
 
         build_data(experiment, devices).accumulation(devices)
     return micro

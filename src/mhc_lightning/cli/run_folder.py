@@ -17,16 +17,11 @@ import yaml
 
 from mhc_lightning.checkpoints.names import BEST, LAST, saved_checkpoints
 from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError
+from mhc_lightning.files.run_layout import CHECKPOINTS, CONFIG, ENVIRONMENT, EVENT_FILES, METRICS
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-CONFIG, ENVIRONMENT, METRICS, CHECKPOINTS = (
-    "config.yaml",
-    "environment.json",
-    "metrics.csv",
-    "checkpoints",
-)
 _PACKAGES = (
     *("mhc-lightning", "torch", "lightning", "litdata", "hydra-core", "numpy", "tokenizers"),
     *("torchmetrics", "triton"),
@@ -190,7 +185,7 @@ def _run_files(folder: Path) -> Any:
         if (folder / name).exists():
             yield folder / name
     if folder.is_dir():
-        yield from folder.glob("events.out.tfevents.*")
+        yield from folder.glob(EVENT_FILES)
         for _, checkpoint in saved_checkpoints(folder / CHECKPOINTS):
             yield checkpoint
         for name in (LAST, BEST):

@@ -150,7 +150,7 @@ def _parts(plan: "StagePlan", work: Work, count: int, wanted: int | None) -> int
     raise reason
 
 
-def settled(
+def resolve_strategy(
     experiment: Experiment, devices: int | None = None, per_node: int | None = None
 ) -> tuple[Experiment, str | None]:
     """The experiment with this strategy replaced by what it is, and a line that says so.
@@ -214,7 +214,7 @@ def devices_per_node(trainer: dict[str, Any]) -> int:
 
 
 def _work(experiment: Experiment) -> Work:
-    from mhc_lightning.cli.building import build
+    from mhc_lightning.cli.instantiation import build
     from mhc_lightning.planning import ShapesOnly
     from mhc_lightning.planning.stages import block_cost
 

@@ -33,7 +33,7 @@ def tokenizer_of(
     elif is_exported(path):
         tokenizer = open_exported(path).tokenizer()
     else:
-        from mhc_lightning.cli.building import build_data
+        from mhc_lightning.cli.components import build_data
 
         tokenizer = build_data(experiment, world_size=1).tokenizer
     check_tokenizer(tokenizer, checkpoint, path, vocab_size)

@@ -23,7 +23,7 @@ def tune(experiment: Experiment, arguments: Arguments) -> None:
     """
     import torch
 
-    from mhc_lightning.cli.building import build
+    from mhc_lightning.cli.instantiation import build
     from mhc_lightning.modules import ResidualConnection
     from mhc_lightning.planning import ShapesOnly, precision_of
     from mhc_lightning.planning.activations import sub_layers

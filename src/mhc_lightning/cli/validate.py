@@ -35,19 +35,19 @@ def validate(experiment: Experiment, arguments: Arguments) -> None:
 
 def measure(experiment: Experiment) -> dict[str, float | int | str]:
     """The metrics by name, with the step and the file they belong to."""
-    from mhc_lightning.cli.building import (
+    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
+    from mhc_lightning.cli.components import (
         build_data,
         build_model_for,
         build_trainer,
         check_layout,
         replicas,
     )
-    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.run_faults import named_faults
-    from mhc_lightning.cli.strategy_choice import settled
+    from mhc_lightning.cli.strategy_choice import resolve_strategy
     from mhc_lightning.cli.tokenizer import check_tokenizer
 
-    experiment, _ = settled(experiment)
+    experiment, _ = resolve_strategy(experiment)
     path = require_checkpoint(experiment)
     trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
     data = build_data(experiment, replicas(trainer))

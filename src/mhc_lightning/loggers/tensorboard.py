@@ -7,6 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from mhc_lightning.files.run_layout import EVENT_FILES
 from mhc_lightning.loggers.event_files import EventFile, drop_events_after
 
 
@@ -54,7 +55,7 @@ class TensorBoard(TensorBoardLogger):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         writer = self.experiment._get_file_writer()
-        for file in sorted(Path(self.log_dir).glob("events.out.tfevents.*")):
+        for file in sorted(Path(self.log_dir).glob(EVENT_FILES)):
             if file.name != self._file.name:
                 drop_events_after(step, file)
         restart = Event(session_log=SessionLog(status=SessionLog.START))

@@ -16,16 +16,10 @@ import yaml
 
 from mhc_lightning.checkpoints.names import saved_steps
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.run_layout import CHECKPOINTS, CONFIG, ENVIRONMENT, EVENT_FILES, METRICS
 from mhc_lightning.reporting.metric_series import Series
-from mhc_lightning.reporting.tensorboard_events import EVENT_FILES, Picture, read_events
+from mhc_lightning.reporting.tensorboard_events import Picture, read_events
 
-# What a run folder holds, beside event files.
-_METRICS, _CONFIG, _ENVIRONMENT, _CHECKPOINTS = (
-    "metrics.csv",
-    "config.yaml",
-    "environment.json",
-    "checkpoints",
-)
 _STEP = "step"
 
 
@@ -106,14 +100,14 @@ def _find(folder: Path, typed: str) -> list[Path]:
             subfolders.clear()
     if not found:
         raise UserError(
-            f"{typed} holds no metrics, neither {_METRICS} nor TensorBoard event files, and no"
+            f"{typed} holds no metrics, neither {METRICS} nor TensorBoard event files, and no"
             " folder below it does"
         )
     return found
 
 
 def _holds_metrics(folder: Path) -> bool:
-    return (folder / _METRICS).is_file() or any(folder.glob(EVENT_FILES))
+    return (folder / METRICS).is_file() or any(folder.glob(EVENT_FILES))
 
 
 def _short_names(places: list[Path]) -> dict[Path, str]:
@@ -129,7 +123,7 @@ def _short_names(places: list[Path]) -> dict[Path, str]:
 
 
 def _read(folder: Path, name: str) -> LoggedRun:
-    scalars = _read_table(folder / _METRICS)  # exact, where event files have single precision
+    scalars = _read_table(folder / METRICS)  # exact, where event files have single precision
     events = read_events(folder, without=scalars)
     more = {t: Series.of(points, points.values()) for t, points in events.scalars.items() if points}
     scalars = {**scalars, **more}
@@ -140,9 +134,9 @@ def _read(folder: Path, name: str) -> LoggedRun:
         name=name,
         scalars=scalars,
         pictures=events.pictures,
-        config=_as_typed(_read_mapping(folder / _CONFIG)),
-        environment=_read_mapping(folder / _ENVIRONMENT),
-        saved_steps=tuple(saved_steps(folder / _CHECKPOINTS)),
+        config=_as_typed(_read_mapping(folder / CONFIG)),
+        environment=_read_mapping(folder / ENVIRONMENT),
+        saved_steps=tuple(saved_steps(folder / CHECKPOINTS)),
     )
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-EVENT_FILES = "events.out.tfevents.*"
+from mhc_lightning.files.run_layout import EVENT_FILES
+
 _PNG = b"\x89PNG"
 
 

@@ -1,16 +1,14 @@
-"""From a composed experiment to the objects that Lightning trains with."""
+"""The trainer, the data module and the model of an experiment."""
 
 import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-import hydra.utils
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from mhc_lightning.cli.composition import Experiment, escaped_tree
-from mhc_lightning.cli.strategy_choice import devices_per_node, settled
-from mhc_lightning.cli.value_types import check_arguments
+from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.cli.instantiation import build, require_section
+from mhc_lightning.cli.strategy_choice import devices_per_node, resolve_strategy
 from mhc_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,83 +30,18 @@ _SET_OTHERWISE = {
     "use_distributed_sampler": "the data are spread over all devices anyway",
 }
 
-# It would show errors that are raised and caught here a second time.
-logging.getLogger("hydra.utils").disabled = True
-
-
-def build(experiment: Experiment, section: str, **more: Any) -> Any:
-    """Instantiate a section of the configuration.
-
-    Args:
-        experiment: The experiment.
-        section: Dotted key of a mapping with a `_target_`.
-        more: Arguments beside, or in place of, those in the configuration.
-
-    Raises:
-        UserError: the section is missing, or its target or a value in it is no good.
-    """
-    node = _require_section(experiment, section)
-    target = _target(section, node._target_)
-    plain = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(plain, dict)
-    arguments = {str(k): v for k, v in plain.items() if not str(k).startswith("_")}
-    check_arguments(section, target, {k: v for k, v in arguments.items() if k not in more})
-    for key, value in node.items():
-        if isinstance(value, DictConfig) and "_target_" in value and value.get("_partial_"):
-            inner = {k: v for k, v in arguments[str(key)].items() if not k.startswith("_")}
-            check_arguments(str(key), _target(str(key), value._target_), inner)
-    # Hydra resolves what it is given and then reads it, each of which takes one escape.
-    given = escaped_tree(escaped_tree({k: v for k, v in plain.items() if k not in more}))
-    try:
-        factory = hydra.utils.instantiate({"_convert_": "all", **given, "_partial_": True})
-    except InstantiationException as error:
-        raise _cause(error) from error
-    return factory(**more)
-
-
-def _require_section(experiment: Experiment, section: str) -> DictConfig:
-    node = OmegaConf.select(experiment.config, section)
-    if not isinstance(node, DictConfig) or "_target_" not in node:
-        raise UserError(
-            f"config {experiment.file.name} has no section {section!r} with a _target_;"
-            f" choose one from the group: `- {section}: …` under `defaults:`"
-        )
-    return node
-
-
-def build_members(experiment: Experiment, section: str) -> list[Any]:
-    """Instantiate every named member of a section, leaving out those set to null.
-
-    Raises:
-        UserError: as `build`, or one is not what Lightning takes there.
-    """
-    from lightning.pytorch import Callback
-    from lightning.pytorch.loggers import Logger
-
-    members = experiment.values().get(section) or {}
-    present = [name for name, member in members.items() if member is not None]
-    built = [build(experiment, f"{section}.{name}") for name in present]
-    kind = {"callbacks": Callback, "logger": Logger}[section]
-    for name, member in zip(present, built, strict=True):
-        if not isinstance(member, kind):
-            raise UserError(
-                f"{section}.{name} is a {type(member).__qualname__}, not a {kind.__name__} of"
-                " lightning.pytorch"
-            )
-    return built
-
 
 def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
     """The trainer, without callbacks and loggers unless given, for the configured strategy.
 
-    `strategy=pipeline_or_fsdp` is what it is here: see `strategy_choice.settled`.
+    `strategy=pipeline_or_fsdp` is what it is here: see `strategy_choice.resolve_strategy`.
 
     What counts optimizer steps in the configuration counts batches in Lightning: see
     `count_optimizer_steps`.
     """
-    experiment, _ = settled(experiment)
+    experiment, _ = resolve_strategy(experiment)
     config = experiment.config
-    _require_section(experiment, "trainer")
+    require_section(experiment, "trainer")
     strategy: Any = OmegaConf.select(config, "strategy.name")
     if strategy is None:
         strategy = build(experiment, "strategy")
@@ -244,27 +177,6 @@ def count_optimizer_steps(
     trainer.accumulate_grad_batches = data.accumulation(replicas(trainer))
     interval = min(experiment.config.trainer.val_check_interval, max(1, trainer.max_steps))
     trainer.val_check_interval = interval * trainer.accumulate_grad_batches
-
-
-def _target(section: str, name: str) -> Any:
-    try:
-        return hydra.utils.get_object(name)
-    except Exception as error:
-        cause = _cause(error)
-        if isinstance(cause, UserError):
-            raise cause from error
-        raise UserError(
-            f"{section}._target_={name} cannot be imported ({' '.join(str(cause).split())});"
-            " is the name right, and is its package installed?"
-        ) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error behind Hydra's: the one that a constructor raised, or says what the user can do."""
-    seen: BaseException = error
-    while seen.__cause__ is not None and not isinstance(seen, UserError):
-        seen = seen.__cause__
-    return seen
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -1,25 +1,24 @@
-"""`inspect`: the stream matrices and gains of one checkpoint."""
+"""The checkpoint that `inspect` shows: found, read, and its mappings computed."""
 
 import contextlib
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.cli.arguments import Arguments
-from mhc_lightning.cli.run_folder import CHECKPOINTS, CONFIG
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.run_layout import CHECKPOINTS, CONFIG
 
 if TYPE_CHECKING:
     from mhc_lightning.inspection import SubLayer
 
-_OWN = ("input", "output")  # literal keys; everything else is the experiment's
+LITERAL_KEYS = ("input", "output")  # literal keys; everything else is the experiment's
 _LONGEST = 4096  # tokens, for a model whose record does not say what it was trained on
 
 
 @dataclass(frozen=True)
-class Inspected:
+class InspectedCheckpoint:
     """What was looked at.
 
     Attributes:
@@ -35,42 +34,12 @@ class Inspected:
     tokens: int | None = None
 
 
-def inspect(arguments: Arguments) -> None:
-    """Print the gains of the checkpoint by sub-layer, and draw its matrices if asked to.
+def read_checkpoint(path: Path, text: str | None, arguments: Arguments) -> InspectedCheckpoint:
+    """The checkpoint at `path`, with its mappings: on `text`, or of the biases alone.
 
     Raises:
-        UserError: there is no such checkpoint, nothing to see in it, or the text does not fit it.
+        UserError: it is no checkpoint, or the text or a setting does not fit it.
     """
-    if not arguments.paths or arguments.paths[0].partition("=")[0] in _OWN:
-        raise UserError("inspect needs a checkpoint: inspect runs/mine/checkpoints/last")
-    if arguments.print_config:
-        raise UserError("--print-config belongs to the other commands")
-    text = arguments.literal.get("input", [None])[-1]
-    if text is not None and not text.strip():
-        raise UserError('input= is empty; give a text, as in input="Once upon a time"')
-    path = Path(arguments.paths[0]).expanduser()
-    if not path.exists():
-        raise UserError(f"no checkpoint at {path}")
-    with contextlib.redirect_stdout(sys.stderr):
-        found = _look(path, text, arguments)
-        if not found.layers:
-            raise UserError(f"{path} has no connections to look at")
-
-        from mhc_lightning.cli.inspection_report import as_json, as_text, draw
-        from mhc_lightning.formatting import json_value
-        from mhc_lightning.inspection import inspect_mappings
-
-        inspection = inspect_mappings(found.layers)
-        report = json.dumps(json_value(as_json(found, inspection))) if arguments.json else ""
-        report = report or as_text(found, inspection)
-        if "output" in arguments.literal:
-            folder = Path(arguments.literal["output"][-1]).expanduser()
-            number = draw(found, inspection, folder)
-            print(f"drew {number} pictures in {folder}")
-    print(report)
-
-
-def _look(path: Path, text: str | None, arguments: Arguments) -> Inspected:
     from mhc_lightning.interchange.exported_model import holds_own_record
 
     if path.is_dir() and (path / CONFIG).is_file():
@@ -93,7 +62,7 @@ def _look(path: Path, text: str | None, arguments: Arguments) -> Inspected:
 
 def _look_at_run(
     config: str | Path, asked: str, run: Path, text: str | None, arguments: Arguments
-) -> Inspected:
+) -> InspectedCheckpoint:
     """A checkpoint of a run, by the run's own configuration.
 
     It may be somebody else's: no classes but networks and connections are made of it.
@@ -110,7 +79,7 @@ def _look_at_run(
         section_record,
     )
 
-    literal = {key: typed for key, typed in arguments.literal.items() if key not in _OWN}
+    literal = {key: typed for key, typed in arguments.literal.items() if key not in LITERAL_KEYS}
     literal |= {"ckpt_path": [asked], "output_dir": [str(run)]}
     experiment = compose_experiment(replace(arguments, config=str(config), literal=literal))
     path = require_checkpoint(experiment)
@@ -125,15 +94,15 @@ def _look_at_run(
     step, saved = trained_steps(checkpoint), checkpoint["state_dict"]
     if text is None:
         layers = [*static_mappings_of(module, saved)]
-        return Inspected(path, [_without_prefix(layer) for layer in layers], step)
+        return InspectedCheckpoint(path, [_without_prefix(layer) for layer in layers], step)
     tokenizer = tokenizer_of(experiment, checkpoint, path, network.vocab_size)
     tokens = _tokens(tokenizer, text, int(values["data"]["sequence_length"]))
     bring_to_life(network, {name: saved[f"model.{name}"] for name in network.state_dict()})
     layers = mappings_on(network, torch.tensor([tokens]))
-    return Inspected(path, layers, step, len(tokens))
+    return InspectedCheckpoint(path, layers, step, len(tokens))
 
 
-def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> Inspected:
+def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> InspectedCheckpoint:
     """A folder that `export` wrote."""
     import torch
 
@@ -146,13 +115,14 @@ def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> Ins
     if text is None:
         with torch.device("meta"):
             network = exported.build()
-        return Inspected(path, [*static_mappings_of(network, StoredTensors(path))], exported.step)
+        layers = [*static_mappings_of(network, StoredTensors(path))]
+        return InspectedCheckpoint(path, layers, exported.step)
     tokens = _tokens(exported.tokenizer(), text, _LONGEST)
     layers = mappings_on(load_exported(path), torch.tensor([tokens]))
-    return Inspected(path, layers, exported.step, len(tokens))
+    return InspectedCheckpoint(path, layers, exported.step, len(tokens))
 
 
-def _look_at_deepseek_v4(path: Path, text: str | None, arguments: Arguments) -> Inspected:
+def _look_at_deepseek_v4(path: Path, text: str | None, arguments: Arguments) -> InspectedCheckpoint:
     """Safetensors with connections in DeepSeek-V4's layout; of each only the base is read."""
     from mhc_lightning.inspection import SubLayer
     from mhc_lightning.interchange.deepseek_v4 import connections_in, static_mappings
@@ -176,7 +146,7 @@ def _look_at_deepseek_v4(path: Path, text: str | None, arguments: Arguments) -> 
         if "base" not in parts:
             raise UserError(f"{path} is incomplete: {name}_base is missing")
         layers.append(SubLayer(name, static_mappings(tensors[parts["base"]], settings)))
-    return Inspected(path, layers)
+    return InspectedCheckpoint(path, layers)
 
 
 def _deepseek_v4_settings(path: Path, arguments: Arguments) -> Any:
@@ -205,10 +175,11 @@ def _typed_settings(arguments: Arguments, known: tuple[str, ...]) -> dict[str, s
     if arguments.config is not None:
         raise UserError("--config belongs to a checkpoint of a run; leave it out")
     typed = dict(word.partition("=")[::2] for word in arguments.overrides)
-    typed |= {key: values[-1] for key, values in arguments.literal.items() if key not in _OWN}
+    literal = {key: v[-1] for key, v in arguments.literal.items() if key not in LITERAL_KEYS}
+    typed |= literal
     for key in typed:
         if key not in known:
-            takes = ", ".join([*_OWN, *known])
+            takes = ", ".join([*LITERAL_KEYS, *known])
             raise UserError(f"unknown key {key!r}; inspect takes, of this model: {takes}")
     return typed
 
