@@ -56,6 +56,12 @@ MOVED = {
     "reporting.series": "reporting.metric_series",
     "reporting.writing": "reporting.report_folder",
     "saved_checkpoints": "checkpoints.saved",
+    "strategies.backward_within_step": "strategies.optimization_loop",
+    "strategies.engine_stage": "strategies.scheduled_stage",
+    "strategies.launching": "strategies.launcher",
+    "strategies.watched": "strategies.watched_strategy",
+    "strategies.whole_files": "checkpoints.portable_strategy",
+    "strategies.whole_state": "checkpoints.distributed_state",
 }
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from mhc_lightning.checkpoints.distributed_state import load_weights
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.kernels.operands import check_values
@@ -19,7 +20,7 @@ from mhc_lightning.optimizers.finiteness import last_gains
 from mhc_lightning.optimizers.recipes import AdamW, Muon, go_on_with, settings_of
 from mhc_lightning.strategies.gradient_norm import global_norm
 from mhc_lightning.strategies.layout import layout_of
-from mhc_lightning.strategies.sharding import load_rows, shard_by_mesh
+from mhc_lightning.strategies.sharding import shard_by_mesh
 
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,11 +107,11 @@ class LanguageModel(pl.LightningModule):
         if any(parameter.is_meta for parameter in self.parameters()):
             self._weights = weights
         else:
-            load_rows(self, weights)
+            load_weights(self, weights)
 
     def _take_weights(self) -> None:
         if self._weights is not None:
-            load_rows(self, self._weights)
+            load_weights(self, self._weights)
             self._weights = None
 
     def on_fit_start(self) -> None:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from mhc_lightning.modules.connection import Unmerged
-from mhc_lightning.strategies import engine_stage
-from mhc_lightning.strategies.engine_stage import EngineStage, StageStreams
+from mhc_lightning.strategies import scheduled_stage
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
+from mhc_lightning.strategies.scheduled_stage import ScheduledStage, StageStreams
 
 
 class Operation(NamedTuple):
@@ -100,7 +100,9 @@ def recorded(strategy: Any) -> Iterator[dict[str, Any]]:
                 backend.current is not backend.main
                 and (kind == "merge") == backend.current.is_urgent
             ):
-                place = (self.stage_index, args[0]) if isinstance(self, EngineStage) else (-1, -1)
+                place = (
+                    (self.stage_index, args[0]) if isinstance(self, ScheduledStage) else (-1, -1)
+                )
                 found.append(backend.launch(kind, *place))
             return plain(self, *args, **kwargs)
 
@@ -118,10 +120,10 @@ def recorded(strategy: Any) -> Iterator[dict[str, Any]]:
 
     with ExitStack() as stack:
         for owner, name, wrapped in (
-            (EngineStage, "forward_one_chunk", partial(launching, "forward")),
-            (EngineStage, "backward_one_chunk", partial(launching, "backward")),
-            (EngineStage, "backward_weight_one_chunk", partial(launching, "weights")),
-            (engine_stage, "_batch_p2p", partial(launching, "send")),
+            (ScheduledStage, "forward_one_chunk", partial(launching, "forward")),
+            (ScheduledStage, "backward_one_chunk", partial(launching, "backward")),
+            (ScheduledStage, "backward_weight_one_chunk", partial(launching, "weights")),
+            (scheduled_stage, "_batch_p2p", partial(launching, "send")),
             (Unmerged, "merge", partial(launching, "merge")),
             (StageStreams, "__init__", starting),
             (PipelineEngine, "_broadcast", ending),

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
+from mhc_lightning.checkpoints.distributed_state import DistributedState
 from mhc_lightning.checkpoints.folder_reading import load_whole_folder
 from mhc_lightning.checkpoints.folder_writing import save_folder
+from mhc_lightning.checkpoints.portable_strategy import PortableStrategy
 from mhc_lightning.checkpoints.whole_file import write_checkpoint
 from mhc_lightning.errors import UserError
-from mhc_lightning.strategies.whole_files import WholeFileStrategy
-from mhc_lightning.strategies.whole_state import WholeState
 
 Sharded = Literal["auto", True, False]
 
@@ -56,7 +56,7 @@ class ShardedFolder:
     is_folder = True
 
     def __init__(self, strategy: Strategy, asynchronous: bool) -> None:
-        if not isinstance(strategy, WholeFileStrategy | SingleDeviceStrategy | DDPStrategy):
+        if not isinstance(strategy, PortableStrategy | SingleDeviceStrategy | DDPStrategy):
             raise UserError(
                 f"checkpoint.sharded=true does not work with {type(strategy).__name__}; use"
                 " checkpoint.sharded=false"
@@ -69,13 +69,13 @@ class ShardedFolder:
     def take(self, trainer: pl.Trainer) -> dict[str, Any]:
         """The run's state, with this process's part of the tensors; every process calls it."""
         strategy: Any = trainer.strategy
-        spread = isinstance(strategy, WholeFileStrategy)
+        spread = isinstance(strategy, PortableStrategy)
         with strategy.in_parts() if spread else nullcontext():
             taken = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         whole = (
-            strategy.whole_state()
+            strategy.distributed_state()
             if spread
-            else WholeState(strategy.lightning_module, strategy.root_device, None)
+            else DistributedState(strategy.lightning_module, strategy.root_device, None)
         )
         taken["optimizer_states"] = [whole.optimizer_part(o) for o in strategy.optimizers]
         return taken
@@ -119,14 +119,14 @@ def choose_form(
         UserError: The form does not go with the strategy.
     """
     if sharded == "auto":
-        spread = isinstance(strategy, WholeFileStrategy) and strategy.world_size > 1
+        spread = isinstance(strategy, PortableStrategy) and strategy.world_size > 1
         sharded = spread or asynchronous
     return ShardedFolder(strategy, asynchronous) if sharded else WholeFile()
 
 
 def read_folders_too(strategy: Strategy) -> None:
     """Let a strategy of Lightning's own go on with a checkpoint folder; ours do anyway."""
-    if not isinstance(strategy, WholeFileStrategy):
+    if not isinstance(strategy, PortableStrategy):
         strategy.checkpoint_io = _FolderReadingIO(strategy.checkpoint_io)
 
 

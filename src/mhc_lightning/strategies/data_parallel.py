@@ -2,10 +2,10 @@
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from mhc_lightning.strategies.watched import Watched
+from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
 
-class DataParallelStrategy(Watched, DDPStrategy):
+class DataParallelStrategy(WatchedStrategy, DDPStrategy):
     """Lightning's DDPStrategy, whose processes watch over each other.
 
     Args:

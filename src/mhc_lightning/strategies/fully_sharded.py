@@ -1,12 +1,12 @@
 """FSDP2 over all devices of a run."""
 
+from mhc_lightning.checkpoints.distributed_state import DistributedState
+from mhc_lightning.checkpoints.portable_strategy import PortableStrategy
 from mhc_lightning.strategies.layout import Layout, mesh_layout
-from mhc_lightning.strategies.watched import Watched
-from mhc_lightning.strategies.whole_files import WholeFileStrategy
-from mhc_lightning.strategies.whole_state import WholeState
+from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
 
-class FullyShardedStrategy(Watched, WholeFileStrategy):
+class FullyShardedStrategy(WatchedStrategy, PortableStrategy):
     """Lightning's ModelParallelStrategy with every process in the data-parallel dimension.
 
     The LightningModule shards itself over ``device_mesh["data_parallel"]``. A run resumes under any
@@ -30,7 +30,7 @@ class FullyShardedStrategy(Watched, WholeFileStrategy):
         """All processes are data-parallel."""
         return mesh_layout(self, self.num_nodes * self.num_processes, materialises_module=True)
 
-    def whole_state(self) -> WholeState:
+    def distributed_state(self) -> DistributedState:
         """Every process has a part of every tensor."""
         assert self.model is not None
-        return WholeState(self.model, self.root_device, self.device_mesh["data_parallel"])
+        return DistributedState(self.model, self.root_device, self.device_mesh["data_parallel"])

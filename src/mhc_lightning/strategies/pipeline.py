@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
+from mhc_lightning.checkpoints.distributed_state import DistributedState
+from mhc_lightning.checkpoints.portable_strategy import PortableStrategy
 from mhc_lightning.errors import UserError
 from mhc_lightning.planning.stages import (
     SCHEDULES,
@@ -18,18 +20,16 @@ from mhc_lightning.planning.stages import (
     cut_network,
     pipeline_size_of,
 )
-from mhc_lightning.strategies.backward_within_step import run_backward_within_step
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
 from mhc_lightning.strategies.layout import Layout, mesh_layout
+from mhc_lightning.strategies.optimization_loop import run_backward_within_step
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
 from mhc_lightning.strategies.sharding import bring_to_life, shard_parts
-from mhc_lightning.strategies.watched import Watched
-from mhc_lightning.strategies.whole_files import WholeFileStrategy
-from mhc_lightning.strategies.whole_state import WholeState
+from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
 
-class PipelineStrategy(Watched, WholeFileStrategy):
+class PipelineStrategy(WatchedStrategy, PortableStrategy):
     """Cuts a network into stages on different devices; what is left of them is data-parallel.
 
     The LightningModule stays as it is: it has one network that is a `PipelinedNetwork` (as
@@ -86,7 +86,7 @@ class PipelineStrategy(Watched, WholeFileStrategy):
         self.blocks_per_stage = blocks_per_stage
         self.overlap = overlap
         self._engine: PipelineEngine | None = None
-        self._whole: WholeState | None = None
+        self._whole: DistributedState | None = None
 
     # ---- the layout
 
@@ -208,7 +208,7 @@ class PipelineStrategy(Watched, WholeFileStrategy):
             )
         return out
 
-    def whole_state(self) -> WholeState:
+    def distributed_state(self) -> DistributedState:
         """Every process has its stages, or shards of them."""
         assert self._whole is not None
         return self._whole
@@ -220,7 +220,7 @@ class PipelineStrategy(Watched, WholeFileStrategy):
         network: Any = find_network(self.model)
         plan = self.plan(network)
         mesh = self.device_mesh
-        self._whole = WholeState(
+        self._whole = DistributedState(
             self.model, self.root_device, mesh["data_parallel"], mesh["pipeline"]
         )
         own = plan.stages_of(self.device_mesh["pipeline"].get_local_rank())

@@ -18,9 +18,9 @@ from torch.distributed.pipelining.schedules import (
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.planning.stages import StagePlan
-from mhc_lightning.strategies.engine_stage import EngineStage, OverlappingStage, StageStreams
 from mhc_lightning.strategies.main_thread import Activity
 from mhc_lightning.strategies.pipeline_stage import Stage
+from mhc_lightning.strategies.scheduled_stage import OverlappingStage, ScheduledStage, StageStreams
 
 _FORWARD_HALF = tuple(
     _ComputationType.from_str(name) for name in ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
@@ -222,7 +222,7 @@ class PipelineEngine:
         }
         return schedule
 
-    def _engine_stages(self, part: Tensor, *, overlap: bool) -> list[EngineStage]:
+    def _engine_stages(self, part: Tensor, *, overlap: bool) -> list[ScheduledStage]:
         """The stages with the shapes of one micro-batch; nothing is left to be inferred."""
 
         def example(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -233,7 +233,7 @@ class PipelineEngine:
         if between[0].dtype == torch.float64:
             self._loss_dtype = torch.float64
         count = len(self._plan.blocks)
-        build: Any = partial(OverlappingStage, streams=self._streams) if overlap else EngineStage
+        build: Any = partial(OverlappingStage, streams=self._streams) if overlap else ScheduledStage
         return [
             build(
                 stage,

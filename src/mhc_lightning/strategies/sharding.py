@@ -1,11 +1,11 @@
 """FSDP2 sharding of a Transformer: what is gathered together, in which precision, from where."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -13,10 +13,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from mhc_lightning.checkpoints.folder_reading import SavedTensors
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.connection import Unmerged
-from mhc_lightning.modules.initialisation import held_rows, reset_module
+from mhc_lightning.modules.initialisation import reset_module
 
 
 def shard(
@@ -123,20 +122,3 @@ def _gather_around_calls(connection: Connection) -> None:
     gathering_read = connection.read
     connection.follow = follow  # type: ignore[method-assign]
     register_fsdp_forward_method(connection, "follow")
-
-
-@torch.no_grad()
-def load_rows(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into a sharded module; each process reads the rows that it holds.
-
-    Args:
-        module: A module that was sharded.
-        weights: A whole state dict of it, which may be mapped from a file or lie in a folder.
-    """
-    if isinstance(weights, SavedTensors):
-        weights.load_into(module.state_dict())
-        return
-    for name, tensor in module.state_dict().items():
-        rows, first = held_rows(tensor)
-        whole = weights[name]
-        rows.copy_(whole if rows is tensor else whole[first : first + len(rows)])

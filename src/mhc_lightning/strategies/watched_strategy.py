@@ -10,13 +10,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mhc_lightning.errors import RunFaultError, UserError
 from mhc_lightning.strategies.fault_watch import FaultWatch
-from mhc_lightning.strategies.launching import WatchingLauncher
+from mhc_lightning.strategies.launcher import WatchingLauncher
 from mhc_lightning.strategies.main_thread import Activity
 
 _MARGIN_SECONDS = 60  # for the watch to name the cause before a communication gives up
 
 
-class Watched(ParallelStrategy):
+class WatchedStrategy(ParallelStrategy):
     """If a process fails, dies or hangs, every other one prints which and why, and ends.
 
     To be put before one of Lightning's strategies that starts its processes by a script or finds

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from mhc_lightning.strategies.main_thread import Activity
 
 
-class EngineStage(PipelineStage):
+class ScheduledStage(PipelineStage):
     """A stage that names what it does.
 
     Args:
@@ -93,7 +93,7 @@ class StageStreams:
         here.wait_stream(self.urgent)
 
 
-class OverlappingStage(EngineStage):
+class OverlappingStage(ScheduledStage):
     """A stage on a stream of its own, so that a device's stages can run at the same time.
 
     Under DualPipeV a device's two stages are paired for most of a step: the forward pass of one
@@ -113,7 +113,7 @@ class OverlappingStage(EngineStage):
     Args:
         arguments: Of ``PipelineStage``.
         streams: The streams of this device's stages, by stage.
-        settings: Of ``EngineStage``.
+        settings: Of ``ScheduledStage``.
     """
 
     def __init__(

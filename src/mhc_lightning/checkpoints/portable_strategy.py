@@ -8,10 +8,10 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.optim import Optimizer
 
-from mhc_lightning.strategies.whole_state import WholeState
+from mhc_lightning.checkpoints.distributed_state import DistributedState
 
 
-class WholeFileStrategy(ModelParallelStrategy):
+class PortableStrategy(ModelParallelStrategy):
     """Loads and saves so that a run resumes under any strategy and number of devices.
 
     A module may come with its network on ``meta``: each process gives only its part memory and
@@ -20,9 +20,9 @@ class WholeFileStrategy(ModelParallelStrategy):
 
     _gathers = True
 
-    def whole_state(self) -> WholeState:
+    def distributed_state(self) -> DistributedState:
         """What gathers and loads this process's part; a subclass defines it."""
-        raise TypeError(f"{type(self).__name__} must define whole_state")
+        raise TypeError(f"{type(self).__name__} must define distributed_state")
 
     @contextmanager
     def in_parts(self) -> Iterator[None]:
@@ -38,19 +38,21 @@ class WholeFileStrategy(ModelParallelStrategy):
         if not self._gathers:
             assert self.model is not None
             return self.model.state_dict()
-        return self.whole_state().gather_module()
+        return self.distributed_state().gather_module()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole optimizer's state on rank zero, as one process would have it; else nothing."""
         if not self._gathers:
             return {}
-        return self.whole_state().gather_optimizer(getattr(optimizer, "_optimizer", optimizer))
+        return self.distributed_state().gather_optimizer(
+            getattr(optimizer, "_optimizer", optimizer)
+        )
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load this process's part of a checkpoint, a whole file or a folder."""
         path = Path(self.broadcast(checkpoint_path))
-        whole = self.whole_state()
+        whole = self.distributed_state()
         load = whole.load_folder if path.is_dir() else whole.load_file
         return load(path, self.optimizers, weights_only)

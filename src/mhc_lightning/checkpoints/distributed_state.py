@@ -19,10 +19,9 @@ from torch.optim import Optimizer
 from mhc_lightning.checkpoints.folder_reading import SavedTensors, load_folder
 from mhc_lightning.modules.initialisation import held_rows
 from mhc_lightning.optimizers.parameter_names import NAMES, check_names
-from mhc_lightning.strategies.sharding import load_rows
 
 
-class WholeState:
+class DistributedState:
     """Gathers to rank zero, or takes in parts, and loads the state of a module and its optimizers.
 
     Args:
@@ -56,7 +55,7 @@ class WholeState:
 
     def load_module(self, weights: Mapping[str, Tensor]) -> None:
         """Copy this process's part of a whole state dict into the module."""
-        load_rows(self._module, weights)
+        load_weights(self._module, weights)
 
     def load_file(
         self, path: str | Path, optimizers: Sequence[Optimizer], weights_only: bool | None = None
@@ -234,6 +233,23 @@ class WholeState:
                 dist.recv(buffer, group=group, group_src=stage)
                 gathered[name] = buffer.cpu()
         return gathered
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a sharded module; each process reads the rows that it holds.
+
+    Args:
+        module: A module that was sharded.
+        weights: A whole state dict of it, which may be mapped from a file or lie in a folder.
+    """
+    if isinstance(weights, SavedTensors):
+        weights.load_into(module.state_dict())
+        return
+    for name, tensor in module.state_dict().items():
+        rows, first = held_rows(tensor)
+        whole = weights[name]
+        rows.copy_(whole if rows is tensor else whole[first : first + len(rows)])
 
 
 def _saved_groups(
