@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from mhc_lightning import LanguageModel
 from mhc_lightning.callbacks import AmaxGain, StreamDiversity, StreamMatrixHeatmap, StreamSampler
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
-from mhc_lightning.optimizers.recipes import AdamW
+from mhc_lightning.optimizers.recipes import AdamWRecipe
 from timing import report
 
 PICTURE_INTERVALS = 50  # pictures' default interval, in units of log_every_n_steps
@@ -94,7 +94,7 @@ def make_model(args: argparse.Namespace, dim: int) -> LanguageModel:
         kv_rank=dim // 2,
         init_std=0.02,
     )
-    return LanguageModel(network, AdamW(lr=1e-4, warmup_steps=1), compile=args.compile)
+    return LanguageModel(network, AdamWRecipe(lr=1e-4, warmup_steps=1), compile=args.compile)
 
 
 def measure(name: str, model: LanguageModel, args: argparse.Namespace) -> dict[str, float]:

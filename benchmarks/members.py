@@ -9,7 +9,7 @@ from mhc_lightning.cli.arguments import parse_arguments
 from mhc_lightning.cli.composition import Experiment, compose_experiment
 from mhc_lightning.cli.instantiation import build
 from mhc_lightning.modules import Transformer
-from mhc_lightning.optimizers.recipes import AdamW
+from mhc_lightning.optimizers.recipes import OptimizerRecipe
 
 
 def experiment_of(name: str, *overrides: str) -> Experiment:
@@ -31,7 +31,7 @@ class Member:
         values = experiment.values()
         self.length: int = values["data"]["sequence_length"]
         self.precision: str = str(values["trainer"]["precision"])
-        self.recipe: AdamW = build(experiment, "optimizer")
+        self.recipe: OptimizerRecipe = build(experiment, "optimizer")
         with torch.device("cpu" if drawn else "meta"):
             model: Transformer = build(experiment, "model")
         self.model = model.to(device) if drawn else _drawn_on(device, model)

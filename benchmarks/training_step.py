@@ -18,7 +18,7 @@ from mhc_lightning.modules import (
     ResidualConnection,
     Transformer,
 )
-from mhc_lightning.optimizers.recipes import AdamW
+from mhc_lightning.optimizers.recipes import AdamWRecipe
 from timing import interleaved_seconds, report
 
 CONNECTIONS: dict[str, Callable[..., Connection]] = {
@@ -46,7 +46,7 @@ def make_step(
     )
     if compiled:
         model.compile_sublayers()
-    optimizer, _ = AdamW(lr=1e-4).build(model, total_steps=1)
+    optimizer, _ = AdamWRecipe(lr=1e-4).build(model, total_steps=1)
     tokens = torch.randint(0, 257, (args.batch, args.length + 1))
 
     def step() -> None:

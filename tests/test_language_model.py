@@ -17,7 +17,7 @@ from torchmetrics.text import Perplexity
 from mhc_lightning import LanguageModel
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.modules import Transformer
-from mhc_lightning.optimizers.recipes import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe, OptimizerRecipe
 
 
 class Recorder(DummyLogger):
@@ -44,7 +44,7 @@ def make(tiny_transformer: Callable[..., Transformer]) -> Make:
 
     def build(**changes: Any) -> LanguageModel:
         network = tiny_transformer(**{"num_experts": 0, "num_streams": 2, **changes})
-        return LanguageModel(network, AdamW(lr=1e-2, warmup_steps=2))
+        return LanguageModel(network, AdamWRecipe(lr=1e-2, warmup_steps=2))
 
     return build
 
@@ -177,13 +177,15 @@ def test_tokens_behind_padding_are_refused(make: Make, row: list[int]) -> None:
             call(batch, 0)
 
 
-@pytest.mark.parametrize("kind", [AdamW, Muon])
+@pytest.mark.parametrize("kind", [AdamWRecipe, MuonRecipe])
 def test_a_run_goes_on_with_the_settings_of_now(
-    make: Make, kind: type[AdamW], tmp_path: Path, recwarn: pytest.WarningsRecorder
+    make: Make, kind: type[OptimizerRecipe], tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     """As from the start of a run with them; what differs from the saved ones is said, once."""
 
-    def run(steps: int, recipe: AdamW, resume: Path | None = None) -> tuple[Any, list[str]]:
+    def run(
+        steps: int, recipe: OptimizerRecipe, resume: Path | None = None
+    ) -> tuple[Any, list[str]]:
         model, fit = make(), trainer(max_steps=steps)
         model.optimizer = recipe
         recwarn.clear()
@@ -207,7 +209,7 @@ def test_a_run_goes_on_with_the_settings_of_now(
         wanted = {name: value for name, value in fresh.items() if name != "params"}
         assert {name: group[name] for name in wanted} == wanted
     assert changed.logger.series("train/learning_rate")[4] == pytest.approx(2e-3)
-    other = {AdamW: Muon, Muon: AdamW}[kind](lr=1e-2)
+    other = {AdamWRecipe: MuonRecipe, MuonRecipe: AdamWRecipe}[kind](lr=1e-2)
     with pytest.raises(UserError, match=f"optimizer is {kind.__name__}, not "):
         run(6, other, tmp_path / "4.ckpt")
 

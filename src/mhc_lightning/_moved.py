@@ -1,12 +1,13 @@
-"""Modules that were renamed: their old names still import, with a warning that says the new one."""
+"""Old names of modules and classes: they still import, with a warning that names the new one."""
 
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # Old name -> new name, without the package's.
 MOVED = {
@@ -45,6 +46,7 @@ MOVED = {
     "finiteness": "optimizers.finiteness",
     "interchange.exported": "interchange.exported_model",
     "interchange.tensor_names": "interchange.compatibility",
+    "modules.recompute_block": "modules.replay",
     "muon": "optimizers.muon",
     "optimization": "optimizers.recipes",
     "optimizer_names": "optimizers.parameter_names",
@@ -87,3 +89,21 @@ class _MovedModules(MetaPathFinder, Loader):
 def keep_old_names() -> None:
     """Let the old names of `MOVED` be imported."""
     sys.meta_path.append(_MovedModules())
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__`, for names that were renamed within it.
+
+    Args:
+        module: The module's `__name__`.
+        names: New names by old name.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        message = f"{module}.{name} is now {module}.{names[name]}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], names[name])
+
+    return find

@@ -15,7 +15,7 @@ from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.modules import Connection, Transformer
 
 
-class SubLayer(NamedTuple):
+class SublayerMappings(NamedTuple):
     """The mappings of one sub-layer: pre and post [..., n], residual [..., n, n]."""
 
     name: str
@@ -51,7 +51,7 @@ class Inspection:
     composites: dict[range, Tensor]
 
 
-def inspect_mappings(layers: Sequence[SubLayer]) -> Inspection:
+def inspect_mappings(layers: Sequence[SublayerMappings]) -> Inspection:
     """Measure mappings, given in the order in which they are applied."""
     residuals = [layer.mappings.residual for layer in layers]
     gains = amax_gains(residuals).tolist()
@@ -81,7 +81,9 @@ def connections_of(network: nn.Module) -> dict[str, Connection]:
     return dict(sorted(named, key=lambda pair: pair[1].layer_index))
 
 
-def static_mappings_of(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[SubLayer]:
+def static_mappings_of(
+    network: nn.Module, tensors: Mapping[str, Tensor]
+) -> Iterator[SublayerMappings]:
     """The mappings of a network from its biases alone, one sub-layer after the other.
 
     They are those of a token whose streams are all zero: whatever depends on the token is then
@@ -95,7 +97,7 @@ def static_mappings_of(network: nn.Module, tensors: Mapping[str, Tensor]) -> Ite
     carry = None
     for name, connection in connections_of(network).items():
         mappings, carry = _static_mappings(connection, name, tensors, carry)
-        yield SubLayer(name.removesuffix("_connection"), mappings)
+        yield SublayerMappings(name.removesuffix("_connection"), mappings)
 
 
 @torch.no_grad()
@@ -115,7 +117,7 @@ def _static_mappings(
 
 
 @torch.no_grad()
-def mappings_on(network: Transformer, tokens: Tensor) -> list[SubLayer]:
+def mappings_on(network: Transformer, tokens: Tensor) -> list[SublayerMappings]:
     """The mappings of a network at tokens [B, S], in the order of its sub-layers."""
     watcher = StreamWatcher()
     watcher.open(network)
@@ -124,4 +126,4 @@ def mappings_on(network: Transformer, tokens: Tensor) -> list[SubLayer]:
     finally:
         seen = watcher.close()
     names = [name.removesuffix(".window").removesuffix("_connection") for name, *_ in seen]
-    return [SubLayer(n, o.mappings) for n, o in zip(names, seen, strict=True)]
+    return [SublayerMappings(n, o.mappings) for n, o in zip(names, seen, strict=True)]

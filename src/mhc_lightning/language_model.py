@@ -17,7 +17,8 @@ from mhc_lightning.kernels.operands import check_values
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimizers.finiteness import last_gains
-from mhc_lightning.optimizers.recipes import AdamW, Muon, go_on_with, settings_of
+from mhc_lightning.optimizers.recipes import MuonRecipe, OptimizerRecipe
+from mhc_lightning.optimizers.resumed_settings import group_settings, keep_present_settings
 from mhc_lightning.strategies.gradient_norm import global_norm
 from mhc_lightning.strategies.layout import layout_of
 from mhc_lightning.strategies.sharding import shard_by_mesh
@@ -68,7 +69,7 @@ class LanguageModel(pl.LightningModule):
     def __init__(
         self,
         model: Transformer,
-        optimizer: AdamW,
+        optimizer: OptimizerRecipe,
         compile: bool = False,
         recompute: str | int | None = "off",
     ) -> None:
@@ -141,7 +142,7 @@ class LanguageModel(pl.LightningModule):
         ours = type(self).configure_optimizers is LanguageModel.configure_optimizers
         if not (fits and ours and states):
             return
-        saved, now = "muon" in states[0]["param_groups"][0], isinstance(self.optimizer, Muon)
+        saved, now = "muon" in states[0]["param_groups"][0], isinstance(self.optimizer, MuonRecipe)
         if saved != now:
             names = {True: "Muon", False: "AdamW"}
             raise UserError(
@@ -154,7 +155,7 @@ class LanguageModel(pl.LightningModule):
         if self.trainer.ckpt_path is None or not self._settings:
             return
         schedule: Any = self.lr_schedulers()
-        changed = go_on_with(self._settings, self.trainer.optimizers[0], schedule)
+        changed = keep_present_settings(self._settings, self.trainer.optimizers[0], schedule)
         if changed:
             words = ", ".join(f"{k}={now} (saved: {saved})" for k, (saved, now) in changed.items())
             rank_zero_warn(f"going on with other settings of the optimizer: {words}")
@@ -207,7 +208,7 @@ class LanguageModel(pl.LightningModule):
         if total_steps < 1:
             raise UserError(f"trainer.max_steps must be at least 1, not {total_steps}")
         optimizer, scheduler = self.optimizer.build(self, total_steps)
-        self._settings = settings_of(optimizer)
+        self._settings = group_settings(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

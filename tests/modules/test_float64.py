@@ -99,7 +99,7 @@ def test_gradients_of_networks(
 ) -> None:
     model = tiny_transformer(connection=CONNECTIONS[connection])
     at_work(model)
-    model.recompute_block = 3
+    model.recompute_block_size = 3
 
     class Loss(nn.Module):
         def __init__(self) -> None:

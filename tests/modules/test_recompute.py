@@ -29,9 +29,9 @@ from mhc_lightning.modules import (
     SinglePassHyperConnection,
     Transformer,
 )
+from mhc_lightning.modules.block import PreNorm
 from mhc_lightning.modules.recompute import recomputing
-from mhc_lightning.modules.recompute_size import recompute_block, recompute_size
-from mhc_lightning.modules.transformer import PreNorm
+from mhc_lightning.modules.recompute_size import best_recompute_size, resolve_recompute
 
 VARIANTS: dict[str, Callable[..., Connection]] = {
     "mhc": ManifoldHyperConnection,
@@ -65,7 +65,7 @@ def make(connection: str = "mhc", **sizes: int) -> Transformer:
 
 def gradients(model: Transformer, size: int, mixed: bool = False) -> list[Tensor]:
     """Of two micro-batches, and their losses."""
-    model.recompute_block = size
+    model.recompute_block_size = size
     model.zero_grad()
     losses = []
     for tokens in (TOKENS, TOKENS.flip(0, 1)):
@@ -108,7 +108,7 @@ def test_by_kernels_with_fused_seams(connection: str, monkeypatch: pytest.Monkey
     model = make(connection, dim=16, num_layers=2)
     results: list[list[Any]] = []
     for size in (0, 3):
-        model.recompute_block = size
+        model.recompute_block_size = size
         model.zero_grad()
         model.loss(TOKENS[:1, :5], TOKENS[:1, 1:6]).backward()
         results.append([p.grad for p in model.parameters()])
@@ -122,7 +122,7 @@ def test_attention_and_feed_forward_run_once_and_nobody_sees_a_replay() -> None:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
             module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    model.recompute_block = 4
+    model.recompute_block_size = 4
     loss = model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
     seen = list(calls)
     loss.backward()
@@ -164,7 +164,7 @@ def run() -> Iterator[Callable[..., tuple[LiveStorages, Tensor]]]:
     """Returns a function: sub-layers in recompute blocks; live storages, and a loss to go back."""
 
     def run(
-        layers: list[Connection], sub_layer: Callable[[Tensor], Tensor], size: int, tokens: int
+        layers: list[Connection], sublayer: Callable[[Tensor], Tensor], size: int, tokens: int
     ) -> tuple[LiveStorages, Tensor]:
         n, width = layers[0].num_streams, layers[0].dim
         parameters = [p for layer in layers for p in layer.parameters()]
@@ -175,7 +175,7 @@ def run() -> Iterator[Callable[..., tuple[LiveStorages, Tensor]]]:
             flow: Any = expand_streams(start, n) * 1
             with recomputing(size):
                 for layer in layers:
-                    flow = layer.run(flow, sub_layer)
+                    flow = layer.run(flow, sublayer)
                 streams, carry = flow.merge()
             del flow
             # A learned read-out keeps the streams, whatever it is.
@@ -215,13 +215,13 @@ def test_bytes_at_the_peak_of_a_replay(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a norm and a body that keep their inputs: streams, aggregates and normed inputs."""
-    from mhc_lightning.modules import recompute_block as rebuilding
+    from mhc_lightning.modules import replay as rebuilding
 
     n, width, layers, size, tokens = 4, 64, 12, 4, 50
     stack = [ManifoldHyperConnection(width, n, index) for index in range(layers)]
-    sub_layer = PreNorm(width, 1e-20, nn.Identity())
-    sub_layer.norm, sub_layer.body = Norm(), Norm()  # type: ignore[assignment]
-    live, loss = run(stack, sub_layer, size, tokens)
+    sublayer = PreNorm(width, 1e-20, nn.Identity())
+    sublayer.norm, sublayer.body = Norm(), Norm()  # type: ignore[assignment]
+    live, loss = run(stack, sublayer, size, tokens)
     kept, grown = live.bytes(), []
     replay = rebuilding.replay_streams
 
@@ -239,7 +239,7 @@ def test_bytes_at_the_peak_of_a_replay(
     # A norm's output is rebuilt when its sub-layer is reached: it is not among these.
     assert max(grown) == ((size - 1) * n + size) * vector
     assert max(grown) + size * vector <= (n + 2) * size * vector
-    off, _other = run(stack, sub_layer, 0, tokens)
+    off, _other = run(stack, sublayer, 0, tokens)
     assert off.bytes() - kept == (layers * (n + 2) - layers // size * n) * vector
 
 
@@ -248,8 +248,8 @@ def test_a_sub_layer_without_parts_keeps_what_it_makes_of_its_input(run: Callabl
     n, width, layers, tokens = 2, 32, 6, 20
     stack = [ManifoldHyperConnection(width, n, index) for index in range(layers)]
     runs = [
-        run(stack, sub_layer, 3, tokens)
-        for sub_layer in (
+        run(stack, sublayer, 3, tokens)
+        for sublayer in (
             keeps_nothing,
             lambda u: Kept.apply(u, True),
             lambda u: Kept.apply(2 * u, True),
@@ -265,7 +265,7 @@ def test_a_sub_layer_without_parts_keeps_what_it_makes_of_its_input(run: Callabl
 def test_a_graph_that_is_dropped_is_gone() -> None:
     model, left = make(), []
     for size in (0, 4):
-        model.recompute_block = size
+        model.recompute_block_size = size
         with LiveStorages(model.parameters()) as live:
             loss = model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
             kept = live.bytes()
@@ -403,7 +403,7 @@ def test_ordinary_checkpointing_of_sub_layers_composes() -> None:
     assert equal(gradients(model, 4), expected)
     parts = []
     for network, size in ((model, 0), (plain, 4), (model, 4)):
-        network.recompute_block = size
+        network.recompute_block_size = size
         with LiveStorages(network.parameters()) as live:
             loss = network.loss(TOKENS[:, :-1], TOKENS[:, 1:])
             gc.collect()
@@ -468,7 +468,7 @@ def test_other_saved_tensor_hooks_get_what_is_kept() -> None:
 
 def test_a_retained_graph_is_rebuilt_again() -> None:
     model = make()
-    model.recompute_block = 4
+    model.recompute_block_size = 4
     loss = model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
     first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     assert equal(list(torch.autograd.grad(loss, list(model.parameters()))), list(first))
@@ -479,7 +479,7 @@ def test_without_gradients_nothing_is_noted(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(recompute, "_Recording", None)
     model = make()
-    model.recompute_block = 4
+    model.recompute_block_size = 4
     with torch.no_grad():
         model.loss(TOKENS[:, :-1], TOKENS[:, 1:])
 
@@ -503,22 +503,22 @@ def test_a_failed_forward_pass_leaves_nothing_behind() -> None:
 
 
 def test_size_of_a_block() -> None:
-    assert recompute_size("off", 24, 4) == recompute_size(False, 24, 4) == 0
-    assert recompute_size(None, 24, 4) == 0
-    assert recompute_size(7, 24, 4) == 7
-    assert recompute_size("auto", 24, 4) == recompute_block(24, 4) == 4
+    assert resolve_recompute("off", 24, 4) == resolve_recompute(False, 24, 4) == 0
+    assert resolve_recompute(None, 24, 4) == 0
+    assert resolve_recompute(7, 24, 4) == 7
+    assert resolve_recompute("auto", 24, 4) == best_recompute_size(24, 4) == 4
     # Stages of two sub-layers: blocks of two, although four would be best without stages.
-    assert recompute_size("auto", [2] * 12, 4) == 2
+    assert resolve_recompute("auto", [2] * 12, 4) == 2
     for wrong in ("banana", 0, -1, True, 2.0):
         with pytest.raises(UserError, match=f"recompute={wrong}"):
-            recompute_size(wrong, 24, 4)  # type: ignore[arg-type]
+            resolve_recompute(wrong, 24, 4)  # type: ignore[arg-type]
 
 
 def test_a_network_is_told_of_its_stages() -> None:
     model = make(num_layers=6)
-    assert model.set_recompute("auto") == model.recompute_block == 3
-    assert model.set_recompute("auto", [2, 2, 2]) == model.recompute_block == 2
-    assert model.set_recompute("off", [2, 2, 2]) == model.recompute_block == 0
+    assert model.set_recompute("auto") == model.recompute_block_size == 3
+    assert model.set_recompute("auto", [2, 2, 2]) == model.recompute_block_size == 2
+    assert model.set_recompute("off", [2, 2, 2]) == model.recompute_block_size == 0
     assert make("residual").set_recompute("auto") == 0
 
 
@@ -530,4 +530,4 @@ def test_the_best_block_under_stage_boundaries() -> None:
                 for size in range(1, sum(stages) + 1)
             }
             best = min(cost.values())
-            assert recompute_block(stages, n) == min(s for s in cost if cost[s] == best)
+            assert best_recompute_size(stages, n) == min(s for s in cost if cost[s] == best)

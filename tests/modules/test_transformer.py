@@ -202,7 +202,7 @@ def test_autocast_takes_the_streams_to_bfloat16_and_leaves_coefficients() -> Non
 @pytest.mark.parametrize("connection", [*VARIANTS, STATIC_HC])
 def test_no_tokens(connection: Callable[..., Connection], recompute: int) -> None:
     model = make(connection, **EXPERTS)
-    model.recompute_block = recompute
+    model.recompute_block_size = recompute
     for shape in ((0, 9), (2, 0)):
         model.zero_grad()
         logits = model(torch.zeros(shape, dtype=torch.int64))
@@ -220,7 +220,7 @@ def test_shapes_on_meta(connection: Callable[..., Connection], recompute: int) -
     with torch.device("meta"):
         model = make(connection, **EXPERTS)
         tokens = torch.randint(0, 50, (2, 9))
-    model.recompute_block = recompute
+    model.recompute_block_size = recompute
     streams = model.embed(tokens)
     assert streams.is_meta and streams.shape == (2, 9, model.num_streams, 32)
     assert model(tokens).shape == (2, 9, 50)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mhc_lightning.modules import Transformer
 from mhc_lightning.optimizers.muon import MuonAdamW, orthogonalise
-from mhc_lightning.optimizers.recipes import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (3, 8, 5)])
@@ -135,7 +135,7 @@ def loss_of(model: Transformer) -> torch.Tensor:
 
 def test_groups_are_the_papers(tiny_transformer: Callable[..., Transformer]) -> None:
     model = tiny_transformer()
-    optimizer = Muon(lr=1e-3).build_optimizer(model)
+    optimizer = MuonRecipe(lr=1e-3).build_optimizer(model)
     names = {id(p): name for name, p in model.named_parameters()}
     muon, tables, vectors = [
         {names[id(p)] for p in group["params"]} for group in optimizer.param_groups
@@ -153,8 +153,8 @@ def test_updates_have_the_promised_size_and_adamw_is_torchs(
 ) -> None:
     model, reference = tiny_transformer(), tiny_transformer()
     recipe = {"lr": 1e-3, "weight_decay": 0.0}
-    optimizer = Muon(**recipe).build_optimizer(model)  # type: ignore[arg-type]
-    adamw = AdamW(**recipe).build_optimizer(reference)  # type: ignore[arg-type]
+    optimizer = MuonRecipe(**recipe).build_optimizer(model)  # type: ignore[arg-type]
+    adamw = AdamWRecipe(**recipe).build_optimizer(reference)  # type: ignore[arg-type]
     before = copy.deepcopy(dict(model.named_parameters()))
     query = "blocks.0.attention.body.query.weight"
     for network, steps in ((model, optimizer), (reference, adamw)):
@@ -182,7 +182,7 @@ def test_state_survives_saving_and_schedules_reach_both_parts(
     tiny_transformer: Callable[..., Transformer],
 ) -> None:
     models = [tiny_transformer(), tiny_transformer()]
-    pairs = [Muon(lr=1e-2, warmup_steps=4).build(model, 10) for model in models]
+    pairs = [MuonRecipe(lr=1e-2, warmup_steps=4).build(model, 10) for model in models]
     for step in range(6):
         if step == 3:  # carry on with a fresh optimizer from the first one's state
             models[1].load_state_dict(models[0].state_dict())
@@ -201,7 +201,7 @@ def test_state_survives_saving_and_schedules_reach_both_parts(
 
 def test_it_learns(tiny_transformer: Callable[..., Transformer]) -> None:
     model = tiny_transformer()
-    optimizer = Muon(lr=2e-3).build_optimizer(model)
+    optimizer = MuonRecipe(lr=2e-3).build_optimizer(model)
     first = loss_of(model).item()
     for _ in range(30):
         optimizer.zero_grad()
@@ -212,7 +212,7 @@ def test_it_learns(tiny_transformer: Callable[..., Transformer]) -> None:
 
 
 def test_state_is_as_large_as_the_recipe_says(tiny_transformer: Callable[..., Transformer]) -> None:
-    model, recipe = tiny_transformer(), Muon(lr=1e-3)
+    model, recipe = tiny_transformer(), MuonRecipe(lr=1e-3)
     optimizer = recipe.build_optimizer(model)
     loss_of(model).backward()
     optimizer.step()

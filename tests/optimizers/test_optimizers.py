@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from mhc_lightning.optimizers.muon import MuonAdamW
-from mhc_lightning.optimizers.recipes import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe, OptimizerRecipe
 
-RECIPES = [AdamW(lr=1e-2), Muon(lr=1e-2)]
+RECIPES = [AdamWRecipe(lr=1e-2), MuonRecipe(lr=1e-2)]
 Network = nn.Sequential
 
 
@@ -65,7 +65,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("recipe", RECIPES, ids=["AdamW", "Muon"])
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("steps", [0, 3])
-def test_a_copy_goes_on_by_itself(recipe: AdamW, way: str, steps: int) -> None:
+def test_a_copy_goes_on_by_itself(recipe: OptimizerRecipe, way: str, steps: int) -> None:
     """Model, optimizer and scheduler together, before the first step and after some."""
     model = network()
     optimizer, scheduler = recipe.build(model, 10)
@@ -84,7 +84,7 @@ def test_a_copy_goes_on_by_itself(recipe: AdamW, way: str, steps: int) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=["AdamW", "Muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_state_goes_into_a_fresh_optimizer(recipe: AdamW, dtype: torch.dtype) -> None:
+def test_state_goes_into_a_fresh_optimizer(recipe: OptimizerRecipe, dtype: torch.dtype) -> None:
     """Of the same dtype bit for bit; of another, cast to it."""
     model, fresh = network(), network(dtype)
     optimizer, other = recipe.build_optimizer(model), recipe.build_optimizer(fresh)
@@ -109,7 +109,7 @@ def test_state_goes_into_a_fresh_optimizer(recipe: AdamW, dtype: torch.dtype) ->
 def test_state_of_before_groups_had_all_settings_is_taken() -> None:
     """Groups of Muon had none of AdamW's."""
     models = network(), network()
-    optimizers = [Muon(lr=1e-2).build_optimizer(model) for model in models]
+    optimizers = [MuonRecipe(lr=1e-2).build_optimizer(model) for model in models]
     train(models[0], optimizers[0], range(2))
     saved = copy.deepcopy(optimizers[0].state_dict())
     for name in ("betas", "eps", "fused"):
@@ -124,7 +124,7 @@ def test_state_of_before_groups_had_all_settings_is_taken() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=["AdamW", "Muon"])
 @pytest.mark.parametrize("after", [0, 2])
 def test_parameters_added_later_are_trained_as_if_there_from_the_start(
-    recipe: AdamW, after: int
+    recipe: OptimizerRecipe, after: int
 ) -> None:
     model, reference = nn.ParameterList(), nn.ParameterList()
     for parameters in (model, reference):
@@ -186,7 +186,7 @@ SCHEDULES: dict[str, Callable[[Optimizer], LRScheduler]] = {
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=["AdamW", "Muon"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_schedulers_of_others_reach_every_group(recipe: AdamW, schedule: str) -> None:
+def test_schedulers_of_others_reach_every_group(recipe: OptimizerRecipe, schedule: str) -> None:
     model = network()
     optimizer = recipe.build_optimizer(model)
     scheduler = SCHEDULES[schedule](optimizer)
@@ -202,7 +202,7 @@ def test_schedulers_of_others_reach_every_group(recipe: AdamW, schedule: str) ->
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=["AdamW", "Muon"])
-def test_closures_hooks_and_missing_gradients(recipe: AdamW) -> None:
+def test_closures_hooks_and_missing_gradients(recipe: OptimizerRecipe) -> None:
     model, calls = network(), list[str]()
     optimizer = recipe.build_optimizer(model)
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))

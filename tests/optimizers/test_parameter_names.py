@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from mhc_lightning.checkpoints.names import saved_checkpoints
 from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.errors import UserError
-from mhc_lightning.optimizers.recipes import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe, OptimizerRecipe
 
-RECIPES = [AdamW(lr=1e-2, schedule="constant"), Muon(lr=1e-2, schedule="constant")]
+RECIPES = [AdamWRecipe(lr=1e-2, schedule="constant"), MuonRecipe(lr=1e-2, schedule="constant")]
 # Of `network`: what a run trained, what another trains, and what tells them apart.
 CHANGES = {
     "as many, of the same shapes": ("1.weight", "2.weight", ["1.weight", "2.weight"]),
@@ -55,7 +55,7 @@ def same(one: dict, two: dict) -> bool:
 @by_recipe
 @pytest.mark.parametrize("change", CHANGES)
 def test_state_of_other_parameters_is_refused_and_changes_nothing(
-    recipe: AdamW, change: str
+    recipe: OptimizerRecipe, change: str
 ) -> None:
     before, now, named = CHANGES[change]
     first, second = network(before), network(now)
@@ -71,7 +71,7 @@ def test_state_of_other_parameters_is_refused_and_changes_nothing(
 
 
 @by_recipe
-def test_state_without_names_is_looked_at_by_shape(recipe: AdamW) -> None:
+def test_state_without_names_is_looked_at_by_shape(recipe: OptimizerRecipe) -> None:
     """As versions that saved none wrote it, and as torch writes it."""
 
     def nameless(model: nn.Module) -> dict:
@@ -95,7 +95,7 @@ def test_state_without_names_is_looked_at_by_shape(recipe: AdamW) -> None:
 
 
 class Module(pl.LightningModule):
-    def __init__(self, recipe: AdamW, frozen: str | None) -> None:
+    def __init__(self, recipe: OptimizerRecipe, frozen: str | None) -> None:
         super().__init__()
         self.network, self.recipe = network(frozen), recipe
 
@@ -109,7 +109,7 @@ class Module(pl.LightningModule):
 @by_recipe
 @pytest.mark.parametrize("sharded", [False, True], ids=["file", "folder"])
 def test_a_run_goes_on_with_the_same_parameters_alone(
-    tmp_path: Path, recipe: AdamW, sharded: bool
+    tmp_path: Path, recipe: OptimizerRecipe, sharded: bool
 ) -> None:
     def run(folder: str, steps: int, frozen: str, resume: Path | None = None) -> Tensor:
         module = Module(recipe, frozen)

@@ -12,28 +12,29 @@ from mhc_lightning.modules import (
     ManifoldHyperConnection,
     Transformer,
 )
-from mhc_lightning.optimizers.recipes import AdamW, Muon, go_on_with, settings_of
+from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe, OptimizerRecipe
+from mhc_lightning.optimizers.resumed_settings import group_settings, keep_present_settings
 
 
 def test_step_schedule_of_the_paper() -> None:
-    recipe = AdamW(lr=8.6e-4, warmup_steps=2000)
+    recipe = AdamWRecipe(lr=8.6e-4, warmup_steps=2000)
     total = 30_000
-    assert recipe.factor(0, total) == 1 / 2000
-    assert recipe.factor(999, total) == 0.5
-    assert recipe.factor(1999, total) == 1.0
-    assert recipe.factor(23_999, total) == 1.0
-    assert recipe.factor(24_000, total) == 0.316
-    assert recipe.factor(26_999, total) == 0.316
-    assert recipe.factor(27_000, total) == 0.1
-    assert recipe.factor(29_999, total) == 0.1
+    assert recipe.learning_rate.factor(0, total) == 1 / 2000
+    assert recipe.learning_rate.factor(999, total) == 0.5
+    assert recipe.learning_rate.factor(1999, total) == 1.0
+    assert recipe.learning_rate.factor(23_999, total) == 1.0
+    assert recipe.learning_rate.factor(24_000, total) == 0.316
+    assert recipe.learning_rate.factor(26_999, total) == 0.316
+    assert recipe.learning_rate.factor(27_000, total) == 0.1
+    assert recipe.learning_rate.factor(29_999, total) == 0.1
 
 
 def test_cosine_and_constant() -> None:
-    cosine = AdamW(lr=1.0, warmup_steps=10, schedule="cosine", final_fraction=0.2)
-    assert cosine.factor(10, 110) == 1.0
-    assert cosine.factor(60, 110) == pytest.approx(0.6)
-    assert cosine.factor(110, 110) == pytest.approx(0.2)
-    assert AdamW(lr=1.0, schedule="constant").factor(10**6, 10) == 1.0
+    cosine = AdamWRecipe(lr=1.0, warmup_steps=10, schedule="cosine", final_fraction=0.2)
+    assert cosine.learning_rate.factor(10, 110) == 1.0
+    assert cosine.learning_rate.factor(60, 110) == pytest.approx(0.6)
+    assert cosine.learning_rate.factor(110, 110) == pytest.approx(0.2)
+    assert AdamWRecipe(lr=1.0, schedule="constant").learning_rate.factor(10**6, 10) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_cosine_and_constant() -> None:
 )
 def test_biases_and_gates_do_not_decay(build: type) -> None:
     connection = build(8, 4, 0)
-    decayed, free = AdamW(lr=1.0).parameter_groups(connection.parameters())
+    decayed, free = AdamWRecipe(lr=1.0).parameter_groups(connection.parameters())
     assert [p is connection.phi for p in decayed["params"]] == [True]
     assert {id(p) for p in free["params"]} == {id(connection.alpha), id(connection.bias)}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
@@ -50,12 +51,12 @@ def test_biases_and_gates_do_not_decay(build: type) -> None:
 def test_frozen_parameters_are_left_out() -> None:
     layer = torch.nn.Linear(3, 3)
     layer.bias.requires_grad_(False)
-    groups = AdamW(lr=1.0).parameter_groups(layer.parameters())
+    groups = AdamWRecipe(lr=1.0).parameter_groups(layer.parameters())
     assert [len(group["params"]) for group in groups] == [1, 0]
 
 
 def test_defaults_are_the_papers() -> None:
-    optimizer, _ = AdamW(lr=4e-4).build(torch.nn.Linear(2, 2), 10)
+    optimizer, _ = AdamWRecipe(lr=4e-4).build(torch.nn.Linear(2, 2), 10)
     group = optimizer.param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-20, 0.1)
 
@@ -63,27 +64,29 @@ def test_defaults_are_the_papers() -> None:
 def test_bad_values() -> None:
     for lr in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"optimizer.lr must be a positive number"):
-            AdamW(lr=lr)
-    for recipe, name in ((AdamW, "eps"), (Muon, "update_rms")):
+            AdamWRecipe(lr=lr)
+    for recipe, name in ((AdamWRecipe, "eps"), (MuonRecipe, "update_rms")):
         for value in (0.0, -1.0, float("nan"), float("inf"), *([1e-60] if name == "eps" else [])):
             with pytest.raises(UserError, match=rf"optimizer.{name} must be a positive number"):
                 recipe(lr=1.0, **{name: value})  # type: ignore[arg-type]
     for name in ("weight_decay", "final_fraction"):
         for value in (-0.1, float("nan"), float("inf")):
             with pytest.raises(UserError, match=rf"optimizer.{name} must be at least 0"):
-                AdamW(lr=1.0, **{name: value})  # type: ignore[arg-type]
+                AdamWRecipe(lr=1.0, **{name: value})  # type: ignore[arg-type]
     for value in (-0.1, 1.0, float("nan")):
         with pytest.raises(UserError, match=r"optimizer.momentum must be from 0 to below 1"):
-            Muon(lr=1.0, momentum=value)
+            MuonRecipe(lr=1.0, momentum=value)
     with pytest.raises(UserError, match=r"optimizer.schedule must be step, cosine or constant"):
-        AdamW(lr=1.0, schedule="linear")  # type: ignore[arg-type]
+        AdamWRecipe(lr=1.0, schedule="linear")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"optimizer.warmup_steps"):
-        AdamW(lr=1.0, warmup_steps=-1)
+        AdamWRecipe(lr=1.0, warmup_steps=-1)
 
 
-@pytest.mark.parametrize("recipe", [AdamW(lr=1e-3), Muon(lr=1e-3)], ids=["AdamW", "Muon"])
+@pytest.mark.parametrize(
+    "recipe", [AdamWRecipe(lr=1e-3), MuonRecipe(lr=1e-3)], ids=["AdamW", "Muon"]
+)
 def test_parameters_too_coarse_for_their_updates_are_said_to_be(
-    recipe: AdamW, recwarn: pytest.WarningsRecorder
+    recipe: OptimizerRecipe, recwarn: pytest.WarningsRecorder
 ) -> None:
     """What it says is so: a norm weight of 1 loses updates of 1e-3, and any below the part."""
     dtype, part = torch.bfloat16, 512
@@ -107,8 +110,12 @@ def frozen_half() -> torch.nn.Module:
     return torch.nn.Linear(4, 4).bfloat16().requires_grad_(False)
 
 
-@pytest.mark.parametrize("recipe", [AdamW(lr=1e-3), Muon(lr=1e-3)], ids=["AdamW", "Muon"])
-def test_float16_parameters_are_refused_because_their_moments_vanish(recipe: AdamW) -> None:
+@pytest.mark.parametrize(
+    "recipe", [AdamWRecipe(lr=1e-3), MuonRecipe(lr=1e-3)], ids=["AdamW", "Muon"]
+)
+def test_float16_parameters_are_refused_because_their_moments_vanish(
+    recipe: OptimizerRecipe,
+) -> None:
     layer = torch.nn.Linear(4, 4, dtype=torch.float16)
     with pytest.raises(UserError, match=r"2 of 2 trained parameters are float16.*bf16-mixed"):
         recipe.build(layer, 10)
@@ -144,12 +151,12 @@ def test_muon_takes_no_table_whatever_stands_in_its_place(
         network.output.weight = network.embedding.weight
     elif change == "bias":
         network.output = torch.nn.Linear(dim, size)
-    muon, tables, vectors = Muon(lr=1.0).build_optimizer(network).param_groups
+    muon, tables, vectors = MuonRecipe(lr=1.0).build_optimizer(network).param_groups
     assert {id(p) for p in muon["params"]} == inner
     outer = [*network.embedding.parameters(), *network.output.parameters()]
     assert {id(p) for p in tables["params"]} == {id(p) for p in outer if p.dim() > 1}
     assert sum(len(g["params"]) for g in (muon, tables, vectors)) == len([*network.parameters()])
-    kept = {p: Muon(lr=1.0).state_per_value(network, p) for p in network.parameters()}
+    kept = {p: MuonRecipe(lr=1.0).state_per_value(network, p) for p in network.parameters()}
     assert {id(p) for p, count in kept.items() if count == 1} == inner
 
 
@@ -162,7 +169,7 @@ def test_muon_leaves_tables_and_kernels_of_other_modules_to_adamw() -> None:
         "attention": torch.nn.MultiheadAttention(4, 2),
         "linear": torch.nn.Linear(4, 4),
     }
-    muon, tables, _ = Muon(lr=1.0).build_optimizer(torch.nn.ModuleDict(parts)).param_groups
+    muon, tables, _ = MuonRecipe(lr=1.0).build_optimizer(torch.nn.ModuleDict(parts)).param_groups
     names = {p: name for name, p in torch.nn.ModuleDict(parts).named_parameters()}
     assert {names[p] for p in muon["params"]} == {
         "attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"
@@ -175,15 +182,19 @@ def test_muon_leaves_tables_and_kernels_of_other_modules_to_adamw() -> None:
 @pytest.mark.parametrize(
     ("before", "now", "steps"),
     [
-        (AdamW(lr=1.0), AdamW(lr=1.0), (10, 100)),
-        (AdamW(lr=1.0), AdamW(lr=1.0, warmup_steps=20), (100, 100)),
-        (AdamW(lr=1.0, schedule="cosine"), AdamW(lr=1.0, schedule="constant"), (20, 20)),
-        (Muon(lr=1.0, schedule="cosine"), Muon(lr=0.5, schedule="cosine"), (20, 40)),
-        (Muon(lr=1.0), Muon(lr=1.0), (10, 10)),
+        (AdamWRecipe(lr=1.0), AdamWRecipe(lr=1.0), (10, 100)),
+        (AdamWRecipe(lr=1.0), AdamWRecipe(lr=1.0, warmup_steps=20), (100, 100)),
+        (
+            AdamWRecipe(lr=1.0, schedule="cosine"),
+            AdamWRecipe(lr=1.0, schedule="constant"),
+            (20, 20),
+        ),
+        (MuonRecipe(lr=1.0, schedule="cosine"), MuonRecipe(lr=0.5, schedule="cosine"), (20, 40)),
+        (MuonRecipe(lr=1.0), MuonRecipe(lr=1.0), (10, 10)),
     ],
 )
 def test_the_first_step_after_a_resume_has_the_learning_rate_of_the_schedule_of_now(
-    before: AdamW, now: AdamW, steps: tuple[int, int]
+    before: OptimizerRecipe, now: OptimizerRecipe, steps: tuple[int, int]
 ) -> None:
     (optimizer, scheduler), (other, other_scheduler) = (
         recipe.build(torch.nn.Linear(2, 2), total)
@@ -192,14 +203,14 @@ def test_the_first_step_after_a_resume_has_the_learning_rate_of_the_schedule_of_
     for _ in range(9):
         optimizer.step()
         scheduler.step()
-    settings = settings_of(other)
+    settings = group_settings(other)
     other.load_state_dict(optimizer.state_dict())
     other_scheduler.load_state_dict(scheduler.state_dict())
-    changed = go_on_with(settings, other, other_scheduler)
+    changed = keep_present_settings(settings, other, other_scheduler)
     same = (before, steps[0]) == (now, steps[1])
     assert bool(changed) != same
     for step in range(9, 15):
-        wanted = now.lr * now.factor(step, steps[1])
+        wanted = now.lr * now.learning_rate.factor(step, steps[1])
         assert {group["lr"] for group in other.param_groups} == {wanted}
         assert set(other_scheduler.get_last_lr()) == {wanted}
         other.step()

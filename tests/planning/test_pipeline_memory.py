@@ -167,7 +167,7 @@ def test_the_bytes_that_a_stage_keeps_are_those_predicted(
     model.set_recompute(block or "off")
     for schedule in ("gpipe", "zbv"):
         plan = cut_network(model, schedule=schedule, devices=2)
-        batch = MicroBatch(2, 64, precision_of(precision), False, model.recompute_block)
+        batch = MicroBatch(2, 64, precision_of(precision), False, model.recompute_block_size)
         for found in predicted(model, plan, 1, batch):
             device = Device(model, plan, found.device, batch, precision, 1)
             own = [*model.parameters(), *model.buffers(), device.inputs]
@@ -227,7 +227,7 @@ def test_the_fullest_moment_of_each_device_is_predicted(
     model = build(connection, precision, **{**SIZES, **sizes})
     model.set_recompute(block or "off")
     plan = cut_network(model, schedule=schedule, devices=devices)
-    batch = MicroBatch(2, 128, precision_of(precision), False, model.recompute_block)
+    batch = MicroBatch(2, 128, precision_of(precision), False, model.recompute_block_size)
     for found in predicted(model, plan, parts, batch):
         device = partial(Device, model, plan, found.device, batch, precision, parts)
         model.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from mhc_lightning.errors import NonFiniteLossError
 from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
 from mhc_lightning.modules.initialisation import held_rows
-from mhc_lightning.optimizers.recipes import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe, OptimizerRecipe
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 from mhc_lightning.strategies.layout import layout_of
 
@@ -78,7 +78,7 @@ class Noisy(LanguageModel):
                 held_rows(next(self.parameters()))[0].fill_(float("nan"))
 
 
-def build(optimizer: type[AdamW]) -> Noisy:
+def build(optimizer: type[OptimizerRecipe]) -> Noisy:
     pl.seed_everything(0, verbose=False)
     network = Transformer(
         connection=ManifoldHyperConnection,
@@ -114,7 +114,7 @@ def kill_when_writing(step: int) -> None:
 
 def run(leg: dict[str, Any], output: Path) -> None:
     folder = output / leg["folder"]
-    model = build(Muon if leg.get("muon") else AdamW)
+    model = build(MuonRecipe if leg.get("muon") else AdamWRecipe)
     model.noise, model.spoils_step = leg.get("noise", False), leg.get("spoils_step")
     if leg.get("kill_at"):
         kill_when_writing(leg["kill_at"])

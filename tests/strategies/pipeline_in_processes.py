@@ -24,14 +24,14 @@ from mhc_lightning.modules import (
     SinglePassHyperConnection,
     Transformer,
 )
-from mhc_lightning.optimizers.recipes import AdamW
+from mhc_lightning.optimizers.recipes import AdamWRecipe
 from mhc_lightning.strategies import PipelineStrategy
 from mhc_lightning.strategies.layout import layout_of
 
 SEQUENCES = 16  # per optimizer step
 
 
-class Sgd(AdamW):
+class Sgd(AdamWRecipe):
     """Parameters under Adam cannot be compared: it divides by gradients that are all rounding."""
 
     def build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:

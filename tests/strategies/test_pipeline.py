@@ -18,7 +18,7 @@ import torch
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.errors import UserError
-from mhc_lightning.optimizers.recipes import AdamW
+from mhc_lightning.optimizers.recipes import AdamWRecipe
 from mhc_lightning.strategies import PipelineStrategy
 
 SCRIPT = Path(__file__).with_name("pipeline_in_processes.py")
@@ -281,7 +281,7 @@ def test_what_cannot_run_is_refused_without_processes(tiny_transformer) -> None:
         pl.Trainer(
             accelerator="cpu", devices=2, strategy=strategy, precision=precision, logger=False
         )
-        model = LanguageModel(tiny_transformer(), AdamW(lr=1.0), compile=compile)
+        model = LanguageModel(tiny_transformer(), AdamWRecipe(lr=1.0), compile=compile)
         with pytest.raises(UserError) as caught:
             strategy.check(model, batch)
         assert not torch.distributed.is_initialized()

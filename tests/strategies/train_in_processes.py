@@ -21,7 +21,7 @@ from mhc_lightning.modules import (
     Transformer,
     initialisation,
 )
-from mhc_lightning.optimizers.recipes import AdamW
+from mhc_lightning.optimizers.recipes import AdamWRecipe
 from mhc_lightning.strategies import FullyShardedStrategy
 
 STRATEGIES = {
@@ -96,7 +96,7 @@ def main(strategy: str, precision: Any, init: str, output: str) -> None:
     # Blocks of three sub-layers reach across two groups of parameters that are gathered apart.
     recompute = 3 if strategy == "fsdp" else "off"
     # An ordinary epsilon: with 1e-20 Adam turns rounding noise into whole steps.
-    model = Watched(network, AdamW(lr=1e-2, eps=1e-8), recompute=recompute)
+    model = Watched(network, AdamWRecipe(lr=1e-2, eps=1e-8), recompute=recompute)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1 if strategy == "single" else 2,

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mhc_lightning.callbacks.gains import GAIN_TAGS
 from mhc_lightning.modules import HyperConnection, Transformer
-from mhc_lightning.modules.transformer import Block
+from mhc_lightning.modules.block import Block
 
 part = partial(probe, part="callbacks")
 

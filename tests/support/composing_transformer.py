@@ -28,7 +28,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from mhc_lightning.modules.transformer import Block
+from mhc_lightning.modules.block import Block
 
 part = partial(probe, part="Transformer")
 

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from mhc_lightning import LanguageModel, TextDataModule
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
-from mhc_lightning.optimizers.recipes import AdamW
+from mhc_lightning.optimizers.recipes import AdamWRecipe
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 
 STRATEGIES: dict[str, Any] = {
@@ -41,7 +41,7 @@ def build(precision: str) -> LanguageModel:
     )
     if precision == "float64":
         network.double()
-    return LanguageModel(network, AdamW(lr=1.0))
+    return LanguageModel(network, AdamWRecipe(lr=1.0))
 
 
 def trainer(case: dict[str, Any], devices: int, **options: Any) -> pl.Trainer:

@@ -11,7 +11,7 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.files.run_layout import CHECKPOINTS, CONFIG
 
 if TYPE_CHECKING:
-    from mhc_lightning.inspection import SubLayer
+    from mhc_lightning.inspection import SublayerMappings
 
 LITERAL_KEYS = ("input", "output")  # literal keys; everything else is the experiment's
 _LONGEST = 4096  # tokens, for a model whose record does not say what it was trained on
@@ -29,7 +29,7 @@ class InspectedCheckpoint:
     """
 
     checkpoint: Path
-    layers: "list[SubLayer]"
+    layers: "list[SublayerMappings]"
     step: int | None = None
     tokens: int | None = None
 
@@ -124,7 +124,7 @@ def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> Ins
 
 def _look_at_deepseek_v4(path: Path, text: str | None, arguments: Arguments) -> InspectedCheckpoint:
     """Safetensors with connections in DeepSeek-V4's layout; of each only the base is read."""
-    from mhc_lightning.inspection import SubLayer
+    from mhc_lightning.inspection import SublayerMappings
     from mhc_lightning.interchange.deepseek_v4 import connections_in, static_mappings
     from mhc_lightning.interchange.safetensors_files import StoredTensors
 
@@ -145,7 +145,7 @@ def _look_at_deepseek_v4(path: Path, text: str | None, arguments: Arguments) -> 
     for name, parts in connections.items():
         if "base" not in parts:
             raise UserError(f"{path} is incomplete: {name}_base is missing")
-        layers.append(SubLayer(name, static_mappings(tensors[parts["base"]], settings)))
+        layers.append(SublayerMappings(name, static_mappings(tensors[parts["base"]], settings)))
     return InspectedCheckpoint(path, layers)
 
 
@@ -196,5 +196,5 @@ def _tokens(tokenizer: Any, text: str, most: int) -> list[int]:
     return tokens
 
 
-def _without_prefix(layer: "SubLayer") -> "SubLayer":
+def _without_prefix(layer: "SublayerMappings") -> "SublayerMappings":
     return layer._replace(name=layer.name.removeprefix("model."))

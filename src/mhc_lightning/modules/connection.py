@@ -6,12 +6,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import StreamMappings, aggregate_streams, merge_streams
+from mhc_lightning.modules.limits import require_at_least
 from mhc_lightning.modules.precision import KeepsFloat32
 from mhc_lightning.modules.recompute import note_output, note_read
 
-SubLayer = Callable[[Tensor], Tensor]
+Sublayer = Callable[[Tensor], Tensor]  # [..., C] -> [..., C], its pre-norm included
+Merged = tuple[Tensor, Tensor | None]  # streams [..., n, C] and the carry for the next `read`
 
 
 class MappingsWindow(nn.Module):
@@ -41,7 +42,7 @@ class Unmerged(NamedTuple):
     output: Tensor
     state: Any
 
-    def merge(self) -> tuple[Tensor, Tensor | None]:
+    def merge(self) -> Merged:
         """The new streams, and the carry for the next ``read``."""
         return self.connection.write(self.streams, self.output, self.state)
 
@@ -81,13 +82,7 @@ class Connection(KeepsFloat32):
 
     def __init__(self, dim: int, num_streams: int, layer_index: int) -> None:
         super().__init__()
-        for name, value, least in (
-            ("dim", dim, 1),
-            ("num_streams", num_streams, 1),
-            ("layer_index", layer_index, 0),
-        ):
-            if value < least:
-                raise UserError(f"model.{name} must be at least {least}, not {value}")
+        require_at_least(dim=(dim, 1), num_streams=(num_streams, 1), layer_index=(layer_index, 0))
         self.dim = dim
         self.num_streams = num_streams
         self.layer_index = layer_index
@@ -121,7 +116,7 @@ class Connection(KeepsFloat32):
         shown = self.window(streams, mappings)._replace(pre=mappings.pre)
         return aggregate_streams(streams, mappings.pre), (streams, shown)
 
-    def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
+    def write(self, streams: Tensor, output: Tensor, state: Any) -> Merged:
         """Merge a sub-layer's output [..., C] into the streams [..., n, C].
 
         Returns:
@@ -146,7 +141,7 @@ class Connection(KeepsFloat32):
         return streams, u, state
 
     def run(
-        self, before: Tensor | Unmerged, sublayer: SubLayer, carry: Tensor | None = None
+        self, before: Tensor | Unmerged, sublayer: Sublayer, carry: Tensor | None = None
     ) -> Unmerged:
         """Read and apply a sub-layer; its output is still to be merged.
 
@@ -165,7 +160,7 @@ class Connection(KeepsFloat32):
         note_output(output)
         return Unmerged(self, streams, output, state)
 
-    def forward(self, streams: Tensor, sublayer: SubLayer) -> Tensor:
+    def forward(self, streams: Tensor, sublayer: Sublayer) -> Tensor:
         """Read, apply ``sublayer`` ([..., C] -> [..., C], its pre-norm included), write."""
         return self.run(streams, sublayer).merge()[0]
 

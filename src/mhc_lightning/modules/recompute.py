@@ -21,15 +21,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.kernels.transforms import transforming
 from mhc_lightning.modules.precision import autocast_dtype
-from mhc_lightning.modules.recompute_block import (
+from mhc_lightning.modules.replay import (
     NORMED,
     READ,
     STREAMS,
-    Block,
     Handle,
     Key,
-    Norm,
     NormHandle,
+    NormReplay,
+    ReplayBlock,
 )
 
 
@@ -126,7 +126,7 @@ class _Foreign(NamedTuple):
 class _Known(NamedTuple):
     tensor: Tensor  # kept alive, so that its address is its own
     version: int
-    block: Block
+    block: ReplayBlock
     key: Key
 
 
@@ -136,12 +136,12 @@ class _Recording:
     def __init__(self, size: int) -> None:
         self._size = size
         self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        self._block: Block | None = None
+        self._block: ReplayBlock | None = None
         self._known: dict[int, _Known] = {}
         self._pending: list[_Pending] = []
         self._reading = True  # or else a sub-layer is at work
         self._output: Tensor | None = None
-        self._norm: tuple[Block, int, int] | None = None  # at work, on how many elements
+        self._norm: tuple[ReplayBlock, int, int] | None = None  # at work, on how many elements
         self._norm_packs = 0
 
     def pack(self, tensor: Tensor) -> Any:
@@ -171,7 +171,7 @@ class _Recording:
         if mappings is None:
             self._block, self._known = None, {}
         elif self._block is None or len(self._block) == self._size:
-            self._block, self._known = Block(streams), {}
+            self._block, self._known = ReplayBlock(streams), {}
             self._block.add(mappings, None)
         else:
             self._known = {}
@@ -211,7 +211,7 @@ class _Recording:
         finally:
             self._norm = None
             first.remove()
-        block.add_norm(index, Norm(norm.forward, x.requires_grad, autocast_dtype(x)))
+        block.add_norm(index, NormReplay(norm.forward, x.requires_grad, autocast_dtype(x)))
         if output is returned[0]:  # and not what somebody's hook made of it
             self._know(output.detach(), block, (index, NORMED))
         return output
@@ -229,7 +229,7 @@ class _Recording:
         self._known.clear()
         self._pending.clear()
 
-    def _know(self, tensor: Tensor, block: Block, key: Key) -> None:
+    def _know(self, tensor: Tensor, block: ReplayBlock, key: Key) -> None:
         address = _address(tensor)
         whole = tensor.is_contiguous() and tensor.storage_offset() == 0
         if whole and tensor.numel() > 0 and address not in self._known:

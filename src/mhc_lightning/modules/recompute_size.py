@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from mhc_lightning.errors import UserError
 
 
-def recompute_block(num_sub_layers: int | Sequence[int], num_streams: int) -> int:
+def best_recompute_size(num_sublayers: int | Sequence[int], num_streams: int) -> int:
     """The L_r that keeps least (arXiv 2512.24880, eq. 20), the smallest if several do.
 
     Minimises ``n·Σ⌈L_s / L_r⌉ + (n + 2)·L_r`` over pipeline stages of L_s sub-layers, which no
     block straddles.
 
     Args:
-        num_sub_layers: Sub-layers, two per Transformer block: of the network, or of each stage.
+        num_sublayers: Sub-layers, two per Transformer block: of the network, or of each stage.
         num_streams: n.
     """
-    stages = [num_sub_layers] if isinstance(num_sub_layers, int) else num_sub_layers
+    stages = [num_sublayers] if isinstance(num_sublayers, int) else num_sublayers
 
     def widths_kept(size: int) -> int:
         return num_streams * sum(-(-stage // size) for stage in stages) + (num_streams + 2) * size
@@ -23,14 +23,14 @@ def recompute_block(num_sub_layers: int | Sequence[int], num_streams: int) -> in
     return min(range(1, max(stages) + 1), key=widths_kept)
 
 
-def recompute_size(
-    setting: str | int | None, num_sub_layers: int | Sequence[int], num_streams: int
+def resolve_recompute(
+    setting: str | int | None, num_sublayers: int | Sequence[int], num_streams: int
 ) -> int:
     """What ``recompute=auto|off|<L_r>`` means for a network.
 
     Args:
         setting: ``"auto"``, ``"off"`` (False and None are the same), or sub-layers per block.
-        num_sub_layers: Of the network, or of each pipeline stage.
+        num_sublayers: Of the network, or of each pipeline stage.
         num_streams: n.
 
     Returns:
@@ -42,7 +42,7 @@ def recompute_size(
     if setting is None or setting is False or setting == "off":
         return 0
     if setting == "auto":
-        return recompute_block(num_sub_layers, num_streams)
+        return best_recompute_size(num_sublayers, num_streams)
     if isinstance(setting, int) and not isinstance(setting, bool) and setting >= 1:
         return setting
     raise UserError(

@@ -4,94 +4,32 @@ Shapes: B batch, S sequence, n streams, C width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import (
     IGNORE_INDEX,
     aggregate_streams,
     expand_streams,
-    linear_cross_entropy,
     mean_streams,
-    token_losses,
 )
-from mhc_lightning.kernels.cross_entropy import check_targets
-from mhc_lightning.kernels.operands import widened
+from mhc_lightning.kernels.operands import check_values
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
-from mhc_lightning.modules.connection import Connection, Unmerged
+from mhc_lightning.modules.block import Block, PreNorm, run_blocks
+from mhc_lightning.modules.connection import Connection, Merged
 from mhc_lightning.modules.feed_forward import SwiGLU
+from mhc_lightning.modules.flops import training_flops_per_token
+from mhc_lightning.modules.head_loss import count_targets, head_token_losses, mean_head_loss
 from mhc_lightning.modules.initialisation import plan_normal, reset_modules
+from mhc_lightning.modules.limits import require_at_least
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
-from mhc_lightning.modules.plain import plain_weight
 from mhc_lightning.modules.precision import autocast_dtype
-from mhc_lightning.modules.recompute import normalise, recomputing
-from mhc_lightning.modules.recompute_size import recompute_size
-
-
-class PreNorm(nn.Module):
-    """A sub-layer: ``body(norm(x))`` on [..., C]; ``body`` takes what else it is called with."""
-
-    def __init__(self, dim: int, norm_eps: float, body: nn.Module) -> None:
-        super().__init__()
-        self.norm = RMSNorm(dim, eps=norm_eps)
-        self.body = body
-
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """[..., C] -> [..., C]."""
-        return self.body(normalise(self.norm, x), **kwargs)
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each behind its own connection.
-
-    Attributes:
-        merge_last: Merges the feed-forward's output where the block is to; another may be put in
-            place of ``Unmerged.merge``, say to have it done on another stream of the device.
-    """
-
-    def __init__(
-        self,
-        attention_connection: Connection,
-        attention: PreNorm,
-        feed_forward_connection: Connection,
-        feed_forward: PreNorm,
-    ) -> None:
-        super().__init__()
-        self.attention_connection = attention_connection
-        self.attention = attention
-        self.feed_forward_connection = feed_forward_connection
-        self.feed_forward = feed_forward
-        self.merge_last: Callable[[Unmerged], tuple[Tensor, Tensor | None]] = Unmerged.merge
-
-    def forward(
-        self,
-        streams: Tensor | Unmerged,
-        carry: Tensor | None = None,
-        cache: LatentCache | None = None,
-        merge: bool = True,
-    ) -> tuple[Tensor, Tensor | None] | Unmerged:
-        """Run both sub-layers.
-
-        Args:
-            streams: [B, S, n, C], or what the block before left unmerged.
-            carry: What the block before returned beside its streams.
-            cache: Keys and values of earlier tokens.
-            merge: Whether to merge the last output; the next block can do it while it reads.
-
-        Returns:
-            Streams [B, S, n, C] and their carry, or an ``Unmerged`` for the next block.
-        """
-        attention = self.attention if cache is None else partial(self.attention, cache=cache)
-        between = self.attention_connection.run(streams, attention, carry)
-        last = self.feed_forward_connection.run(between, self.feed_forward)
-        return self.merge_last(last) if merge else last
+from mhc_lightning.modules.recompute import recomputing
+from mhc_lightning.modules.recompute_size import resolve_recompute
 
 
 class Transformer(nn.Module):
@@ -122,9 +60,9 @@ class Transformer(nn.Module):
         init_std: Standard deviation of all weight matrices at initialisation.
 
     Attributes:
-        init_seed: What the initial weights are drawn with, itself drawn from torch's generator.
-        recompute: As `set_recompute` was told.
-        recompute_block: Sub-layers per recompute block, 0 at first: backward keeps all streams.
+        init_seed: Seed of the initial weights, drawn from torch's generator.
+        recompute: The setting given to `set_recompute`.
+        recompute_block_size: Sub-layers per recompute block; 0 (the default) keeps all streams.
 
     Raises:
         UserError: If a size is out of range.
@@ -156,27 +94,24 @@ class Transformer(nn.Module):
         init_std: float = 0.006,
     ) -> None:
         super().__init__()
-        least: dict[str, tuple[float, float]] = {
-            "vocab_size": (vocab_size, 1),
-            "dim": (dim, 1),
-            "num_layers": (num_layers, 1),
-            "num_heads": (num_heads, 1),
-            "ffn_dim": (ffn_dim, 1),
-            "num_streams": (num_streams, 1),
-            "head_dim": (head_dim, 1),
-            "rope_dim": (rope_dim, 0),
-            "kv_rank": (kv_rank, 1),
-            "rope_theta": (rope_theta, 1),
-            "num_experts": (num_experts, 0),
-            "num_shared_experts": (num_shared_experts, 0),
-            "num_dense_layers": (num_dense_layers, 0),
-            "bias_update_speed": (bias_update_speed, 0),
-            "norm_eps": (norm_eps, 0),
-            "init_std": (init_std, 0),
-        }
-        for name, (value, limit) in least.items():
-            if not value >= limit:  # NaN is not either
-                raise UserError(f"model.{name} must be at least {limit}, not {value}")
+        require_at_least(
+            vocab_size=(vocab_size, 1),
+            dim=(dim, 1),
+            num_layers=(num_layers, 1),
+            num_heads=(num_heads, 1),
+            ffn_dim=(ffn_dim, 1),
+            num_streams=(num_streams, 1),
+            head_dim=(head_dim, 1),
+            rope_dim=(rope_dim, 0),
+            kv_rank=(kv_rank, 1),
+            rope_theta=(rope_theta, 1),
+            num_experts=(num_experts, 0),
+            num_shared_experts=(num_shared_experts, 0),
+            num_dense_layers=(num_dense_layers, 0),
+            bias_update_speed=(bias_update_speed, 0),
+            norm_eps=(norm_eps, 0),
+            init_std=(init_std, 0),
+        )
         # Drawn before the layers draw, which on meta they do not: both builds get the same seed.
         with unset_fake_temporarily():
             self.init_seed = int(torch.randint(2**32, (), device="cpu"))
@@ -210,7 +145,7 @@ class Transformer(nn.Module):
                 )
             )
         self.recompute: str | int | None = "off"
-        self.recompute_block = 0
+        self.recompute_block_size = 0
         self.num_streams = blocks[0].attention_connection.num_streams
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(dim, eps=norm_eps)
@@ -256,36 +191,27 @@ class Transformer(nn.Module):
 
     def run_blocks(
         self, streams: Tensor, carry: Tensor | None = None, blocks: Sequence[nn.Module] = ()
-    ) -> tuple[Tensor, Tensor | None]:
-        """Streams [B, S, n, C] and their carry, taken through ``blocks`` (all by default).
+    ) -> Merged:
+        """Take streams [B, S, n, C] and their carry through `blocks` (all of them by default).
 
-        Recompute blocks begin here, and end here.
+        No recompute block reaches beyond these blocks.
         """
-        *others, last = blocks or self.blocks
-        flow: Any = (streams, carry)
-        with recomputing(self.recompute_block):
-            for block in (*others, last):
-                # A wrapper, such as a reentrant checkpoint, may pass tensors alone.
-                wrapped = not isinstance(block, Block) or "forward" in vars(block)
-                if wrapped and isinstance(flow[0], Unmerged):
-                    flow = flow[0].merge()
-                merge = wrapped or block is last
-                flow = block(*flow) if merge else (block(*flow, merge=False),)
-        return flow
+        with recomputing(self.recompute_block_size):
+            return run_blocks(list(blocks or self.blocks), streams, carry)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> logits [B, S, V]."""
         return self.head(*self.run_blocks(self.embed(tokens)))
 
     def loss(self, tokens: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
-        """Mean cross-entropy of targets [B, S], a float32 scalar; never all logits at once.
+        """Mean cross-entropy of targets [B, S], a float32 scalar, without all logits at once.
 
-        They are all there where ``output`` is no plain projection, and so has to be called: with an
-        adapter, a bias, hooks, a parametrization or a quantised weight. Targets equal to
-        ``ignore_index`` are left out, as in ``linear_cross_entropy``.
+        All logits exist at once where `output` is no plain projection and has to be called: with
+        an adapter, a bias, hooks, a parametrization or a quantised weight. Targets equal to
+        `ignore_index` are left out, as in `linear_cross_entropy`.
         """
-        flow = self.run_blocks(self.embed(tokens))
-        return self.head_loss(*flow, targets, ignore_index=ignore_index)
+        streams, carry = self.run_blocks(self.embed(tokens))
+        return self.head_loss(streams, carry, targets, ignore_index=ignore_index)
 
     def head_loss(
         self,
@@ -295,25 +221,15 @@ class Transformer(nn.Module):
         *,
         ignore_index: int = IGNORE_INDEX,
     ) -> Tensor:
-        """What ``loss`` does behind the blocks."""
-        weight = plain_weight(self.output)
-        if weight is None:
-            losses = self._called_head_losses(streams, carry, targets, ignore_index)
-            count = self.count_targets(targets, ignore_index=ignore_index)
-            return losses.sum() / count.clamp(min=1)
-        hidden = self.read_out(streams, carry).flatten(0, 1)
-        return linear_cross_entropy(hidden, weight, targets.flatten(), ignore_index)
-
-    def count_targets(self, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
-        """How many of the targets ``loss`` is the mean over, an int64 scalar."""
-        return (targets != ignore_index).sum()
+        """The part of `loss` that follows the blocks."""
+        return mean_head_loss(self.output, self.read_out(streams, carry), targets, ignore_index)
 
     def token_losses(
         self, tokens: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX
     ) -> Tensor:
-        """Cross-entropy of each target [B, S], float32, without a gradient; 0 if left out."""
-        flow = self.run_blocks(self.embed(tokens))
-        return self.head_token_losses(*flow, targets, ignore_index=ignore_index)
+        """Cross-entropy of each target [B, S], float32, without a gradient; 0 where ignored."""
+        streams, carry = self.run_blocks(self.embed(tokens))
+        return self.head_token_losses(streams, carry, targets, ignore_index=ignore_index)
 
     def head_token_losses(
         self,
@@ -323,24 +239,12 @@ class Transformer(nn.Module):
         *,
         ignore_index: int = IGNORE_INDEX,
     ) -> Tensor:
-        """What ``token_losses`` does behind the blocks."""
-        weight = plain_weight(self.output)
-        if weight is None:
-            with torch.no_grad():
-                losses = self._called_head_losses(streams, carry, targets, ignore_index)
-        else:
-            hidden = self.read_out(streams, carry).flatten(0, 1)
-            losses = token_losses(hidden, weight, targets.flatten(), ignore_index)
-        return losses.view(targets.shape)
+        """The part of `token_losses` that follows the blocks."""
+        return head_token_losses(self.output, self.read_out(streams, carry), targets, ignore_index)
 
-    def _called_head_losses(
-        self, streams: Tensor, carry: Tensor | None, targets: Tensor, ignore_index: int
-    ) -> Tensor:
-        """The loss of each target [B·S], by a head that may be any module."""
-        check_targets(targets, self.vocab_size, ignore_index)
-        logits = self.head(streams, carry).flatten(0, 1)
-        wide, wanted = widened(logits), targets.flatten()
-        return F.cross_entropy(wide, wanted, ignore_index=ignore_index, reduction="none")
+    def count_targets(self, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+        """The number of targets that `loss` is the mean over, an int64 scalar."""
+        return count_targets(targets, ignore_index)
 
     def new_caches(self, batch_size: int, max_length: int) -> list[LatentCache]:
         """An empty cache for every block, for ``forward_cached``."""
@@ -363,10 +267,17 @@ class Transformer(nn.Module):
 
         Returns:
             Logits [B, V] for the token after the last of each row.
+
+        Raises:
+            UserError: A count is out of range.
         """
         batch, most = tokens.shape
         if counts is None:
             counts = torch.full((batch,), most, device=tokens.device)
+        check_values(
+            ((counts >= 1) & (counts <= most)).all(),
+            f"counts must be from 1 to {most} (new tokens of each row)",
+        )
         streams, carry = self.embed(tokens), None
         for block, cache in zip(self.blocks, caches, strict=True):
             streams, carry = block(streams, carry, cache)
@@ -390,11 +301,11 @@ class Transformer(nn.Module):
             UserError: If the setting is none of these.
         """
         stages = [2 * blocks for blocks in blocks_per_stage or [len(self.blocks)]]
-        size = recompute_size(setting, stages, self.num_streams)
+        size = resolve_recompute(setting, stages, self.num_streams)
         replays = any(m.replays for m in self.modules() if isinstance(m, Connection))
         self.recompute = setting
-        self.recompute_block = size if replays else 0
-        return self.recompute_block
+        self.recompute_block_size = size if replays else 0
+        return self.recompute_block_size
 
     def compile_sublayers(self) -> None:
         """Compile attention and feed-forward in place, one region each.
@@ -407,20 +318,5 @@ class Transformer(nn.Module):
                 module.compile()
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Training FLOPs (forward and backward) per token, without recomputation.
-
-        Counts 6 per parameter that multiplies a token (the active experts only, no embedding) and
-        causal attention at half of S keys per query.
-        """
-        matrix_parameters = attention_flops = 0
-        for module in self.modules():
-            own = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
-            if isinstance(module, MixtureOfExperts):
-                own = int(module.num_active_experts / module.num_experts * own)
-            elif isinstance(module, LatentAttention):
-                widths = 2 * module.head_dim + module.rope_dim
-                attention_flops += sequence_length * module.num_heads * widths
-            elif isinstance(module, nn.Embedding):
-                own = 0
-            matrix_parameters += own
-        return 6 * matrix_parameters + 3 * attention_flops
+        """Training FLOPs (forward and backward) per token: see `training_flops_per_token`."""
+        return training_flops_per_token(self, sequence_length)

@@ -1,10 +1,10 @@
-"""The optimizer recipe: parameter groups, AdamW, and the learning-rate schedule."""
+"""Optimizer recipes: the optimizer, its parameter groups and its scheduler for a module."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -13,25 +13,29 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mhc_lightning._moved import renamed
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
 from mhc_lightning.optimizers.muon import MuonAdamW
 from mhc_lightning.optimizers.parameter_names import keep_names
+from mhc_lightning.optimizers.schedule import Schedule, ScheduleName
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """AdamW with a warm-up and a schedule (arXiv 2512.24880, Table 5).
+class OptimizerRecipe(ABC):
+    """Settings that all recipes share; a recipe builds an optimizer for a module.
 
     Attributes:
         lr: Peak learning rate.
         betas: Decay of the gradient's first and second moments.
         eps: Added to the root of the second moment.
         weight_decay: For matrices; vectors (norm weights, connection biases and gates) have none.
-        warmup_steps: Steps over which the learning rate rises linearly from 0 to ``lr``.
-        schedule: After the warm-up, ``step`` multiplies ``lr`` by 0.316 from 80% and by 0.1 from
-            90% of all steps on; ``cosine`` falls to ``final_fraction`` of ``lr``; ``constant``.
-        final_fraction: Where ``cosine`` ends.
+        warmup_steps: Steps over which the learning rate rises linearly from 0 to `lr`.
+        schedule: The learning rate after the warm-up: see `Schedule`.
+        final_fraction: The end of the schedule `cosine`, as a fraction of `lr`.
+
+    Raises:
+        UserError: A value is out of range.
     """
 
     lr: float
@@ -39,11 +43,11 @@ class AdamW:
     eps: float = 1e-20
     weight_decay: float = 0.1
     warmup_steps: int = 0
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: ScheduleName = "step"
     final_fraction: float = 0.1
 
     def __post_init__(self) -> None:
-        """Raise UserError for values that cannot be meant."""
+        """Check the ranges."""
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise UserError(f"optimizer.lr must be a positive number, not {self.lr}")
         numbers = all(isinstance(beta, int | float) for beta in self.betas)
@@ -51,32 +55,32 @@ class AdamW:
             raise UserError(
                 f"optimizer.betas must be two numbers from 0 to below 1, not {list(self.betas)}"
             )
-        # Without it a value that has had no gradient yet becomes 0 / 0.
+        # An eps that vanishes turns a value without any gradient so far into 0 / 0.
         if not torch.finfo(torch.float32).tiny <= self.eps < math.inf:
             raise UserError(
                 f"optimizer.eps must be a positive number that float32 holds, not {self.eps}"
             )
-        for name, value in (
-            ("weight_decay", self.weight_decay),
-            ("final_fraction", self.final_fraction),
-        ):
-            if not 0 <= value < math.inf:
-                raise UserError(f"optimizer.{name} must be at least 0, not {value}")
-        if self.warmup_steps < 0:
-            raise UserError(f"optimizer.warmup_steps must be at least 0, not {self.warmup_steps}")
-        if self.schedule not in ("step", "cosine", "constant"):
-            raise UserError(
-                f"optimizer.schedule must be step, cosine or constant, not {self.schedule!r}"
-            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"optimizer.weight_decay must be at least 0, not {self.weight_decay}")
+        _ = self.learning_rate  # checks the schedule's settings
+
+    @property
+    def learning_rate(self) -> Schedule:
+        """The schedule of the learning rate."""
+        return Schedule(
+            name=self.schedule,
+            warmup_steps=self.warmup_steps,
+            final_fraction=self.final_fraction,
+        )
 
     def build(self, module: nn.Module, total_steps: int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer and the scheduler (to be stepped once per optimizer step).
 
-        Warns if parameters are kept in a precision that loses updates. What the optimizer saves
-        is loaded for the same parameters alone: see `keep_names`.
+        Warns if parameters are kept in a precision that loses updates. The optimizer's saved state
+        is loaded for the same parameters only: see `keep_names`.
 
         Args:
-            module: Whose parameters to train; frozen ones are left out.
+            module: The module to train; its frozen parameters are left out.
             total_steps: Steps of the whole run.
 
         Raises:
@@ -84,10 +88,23 @@ class AdamW:
         """
         _check_precision(module)
         optimizer = keep_names(self.build_optimizer(module), module)
-        return optimizer, LambdaLR(optimizer, partial(self.factor, total_steps=total_steps))
+        return optimizer, self.learning_rate.scheduler(optimizer, total_steps)
+
+    @abstractmethod
+    def build_optimizer(self, module: nn.Module) -> Optimizer:
+        """The optimizer of the trained parameters of `module`."""
+
+    @abstractmethod
+    def state_per_value(self, module: nn.Module, parameter: nn.Parameter) -> int:
+        """Numbers of optimizer state for each value of one of `module`'s parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWRecipe(OptimizerRecipe):
+    """AdamW with a warm-up and a schedule (arXiv 2512.24880, Table 5)."""
 
     def build_optimizer(self, module: nn.Module) -> Optimizer:
-        """The optimizer over the parameters of ``module`` that are trained."""
+        """The optimizer of the trained parameters of `module`."""
         return torch.optim.AdamW(
             self.parameter_groups(module.parameters()),
             lr=self.lr,
@@ -96,8 +113,8 @@ class AdamW:
             fused=True,
         )
 
-    def parameter_groups(self, parameters: Iterable[nn.Parameter]) -> list[dict]:
-        """Matrices with weight decay, vectors without."""
+    def parameter_groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+        """Two groups: matrices with weight decay, vectors without."""
         trained = [p for p in parameters if p.requires_grad]
         return [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": self.weight_decay},
@@ -105,28 +122,12 @@ class AdamW:
         ]
 
     def state_per_value(self, module: nn.Module, parameter: nn.Parameter) -> int:
-        """Numbers kept for each value of one of ``module``'s parameters: two moments."""
+        """Two moments for each value."""
         return 2
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """Learning rate over ``lr`` for the step after ``step`` completed ones."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.schedule == "step":
-            # Compared as integers, so that the milestones never depend on rounding.
-            if 10 * step >= 9 * total_steps:
-                return 0.1
-            return 0.316 if 10 * step >= 8 * total_steps else 1.0
-        if self.schedule == "cosine":
-            span = max(1, total_steps - self.warmup_steps)
-            progress = min(1.0, (step - self.warmup_steps) / span)
-            swing = 0.5 * (1 + math.cos(math.pi * progress))
-            return self.final_fraction + (1 - self.final_fraction) * swing
-        return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Muon(AdamW):
+class MuonRecipe(OptimizerRecipe):
     """Muon for matrices, AdamW for the rest, with the same schedule (arXiv 2606.19348).
 
     AdamW takes the embedding and the output projection, whatever module stands in their place (an
@@ -135,7 +136,7 @@ class Muon(AdamW):
     takes everything else, the connections' ``phi`` included.
 
     Attributes:
-        momentum: Of Muon, with Nesterov's look-ahead.
+        momentum: Decay of Muon's momentum, with Nesterov's look-ahead.
         update_rms: Root mean square of a Muon update before the learning rate.
     """
 
@@ -215,40 +216,4 @@ def _check_precision(module: nn.Module) -> None:
     )
 
 
-def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What the parameter groups of a new optimizer with a scheduler are set to."""
-    return [
-        {k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups
-    ]
-
-
-def go_on_with(
-    settings: Sequence[Mapping[str, Any]], optimizer: Optimizer, scheduler: LambdaLR
-) -> dict[str, tuple[Any, Any]]:
-    """Give an optimizer whose state was loaded the settings of now in place of the saved ones.
-
-    Args:
-        settings: What `settings_of` gave before.
-        optimizer: The optimizer.
-        scheduler: Its scheduler, loaded too.
-
-    Returns:
-        Saved and present value of what differs, by name.
-    """
-    changed: dict[str, tuple[Any, Any]] = {}
-    # Groups that were added after `settings_of` are left as they were saved.
-    for k, (group, now) in enumerate(zip(optimizer.param_groups, settings, strict=False)):
-        for name, value in now.items():
-            saved = group.get(name)
-            if saved == value:
-                continue
-            changed.setdefault("lr" if name == "initial_lr" else name, (saved, value))
-            group[name] = value
-        scheduler.base_lrs[k] = group["initial_lr"]
-        # Of the schedule of now, from the first step on: what was saved is the old one's.
-        factor = scheduler.lr_lambdas[k](scheduler.last_epoch)
-        saved, group["lr"] = group["lr"], group["initial_lr"] * factor
-        if saved != group["lr"] and "lr" not in changed:
-            changed["the next step's learning rate"] = saved, group["lr"]
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-    return changed
+__getattr__ = renamed(__name__, {"AdamW": "AdamWRecipe", "Muon": "MuonRecipe"})

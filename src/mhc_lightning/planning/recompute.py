@@ -5,7 +5,7 @@ aggregates and normalised inputs are rebuilt one block at a time.
 """
 
 from mhc_lightning.modules import Transformer
-from mhc_lightning.modules.recompute_size import recompute_block
+from mhc_lightning.modules.recompute_size import best_recompute_size
 from mhc_lightning.planning.activations import (
     MicroBatch,
     norm_bytes,
@@ -16,9 +16,9 @@ from mhc_lightning.planning.parts import width_of
 
 __all__ = [
     "best_block",
+    "best_recompute_size",
     "rebuilt_bytes",
     "rebuilt_for_weights",
-    "recompute_block",
     "replayed_bytes",
 ]
 
@@ -26,7 +26,7 @@ __all__ = [
 def best_block(model: Transformer) -> int:
     """The L_r of eq. 20 for a model; 0 if its connections cannot be replayed."""
     replayed = [connection for connection, _ in sub_layers(model) if connection.replays]
-    return recompute_block(len(replayed), replayed[0].num_streams) if replayed else 0
+    return best_recompute_size(len(replayed), replayed[0].num_streams) if replayed else 0
 
 
 def rebuilt_bytes(model: Transformer, batch: MicroBatch) -> int:

@@ -16,7 +16,7 @@ from mhc_lightning import LanguageModel
 from mhc_lightning.callbacks import AmaxGain, StabilityAlarm
 from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.modules import HyperConnection, Transformer
-from mhc_lightning.optimizers.recipes import AdamW
+from mhc_lightning.optimizers.recipes import AdamWRecipe
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 
 STRATEGIES = {"ddp": DDPStrategy, "fsdp": FullyShardedStrategy, "pipeline": PipelineStrategy}
@@ -66,7 +66,7 @@ def main(folder: Path, *names: str) -> None:
             kv_rank=8,
             init_std=0.05,
         )
-        model = Model(network, AdamW(lr=1e-3, eps=1e-8, schedule="constant"))
+        model = Model(network, AdamWRecipe(lr=1e-3, eps=1e-8, schedule="constant"))
         alarm = StabilityAlarm(
             ["checkpoint", "skip_update", "lower_lr"], window=32, max_skips=2, cooldown=3
         )

@@ -22,7 +22,7 @@ from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import HyperConnection, ManifoldHyperConnection, ResidualConnection
-from mhc_lightning.optimizers.recipes import AdamW, Muon
+from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe, OptimizerRecipe
 
 INTERVAL = 4  # optimizer steps between samples of the gains
 BACKWARD = "amax_gain/composite/backward"
@@ -102,7 +102,7 @@ def train(tiny_transformer: Any, tmp_path: Path) -> Any:
         steps: int = 48,
         seed: int = 0,
         connection: type = ManifoldHyperConnection,
-        optimizer: AdamW | None = None,
+        optimizer: OptimizerRecipe | None = None,
         model: type[LanguageModel] = LanguageModel,
         folder: str = "run",
         network: dict[str, Any] | None = None,
@@ -112,7 +112,7 @@ def train(tiny_transformer: Any, tmp_path: Path) -> Any:
         sizes = {"num_experts": 0, "num_streams": 2, "dim": 8, "ffn_dim": 8, **(network or {})}
         streams = 1 if connection is ResidualConnection else sizes.pop("num_streams")
         made = tiny_transformer(connection=connection, **{**sizes, "num_streams": streams})
-        recipe = optimizer or AdamW(lr=1e-2, warmup_steps=10, eps=1e-8, schedule="constant")
+        recipe = optimizer or AdamWRecipe(lr=1e-2, warmup_steps=10, eps=1e-8, schedule="constant")
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
@@ -162,7 +162,7 @@ def test_a_healthy_run_raises_nothing(
         steps=120,
         seed=seed,
         connection=connection,
-        optimizer=AdamW(lr=1e-2, warmup_steps=20, eps=1e-8),
+        optimizer=AdamWRecipe(lr=1e-2, warmup_steps=20, eps=1e-8),
     )
     assert alarm.interventions == [] and alarm.skipped_updates == 0
     assert "alarm" not in capsys.readouterr().err
@@ -196,10 +196,10 @@ def test_an_explosion_is_caught_with_its_evidence(
     assert row["alarm/skipped_updates"] == 0 and row["alarm/lr_scale"] == 1
 
 
-@pytest.mark.parametrize("optimizer", [AdamW, Muon])
+@pytest.mark.parametrize("optimizer", [AdamWRecipe, MuonRecipe])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_skipped_update_changes_nothing_and_counts(
-    optimizer: type[AdamW], accumulate: int, train: Any
+    optimizer: type[OptimizerRecipe], accumulate: int, train: Any
 ) -> None:
     """Neither weights nor moments, nor the experts' biases; the schedule goes on."""
     recipe = optimizer(lr=1e-2, warmup_steps=40, eps=1e-8, schedule="constant")
@@ -225,7 +225,7 @@ def test_a_skipped_update_changes_nothing_and_counts(
 
 def test_a_lowered_learning_rate_is_on_top_of_the_schedule(train: Any, tmp_path: Path) -> None:
     alarm = StabilityAlarm(["lower_lr"], window=32, lr_factor=0.25, lr_recovery_steps=12)
-    recipe = AdamW(lr=1e-2, warmup_steps=10, eps=1e-8, schedule="cosine")
+    recipe = AdamWRecipe(lr=1e-2, warmup_steps=10, eps=1e-8, schedule="cosine")
     trainer = train(alarm, Injection(42, *RESIDUAL[1:]), connection=RESIDUAL[0], steps=64,
                     optimizer=recipe)  # fmt: skip
     ((at, text),) = alarm.interventions
@@ -233,11 +233,11 @@ def test_a_lowered_learning_rate_is_on_top_of_the_schedule(train: Any, tmp_path:
     table = rows(tmp_path / "run")
     for step in (40, 44, 48, 52, 56, 60, 64):
         scale = 1 if step <= at else min(1.0, 0.25 + 0.75 * (step - at) / 12)
-        expected = 1e-2 * recipe.factor(step - 1, 64) * scale
+        expected = 1e-2 * recipe.learning_rate.factor(step - 1, 64) * scale
         assert table[step]["train/learning_rate"] == pytest.approx(expected, rel=1e-5)
     # What is kept for the next step, and in checkpoints, is the schedule's.
     group = trainer.optimizers[0].param_groups[0]
-    assert group["lr"] == pytest.approx(1e-2 * recipe.factor(64, 64))
+    assert group["lr"] == pytest.approx(1e-2 * recipe.learning_rate.factor(64, 64))
 
 
 def test_the_state_is_saved_and_kept_with_the_one_before(train: Any, tmp_path: Path) -> None:

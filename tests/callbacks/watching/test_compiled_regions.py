@@ -14,7 +14,7 @@ from mhc_lightning.callbacks.watching.stream_watcher import StreamWatcher
 from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.language_model import LanguageModel
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
-from mhc_lightning.optimizers.recipes import AdamW
+from mhc_lightning.optimizers.recipes import AdamWRecipe
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_regions_without_anything_to_watch_are_left_alone(fit: Any) -> None:
     for block in network.blocks:
         block.attention.compile(backend=backend)
         block.feed_forward.compile(backend=backend)
-    module = LanguageModel(network, AdamW(lr=1e-3, warmup_steps=1))
+    module = LanguageModel(network, AdamWRecipe(lr=1e-3, warmup_steps=1))
     gain = AmaxGain(2)
     programs: list[int] = []
     flags: list[bool] = []

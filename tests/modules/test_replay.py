@@ -4,12 +4,12 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from mhc_lightning.modules.recompute_block import Norm
+from mhc_lightning.modules.replay import NormReplay
 
 
 def test_a_norm_replayed_by_autograds_thread_leaves_copies_of_weights_to_those_who_share_them():
     weight, x, norm = nn.Parameter(torch.randn(8, 8)), torch.randn(2, 8), nn.RMSNorm(8)
-    replay = Norm(norm.forward, True, torch.bfloat16)
+    replay = NormReplay(norm.forward, True, torch.bfloat16)
 
     def copy_of_weight():
         kept = []
@@ -29,7 +29,7 @@ def test_a_norm_replayed_by_autograds_thread_leaves_copies_of_weights_to_those_w
         thread.join()
         assert copy_of_weight() == before
         assert torch.is_autocast_enabled("cpu")
-        plain = Norm(norm.forward, True, None)
+        plain = NormReplay(norm.forward, True, None)
         assert plain(x)[0].dtype == torch.float32
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16

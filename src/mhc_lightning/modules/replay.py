@@ -16,7 +16,7 @@ Key = tuple[int, str]
 """A sub-layer of the block, from 0, and which of its tensors."""
 
 
-class Norm(NamedTuple):
+class NormReplay(NamedTuple):
     """How to normalise a sub-layer's input again."""
 
     forward: Callable[[Tensor], Tensor]
@@ -53,14 +53,14 @@ def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_autocast_dtype(device, before)
 
 
-class Block:
+class ReplayBlock:
     """A recompute block: what is kept of it, and what was rebuilt and is still needed."""
 
     def __init__(self, entry: Tensor) -> None:
         self._entry = entry
         self._mappings: list[StreamMappings] = []
         self._outputs: list[Tensor] = []
-        self._norms: dict[int, Norm] = {}
+        self._norms: dict[int, NormReplay] = {}
         # By (sub-layer in the block, kind): handles there are, and how many were opened.
         self._handles: dict[Key, int] = {}
         self._opened: dict[Key, int] = {}
@@ -75,7 +75,7 @@ class Block:
             self._outputs.append(output_before.detach())
         self._mappings.append(StreamMappings(*(mapping.detach() for mapping in mappings)))
 
-    def add_norm(self, index: int, norm: Norm) -> None:
+    def add_norm(self, index: int, norm: NormReplay) -> None:
         """How a sub-layer normalises its input."""
         self._norms[index] = norm
 
@@ -147,7 +147,7 @@ class Handle(NamedTuple):
         offset: Of the view, in elements.
     """
 
-    block: Block
+    block: ReplayBlock
     key: Key
     size: torch.Size
     stride: tuple[int, ...]
@@ -169,7 +169,7 @@ class NormHandle(NamedTuple):
         number: Its place among what the norm keeps.
     """
 
-    block: Block
+    block: ReplayBlock
     key: Key
     number: int
 

@@ -1,0 +1,94 @@
+"""A Transformer block (attention and feed-forward, each behind a connection), and runs of blocks.
+
+Shapes: B batch, S sequence, n streams, C width.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from mhc_lightning.modules.attention import LatentCache
+from mhc_lightning.modules.connection import Connection, Merged, Unmerged
+from mhc_lightning.modules.norm import RMSNorm
+from mhc_lightning.modules.recompute import normalise
+
+
+class PreNorm(nn.Module):
+    """A sub-layer: `body(norm(x))` on [..., C]; further arguments go to `body`."""
+
+    def __init__(self, dim: int, norm_eps: float, body: nn.Module) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, eps=norm_eps)
+        self.body = body
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return self.body(normalise(self.norm, x), **kwargs)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind its own connection.
+
+    Attributes:
+        merge_last: Merges the feed-forward's output. A pipeline replaces `Unmerged.merge` by a
+            merge on another stream of the device.
+    """
+
+    def __init__(
+        self,
+        attention_connection: Connection,
+        attention: PreNorm,
+        feed_forward_connection: Connection,
+        feed_forward: PreNorm,
+    ) -> None:
+        super().__init__()
+        self.attention_connection = attention_connection
+        self.attention = attention
+        self.feed_forward_connection = feed_forward_connection
+        self.feed_forward = feed_forward
+        self.merge_last: Callable[[Unmerged], Merged] = Unmerged.merge
+
+    def forward(
+        self,
+        streams: Tensor | Unmerged,
+        carry: Tensor | None = None,
+        cache: LatentCache | None = None,
+        merge: bool = True,
+    ) -> Merged | Unmerged:
+        """Run both sub-layers.
+
+        Args:
+            streams: [B, S, n, C], or the unmerged output of the preceding block.
+            carry: The carry of the preceding block, beside streams.
+            cache: Keys and values of earlier tokens.
+            merge: Whether to merge the feed-forward's output; if not, the next block merges it
+                while it reads.
+
+        Returns:
+            Streams [B, S, n, C] and their carry; without `merge`, an `Unmerged` for the next block.
+        """
+        attention = self.attention if cache is None else partial(self.attention, cache=cache)
+        unmerged = self.attention_connection.run(streams, attention, carry)
+        unmerged = self.feed_forward_connection.run(unmerged, self.feed_forward)
+        return self.merge_last(unmerged) if merge else unmerged
+
+
+def run_blocks(blocks: Sequence[nn.Module], streams: Tensor, carry: Tensor | None) -> Merged:
+    """Take streams [B, S, n, C] and their carry through `blocks`.
+
+    Between two plain blocks the merge is left to the second block, which reads in the same step.
+    """
+    flow: tuple[Tensor, Tensor | None] | tuple[Unmerged] = (streams, carry)
+    for block, following in zip(blocks, (*blocks[1:], None), strict=True):
+        if _is_plain(block) and _is_plain(following):
+            flow = (block(*flow, merge=False),)
+        else:
+            flow = block(*flow)
+    return flow  # type: ignore[return-value]  # the last block has merged
+
+
+def _is_plain(block: nn.Module | None) -> bool:
+    """True unless the block is wrapped: a wrapper (a reentrant checkpoint, say) passes tensors."""
+    return isinstance(block, Block) and "forward" not in vars(block)
