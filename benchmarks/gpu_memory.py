@@ -12,7 +12,7 @@ from gpu_bench import Bench, attempt, kernels, release_memory
 from gpu_results import Results
 from gpu_training import TOY
 from members import Member, experiment_of
-from mhc_lightning.planning import Layout
+from mhc_lightning.planning import DataParallel
 from mhc_lightning.planning.activations import MicroBatch
 from mhc_lightning.planning.memory import device_memory
 from mhc_lightning.planning.precision import precision_of
@@ -58,7 +58,8 @@ def _measure(
         torch.cuda.reset_peak_memory_stats()
     member = Member(experiment_of(name, *overrides), bench.device, drawn=bench.toy)
     batch = MicroBatch(sequences, member.length, precision_of(member.precision), not bench.toy)
-    predicted = device_memory(member.model, batch, Layout(), member.recipe.state_per_value).total
+    memory = device_memory(member.model, batch, DataParallel(), member.recipe.state_per_value)
+    predicted = memory.total
     tokens = member.batch(sequences)
     for _ in range(2):  # the second finds gradients and the optimizer's state
         member.step(*[tokens] * micro_batches)

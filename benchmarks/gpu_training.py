@@ -13,7 +13,7 @@ from gpu_bench import Bench, attempt, kernels, release_memory
 from gpu_results import Results
 from members import Member, experiment_of
 from mhc_lightning.cli.instantiation import build
-from mhc_lightning.planning import Layout, ShapesOnly, this_machine
+from mhc_lightning.planning import DataParallel, ShapesOnly, this_machine
 from mhc_lightning.planning.activations import MicroBatch, sub_layers
 from mhc_lightning.planning.memory import device_memory
 from mhc_lightning.planning.precision import precision_of
@@ -91,7 +91,10 @@ def _sequences_that_fit(bench: Bench, size: str) -> int:
     batch = 16
     while batch > 1:
         micro_batch = MicroBatch(batch, length, precision_of("bf16-mixed"), True)
-        if device_memory(model, micro_batch, Layout(), state).total <= _SHARE_OF_MEMORY * free:
+        if (
+            device_memory(model, micro_batch, DataParallel(), state).total
+            <= _SHARE_OF_MEMORY * free
+        ):
             break
         batch //= 2
     return batch

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
-from mhc_lightning.planning.memory import Layout, device_memory
+from mhc_lightning.planning.memory import DataParallel, device_memory
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.strategies import shard
 
@@ -59,7 +59,7 @@ def test_the_fullest_moment_of_training_is_predicted(
     model = build(connection, precision, **{**base, **sizes}).to(device)
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     batch = MicroBatch(sequences, length, precision_of(precision), device == "cuda")
-    memory = device_memory(model, batch, Layout(), adam)
+    memory = device_memory(model, batch, DataParallel(), adam)
     assert memory.weights == weights
     two_steps = training(model, batch, precision, micro_batches)
     assert memory.total == pytest.approx(weights + peak(device, two_steps), rel=0.1)
@@ -75,7 +75,7 @@ def test_the_fullest_moment_with_recompute_is_predicted(
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     block = model.set_recompute(recompute)
     batch = MicroBatch(sequences, 256, precision_of(precision), False, block)
-    memory = device_memory(model, batch, Layout(), adam)
+    memory = device_memory(model, batch, DataParallel(), adam)
     two_steps = training(model, batch, precision, micro_batches)
     assert memory.total == pytest.approx(weights + peak("cpu", two_steps), rel=0.1)
 
@@ -93,7 +93,7 @@ def test_the_fullest_moment_of_sharded_training_is_predicted(
 ):
     model = build(connection, precision, **{**SIZES, "num_layers": 6, **sizes})
     batch = MicroBatch(sequences, 256, precision_of(precision), fused_norm=False)
-    memory = device_memory(model, batch, Layout(1, sharded=True), adam)
+    memory = device_memory(model, batch, DataParallel(1, sharded=True), adam)
     gathered_in = torch.bfloat16 if precision == "bf16-mixed" else None
     shard(model, mesh, torch.device("cpu"), gathered_in)
     two_steps = training(model, batch, precision, micro_batches)
@@ -124,8 +124,8 @@ def test_gathering_in_bfloat16_saves_the_copies_of_autocast(build, training, pea
 def test_sharding_divides_what_training_keeps_and_adds_what_is_gathered(build):
     model = build("mhc", **MOE)
     batch = MicroBatch(1, 64, precision_of("bf16-mixed"), fused_norm=True)
-    alone = device_memory(model, batch, Layout(), adam)
-    shared = device_memory(model, batch, Layout(4, sharded=True), adam)
+    alone = device_memory(model, batch, DataParallel(), adam)
+    shared = device_memory(model, batch, DataParallel(4, sharded=True), adam)
     assert shared.optimizer == pytest.approx(alone.optimizer / 4, rel=1e-3)
     assert shared.gradients == pytest.approx(alone.gradients / 4, rel=1e-3)
     assert shared.weights == pytest.approx(alone.weights / 4, rel=1e-2)
@@ -141,9 +141,9 @@ def test_sharding_divides_what_training_keeps_and_adds_what_is_gathered(build):
 def test_replicas_need_as_much_as_one_device_and_perhaps_buckets(build):
     model = build("hc")
     batch = MicroBatch(1, 64, precision_of("32-true"), fused_norm=True)
-    alone = device_memory(model, batch, Layout(), adam)
-    replica = device_memory(model, batch, Layout(2), adam)
-    with_buckets = device_memory(model, batch, Layout(2, copies_gradients=True), adam)
+    alone = device_memory(model, batch, DataParallel(), adam)
+    replica = device_memory(model, batch, DataParallel(2), adam)
+    with_buckets = device_memory(model, batch, DataParallel(2, copies_gradients=True), adam)
     assert replica == alone
     assert with_buckets.total == alone.total + alone.gradients
 
@@ -157,7 +157,7 @@ def test_low_precision_leaves_connections_in_float32(build):
     )
     others = sum(p.numel() for p in model.parameters()) - connections
     batch = MicroBatch(1, 8, precision_of("bf16-true"), fused_norm=True)
-    memory = device_memory(model, batch, Layout(), adam)
+    memory = device_memory(model, batch, DataParallel(), adam)
     assert connections > 0
     assert memory.gradients == 4 * connections + 2 * others
     assert memory.optimizer == 2 * memory.gradients

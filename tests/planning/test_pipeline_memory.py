@@ -14,10 +14,10 @@ from torch.distributed.pipelining._backward import (
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from mhc_lightning.planning.activations import KINDS, MicroBatch
-from mhc_lightning.planning.memory import Layout
+from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline_memory import boundary_bytes, pipeline_memory
 from mhc_lightning.planning.precision import precision_of
-from mhc_lightning.planning.schedule_order import Kind, schedule_order
+from mhc_lightning.planning.schedule_order import PassKind, schedule_order
 from mhc_lightning.planning.stages import cut_network
 from mhc_lightning.strategies.pipeline_stage import Stage
 from mhc_lightning.strategies.sharding import shard_parts
@@ -89,13 +89,13 @@ class Device:
 
     def backward(self, kind, k, part):
         parameters = self.stages[k].parameters()
-        if kind is Kind.BACKWARD_WEIGHT and k > 0:
+        if kind is PassKind.BACKWARD_WEIGHT and k > 0:
             stage_backward_weight(parameters, self.halves.pop((k, part)))
             return
-        halved = kind is Kind.BACKWARD_WEIGHT
+        halved = kind is PassKind.BACKWARD_WEIGHT
         out, flow = (self.halves if halved else self.forwards).pop((k, part))
         grads: Any = None if self.stages[k].is_last else self.received[False, k][part]
-        if kind is not Kind.BACKWARD_INPUT:
+        if kind is not PassKind.BACKWARD_INPUT:
             back = stage_backward(out[0] if grads is None else out, grads, flow)
         elif k == 0:  # all of it is done in the second half
             self.halves[k, part] = out, flow
@@ -111,7 +111,7 @@ class Device:
 
     def work(self, slots):
         for kind, k, part in (action for slot in slots for action in slot):
-            if kind is Kind.FORWARD:
+            if kind is PassKind.FORWARD:
                 self.forward(k, part)
             else:
                 self.backward(kind, k, part)
@@ -127,8 +127,8 @@ class Device:
                 buffer.grad = None
 
 
-def predicted(model, plan, parts, batch, layout=Layout()):  # noqa: B008
-    return pipeline_memory(model, plan, parts, batch, layout, adam)
+def predicted(model, plan, parts, batch, replicas=DataParallel()):  # noqa: B008
+    return pipeline_memory(model, plan, parts, batch, replicas, adam)
 
 
 def two_steps(device, order):
@@ -246,7 +246,7 @@ def test_the_fullest_moment_of_shared_stages_is_predicted(
         model = build("mhc", precision, **{**SIZES, **sizes})
         plan = cut_network(model, schedule=schedule, devices=2)
         batch = MicroBatch(1, 128, precision_of(precision), False)
-        found = predicted(model, plan, 4, batch, Layout(1, sharded=True))[number]
+        found = predicted(model, plan, 4, batch, DataParallel(1, sharded=True))[number]
         device = partial(Device, model, plan, number, batch, precision, 4, mesh)
         total = found.memory.weights + peak("cpu", two_steps(device, schedule_order(plan, 4)))
         assert found.memory.total == pytest.approx(total, rel=0.1), found

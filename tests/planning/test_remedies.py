@@ -2,18 +2,25 @@ from dataclasses import replace
 
 import pytest
 
-from mhc_lightning.planning import Layout, Run, machine_of, make_plan, precision_of, remedies
+from mhc_lightning.planning import (
+    DataParallel,
+    PlannedRun,
+    machine_of,
+    make_plan,
+    precision_of,
+    remedies,
+)
 
 
 @pytest.fixture
 def run():
-    return Run(
+    return PlannedRun(
         batch_size=32,
         micro_batch_size=8,
         sequence_length=512,
         max_steps=10,
         precision=precision_of("32-true"),
-        layout=Layout(),
+        replicas=DataParallel(),
         state_per_value=lambda model, parameter: 2,
     )
 
@@ -34,7 +41,7 @@ def applied(run, remedy):
         elif key == "trainer.precision":
             run = replace(run, precision=precision_of(value))
         elif key == "trainer.devices":
-            run = replace(run, layout=Layout(int(value), sharded=True))
+            run = replace(run, replicas=DataParallel(int(value), sharded=True))
         else:
             assert word == "strategy=fsdp"
     return run

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from mhc_lightning.planning import Layout, Run, machine_of, make_plan, precision_of
+from mhc_lightning.planning import DataParallel, PlannedRun, machine_of, make_plan, precision_of
 from mhc_lightning.planning.recompute import replayed_bytes
 
 
@@ -13,10 +13,10 @@ def planned(model, machine="h200", **changes):
         "sequence_length": 128,
         "max_steps": 1000,
         "precision": precision_of("bf16-mixed"),
-        "layout": Layout(),
+        "replicas": DataParallel(),
         "state_per_value": lambda model, parameter: 2,
     }
-    return make_plan(model, Run(**{**settings, **changes}), machine_of(machine))
+    return make_plan(model, PlannedRun(**{**settings, **changes}), machine_of(machine))
 
 
 def test_arithmetic_takes_flops_over_the_share_of_the_peak(build):
@@ -42,12 +42,12 @@ def test_streams_cost_time_and_fewer_larger_micro_batches_save_some(build):
 def test_replicas_reduce_gradients_once_and_shards_gather_for_each_micro_batch(build):
     model = build("mhc")
     size = sum(p.numel() for p in model.parameters())
-    replicas = planned(model, "4xh200", layout=Layout(4)).step_seconds
+    replicas = planned(model, "4xh200", replicas=DataParallel(4)).step_seconds
     assert replicas.communication == pytest.approx(2 * 3 / 4 * size * 4 / (0.7 * 450e9))
-    shards = planned(model, "4xh200", layout=Layout(4, sharded=True)).step_seconds
+    shards = planned(model, "4xh200", replicas=DataParallel(4, sharded=True)).step_seconds
     assert shards.communication == pytest.approx(8 * 3 / 4 * size * (2 + 2 + 4) / (0.7 * 450e9))
     assert shards.total >= shards.communication
-    nodes = planned(model, "32xh200", layout=Layout(32, sharded=True)).step_seconds
+    nodes = planned(model, "32xh200", replicas=DataParallel(32, sharded=True)).step_seconds
     assert nodes.communication == pytest.approx(31 / 32 * size * 8 / (0.7 * 400e9))
 
 

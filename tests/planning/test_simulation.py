@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.planning.schedule_order import Kind, in_flight, schedule_order
-from mhc_lightning.planning.simulation import Lane, StageTimes, Work, simulate
+from mhc_lightning.planning.schedule_order import PassKind, in_flight, schedule_order
+from mhc_lightning.planning.simulation import Activity, Lane, StageTimes, simulate
 from mhc_lightning.planning.stages import SCHEDULES, plan_stages
 
 SHAPES = [(2, 4), (3, 7), (4, 8), (4, 12), (8, 17)]  # devices, micro-batches
@@ -168,37 +168,37 @@ def test_any_pipeline_obeys_its_dependencies_and_loses_no_work(pipeline, overlap
         assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(spans))
 
     ends = {  # of whatever makes the result of an action, its merges included
-        key: max(s.end for s in line.spans if s.action == key and s.work is not Work.SEND)
+        key: max(s.end for s in line.spans if s.action == key and s.work is not Activity.SEND)
         for key in {span.action for span in line.spans}
     }
     starts = {
         span.action: span.start
         for span in line.spans
-        if span.lane is Lane.COMPUTE and span.work is not Work.REPLAY
+        if span.lane is Lane.COMPUTE and span.work is not Activity.REPLAY
     }
-    sent = {span.action: span for span in line.spans if span.work is Work.SEND}
+    sent = {span.action: span for span in line.spans if span.work is Activity.SEND}
     for action, start in starts.items():
         kind, stage, micro_batch = action
-        if kind is Kind.BACKWARD_WEIGHT:
-            needed = [a for a in ends if a[0] is Kind.BACKWARD_INPUT and a[1:] == action[1:]]
-        elif kind is Kind.FORWARD:
-            needed = [a for a in ends if a == (Kind.FORWARD, stage - 1, micro_batch)]
+        if kind is PassKind.BACKWARD_WEIGHT:
+            needed = [a for a in ends if a[0] is PassKind.BACKWARD_INPUT and a[1:] == action[1:]]
+        elif kind is PassKind.FORWARD:
+            needed = [a for a in ends if a == (PassKind.FORWARD, stage - 1, micro_batch)]
         else:
             after = (stage + 1, micro_batch)
-            backward = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+            backward = (PassKind.BACKWARD, PassKind.BACKWARD_INPUT)
             needed = [a for a in ends if a[0] in backward and a[1:] == after]
             if stage == last:
-                needed = [a for a in ends if a == (Kind.FORWARD, stage, micro_batch)]
-        assert len(needed) == (kind is not Kind.FORWARD or stage > 0)
+                needed = [a for a in ends if a == (PassKind.FORWARD, stage, micro_batch)]
+        assert len(needed) == (kind is not PassKind.FORWARD or stage > 0)
         for before in needed:
             assert ends[before] <= start + 1e-9
-            if before in sent and kind is not Kind.BACKWARD_WEIGHT:
+            if before in sent and kind is not PassKind.BACKWARD_WEIGHT:
                 assert sent[before].start >= ends[before] - 1e-9
                 assert sent[before].end <= start + 1e-9
 
     spent: Counter[int] = Counter()
     for span in line.spans:
-        if span.work not in (Work.SEND, Work.REPLAY):
+        if span.work not in (Activity.SEND, Activity.REPLAY):
             spent[span.action.stage] += span.end - span.start
     for stage, time in enumerate(times):
         assert spent[stage] == pytest.approx(micro_batches * (time.forward + time.backward))
@@ -207,7 +207,7 @@ def test_any_pipeline_obeys_its_dependencies_and_loses_no_work(pipeline, overlap
     assert -1e-9 <= line.bubble < 1
     # Any micro-batch goes down and up the whole pipeline.
     through = sum(time.forward - time.merge_forward for time in times) + sum(
-        time.of(Kind.BACKWARD_INPUT) - time.merge_backward for time in times
+        time.of(PassKind.BACKWARD_INPUT) - time.merge_backward for time in times
     )
     assert line.seconds >= through - 1e-9
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from mhc_lightning.planning import Layout, machine_of, precision_of
+from mhc_lightning.planning import DataParallel, machine_of, precision_of
 from mhc_lightning.planning.activations import MicroBatch
 from mhc_lightning.planning.memory import device_memory
 from mhc_lightning.planning.recompute import replayed_bytes
@@ -17,7 +17,7 @@ def times_of(model, schedule="gpipe", devices=1, batch=BATCH, blocks=None, **kin
     plan = cut_network(model, schedule=schedule, devices=devices, blocks_per_stage=blocks)
     machine = machine_of("8xh200")
     machine = replace(machine, kind=replace(machine.kind, **kind))
-    return stage_times(model, plan, batch, Layout(), machine)
+    return stage_times(model, plan, batch, DataParallel(), machine)
 
 
 @pytest.mark.parametrize("connection", ["residual", "mhc"])
@@ -25,8 +25,8 @@ def times_of(model, schedule="gpipe", devices=1, batch=BATCH, blocks=None, **kin
 def test_stages_together_take_what_the_step_does(connection, schedule, devices, build):
     model = build(connection, num_layers=5, num_experts=8, num_active_experts=2)
     machine = machine_of("h200")
-    memory = device_memory(model, BATCH, Layout(), lambda model, parameter: 2)
-    step = step_time(model, BATCH, Layout(), memory, machine, 1)
+    memory = device_memory(model, BATCH, DataParallel(), lambda model, parameter: 2)
+    step = step_time(model, BATCH, DataParallel(), memory, machine, 1)
     bandwidth = machine.kind.bandwidth * machine.kind.bandwidth_share
     update = (2 * memory.weights + memory.gradients + 2 * memory.optimizer) / bandwidth
     stages = times_of(model, schedule, devices)
@@ -79,11 +79,13 @@ def test_streams_cross_the_link_between_the_devices_that_hold_them(build):
     plan = cut_network(model, schedule="gpipe", devices=16)
     size = 4 * 32 * 2 * BATCH.tokens
     within, between = size / (450e9 * 0.7), size / (50e9 * 0.7)
-    alone = transfer_times(model, plan, BATCH, Layout(), machine_of("16xh200"))
+    alone = transfer_times(model, plan, BATCH, DataParallel(), machine_of("16xh200"))
     assert alone == pytest.approx([within] * 7 + [between] + [within] * 7)
     # Four pipelines: neighbours are four ranks apart, and every second one on the next node.
-    several = transfer_times(model, plan, BATCH, Layout(4, sharded=True), machine_of("64xh200"))
+    several = transfer_times(
+        model, plan, BATCH, DataParallel(4, sharded=True), machine_of("64xh200")
+    )
     assert several == pytest.approx([within, between] * 7 + [within])
     residual = build("residual", num_layers=16)
-    single = transfer_times(residual, plan, BATCH, Layout(), machine_of("16xh200"))
+    single = transfer_times(residual, plan, BATCH, DataParallel(), machine_of("16xh200"))
     assert single[0] == pytest.approx(within / 4)

@@ -15,7 +15,7 @@ def pipeline_heading(name: str, plan: "Plan") -> str:
     run, pipeline = plan.run, plan.pipeline
     assert pipeline is not None
     layout = pipeline.pipeline.plan
-    several = run.layout.devices
+    several = run.replicas.devices
     count = "a pipeline" if several == 1 else f"{several} pipelines that share the weights, each"
     return (
         f"{name} on {plan.machine.name}, {count} of {layout.devices} devices under"

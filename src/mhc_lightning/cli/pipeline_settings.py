@@ -114,7 +114,7 @@ def draw(name: str, forecast: "PipelineForecast", file: str) -> None:
     Raises:
         UserError: The file cannot be written.
     """
-    from mhc_lightning.planning.picture import draw_timelines
+    from mhc_lightning.planning.timeline_picture import draw_timelines
 
     try:
         draw_timelines(name, forecast, file)

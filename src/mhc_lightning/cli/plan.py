@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from mhc_lightning.modules import Transformer
-    from mhc_lightning.planning import Layout, Machine, Plan
+    from mhc_lightning.planning import DataParallel, Machine, Plan
 
 _OTHERWISE = (
     "a smaller model, or a larger machine (`plan` with machine=8xh200, say, tells its needs)"
@@ -107,7 +107,7 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
     from mhc_lightning.modules import Transformer
     from mhc_lightning.planning import (
         NotPlannableError,
-        Run,
+        PlannedRun,
         ShapesOnly,
         make_plan,
         precision_of,
@@ -115,8 +115,8 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
 
     values = experiment.values()
     data, trainer = values["data"], values["trainer"]
-    layout, settings = _layout(values["strategy"], machine.devices)
-    micro_batch_size = _micro_batch_size(experiment, layout.devices)
+    replicas, settings = _data_parallel(values["strategy"], machine.devices)
+    micro_batch_size = _micro_batch_size(experiment, replicas.devices)
     with ShapesOnly():
         model = build(experiment, "model")
     optimizer = build(experiment, "optimizer")
@@ -130,16 +130,16 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
     if settings is None:
         block = model.set_recompute(values["recompute"])
     else:
-        devices = machine.devices // layout.devices
+        devices = machine.devices // replicas.devices
         pipeline = pipeline_of(values, settings, model, devices, micro_batch_size)
         block = pipeline.recompute_block(model)
-    run = Run(
+    run = PlannedRun(
         batch_size=data["batch_size"],
         micro_batch_size=micro_batch_size,
         sequence_length=data["sequence_length"],
         max_steps=trainer["max_steps"],
         precision=precision_of(trainer.get("precision")),
-        layout=layout,
+        replicas=replicas,
         state_per_value=optimizer.state_per_value,
         recompute_block=block,
         pipeline=pipeline,
@@ -176,18 +176,20 @@ def _micro_batch_size(experiment: Experiment, devices: int) -> int:
     return micro
 
 
-def _layout(strategy: dict[str, Any], devices: int) -> "tuple[Layout, PipelineSettings | None]":
+def _data_parallel(
+    strategy: dict[str, Any], devices: int
+) -> "tuple[DataParallel, PipelineSettings | None]":
     """What each device holds under a strategy; by its name, so that Lightning is not imported."""
-    from mhc_lightning.planning import Layout
+    from mhc_lightning.planning import DataParallel
 
     name = strategy_name(strategy)
     if name == PIPELINE_STRATEGY:
         settings = read_settings(strategy)
         replicas = settings.replicas(devices)
-        return Layout(replicas, sharded=replicas > 1), settings
+        return DataParallel(replicas, sharded=replicas > 1), settings
     sharded = any(word in name for word in ("shard", "fsdp", "modelparallel"))
     views = bool(strategy.get("gradient_as_bucket_view", False))
-    return Layout(devices, sharded=sharded, copies_gradients=not sharded and not views), None
+    return DataParallel(devices, sharded=sharded, copies_gradients=not sharded and not views), None
 
 
 def _device(trainer: dict[str, Any]) -> "torch.device":

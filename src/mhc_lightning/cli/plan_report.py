@@ -39,8 +39,8 @@ def _heading(name: str, plan: "Plan") -> str:
     run = plan.run
     if plan.pipeline is not None:
         return pipeline_heading(name, plan)
-    held = "a share of" if run.layout.sharded else "all of"
-    sharing = f", each with {held} the weights" if run.layout.devices > 1 else ""
+    held = "a share of" if run.replicas.sharded else "all of"
+    sharing = f", each with {held} the weights" if run.replicas.devices > 1 else ""
     return (
         f"{name} on {plan.machine.name}{sharing}\n"
         f"  {run.batch_size} sequences of {run.sequence_length} tokens per step, as"

@@ -6,22 +6,22 @@ Knows the modules and the optimizer recipe; neither Lightning nor the command li
 from mhc_lightning.planning.errors import NotPlannableError
 from mhc_lightning.planning.machine import Machine, machine_of, this_machine
 from mhc_lightning.planning.measured_times import MeasuredTimes, read_times
-from mhc_lightning.planning.memory import Layout
+from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline import Pipeline, PipelineForecast
-from mhc_lightning.planning.plan import Plan, Run, make_plan, with_schedules
+from mhc_lightning.planning.plan import Plan, PlannedRun, make_plan, with_schedules
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.remedies import remedies
-from mhc_lightning.planning.shapes import ShapesOnly
+from mhc_lightning.planning.shapes_only import ShapesOnly
 
 __all__ = [
-    "Layout",
+    "DataParallel",
     "Machine",
     "MeasuredTimes",
     "NotPlannableError",
     "Pipeline",
     "PipelineForecast",
     "Plan",
-    "Run",
+    "PlannedRun",
     "ShapesOnly",
     "machine_of",
     "make_plan",

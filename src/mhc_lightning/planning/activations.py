@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mhc_lightning.modules import Connection, LatentAttention, MixtureOfExperts, Transformer
 from mhc_lightning.modules.recompute import recomputing
-from mhc_lightning.planning.keeping import (
+from mhc_lightning.planning.precision import Precision
+from mhc_lightning.planning.saved_tensors import (
     NORMS,
     WEIGHT_COPIES,
     Keeping,
@@ -27,8 +28,7 @@ from mhc_lightning.planning.keeping import (
     kept_by,
     likeness,
 )
-from mhc_lightning.planning.parts import has_embedding, has_head, width_of
-from mhc_lightning.planning.precision import Precision
+from mhc_lightning.planning.stage_part import has_embedding, has_head, width_of
 
 TOKENS, CONNECTIONS, LOSS = "tokens", "connections", "loss"
 KINDS = (

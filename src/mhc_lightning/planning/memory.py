@@ -14,12 +14,12 @@ from torch import nn
 from mhc_lightning.kernels.cross_entropy import tokens_per_chunk
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
-from mhc_lightning.planning.parts import has_head
 from mhc_lightning.planning.recompute import rebuilt_bytes
+from mhc_lightning.planning.stage_part import has_head
 
 
 @dataclass(frozen=True)
-class Layout:
+class DataParallel:
     """How a model is spread over devices.
 
     Attributes:
@@ -66,7 +66,7 @@ class DeviceMemory:
 def device_memory(
     model: Transformer,
     batch: MicroBatch,
-    layout: Layout,
+    replicas: DataParallel,
     state_per_value: Callable[[nn.Module, nn.Parameter], int],
 ) -> DeviceMemory:
     """Predict the bytes per device.
@@ -74,13 +74,13 @@ def device_memory(
     Args:
         model: The model; it may be on the meta device.
         batch: What one device takes at a time.
-        layout: Where everything is.
+        replicas: Where everything is.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
     """
     weights, buffers, optimizer = state_bytes(model, [model], batch, state_per_value)
-    share = layout.devices if layout.sharded else 1
-    saved = saved_for_backward(model, batch, copies_weights(batch, layout))
-    logits = loss_bytes(model, batch, layout)
+    share = replicas.devices if replicas.sharded else 1
+    saved = saved_for_backward(model, batch, copies_weights(batch, replicas))
+    logits = loss_bytes(model, batch, replicas)
     return DeviceMemory(
         weights=-(-weights // share) + buffers,
         gradients=-(-weights // share),
@@ -88,7 +88,7 @@ def device_memory(
         activations=sum(saved.values()),
         logits=logits,
         rebuilt=max(0, rebuilt_bytes(model, batch) - logits),
-        communication=_communication_bytes(model, batch, layout, weights),
+        communication=_communication_bytes(model, batch, replicas, weights),
     )
 
 
@@ -105,9 +105,9 @@ def state_bytes(
     return sum(sizes.values()), buffers, optimizer
 
 
-def copies_weights(batch: MicroBatch, layout: Layout) -> bool:
+def copies_weights(batch: MicroBatch, replicas: DataParallel) -> bool:
     """Whether autocast copies weights; FSDP gathers them in the lower precision instead."""
-    return batch.precision.is_mixed and not layout.sharded
+    return batch.precision.is_mixed and not replicas.sharded
 
 
 def _parameter_bytes(model: Transformer, batch: MicroBatch) -> dict[nn.Parameter, int]:
@@ -120,7 +120,7 @@ def _parameter_bytes(model: Transformer, batch: MicroBatch) -> dict[nn.Parameter
     return sizes
 
 
-def loss_bytes(model: Transformer, batch: MicroBatch, layout: Layout) -> int:
+def loss_bytes(model: Transformer, batch: MicroBatch, replicas: DataParallel) -> int:
     """Logits of one chunk and their log-probabilities, while those of the one before still live."""
     if not has_head(model):
         return 0
@@ -133,14 +133,14 @@ def loss_bytes(model: Transformer, batch: MicroBatch, layout: Layout) -> int:
     peak = 2 * logits + (logits + copy if several else 0)
     weight_product = model.output.weight.numel() * value
     peak = max(peak, logits + copy + weight_product)
-    return peak + (weight_product if copies_weights(batch, layout) else 0)
+    return peak + (weight_product if copies_weights(batch, replicas) else 0)
 
 
 def _communication_bytes(
-    model: Transformer, batch: MicroBatch, layout: Layout, weights: int
+    model: Transformer, batch: MicroBatch, replicas: DataParallel, weights: int
 ) -> int:
-    if not layout.sharded:
-        return weights if layout.copies_gradients and layout.devices > 1 else 0
+    if not replicas.sharded:
+        return weights if replicas.copies_gradients and replicas.devices > 1 else 0
     value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     outside = sum(p.numel() for p in model.parameters()) - sum(blocks)

@@ -12,7 +12,7 @@ from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.measured_times import MeasuredTimes
-from mhc_lightning.planning.memory import Layout
+from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline_memory import (
     PipelineDevice,
     boundary_bytes,
@@ -191,7 +191,7 @@ def forecast(
     model: Transformer,
     pipeline: Pipeline,
     batch: MicroBatch,
-    layout: Layout,
+    replicas: DataParallel,
     state_per_value: Callable[[nn.Module, nn.Parameter], int],
     machine: Machine,
     passes: int,
@@ -202,14 +202,14 @@ def forecast(
         model: The whole model; it may be on the meta device.
         pipeline: The layout of one pipeline.
         batch: A micro-batch; its recompute block is replaced by the pipeline's.
-        layout: The pipelines that share each stage's state.
+        replicas: The pipelines that share each stage's state.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
         machine: What the devices are.
         passes: Passes through the pipeline per optimizer step.
     """
     plan, parts, kind = pipeline.plan, pipeline.micro_batches, machine.kind
     batch = replace(batch, recompute_block=pipeline.recompute_block(model))
-    devices = pipeline_memory(model, plan, parts, batch, layout, state_per_value)
+    devices = pipeline_memory(model, plan, parts, batch, replicas, state_per_value)
     bandwidth = kind.bandwidth * kind.bandwidth_share
     update = max(
         (2 * d.memory.weights + d.memory.gradients + 2 * d.memory.optimizer) / bandwidth
@@ -220,8 +220,8 @@ def forecast(
     arithmetic = flops / plan.devices / (peak * kind.flops_share)
     measured = pipeline.measured
     if measured is None:
-        times = stage_times(model, plan, batch, layout, machine)
-        transfers = transfer_times(model, plan, batch, layout, machine)
+        times = stage_times(model, plan, batch, replicas, machine)
+        transfers = transfer_times(model, plan, batch, replicas, machine)
     else:
         times, transfers = list(measured.stages), list(measured.transfers)
         update = update if measured.update is None else measured.update
@@ -233,8 +233,8 @@ def forecast(
         overlapped=simulate(plan, order, times, transfers, overlapped=True),
         passes=passes,
         update=update,
-        collectives=max(_collective_bytes(d, batch, layout) for d in devices)
-        / (ring_link(machine, layout) * kind.link_share),
+        collectives=max(_collective_bytes(d, batch, replicas) for d in devices)
+        / (ring_link(machine, replicas) * kind.link_share),
         arithmetic=arithmetic,
         boundary_bytes=boundary_bytes(model, batch),
     )
@@ -245,7 +245,7 @@ def compare_schedules(
     baseline: Transformer | None,
     pipeline: Pipeline,
     batch: MicroBatch,
-    layout: Layout,
+    replicas: DataParallel,
     state_per_value: Callable[[nn.Module, nn.Parameter], int],
     machine: Machine,
     passes: int,
@@ -257,12 +257,12 @@ def compare_schedules(
         baseline: The same with the ordinary residual connection; None for no comparison.
         pipeline: The layout of one pipeline.
         batch: A micro-batch.
-        layout: The pipelines that share each stage's state.
+        replicas: The pipelines that share each stage's state.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
         machine: What the devices are.
         passes: Passes through the pipeline per optimizer step.
     """
-    rest = batch, layout, state_per_value, machine, passes
+    rest = batch, replicas, state_per_value, machine, passes
     found = {}
     for schedule in SCHEDULES:
         try:
@@ -278,11 +278,11 @@ def compare_schedules(
     return found
 
 
-def _collective_bytes(device: PipelineDevice, batch: MicroBatch, layout: Layout) -> float:
+def _collective_bytes(device: PipelineDevice, batch: MicroBatch, replicas: DataParallel) -> float:
     """Bytes that a device sends per pass: its stages are gathered once, and reduced once."""
-    if not layout.sharded:
+    if not replicas.sharded:
         return 0.0
     precision = batch.precision
-    parameters = device.memory.gradients * layout.devices / precision.weight
-    others = (layout.devices - 1) / layout.devices
+    parameters = device.memory.gradients * replicas.devices / precision.weight
+    others = (replicas.devices - 1) / replicas.devices
     return others * parameters * (precision.activation + precision.coefficient)

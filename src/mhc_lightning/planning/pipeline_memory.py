@@ -28,16 +28,16 @@ from mhc_lightning.planning.activations import (
     saved_for_backward,
 )
 from mhc_lightning.planning.memory import (
+    DataParallel,
     DeviceMemory,
-    Layout,
     copies_weights,
     loss_bytes,
     state_bytes,
 )
-from mhc_lightning.planning.parts import part_of
 from mhc_lightning.planning.recompute import rebuilt_bytes, rebuilt_for_weights
-from mhc_lightning.planning.schedule_order import Kind, Slot, in_flight, schedule_order
+from mhc_lightning.planning.schedule_order import PassKind, Slot, in_flight, schedule_order
 from mhc_lightning.planning.split_backward import gradients_for_weights
+from mhc_lightning.planning.stage_part import part_of
 from mhc_lightning.planning.stages import StagePlan
 
 
@@ -82,7 +82,7 @@ def pipeline_memory(
     plan: StagePlan,
     micro_batches: int,
     batch: MicroBatch,
-    layout: Layout,
+    replicas: DataParallel,
     state_per_value: Callable[[nn.Module, nn.Parameter], int],
 ) -> list[PipelineDevice]:
     """Predict the bytes of each device of a pipeline.
@@ -92,12 +92,12 @@ def pipeline_memory(
         plan: Its stages, and who holds which.
         micro_batches: Parts that a batch is cut into.
         batch: One of them.
-        layout: The pipelines: how many there are, and that they share each stage's state.
+        replicas: The pipelines: how many there are, and that they share each stage's state.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
     """
     parts = [part_of(model, blocks) for blocks in plan.blocks]
     boundary = boundary_bytes(model, batch)
-    every = [_saved(parts, index, batch, layout, plan) for index in range(len(parts))]
+    every = [_saved(parts, index, batch, replicas, plan) for index in range(len(parts))]
     # Autocast's copies are made once a step, unless its backward passes come in halves.
     shares = not plan.kind.splits_backward
     stages = [
@@ -106,7 +106,7 @@ def pipeline_memory(
             copies=every[index].get(_COPIES, 0) if shares else 0,
             waiting=gradients_for_weights(part, batch),
             handed_back=boundary if index and _sends(plan, index, index - 1) else 0,
-            logits=loss_bytes(part, batch, layout),
+            logits=loss_bytes(part, batch, replicas),
             rebuilt=rebuilt_bytes(part, batch),
             rebuilt_for_weights=rebuilt_for_weights(part, batch),
         )
@@ -119,7 +119,7 @@ def pipeline_memory(
         ends = sum((stage > 0) + (stage < len(parts) - 1) for stage in held)
         fullest, kinds = _fullest(slots, stages)
         weights, buffers, optimizer = state_bytes(model, own, batch, state_per_value)
-        share = layout.devices if layout.sharded else 1
+        share = replicas.devices if replicas.sharded else 1
         devices.append(
             PipelineDevice(
                 device=device,
@@ -133,7 +133,7 @@ def pipeline_memory(
                     optimizer=-(-optimizer // share),
                     communication=fullest.communication
                     + ends * micro_batches * boundary
-                    + _gathered_bytes(own, batch, layout),
+                    + _gathered_bytes(own, batch, replicas),
                 ),
                 activations=kinds,
             )
@@ -151,11 +151,15 @@ def boundary_bytes(model: Transformer, batch: MicroBatch) -> int:
 
 
 def _saved(
-    parts: list[Transformer], index: int, batch: MicroBatch, layout: Layout, plan: StagePlan
+    parts: list[Transformer],
+    index: int,
+    batch: MicroBatch,
+    replicas: DataParallel,
+    plan: StagePlan,
 ) -> dict[str, int]:
     """What a stage's forward pass leaves behind for one micro-batch, by kind."""
     sends = index < len(parts) - 1 and _sends(plan, index, index + 1)
-    copies = copies_weights(batch, layout)
+    copies = copies_weights(batch, replicas)
     return saved_for_backward(parts[index], batch, copies, receives=True, sends=sends)
 
 
@@ -165,10 +169,10 @@ def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemor
     sizes = [sum(stage.saved.values()) for stage in stages]
     most, best, counts = -1, DeviceMemory(*[0] * 7), (Counter[int](), Counter[int]())
     for kind, stage, _ in (action for slot in slots for action in slot):
-        forward, second = kind is Kind.FORWARD, kind is Kind.BACKWARD_WEIGHT
+        forward, second = kind is PassKind.FORWARD, kind is PassKind.BACKWARD_WEIGHT
         held[stage] += forward
-        halves[stage] += kind is Kind.BACKWARD_INPUT
-        split[stage] += kind is Kind.BACKWARD_INPUT
+        halves[stage] += kind is PassKind.BACKWARD_INPUT
+        split[stage] += kind is PassKind.BACKWARD_INPUT
         kept = sum(count * sizes[index] + stages[index].copies for index, count in held.items())
         kept += sum(count * stages[index].waiting for index, count in halves.items())
         back = sum(count * stages[index].handed_back for index, count in split.items())
@@ -181,7 +185,7 @@ def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemor
                 best, activations=kept, logits=logits, rebuilt=rebuilt, communication=back
             )
             counts = Counter(held), Counter(halves)
-        held[stage] -= second or kind is Kind.BACKWARD
+        held[stage] -= second or kind is PassKind.BACKWARD
         halves[stage] -= second
     kinds = {
         kind: sum(count * stages[index].saved[kind] for index, count in counts[0].items())
@@ -192,12 +196,12 @@ def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemor
     return best, kinds
 
 
-def _gathered_bytes(parts: list[Transformer], batch: MicroBatch, layout: Layout) -> int:
+def _gathered_bytes(parts: list[Transformer], batch: MicroBatch, replicas: DataParallel) -> int:
     """What FSDP2 holds of stages that several pipelines share, from a step's begin to its end.
 
     Parameters are gathered once, and gradients added up before they are reduced, block by block.
     """
-    if not layout.sharded:
+    if not replicas.sharded:
         return 0
     value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
     wide = batch.precision.coefficient

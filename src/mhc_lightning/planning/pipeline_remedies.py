@@ -6,17 +6,19 @@ from dataclasses import replace
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import Layout
+from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline import Pipeline
-from mhc_lightning.planning.plan import Run
+from mhc_lightning.planning.plan import PlannedRun
 from mhc_lightning.planning.stages import SCHEDULES, cut_network
 
 _MOST_DEVICES = 1024
 
-Change = tuple[str, Run]
+Change = tuple[str, PlannedRun]
 
 
-def pipeline_changes(model: Transformer, run: Run, machine: Machine) -> list[Iterator[Change]]:
+def pipeline_changes(
+    model: Transformer, run: PlannedRun, machine: Machine
+) -> list[Iterator[Change]]:
     """Changes of a pipeline's layout, each kind from the smallest on; some will not be enough.
 
     Args:
@@ -34,14 +36,14 @@ def pipeline_changes(model: Transformer, run: Run, machine: Machine) -> list[Ite
     ]
 
 
-def _recomputing(run: Run, model: Transformer) -> Iterator[Change]:
+def _recomputing(run: PlannedRun, model: Transformer) -> Iterator[Change]:
     assert run.pipeline is not None
     pipeline = replace(run.pipeline, recompute="auto")
     if run.recompute_block == 0 < pipeline.recompute_block(model):
         yield "recompute=auto", _with(run, pipeline, model)
 
 
-def _more_parts(run: Run) -> Iterator[Change]:
+def _more_parts(run: PlannedRun) -> Iterator[Change]:
     assert run.pipeline is not None
     for parts in range(run.pipeline.micro_batches + 1, run.micro_batch_size + 1):
         if run.micro_batch_size % parts == 0 and _runs(run.pipeline, parts, run.micro_batch_size):
@@ -49,20 +51,20 @@ def _more_parts(run: Run) -> Iterator[Change]:
             yield f"strategy.microbatches={parts}", replace(run, pipeline=pipeline)
 
 
-def _fewer_sequences(run: Run) -> Iterator[Change]:
+def _fewer_sequences(run: PlannedRun) -> Iterator[Change]:
     """Fewer of as large parts."""
     assert run.pipeline is not None
     each = run.micro_batch_size // run.pipeline.micro_batches
     for parts in range(run.pipeline.micro_batches - 1, 0, -1):
         size = parts * each
-        divides = run.batch_size % (size * run.layout.devices) == 0
+        divides = run.batch_size % (size * run.replicas.devices) == 0
         if divides and _runs(run.pipeline, parts, size):
             setting = f"data.micro_batch_size={size} strategy.microbatches={parts}"
             pipeline = replace(run.pipeline, micro_batches=parts)
             yield setting, replace(run, micro_batch_size=size, pipeline=pipeline)
 
 
-def _other_schedules(run: Run, model: Transformer) -> Iterator[Change]:
+def _other_schedules(run: PlannedRun, model: Transformer) -> Iterator[Change]:
     assert run.pipeline is not None
     for schedule in sorted(SCHEDULES, key="gpipe".__eq__):  # that one last: its devices wait most
         try:
@@ -73,7 +75,7 @@ def _other_schedules(run: Run, model: Transformer) -> Iterator[Change]:
             yield f"strategy.schedule={schedule}", _with(run, pipeline, model)
 
 
-def _more_devices(run: Run, model: Transformer, machine: Machine) -> Iterator[Change]:
+def _more_devices(run: PlannedRun, model: Transformer, machine: Machine) -> Iterator[Change]:
     """Twice as many each time: of longer pipelines while there are blocks, and of more of them."""
     assert run.pipeline is not None
     plan = run.pipeline.plan
@@ -88,18 +90,18 @@ def _more_devices(run: Run, model: Transformer, machine: Machine) -> Iterator[Ch
                 cut.check_micro_batches(run.pipeline.micro_batches, run.micro_batch_size)
             except UserError:
                 continue
-            changed = replace(run, layout=Layout(replicas, sharded=replicas > 1))
+            changed = replace(run, replicas=DataParallel(replicas, sharded=replicas > 1))
             setting = f"{device_settings(devices, machine)} strategy.pipeline_size={size}"
             yield setting, _with(changed, replace(run.pipeline, plan=cut), model)
         devices *= 2
 
 
-def _sharded_instead(run: Run) -> Iterator[Change]:
+def _sharded_instead(run: PlannedRun) -> Iterator[Change]:
     if run.batch_size % run.devices == 0 and run.devices > 1:
-        layout = Layout(run.devices, sharded=True)
+        layout = DataParallel(run.devices, sharded=True)
         yield (
             "strategy=fsdp data.micro_batch_size=1",
-            replace(run, layout=layout, micro_batch_size=1, pipeline=None),
+            replace(run, replicas=layout, micro_batch_size=1, pipeline=None),
         )
 
 
@@ -111,7 +113,7 @@ def device_settings(devices: int, machine: Machine) -> str:
     return f"trainer.devices={per_node} trainer.num_nodes={-(-devices // per_node)}"
 
 
-def _with(run: Run, pipeline: Pipeline, model: Transformer) -> Run:
+def _with(run: PlannedRun, pipeline: Pipeline, model: Transformer) -> PlannedRun:
     return replace(run, pipeline=pipeline, recompute_block=pipeline.recompute_block(model))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import DeviceMemory, Layout, copies_weights, device_memory
+from mhc_lightning.planning.memory import DataParallel, DeviceMemory, copies_weights, device_memory
 from mhc_lightning.planning.parameters import ParameterCounts, count_parameters
 from mhc_lightning.planning.pipeline import (
     Comparison,
@@ -26,7 +26,7 @@ from mhc_lightning.planning.traffic import StreamTraffic, stream_traffic
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """What a run asks of its devices.
 
     Attributes:
@@ -35,7 +35,7 @@ class Run:
         sequence_length: Tokens of a sequence.
         max_steps: Optimizer steps.
         precision: Sizes of weights and activations.
-        layout: Devices, or pipelines, and what each holds.
+        replicas: Devices, or pipelines, and what each holds.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
         recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
         pipeline: How each of the pipelines is laid out; None without any.
@@ -46,7 +46,7 @@ class Run:
     sequence_length: int
     max_steps: int
     precision: Precision
-    layout: Layout
+    replicas: DataParallel
     state_per_value: Callable[[nn.Module, nn.Parameter], int]
     recompute_block: int = 0
     pipeline: Pipeline | None = None
@@ -54,12 +54,12 @@ class Run:
     @property
     def devices(self) -> int:
         """All of them."""
-        return self.layout.devices * (1 if self.pipeline is None else self.pipeline.plan.devices)
+        return self.replicas.devices * (1 if self.pipeline is None else self.pipeline.plan.devices)
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches per optimizer step and device; of a pipeline, passes through it."""
-        return max(1, self.batch_size // (self.micro_batch_size * self.layout.devices))
+        return max(1, self.batch_size // (self.micro_batch_size * self.replicas.devices))
 
     def micro_batch(self, machine: Machine) -> MicroBatch:
         """What one device of ``machine`` takes at a time."""
@@ -96,7 +96,7 @@ class Plan:
     """
 
     machine: Machine
-    run: Run
+    run: PlannedRun
     parameters: ParameterCounts
     memory: DeviceMemory
     activations: dict[str, int]
@@ -159,7 +159,7 @@ class Plan:
         return record
 
 
-def make_plan(model: Transformer, run: Run, machine: Machine) -> Plan:
+def make_plan(model: Transformer, run: PlannedRun, machine: Machine) -> Plan:
     """Plan a run.
 
     Args:
@@ -171,7 +171,7 @@ def make_plan(model: Transformer, run: Run, machine: Machine) -> Plan:
     if run.pipeline is None:
         return plan
     batch = run.micro_batch(machine)
-    rest = batch, run.layout, run.state_per_value, machine, run.micro_batches
+    rest = batch, run.replicas, run.state_per_value, machine, run.micro_batches
     found = forecast(model, run.pipeline, *rest)
 
     best = replace(run.pipeline, recompute="auto").recompute_block(model)
@@ -189,13 +189,13 @@ def make_plan(model: Transformer, run: Run, machine: Machine) -> Plan:
     )
 
 
-def run_memory(model: Transformer, run: Run, machine: Machine) -> DeviceMemory:
+def run_memory(model: Transformer, run: PlannedRun, machine: Machine) -> DeviceMemory:
     """Bytes of a run's fullest device; arguments as ``make_plan`` has them."""
     batch = run.micro_batch(machine)
     if run.pipeline is None:
-        return device_memory(model, batch, run.layout, run.state_per_value)
+        return device_memory(model, batch, run.replicas, run.state_per_value)
     plan, parts = run.pipeline.plan, run.pipeline.micro_batches
-    devices = pipeline_memory(model, plan, parts, batch, run.layout, run.state_per_value)
+    devices = pipeline_memory(model, plan, parts, batch, run.replicas, run.state_per_value)
     return max((device.memory for device in devices), key=lambda memory: memory.total)
 
 
@@ -209,15 +209,15 @@ def with_schedules(plan: Plan, model: Transformer, baseline: Transformer | None)
     """
     run = plan.run
     assert run.pipeline is not None
-    rest = run.layout, run.state_per_value, plan.machine, run.micro_batches
+    rest = run.replicas, run.state_per_value, plan.machine, run.micro_batches
     batch = run.micro_batch(plan.machine)
     return replace(plan, schedules=compare_schedules(model, baseline, run.pipeline, batch, *rest))
 
 
-def _plan(model: Transformer, run: Run, machine: Machine) -> Plan:
+def _plan(model: Transformer, run: PlannedRun, machine: Machine) -> Plan:
     batch = run.micro_batch(machine)
-    copies = copies_weights(batch, run.layout)
-    memory = device_memory(model, batch, run.layout, run.state_per_value)
+    copies = copies_weights(batch, run.replicas)
+    memory = device_memory(model, batch, run.replicas, run.state_per_value)
     block = run.recompute_block or best_block(model)
     without, within = replace(batch, recompute_block=0), replace(batch, recompute_block=block)
     kept = saved_for_backward(model, within, copies)
@@ -232,5 +232,5 @@ def _plan(model: Transformer, run: Run, machine: Machine) -> Plan:
         recompute_block=block,
         flops_per_token=model.flops_per_token(run.sequence_length),
         stream_bytes_per_token=stream_traffic(model, run.precision),
-        step_seconds=step_time(model, batch, run.layout, memory, machine, run.micro_batches),
+        step_seconds=step_time(model, batch, run.replicas, memory, machine, run.micro_batches),
     )

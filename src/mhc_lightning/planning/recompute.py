@@ -12,7 +12,7 @@ from mhc_lightning.planning.activations import (
     places_in_blocks,
     sub_layers,
 )
-from mhc_lightning.planning.parts import width_of
+from mhc_lightning.planning.stage_part import width_of
 
 __all__ = [
     "best_block",

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import Layout
+from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline_remedies import Change, device_settings, pipeline_changes
-from mhc_lightning.planning.plan import Run, run_memory
+from mhc_lightning.planning.plan import PlannedRun, run_memory
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.recompute import best_block
 
@@ -15,7 +15,7 @@ _MOST_DEVICES = 1024
 _SHORTEST_SEQUENCE = 128
 
 
-def remedies(model: Transformer, run: Run, machine: Machine) -> list[str]:
+def remedies(model: Transformer, run: PlannedRun, machine: Machine) -> list[str]:
     """Changes that each make ``run`` fit on devices such as ``machine`` has, as overrides.
 
     Of each kind there is the smallest change that suffices. Where a change of one kind does not
@@ -27,7 +27,7 @@ def remedies(model: Transformer, run: Run, machine: Machine) -> list[str]:
         machine: Where it does not fit.
     """
 
-    def fits(changed: Run) -> bool:
+    def fits(changed: PlannedRun) -> bool:
         return run_memory(model, changed, machine).total <= machine.kind.memory
 
     def first_of(kinds: Iterable[Iterable[Change]]) -> list[str]:
@@ -51,43 +51,43 @@ def remedies(model: Transformer, run: Run, machine: Machine) -> list[str]:
     return first_of([both])
 
 
-def _recomputing(run: Run, model: Transformer) -> Iterator[Run]:
+def _recomputing(run: PlannedRun, model: Transformer) -> Iterator[PlannedRun]:
     if run.recompute_block == 0 < best_block(model):
         yield replace(run, recompute_block=best_block(model))
 
 
-def _smaller(run: Run) -> Iterator[Run]:
-    share = run.batch_size // run.layout.devices
+def _smaller(run: PlannedRun) -> Iterator[PlannedRun]:
+    share = run.batch_size // run.replicas.devices
     for size in range(run.micro_batch_size - 1, 0, -1):
         if share % size == 0:
             yield replace(run, micro_batch_size=size)
 
 
-def _shorter(run: Run) -> Iterator[Run]:
+def _shorter(run: PlannedRun) -> Iterator[PlannedRun]:
     length = run.sequence_length // 2
     while length >= _SHORTEST_SEQUENCE:
         yield replace(run, sequence_length=length)
         length //= 2
 
 
-def _lower(run: Run) -> Iterator[tuple[str, Run]]:
+def _lower(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
     # Not bf16-true, in which small updates are lost.
     precision = precision_of("bf16-mixed")
     if precision != run.precision and precision <= run.precision:
         yield "bf16-mixed", replace(run, precision=precision)
 
 
-def _sharded(run: Run, machine: Machine) -> Iterator[Run]:
+def _sharded(run: PlannedRun, machine: Machine) -> Iterator[PlannedRun]:
     """Twice as many devices each time, and as many as there are if they only need sharding."""
-    devices = max(run.layout.devices, 1 if run.layout.sharded else machine.devices)
+    devices = max(run.replicas.devices, 1 if run.replicas.sharded else machine.devices)
     while devices <= _MOST_DEVICES:
-        layout = Layout(devices, sharded=True)
+        layout = DataParallel(devices, sharded=True)
         divides = run.batch_size % (run.micro_batch_size * devices) == 0
-        if devices > 1 and divides and layout != run.layout:
-            yield replace(run, layout=layout)
+        if devices > 1 and divides and layout != run.replicas:
+            yield replace(run, replicas=layout)
         devices *= 2
 
 
-def _sharding(run: Run, machine: Machine) -> str:
+def _sharding(run: PlannedRun, machine: Machine) -> str:
     """``strategy=fsdp`` with the devices that it needs."""
-    return f"strategy=fsdp {device_settings(run.layout.devices, machine)}"
+    return f"strategy=fsdp {device_settings(run.replicas.devices, machine)}"

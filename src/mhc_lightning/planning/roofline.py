@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import DeviceMemory, Layout, copies_weights
+from mhc_lightning.planning.memory import DataParallel, DeviceMemory, copies_weights
 from mhc_lightning.planning.recompute import replayed_bytes
 from mhc_lightning.planning.traffic import stream_traffic
 
@@ -40,7 +40,7 @@ class StepTime:
 def step_time(
     model: Transformer,
     batch: MicroBatch,
-    layout: Layout,
+    replicas: DataParallel,
     memory: DeviceMemory,
     machine: Machine,
     micro_batches: int,
@@ -50,7 +50,7 @@ def step_time(
     Args:
         model: The model; it may be on the meta device.
         batch: What one device takes at a time.
-        layout: How many devices there are, and what each holds.
+        replicas: How many devices there are, and what each holds.
         memory: What ``device_memory`` predicts for them.
         machine: What the devices are.
         micro_batches: How many each device takes per step.
@@ -59,7 +59,7 @@ def step_time(
     peak = kind.low_flops if precision.activation < 4 else kind.full_flops
     flops = model.flops_per_token(batch.length) * batch.tokens * micro_batches
 
-    saved = saved_for_backward(model, batch, copies_weights(batch, layout))
+    saved = saved_for_backward(model, batch, copies_weights(batch, replicas))
     # Written once and read once; the connections' part is in the stream operations already.
     activations = 2 * (sum(saved.values()) - saved["connections"] - saved["weight_copies"])
     streams = stream_traffic(model, precision).training_fused * batch.tokens
@@ -74,26 +74,26 @@ def step_time(
     return StepTime(
         compute=flops / (peak * kind.flops_share),
         traffic=moved / (kind.bandwidth * kind.bandwidth_share),
-        communication=_collective_bytes(parameters, batch, layout, micro_batches)
-        / (ring_link(machine, layout) * kind.link_share),
+        communication=_collective_bytes(parameters, batch, replicas, micro_batches)
+        / (ring_link(machine, replicas) * kind.link_share),
     )
 
 
 def _collective_bytes(
-    parameters: int, batch: MicroBatch, layout: Layout, micro_batches: int
+    parameters: int, batch: MicroBatch, replicas: DataParallel, micro_batches: int
 ) -> float:
     """Bytes that a device sends per step in ring collectives."""
     precision = batch.precision
-    others = (layout.devices - 1) / layout.devices
-    if not layout.sharded:
+    others = (replicas.devices - 1) / replicas.devices
+    if not replicas.sharded:
         return 2 * others * parameters * precision.weight
     # Gathered for forward and for backward, and reduced, for each micro-batch.
     return micro_batches * others * parameters * (2 * precision.activation + precision.coefficient)
 
 
-def ring_link(machine: Machine, layout: Layout) -> float:
+def ring_link(machine: Machine, replicas: DataParallel) -> float:
     """What a device's share of a ring moves per second: a node's devices use all its adapters."""
     kind = machine.kind
-    if layout.devices <= kind.per_node:
+    if replicas.devices <= kind.per_node:
         return kind.link
     return min(kind.link, kind.network * kind.per_node)

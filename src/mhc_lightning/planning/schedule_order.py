@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mhc_lightning.planning.stages import StagePlan
 
 
-class Kind(StrEnum):
+class PassKind(StrEnum):
     """What a device does with a micro-batch on a stage; values are torch's letters."""
 
     FORWARD = "F"
@@ -30,7 +30,7 @@ class Action(NamedTuple):
         micro_batch: With which micro-batch, from 0.
     """
 
-    kind: Kind
+    kind: PassKind
     stage: int
     micro_batch: int
 
@@ -68,10 +68,10 @@ def in_flight(slots: Sequence[Slot]) -> int:
     """Forward passes, of all its stages, whose backward a device still owes, at most."""
     held = most = 0
     for action in (action for slot in slots for action in slot):
-        if action.kind is Kind.FORWARD:
+        if action.kind is PassKind.FORWARD:
             held += 1
             most = max(most, held)
-        elif action.kind is not Kind.BACKWARD_INPUT:
+        elif action.kind is not PassKind.BACKWARD_INPUT:
             held -= 1
     return most
 
@@ -79,7 +79,7 @@ def in_flight(slots: Sequence[Slot]) -> int:
 def _slot(action: Any) -> Slot:
     parts = [action] if action.sub_actions is None else action.sub_actions
     return tuple(
-        Action(Kind(part.computation_type.value), part.stage_index, part.microbatch_index)
+        Action(PassKind(part.computation_type.value), part.stage_index, part.microbatch_index)
         for part in parts
     )
 
@@ -112,10 +112,10 @@ class _Scribe:
         self.written: list[Action] = []
 
     def forward_one_chunk(self, micro_batch: int, *args: Any, **kwargs: Any) -> None:
-        self.written.append(Action(Kind.FORWARD, self.stage_index, micro_batch))
+        self.written.append(Action(PassKind.FORWARD, self.stage_index, micro_batch))
 
     def backward_one_chunk(self, micro_batch: int, **kwargs: Any) -> None:
-        self.written.append(Action(Kind.BACKWARD, self.stage_index, micro_batch))
+        self.written.append(Action(PassKind.BACKWARD, self.stage_index, micro_batch))
 
     def _no_messages(self, micro_batch: int) -> list[Any]:
         return []

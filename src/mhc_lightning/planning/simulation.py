@@ -32,7 +32,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.planning.schedule_order import Action, Kind, Order, Slot
+from mhc_lightning.planning.schedule_order import Action, Order, PassKind, Slot
 from mhc_lightning.planning.stages import StagePlan
 
 
@@ -57,15 +57,15 @@ class StageTimes:
     merge_forward: float = 0.0
     merge_backward: float = 0.0
 
-    def of(self, kind: Kind) -> float:
+    def of(self, kind: PassKind) -> float:
         """Seconds of an action, without rebuilding.
 
         Raises:
             UserError: Only the whole backward pass is known.
         """
-        if kind is Kind.FORWARD:
+        if kind is PassKind.FORWARD:
             return self.forward
-        if kind is Kind.BACKWARD:
+        if kind is PassKind.BACKWARD:
             return self.backward
         if self.backward_weight is None:
             raise UserError(
@@ -73,7 +73,7 @@ class StageTimes:
                 " the times of every stage"
             )
         weight = self.backward_weight
-        return weight if kind is Kind.BACKWARD_WEIGHT else self.backward - weight
+        return weight if kind is PassKind.BACKWARD_WEIGHT else self.backward - weight
 
 
 class Lane(StrEnum):
@@ -84,7 +84,7 @@ class Lane(StrEnum):
     PRIORITY = "priority"
 
 
-class Work(StrEnum):
+class Activity(StrEnum):
     """What a span of time was used for."""
 
     FORWARD = "forward"
@@ -97,10 +97,10 @@ class Work(StrEnum):
 
 
 _WORK = {
-    Kind.FORWARD: Work.FORWARD,
-    Kind.BACKWARD: Work.BACKWARD,
-    Kind.BACKWARD_INPUT: Work.BACKWARD_INPUT,
-    Kind.BACKWARD_WEIGHT: Work.BACKWARD_WEIGHT,
+    PassKind.FORWARD: Activity.FORWARD,
+    PassKind.BACKWARD: Activity.BACKWARD,
+    PassKind.BACKWARD_INPUT: Activity.BACKWARD_INPUT,
+    PassKind.BACKWARD_WEIGHT: Activity.BACKWARD_WEIGHT,
 }
 
 
@@ -118,7 +118,7 @@ class Span(NamedTuple):
 
     device: int
     lane: Lane
-    work: Work
+    work: Activity
     action: Action
     start: float
     end: float
@@ -246,9 +246,9 @@ class _Simulation:
 
     def _input(self, action: Action) -> float | None:
         kind, stage, micro_batch = action
-        if kind is Kind.BACKWARD_WEIGHT or (kind is Kind.FORWARD and stage == 0):
+        if kind is PassKind.BACKWARD_WEIGHT or (kind is PassKind.FORWARD and stage == 0):
             return 0.0
-        return self._there.get((kind is Kind.FORWARD, stage, micro_batch))
+        return self._there.get((kind is PassKind.FORWARD, stage, micro_batch))
 
     def _seconds(self, action: Action) -> float:
         return self._times[action.stage].of(action.kind)
@@ -257,8 +257,8 @@ class _Simulation:
         for action in slot:
             replay = self._times[action.stage].replay
             # What takes no time has no part in the backward pass, and asks for nothing.
-            if action.kind is not Kind.FORWARD and self._seconds(action) > 0:
-                self._add(device, Lane.COMPUTE, Work.REPLAY, action, self._free[device], replay)
+            if action.kind is not PassKind.FORWARD and self._seconds(action) > 0:
+                self._add(device, Lane.COMPUTE, Activity.REPLAY, action, self._free[device], replay)
                 self._free[device] += replay
 
     def _compute(self, device: int, action: Action, start: float, seconds: float) -> None:
@@ -284,7 +284,7 @@ class _Simulation:
             self._compute(device, forward, start, seconds_forward - merge_forward)
             middle = self._free[device]
             self._compute(device, backward, middle, seconds_backward - merge_backward)
-            merge = Lane.PRIORITY, Work.MERGE
+            merge = Lane.PRIORITY, Activity.MERGE
             self._add(device, *merge, backward, start, merge_backward)
             self._add(device, *merge, forward, end - merge_forward, merge_forward)
             self._free[device] = end
@@ -293,10 +293,10 @@ class _Simulation:
 
     def _hand_on(self, device: int, action: Action, end: float) -> None:
         kind, stage, micro_batch = action
-        forward = kind is Kind.FORWARD
+        forward = kind is PassKind.FORWARD
         if forward and stage == self._last:
             self._there[False, stage, micro_batch] = end
-        if kind is Kind.BACKWARD_WEIGHT or stage == (self._last if forward else 0):
+        if kind is PassKind.BACKWARD_WEIGHT or stage == (self._last if forward else 0):
             return
         to = stage + 1 if forward else stage - 1
         if self._plan.device_of(to) != device:
@@ -305,12 +305,12 @@ class _Simulation:
             if not self._overlapped:
                 start = self._free[device]
                 self._free[device] += seconds
-            self._add(device, Lane.COMMUNICATION, Work.SEND, action, start, seconds)
+            self._add(device, Lane.COMMUNICATION, Activity.SEND, action, start, seconds)
             end = self._link_free[device] = start + seconds
         self._there[forward, to, micro_batch] = end
 
     def _add(
-        self, device: int, lane: Lane, work: Work, action: Action, start: float, seconds: float
+        self, device: int, lane: Lane, work: Activity, action: Action, start: float, seconds: float
     ) -> None:
         if seconds > 0:
             self.spans.append(Span(device, lane, work, action, start, start + seconds))

@@ -10,17 +10,21 @@ arithmetic, and launches, waiting and imbalance cost nothing.
 from mhc_lightning.modules import ResidualConnection, Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward, sub_layers
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import Layout, copies_weights
-from mhc_lightning.planning.parts import has_embedding, has_head, part_of
+from mhc_lightning.planning.memory import DataParallel, copies_weights
 from mhc_lightning.planning.pipeline_memory import boundary_bytes
 from mhc_lightning.planning.recompute import replayed_bytes
 from mhc_lightning.planning.simulation import StageTimes
+from mhc_lightning.planning.stage_part import has_embedding, has_head, part_of
 from mhc_lightning.planning.stages import StagePlan
 from mhc_lightning.planning.traffic import stream_traffic
 
 
 def stage_times(
-    model: Transformer, plan: StagePlan, batch: MicroBatch, layout: Layout, machine: Machine
+    model: Transformer,
+    plan: StagePlan,
+    batch: MicroBatch,
+    replicas: DataParallel,
+    machine: Machine,
 ) -> list[StageTimes]:
     """Predict the times of each stage.
 
@@ -28,17 +32,21 @@ def stage_times(
         model: The whole model; it may be on the meta device.
         plan: Its stages.
         batch: A micro-batch.
-        layout: The pipelines that share the stages' state.
+        replicas: The pipelines that share the stages' state.
         machine: What the devices are.
     """
     return [
-        _stage_times(part_of(model, blocks), batch, layout, machine, plan.kind.splits_backward)
+        _stage_times(part_of(model, blocks), batch, replicas, machine, plan.kind.splits_backward)
         for blocks in plan.blocks
     ]
 
 
 def transfer_times(
-    model: Transformer, plan: StagePlan, batch: MicroBatch, layout: Layout, machine: Machine
+    model: Transformer,
+    plan: StagePlan,
+    batch: MicroBatch,
+    replicas: DataParallel,
+    machine: Machine,
 ) -> list[float]:
     """Seconds to hand a micro-batch's streams on from each stage but the last.
 
@@ -46,25 +54,29 @@ def transfer_times(
         model: The whole model; it may be on the meta device.
         plan: Its stages.
         batch: A micro-batch.
-        layout: The pipelines: neighbours in one are as many ranks apart as there are.
+        replicas: The pipelines: neighbours in one are as many ranks apart as there are.
         machine: Devices and their links; the slowest of the pipelines counts.
     """
     kind, size = machine.kind, boundary_bytes(model, batch)
 
     def node(device: int, pipeline: int) -> int:
-        return (device * layout.devices + pipeline) // kind.per_node
+        return (device * replicas.devices + pipeline) // kind.per_node
 
     seconds = []
     for stage in range(len(plan.blocks) - 1):
         a, b = plan.device_of(stage), plan.device_of(stage + 1)
-        near = all(node(a, other) == node(b, other) for other in range(layout.devices))
+        near = all(node(a, other) == node(b, other) for other in range(replicas.devices))
         link = kind.link if near else min(kind.link, kind.network)
         seconds.append(size / (link * kind.link_share))
     return seconds
 
 
 def _stage_times(
-    part: Transformer, batch: MicroBatch, layout: Layout, machine: Machine, splits: bool
+    part: Transformer,
+    batch: MicroBatch,
+    replicas: DataParallel,
+    machine: Machine,
+    splits: bool,
 ) -> StageTimes:
     kind, value, tokens = machine.kind, batch.precision.activation, batch.tokens
     peak = (kind.low_flops if value < 4 else kind.full_flops) * kind.flops_share
@@ -76,7 +88,7 @@ def _stage_times(
     head = 6 * head_parameters * tokens
     products = (without_attention - head) / 3
 
-    saved = saved_for_backward(part, batch, copies_weights(batch, layout))
+    saved = saved_for_backward(part, batch, copies_weights(batch, replicas))
     kept = sum(saved.values()) - saved["connections"] - saved["weight_copies"]
     weights = (sum(p.numel() for p in part.parameters()) - head_parameters) * value
     streams = stream_traffic(part, batch.precision)

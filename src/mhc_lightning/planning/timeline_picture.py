@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mhc_lightning.formatting import format_seconds
 from mhc_lightning.planning.pipeline import PipelineForecast
-from mhc_lightning.planning.simulation import Lane, Span, Timeline, Work
+from mhc_lightning.planning.simulation import Activity, Lane, Span, Timeline
 from mhc_lightning.plotting.theme import FAINT, INK
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ class _Look(NamedTuple):
 
 
 _LOOKS = {
-    Work.FORWARD: _Look("forward", "#4a9ab8", "#1f6f8b"),
-    Work.BACKWARD: _Look("backward", "#d1495b", "#9e2b3c"),
-    Work.BACKWARD_INPUT: _Look("backward, inputs", "#e98a95", "#d96575"),
-    Work.BACKWARD_WEIGHT: _Look("backward, weights", "#f2c14e", "#dba21f", INK),
-    Work.REPLAY: _Look("replay", "#5aa469", "#3c7d4a"),
-    Work.SEND: _Look("communication", "#4b4b5c", "#4b4b5c"),
-    Work.MERGE: _Look("merges, high priority", "#9a6fb0", "#9a6fb0"),
+    Activity.FORWARD: _Look("forward", "#4a9ab8", "#1f6f8b"),
+    Activity.BACKWARD: _Look("backward", "#d1495b", "#9e2b3c"),
+    Activity.BACKWARD_INPUT: _Look("backward, inputs", "#e98a95", "#d96575"),
+    Activity.BACKWARD_WEIGHT: _Look("backward, weights", "#f2c14e", "#dba21f", INK),
+    Activity.REPLAY: _Look("replay", "#5aa469", "#3c7d4a"),
+    Activity.SEND: _Look("communication", "#4b4b5c", "#4b4b5c"),
+    Activity.MERGE: _Look("merges, high priority", "#9a6fb0", "#9a6fb0"),
 }
 # Of a device's row, from its top: where a lane begins, and its height.
 _LANES = {
@@ -67,7 +67,7 @@ def draw_timelines(name: str, forecast: PipelineForecast, file: str) -> None:
     FigureCanvasAgg(figure)
     unit, scale = ("s", 1.0) if lines[0].seconds >= 1 else ("ms", 1e3)
     until = max(line.seconds for line in lines) * scale
-    used: set[Work] = set()
+    used: set[Activity] = set()
     for number, (line, about) in enumerate(
         zip(lines, ("nothing overlapped", "communication and replay overlapped"), strict=True)
     ):
@@ -166,7 +166,7 @@ def _devices(
 def _number(axes: "Axes", span: Span, middle: float, inches: float, ink: str) -> None:
     """A micro-batch's number, where there is room."""
     text = str(span.action.micro_batch)
-    if span.lane is not Lane.COMPUTE or span.work is Work.REPLAY:  # too thin, too many
+    if span.lane is not Lane.COMPUTE or span.work is Activity.REPLAY:  # too thin, too many
         return
     if inches < (0.65 * len(text) + 0.3) * _POINTS / 72:
         return
