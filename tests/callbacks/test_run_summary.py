@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mhc_lightning.callbacks import AmaxGain, RunSummary, Throughput
 from mhc_lightning.formatting import format_gain
+from mhc_lightning.loggers import MetricsCSV
 
 
 def table(text: str) -> dict[str, str]:
@@ -39,6 +40,15 @@ def test_says_what_the_run_came_to(
     assert rows["logs"] == f"{tmp_path / 'tb'}, {tmp_path / 'csv'}"
     assert rows["checkpoints"] == str(tmp_path / "checkpoints")
     assert "#custom_scalars" in rows["watch"]
+
+
+def test_a_run_without_tensorboard_is_not_sent_there(
+    foreign: Any, fit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(foreign.Module(), RunSummary(), max_steps=2, logger=MetricsCSV(tmp_path))
+    rows = table(capsys.readouterr().out)
+    assert rows["logs"] == str(tmp_path)
+    assert "watch" not in rows
 
 
 def test_a_resumed_run_says_so(

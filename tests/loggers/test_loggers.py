@@ -4,10 +4,13 @@ import os
 import resource
 import signal
 from contextlib import contextmanager
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from mhc_lightning.loggers import MetricsCSV, TensorBoard, metrics_csv
 
@@ -167,3 +170,24 @@ def test_a_flipped_byte_does_not_keep_a_run_from_going_on(tmp_path):
     logger.log_metrics({"loss": 4.0}, 3)
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
     assert rows(tmp_path)[0]["loss"] == "2.0" and float(rows(tmp_path)[2]["loss"]) == 4.0
+
+
+def test_lightnings_checkpoints_lie_beside_the_table(tmp_path):
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    trainer = pl.Trainer(
+        max_steps=1, accelerator="cpu", devices=1, logger=MetricsCSV(tmp_path),
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    data: Any = torch.ones(2, 2)
+    trainer.fit(Module(), DataLoader(data))
+    assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [".ckpt"]

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from mhc_lightning.callbacks.amax_gain import AmaxGain
 from mhc_lightning.callbacks.throughput import Throughput
 from mhc_lightning.formatting import format_duration, format_gain
+from mhc_lightning.loggers.trainer_loggers import is_tensorboard
 
 
 class RunSummary(pl.Callback):
@@ -85,15 +86,18 @@ def _token_rows(callback: Throughput) -> list[tuple[str, str]]:
 def _file_rows(trainer: pl.Trainer) -> list[tuple[str, str]]:
     rows = []
     folders: list[str] = []
+    events: list[str] = []
     for logger in trainer.loggers:
         folder: Any = getattr(logger, "log_dir", None) or logger.save_dir
         if folder and str(Path(folder)) not in folders:
             folders.append(str(Path(folder)))
+        if folder and is_tensorboard(logger):
+            events.append(str(Path(folder)))
     if folders:
         rows.append(("logs", ", ".join(folders)))
     checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
     if checkpoints and Path(checkpoints).is_dir():
         rows.append(("checkpoints", str(checkpoints)))
-    if folders:
-        rows.append(("watch", f"tensorboard --logdir {folders[0]}  (page /#custom_scalars)"))
+    if events:
+        rows.append(("watch", f"tensorboard --logdir {events[0]}  (page /#custom_scalars)"))
     return rows

@@ -1,7 +1,8 @@
 """Lays out TensorBoard's Custom Scalars page as a stability dashboard."""
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
+
+from mhc_lightning.loggers.trainer_loggers import is_tensorboard
 
 
 def _chart(*tags: str) -> list[object]:
@@ -48,5 +49,5 @@ class StabilityDashboard(pl.Callback):
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if is_tensorboard(logger):
                 logger.experiment.add_custom_scalars(LAYOUT)

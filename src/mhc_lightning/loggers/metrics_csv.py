@@ -42,8 +42,8 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the table."""
-        return self.path.name
+        """Empty: what Lightning keeps by a logger's name, such as checkpoints, is in its folder."""
+        return ""
 
     @property
     def version(self) -> str:

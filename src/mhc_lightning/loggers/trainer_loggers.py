@@ -1,10 +1,11 @@
 """Hands numbers and images to whatever loggers a trainer has, against optimizer steps."""
 
 from collections.abc import Iterable, Mapping
+from typing import TypeGuard
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 
 def log_scalars(
@@ -41,7 +42,7 @@ def log_image(trainer: pl.Trainer, tag: str, image: np.ndarray, step: int) -> No
     TensorBoard's does, and so does any logger with a ``log_image(key, images, step)`` method.
     """
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        if is_tensorboard(logger):
             logger.experiment.add_image(tag, image, step, dataformats="HWC")
         elif hasattr(logger, "log_image"):
             logger.log_image(key=tag, images=[image], step=step)
@@ -50,6 +51,10 @@ def log_image(trainer: pl.Trainer, tag: str, image: np.ndarray, step: int) -> No
 def takes_images(trainer: pl.Trainer) -> bool:
     """Whether drawing is worth the time: on rank zero, with a logger that takes images."""
     return trainer.is_global_zero and any(
-        isinstance(logger, TensorBoardLogger) or hasattr(logger, "log_image")
-        for logger in trainer.loggers
+        is_tensorboard(logger) or hasattr(logger, "log_image") for logger in trainer.loggers
     )
+
+
+def is_tensorboard(logger: Logger) -> TypeGuard[TensorBoardLogger]:
+    """True for Lightning's TensorBoard logger, that of the namespace `pytorch_lightning` too."""
+    return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)
