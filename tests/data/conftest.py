@@ -44,7 +44,7 @@ def prepared(prepared_path: Path) -> PreparedData:
 
 @pytest.fixture
 def earlier_record(prepared: PreparedData) -> dict[str, Any]:
-    """The content of a ``prepared.json`` as versions without checksums of it wrote it."""
+    """The content of a `prepared.json` as versions without checksums of it wrote it."""
     record: dict[str, Any] = json.loads(prepared.record.to_json())
     for key in ("checksum", "files", "forms"):
         del record[key]

@@ -1,3 +1,5 @@
+"""Loaders read the stream from the current position, and end their workers."""
+
 import os
 import shutil
 import signal
@@ -5,6 +7,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,42 +16,41 @@ from torch import Tensor
 
 from mhc_lightning.data import PreparedData
 from mhc_lightning.data.batch_loader import BatchLoader, TrainingLoader
+from mhc_lightning.data.resume import StreamPosition
 from mhc_lightning.data.training_sequences import TrainingSequences
 from mhc_lightning.errors import UserError
 
 
-class Owner:
-    """Stands for the data module."""
+def at_step(step: int) -> Any:
+    """As much of a trainer as the position of the stream needs."""
+    return SimpleNamespace(global_step=step)
 
-    def __init__(self, start: int) -> None:
-        self.start = start
-        self.announced: list[int] = []
-        self.state: dict[str, int] = {}
 
-    def state_dict(self) -> dict[str, int]:
-        return {"start": self.start}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.state = state_dict
-
-    def begin(self) -> int:
-        return self.start
-
-    def announce(self, position: int) -> None:
-        self.announced.append(position)
+def stream_of(prepared: PreparedData) -> TrainingSequences:
+    return TrainingSequences([prepared], [1.0], 64, seed=0, window=3)
 
 
 def training(
-    prepared: PreparedData, owner: Owner, rank: int = 0, world_size: int = 1, workers: int = 0
+    prepared: PreparedData, trainer: Any, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> TrainingLoader:
-    stream = TrainingSequences([prepared], [1.0], 64, seed=0, window=3)
-    sizes = {"micro_batch_size": 3, "rank": rank, "world_size": world_size}
-    return TrainingLoader(owner, stream, 5, num_workers=workers, pin_memory=False, **sizes)
+    """A loader of micro-batches of 3; a step of the trainer consumes one sequence."""
+    return TrainingLoader(
+        stream_of(prepared),
+        5,
+        position=StreamPosition(1),
+        trainer=trainer,
+        accumulation=1,
+        micro_batch_size=3,
+        rank=rank,
+        world_size=world_size,
+        num_workers=workers,
+        pin_memory=False,
+    )
 
 
 def test_ranks_together_read_the_stream(prepared: PreparedData) -> None:
-    stream = TrainingSequences([prepared], [1.0], 64, seed=0, window=3)
-    loaders = [training(prepared, Owner(7), rank, 2, workers=rank) for rank in range(2)]
+    stream = stream_of(prepared)
+    loaders = [training(prepared, at_step(7), rank, 2, workers=rank) for rank in range(2)]
     rounds = [torch.cat(batches) for batches in zip(*loaders, strict=True)]
     assert len(rounds) == 5 == len(loaders[0])
     assert torch.equal(torch.cat(rounds), stream.__getitems__(range(7, 7 + 5 * 6)))
@@ -55,38 +58,36 @@ def test_ranks_together_read_the_stream(prepared: PreparedData) -> None:
 
 
 def test_the_start_is_asked_for_with_the_first_batch(prepared: PreparedData) -> None:
-    owner = Owner(0)
-    iterator = iter(training(prepared, owner))
-    owner.start = 12
-    stream = TrainingSequences([prepared], [1.0], 64, seed=0, window=3)
+    trainer = at_step(0)
+    iterator = iter(training(prepared, trainer))
+    trainer.global_step = 12
+    stream = stream_of(prepared)
     assert torch.equal(next(iterator), stream.__getitems__([12, 13, 14]))
-    next(iterator)
-    assert owner.announced == [12, 15]
+    assert torch.equal(next(iterator), stream.__getitems__([15, 16, 17]))
 
 
 def test_a_second_pass_over_living_workers_starts_anew(prepared: PreparedData) -> None:
-    owner = Owner(0)
-    loader = training(prepared, owner, workers=2)
+    trainer = at_step(0)
+    loader = training(prepared, trainer, workers=2)
     first = next(iter(loader))
-    owner.start = 3
+    trainer.global_step = 3
     second = next(iter(loader))
-    owner.start = 0
+    trainer.global_step = 0
     assert torch.equal(torch.stack(list(loader))[:2], torch.stack([first, second]))
     loader.close()
 
 
-def test_state_is_the_owners(prepared: PreparedData) -> None:
-    owner = Owner(4)
-    loader = training(prepared, owner)
-    assert loader.state_dict() == {"start": 4}
-    loader.load_state_dict({"start": 9})
-    assert owner.state == {"start": 9}
+def test_the_state_is_the_position(prepared: PreparedData) -> None:
+    loader = training(prepared, at_step(4))
+    assert loader.state_dict() == {"steps": 4, "sequences": 4}
+    loader.load_state_dict({"steps": 1, "sequences": 9})
+    assert loader.state_dict() == {"steps": 4, "sequences": 12}
 
 
 def test_reading_leaves_the_models_random_numbers_alone(prepared: PreparedData) -> None:
     before = torch.get_rng_state()
     for workers in (0, 1):
-        loader = training(prepared, Owner(0), workers=workers)
+        loader = training(prepared, at_step(0), workers=workers)
         list(loader)
         loader.close()
     validation = BatchLoader(TrainingSequences([prepared], [1.0], 64, 0, 3), [[0, 1], [2, 3]], 2)
@@ -101,7 +102,7 @@ def worker_pids(loader: BatchLoader) -> list[int]:
 def test_workers_outlive_a_signal_to_the_group_and_end_with_the_loader(
     prepared: PreparedData,
 ) -> None:
-    loader = training(prepared, Owner(0), workers=2)
+    loader = training(prepared, at_step(0), workers=2)
     iterator = iter(loader)
     batches: list[Tensor] = [next(iterator), next(iterator)]  # one of each worker
     pids = worker_pids(loader)
@@ -117,23 +118,17 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_loader(
 
 def test_a_program_that_forgets_its_loader_ends(prepared_path: Path) -> None:
     script = f"""
-from mhc_lightning.data.batch_loader import TrainingLoader
-from mhc_lightning.data.prepared_data import PreparedData
-from mhc_lightning.data.training_sequences import TrainingSequences
-from mhc_lightning.errors import UserError
-class Owner:
-    begin = lambda self: 0
-    announce = lambda self, position: None
-stream = TrainingSequences([PreparedData({str(prepared_path)!r})], [1.0], 64, 0, 3)
-sizes = dict(micro_batch_size=2, rank=0, world_size=1, num_workers=2, pin_memory=False)
-loader = TrainingLoader(Owner(), stream, 10**6, **sizes)
-iterator = iter(loader)
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from mhc_lightning.data import PreparedData
+from test_batch_loader import at_step, training
+iterator = iter(training(PreparedData({str(prepared_path)!r}), at_step(0), workers=2))
 print(tuple(next(iterator).shape))
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stdout == "(2, 65)\n"
+    assert done.stdout == "(3, 65)\n"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

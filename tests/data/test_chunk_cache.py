@@ -1,3 +1,5 @@
+"""Chunks of a URL are fetched when needed, checked, and deleted for room."""
+
 import os
 import pickle
 import shutil

@@ -1,3 +1,5 @@
+"""A chunk file gives its tokens, or an error that names it."""
+
 import os
 from pathlib import Path
 from typing import Any
@@ -5,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mhc_lightning import checksums
 from mhc_lightning.data.chunk_file import Chunk, ChunkFile
 from mhc_lightning.errors import UserError
+from mhc_lightning.files import checksums
 from mhc_lightning.files.checksums import file_sha256, file_xxh3
 
 TOKENS = np.arange(200_000, dtype=np.uint16)
@@ -43,7 +45,7 @@ def digests(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def opened(path: Path, chunk: Chunk) -> ChunkFile:
-    return ChunkFile(path, chunk, TOKENS.dtype, str(path), "mend it")
+    return ChunkFile(path, chunk, TOKENS.dtype, str(path), "fix it")
 
 
 def change(path: Path, position: int) -> None:
@@ -81,7 +83,7 @@ def test_reads_go_on_where_one_call_gives_less(
 @pytest.mark.parametrize("position", [0, 4, 150_001, 400_003])
 def test_a_changed_byte_anywhere_is_found(path: Path, chunk: Chunk, position: int) -> None:
     change(path, position)
-    with pytest.raises(UserError, match=r"chunk\.bin is damaged \(checksum\); mend it"):
+    with pytest.raises(UserError, match=r"chunk\.bin is damaged \(checksum\); fix it"):
         opened(path, chunk)
 
 
@@ -107,9 +109,9 @@ def test_a_file_is_read_once_and_again_when_it_changed(
 def test_a_file_cut_short_while_it_is_open_is_named(path: Path, chunk: Chunk) -> None:
     file = opened(path, chunk)
     os.truncate(path, 100)
-    with pytest.raises(UserError, match="was cut short; mend it"):
+    with pytest.raises(UserError, match="was cut short; fix it"):
         file.read(150_000, 9)
-    with pytest.raises(UserError, match=r"has 100 bytes, not 400004; mend it"):
+    with pytest.raises(UserError, match=r"has 100 bytes, not 400004; fix it"):
         file.check_again()
 
 
@@ -134,11 +136,11 @@ def test_what_is_no_readable_file_is_named(
     file = opened(path, chunk)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", refuse)
-        with pytest.raises(UserError, match="cannot be read: Permission denied; mend it"):
+        with pytest.raises(UserError, match="cannot be read: Permission denied; fix it"):
             file.read(0, 9)
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
-        with pytest.raises(UserError, match="cannot be read: Permission denied; mend it"):
+        with pytest.raises(UserError, match="cannot be read: Permission denied; fix it"):
             opened(path, chunk)
     path.unlink()
     with pytest.raises(FileNotFoundError):
@@ -148,5 +150,5 @@ def test_what_is_no_readable_file_is_named(
         opened(path, chunk)
     path.unlink()
     path.mkdir()
-    with pytest.raises(UserError, match="mend it"):
+    with pytest.raises(UserError, match="fix it"):
         opened(path, chunk)

@@ -1,4 +1,4 @@
-"""What files are taken for, over the forms in which texts are kept."""
+"""The format of a file is detected from its name and first bytes, or refused."""
 
 import bz2
 import csv
@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from mhc_lightning.data.file_formats import form_of
-from mhc_lightning.data.input_files import find_text_files
-from mhc_lightning.data.work_units import Skipped, plan_units
+from mhc_lightning.data.documents import Skipped
+from mhc_lightning.data.file_formats import detect_format
+from mhc_lightning.data.input_files import find_input_files
+from mhc_lightning.data.work_units import plan_units
 from mhc_lightning.errors import UserError
 
 TEXTS = [
@@ -121,7 +122,7 @@ def write(folder: Path, name: str, data: bytes) -> Path:
 
 def documents(path: Path) -> list[bytes]:
     skipped = Skipped()
-    units = plan_units(find_text_files([path]), 10**6, 0.0)
+    units = plan_units(find_input_files([path]), 10**6, 0.0)
     return [document.data for unit in units for document in unit.documents("text", 0.0, skipped)]
 
 
@@ -131,10 +132,10 @@ def test_other_forms_are_refused_by_name(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, name, data() if callable(data) else data)
     for given in (path, tmp_path):
         with pytest.raises(UserError) as caught:
-            find_text_files([given])
+            find_input_files([given])
         assert f"{path} looks like {form}" in str(caught.value)
-    (file,) = find_text_files([path], as_text=["*"])
-    assert file.form == "plain text"
+    (file,) = find_input_files([path], as_text=["*"])
+    assert file.format == "plain text"
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
@@ -165,7 +166,7 @@ def test_one_long_line_of_json_is_a_line(tmp_path: Path) -> None:
         "dictionary.py": "{'text': 1}\n{'text': 2}\n",
         "a.c": "#include <stdio.h>\nint main(void) { return 0; }\n",
         "braces.txt": "{}\n{}\n",
-        "a.md": "[link](x)\n\n* {not} json\n```\n{}\n```\n",
+        "a.md": "[link](x)\n\n* {not} json\n``\n{}\n``\n",
         "a.log": "[2024-01-01 00:00:00] INFO started\n\x1b[31mred\x1b[0m\n" * 9,
         "a.ini": "[section]\nkey = value\n",
         "a.xml": '<?xml version="1.0"?><a>b</a>',
@@ -183,7 +184,7 @@ def test_one_long_line_of_json_is_a_line(tmp_path: Path) -> None:
 )
 def test_plain_text_is_taken_as_it_is(tmp_path: Path, name: str, text: str) -> None:
     path = write(tmp_path, name, text.encode())
-    assert find_text_files([path])[0].form == "plain text"
+    assert find_input_files([path])[0].format == "plain text"
     assert documents(path) == ([text.encode()] if text else [])
 
 
@@ -195,20 +196,21 @@ def test_texts_in_other_encodings_are_no_binaries() -> None:
         ("gb18030", "这是一个句子。" * 99),
         ("koi8-r", "Мама мыла раму. " * 99),
     ):
-        assert form_of("a.txt", text.encode(encoding), True, "text").name == "plain text", encoding
+        detected = detect_format("a.txt", text.encode(encoding), True, "text")
+        assert detected.name == "plain text", encoding
 
 
 def test_compressed_and_random_bytes_are_binary() -> None:
     generator = random.Random(0)
     for size in (400, 1000, 65_536):
-        assert form_of("a", generator.randbytes(size), True, "text").name == "binary"
+        assert detect_format("a", generator.randbytes(size), True, "text").name == "binary"
     strings = b"a docstring of some length in a compiled module, " * 20 + b"\xe3\0\0\0"
-    assert form_of("a.pyc", strings, True, "text").name == "binary"
-    assert form_of("a.so", b"ELF\0\0abc", True, "text").name == "binary"
+    assert detect_format("a.pyc", strings, True, "text").name == "binary"
+    assert detect_format("a.so", b"ELF\0\0abc", True, "text").name == "binary"
 
 
 def test_the_form_follows_from_the_beginning_alone() -> None:
     line = json.dumps({"text": "x" * 900}).encode() + b"\n"
-    assert form_of("a.json", (line * 100)[: 1 << 16], False, "text").name == "JSON Lines"
-    assert form_of("a.txt", line + b'{"text": "cut o', False, "text").name == "plain text"
-    assert form_of("a.txt", line * 2 + b'{"text": "cut o', False, "text").name == "JSON Lines"
+    assert detect_format("a.json", (line * 100)[: 1 << 16], False, "text").name == "JSON Lines"
+    assert detect_format("a.txt", line + b'{"text": "cut o', False, "text").name == "plain text"
+    assert detect_format("a.txt", line * 2 + b'{"text": "cut o', False, "text").name == "JSON Lines"

@@ -1,3 +1,5 @@
+"""Rows of a Hugging Face dataset as documents."""
+
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +13,7 @@ from mhc_lightning.errors import UserError
 
 
 class Rows:
-    """Behaves like ``datasets.Dataset`` where it is used."""
+    """Behaves like `datasets.Dataset` where it is used."""
 
     def __init__(self, **columns: list[Any]) -> None:
         self.columns = columns
@@ -29,7 +31,7 @@ TEXTS = [f"row {number} é" * 30 for number in range(150)]
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str]]:
-    """A ``datasets`` library that knows two data sets, and what it was asked for."""
+    """A `datasets` library that knows two data sets, and what it was asked for."""
     calls = []
 
     def load_dataset(name: str, configuration: str | None, *, split: str) -> Rows:

@@ -1,3 +1,5 @@
+"""`prepare` keeps every document once, and no interruption leaves half a folder."""
+
 import gzip
 import hashlib
 import json
@@ -13,7 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mhc_lightning.data import ByteTokenizer, JsonTokenizer, PreparedData, prepare, shard
+from mhc_lightning.data import (
+    ByteTokenizer,
+    JsonTokenizer,
+    PreparedData,
+    prepare,
+    unit_tokenization,
+)
 from mhc_lightning.data.prepared_record import SPLITS
 from mhc_lightning.errors import UserError
 
@@ -155,7 +163,7 @@ def test_a_folder_of_something_else_is_never_replaced(texts: Path, tmp_path: Pat
 def test_an_interrupted_run_is_taken_up_where_it_stopped(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(unit_tokenization, "_BATCH_BYTES", 1)
     prepare(texts, tmp_path / "whole", **SMALL)
     output = tmp_path / "out"
     encoded: list[bytes] = []
@@ -189,7 +197,7 @@ def test_a_damaged_unit_of_an_interrupted_run_is_done_again(
 
     whole = prepare(texts, tmp_path / "whole", num_workers=1, **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr("mhc_lightning.data.preparation.assemble", stop)
+        patch.setattr("mhc_lightning.data.preparation.write_prepared", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(texts, tmp_path / "out", num_workers=1, **SMALL)
     found = sorted((tmp_path / ".out.preparing/units").glob(f"*/{name}"))

@@ -1,3 +1,5 @@
+"""A prepared folder is checked when it is opened."""
+
 import json
 import math
 import shutil

@@ -1,3 +1,5 @@
+"""Damage to `prepared.json` is noticed."""
+
 import json
 from collections.abc import Callable
 from typing import Any
@@ -5,13 +7,13 @@ from typing import Any
 import pytest
 
 from mhc_lightning.data import PreparedData
-from mhc_lightning.data.prepared_record import Record
+from mhc_lightning.data.prepared_record import PreparedRecord
 
 
 def test_a_record_is_read_as_it_was_written(prepared: PreparedData) -> None:
-    assert Record.from_json(prepared.record.to_json()) == prepared.record
+    assert PreparedRecord.from_json(prepared.record.to_json()) == prepared.record
     reordered = json.dumps(json.loads(prepared.record.to_json()), sort_keys=True)
-    assert Record.from_json(reordered) == prepared.record
+    assert PreparedRecord.from_json(reordered) == prepared.record
 
 
 def test_no_flipped_bit_goes_unnoticed(prepared: PreparedData) -> None:
@@ -20,7 +22,7 @@ def test_no_flipped_bit_goes_unnoticed(prepared: PreparedData) -> None:
         data = bytearray(text)
         data[position] ^= 1 << position % 7
         try:
-            found = Record.from_json(bytes(data))
+            found = PreparedRecord.from_json(bytes(data))
         except ValueError:
             continue
         assert found == prepared.record, data[position - 20 : position + 20]  # white space
@@ -46,7 +48,7 @@ def test_no_flipped_bit_goes_unnoticed(prepared: PreparedData) -> None:
 def test_a_record_without_a_checksum_may_not_contradict_itself(
     earlier_record: dict[str, Any], change: Callable[[dict[str, Any]], None]
 ) -> None:
-    Record.from_json(json.dumps(earlier_record))
+    PreparedRecord.from_json(json.dumps(earlier_record))
     change(earlier_record)
     with pytest.raises(ValueError, match="it is damaged: "):
-        Record.from_json(json.dumps(earlier_record))
+        PreparedRecord.from_json(json.dumps(earlier_record))

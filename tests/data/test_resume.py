@@ -211,7 +211,7 @@ def test_another_batch_size_neither_repeats_nor_skips(
     first = 5 * BATCH
     assert len(seen) == 4 * batch
     assert torch.equal(seen, data.training_sequences.__getitems__(range(first, first + len(seen))))
-    assert data._base == (5, first)
+    assert data.consumed_sequences == first + len(seen)
 
 
 def test_a_second_resume_remembers_the_first_batch_size(

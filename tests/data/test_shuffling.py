@@ -1,3 +1,5 @@
+"""The order of training is a pure function of seed, epoch and position."""
+
 import pickle
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The values of `data.path`."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""Batches, their division among ranks, and the refusals of the data module."""
+
 import math
 import warnings
 from pathlib import Path

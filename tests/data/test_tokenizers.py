@@ -1,3 +1,5 @@
+"""Tokenizers give text back, and no document forges an end."""
+
 import json
 import pickle
 import re
@@ -118,7 +120,7 @@ def test_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 
 
 def write_tokenizer(folder: Path, model: Any, added: dict[str, bool] | None = None) -> Path:
-    """A ``tokenizer.json`` of a model; `added` tokens are special or not."""
+    """A `tokenizer.json` of a model; `added` tokens are special or not."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()

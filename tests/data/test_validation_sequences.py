@@ -1,7 +1,64 @@
+"""Validation sees a fixed choice of held-out sequences, each once, on any number of ranks."""
+
+import numpy as np
 import pytest
+import torch
 
 from mhc_lightning.data import PreparedData
-from mhc_lightning.data.validation_sequences import validation_batches, validation_counts
+from mhc_lightning.data.chunk_file import Chunk
+from mhc_lightning.data.validation_sequences import (
+    ValidationSequences,
+    held_out_sequences_in,
+    validation_batches,
+    validation_counts,
+)
+
+LENGTH = 64
+
+
+def test_validation_is_evenly_spaced_and_fixed(prepared: PreparedData) -> None:
+    everything = sorted(
+        np.asarray(tokens[start : start + LENGTH + 1]).astype(np.int64).tobytes()
+        for tokens in map(prepared.tokens, prepared.chunks("validation"))
+        for start in range(0, len(tokens) - LENGTH, LENGTH)
+    )
+    whole = ValidationSequences([prepared], [len(everything)], LENGTH)
+    rows = whole.__getitems__(range(len(whole)))
+    assert sorted(row.numpy().tobytes() for row in rows) == everything
+    few = ValidationSequences([prepared], [5], LENGTH)
+    assert len(few) == 5
+    for index in range(5):
+        assert torch.equal(few[index], rows[index * len(everything) // 5])
+    assert few.num_tokens == [5 * LENGTH]
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 100, 10**5])
+def test_all_held_out_tokens_but_a_chunks_first_are_predicted_once(
+    prepared: PreparedData, length: int
+) -> None:
+    chunks = prepared.chunks("validation")
+    count = sum(held_out_sequences_in(chunk, length) for chunk in chunks)
+    every = ValidationSequences([prepared], [count], length)
+    rows = every.__getitems__(range(count))
+    held = [np.asarray(prepared.tokens(chunk)) for chunk in chunks]
+    targets = rows[:, 1:]
+    assert np.array_equal(targets[targets != -100], np.concatenate([c[1:] for c in held]))
+    assert every.num_tokens == [int((targets != -100).sum())]
+    inputs = rows[:, :-1][targets != -100]
+    assert np.array_equal(inputs, np.concatenate([c[:-1] for c in held]))
+    padding = every.__getitems__([count, count + 7])
+    assert padding.shape == (2, length + 1) and (padding == -100).all()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 64, 65, 66])
+def test_short_chunks(prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    chunk = Chunk("", tokens, 0, 0, "")
+    monkeypatch.setitem(prepared.record.chunks, "validation", [chunk])
+    sizes = [k for k in (min(LENGTH, tokens - 1), tokens - 65) if k > 0]
+    assert held_out_sequences_in(chunk, LENGTH) == len(sizes)
+    for count in range(len(sizes) + 1):
+        chosen = ValidationSequences([prepared], [count], LENGTH)
+        assert chosen.num_tokens == [sum(sizes[:count])]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

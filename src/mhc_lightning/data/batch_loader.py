@@ -1,6 +1,7 @@
-"""The loaders that Lightning gets: batches by position, from worker processes.
+"""The loaders of training and validation: batches by position, read in worker processes.
 
-They are plain iterables and no ``DataLoader``, because Lightning would replace the sampler of one.
+They are plain iterables and no `DataLoader`, because Lightning would replace its sampler. litdata's
+`StreamingDataLoader` resumes too, but its order depends on the number of ranks and workers.
 """
 
 import atexit
@@ -10,23 +11,26 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, Protocol
+from itertools import count, islice
+from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mhc_lightning.data.resume import StreamPosition
+from mhc_lightning.data.training_sequences import TrainingSequences
 from mhc_lightning.errors import UserError
 
 _BATCHES_AHEAD = 4
 _GRACE_SECONDS = 300.0
 
 
-class _Guarded(Dataset[Any]):
-    """A dataset that hands a mistake of the user's over in place of the batch.
+class _ErrorsAsBatches(Dataset[Any]):
+    """A dataset that returns a `UserError` in place of the batch.
 
-    Raised in a worker, it would arrive wrapped in the worker's traceback.
+    An error raised in a worker would arrive wrapped in the worker's traceback.
     """
 
     def __init__(self, dataset: Dataset[Tensor]) -> None:
@@ -41,23 +45,23 @@ class _Guarded(Dataset[Any]):
 
 
 def _take_batch(batch: Any) -> Any:
-    """Datasets here give whole batches; there is nothing to collate."""
+    """The datasets return whole batches: there is nothing to collate."""
     return batch
 
 
 def _start_worker(worker: int) -> None:
-    """Outlive a SIGTERM or Ctrl-C to the whole process group.
+    """Let a worker survive a SIGTERM or Ctrl-C to the whole process group.
 
-    The main process still needs batches to reach the end of its step, and closes the loader when
-    it is done. Should it not, the worker goes after some minutes.
+    The main process still needs batches to reach the end of its step, and then closes the loader.
+    If it does not, the worker exits after some minutes.
     """
 
-    def leave_later(signal_number: int, frame: Any) -> None:
+    def exit_later(signal_number: int, frame: Any) -> None:
         timer = threading.Timer(_GRACE_SECONDS, os._exit, (0,))
         timer.daemon = True
         timer.start()
 
-    signal.signal(signal.SIGTERM, leave_later)
+    signal.signal(signal.SIGTERM, exit_later)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -73,11 +77,11 @@ class BatchLoader:
     """Batches of a dataset, in a given order.
 
     Args:
-        dataset: Gives a batch [B, S+1] for a list of B positions (``__getitems__``).
-        batches: The positions of each batch, of this rank only.
+        dataset: Returns a batch [B, S+1] for a list of B positions (`__getitems__`).
+        batches: The positions of each batch of this rank.
         length: Number of batches.
         num_workers: Worker processes; 0 reads in the main process.
-        pin_memory: Whether batches go to pinned memory.
+        pin_memory: Copy batches to pinned memory.
     """
 
     def __init__(
@@ -90,16 +94,16 @@ class BatchLoader:
     ) -> None:
         self._length = length
         self._loader: DataLoader[Tensor | UserError] = DataLoader(
-            _Guarded(dataset),
-            batch_sampler=batches,  # type: ignore[arg-type]  # any iterable will do
+            _ErrorsAsBatches(dataset),
+            batch_sampler=batches,  # type: ignore[arg-type]  # any iterable works
             collate_fn=_take_batch,
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             prefetch_factor=_BATCHES_AHEAD if num_workers else None,
             worker_init_fn=_start_worker if num_workers else None,
-            # Its own: a loader that draws its seed from the global generator changes the
-            # model's random numbers when it starts at another moment.
+            # A generator of its own: drawing the seed from the global one would change the model's
+            # random numbers whenever the loader starts at another moment.
             generator=torch.Generator(),
         )
         # Before multiprocessing's own clean-up, which would wait for the workers' grace period.
@@ -123,18 +127,6 @@ class BatchLoader:
         self._loader._iterator = None
 
 
-class _Owner(Protocol):
-    """What a :class:`TrainingLoader` asks of its data module."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-    def begin(self) -> int: ...
-
-    def announce(self, position: int) -> None: ...
-
-
 class _RankBatches:
     """The endless positions of one rank's batches, from a start that is set before each pass."""
 
@@ -151,50 +143,54 @@ class _RankBatches:
 
 
 class TrainingLoader(BatchLoader):
-    """Training batches from wherever training is.
+    """Training batches from the current position of the stream.
 
-    The start is asked for when the first batch is: Lightning makes iterators before it has
-    restored the step that a checkpoint was written at. Having a length keeps it from fetching a
-    batch ahead; having a state keeps it from warning at resume.
+    The position is read when the first batch is requested: Lightning makes iterators before it
+    restores the step of a checkpoint. A length keeps Lightning from fetching a batch ahead; a state
+    keeps it from warning at resume.
 
     Args:
-        owner: The data module.
-        dataset: See :class:`BatchLoader`.
-        length: Number of batches in what Lightning calls an epoch.
+        dataset: The training stream.
+        length: Number of batches in an epoch of Lightning.
+        position: The position in the stream.
+        trainer: The trainer, whose optimizer steps give the position.
+        accumulation: Micro-batches per optimizer step.
         micro_batch_size: Sequences per batch.
         rank: Data-parallel rank.
         world_size: Number of data-parallel ranks.
-        num_workers: See :class:`BatchLoader`.
-        pin_memory: See :class:`BatchLoader`.
+        num_workers: See `BatchLoader`.
+        pin_memory: See `BatchLoader`.
     """
 
     def __init__(
         self,
-        owner: _Owner,
-        dataset: Dataset[Tensor],
+        dataset: TrainingSequences,
         length: int,
         *,
+        position: StreamPosition,
+        trainer: L.Trainer,
+        accumulation: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
         num_workers: int,
         pin_memory: bool,
     ) -> None:
-        self._owner = owner
+        self._stream, self._position = dataset, position
+        self._trainer, self._accumulation = trainer, accumulation
         self._batches = _RankBatches(micro_batch_size, rank, world_size)
         super().__init__(dataset, self._batches, length, num_workers, pin_memory)
 
     def __iter__(self) -> Iterator[Tensor]:
-        position = self._batches.start = self._owner.begin()
-        for batch in super().__iter__():
-            self._owner.announce(position)
+        start = self._batches.start = self._position.begin(self._trainer, self._accumulation)
+        for position, batch in zip(count(start, self._batches.stride), super().__iter__()):
+            self._stream.warn_of_repeats(position)
             yield batch
-            position += self._batches.stride
 
     def state_dict(self) -> dict[str, Any]:
-        """The data module's, which Lightning saves with the module too."""
-        return self._owner.state_dict()
+        """The position, which the data module's state holds too."""
+        return self._position.state_dict(self._trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hand the state to the data module, which may have it already."""
-        self._owner.load_state_dict(state_dict)
+        """Go on at a checkpoint's position."""
+        self._position.load_state_dict(state_dict)

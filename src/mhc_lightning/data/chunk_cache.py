@@ -1,8 +1,9 @@
-"""Chunks of an object store, fetched into a local folder when they are needed, or just before.
+"""A local cache of the chunk files of a prepared folder in an object store.
 
-litdata's downloaders do the transfer. Several processes share the folder: a lock per chunk makes
-one of them fetch it while the others wait, and a file that is thrown out while another process
-reads it stays readable there.
+litdata's downloaders transfer the files. Its own reader cannot serve here: it deletes chunks by
+count, and compares none with a checksum. Nor can fsspec's `filecache`, which has no limit in bytes
+and no lock between processes. Here several processes share the folder: a lock per chunk lets one of
+them fetch it while the others wait. A deleted file stays readable in processes that have it open.
 """
 
 import contextlib
@@ -12,11 +13,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.atomic import written_aside
 
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
 
@@ -25,7 +27,7 @@ _CACHE_VARIABLE = "MHC_LIGHTNING_CACHE"
 
 
 def is_url(path: str) -> bool:
-    """Whether a path names an object store rather than a local folder."""
+    """True if a path is the URL of an object store, False for a local folder."""
     return "://" in path or path.startswith("local:")
 
 
@@ -33,13 +35,13 @@ class ChunkCache:
     """Local copies of the files below a URL.
 
     Args:
-        url: ``s3://``, ``gs://``, ``azure://``, ``r2://``, ``hf://``, or ``local:`` and
-            ``file://`` for a mounted folder that is slow to read.
-        folder: Where the copies go; by default below ``$MHC_LIGHTNING_CACHE``, else
-            ``~/.cache/mhc_lightning``.
-        storage_options: Passed to the object store's client.
-        max_bytes: Above this the least recently used chunks are deleted; by default three quarters
-            of what is free on that disk now.
+        url: `s3://`, `gs://`, `azure://`, `r2://`, `hf://`, or `local:` and
+            `file://` for a mounted folder that is slow to read.
+        folder: Folder for the copies; by default below `$MHC_LIGHTNING_CACHE`, else
+            `~/.cache/mhc_lightning`.
+        storage_options: Options of the object store's client.
+        max_bytes: Largest size of the cache, beyond which the least recently used chunks are
+            deleted; by default three quarters of the free space on that disk.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class ChunkCache:
         return {**self.__dict__, "_process": None, "_downloader": None}
 
     def bind(self, content: str) -> Path:
-        """Choose the folder for data of this checksum, and return it."""
+        """Use the cache folder of data with this checksum, and return its path."""
         name = hashlib.sha256(f"{self.url}\n{content}".encode()).hexdigest()[:20]
         self.folder = self._root / name
         try:
@@ -80,7 +82,7 @@ class ChunkCache:
         """The content of a small file.
 
         Raises:
-            UserError: It is not there or cannot be fetched.
+            UserError: The file does not exist or cannot be fetched.
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / Path(name).name
@@ -88,26 +90,26 @@ class ChunkCache:
             return path.read_bytes()
 
     def keep_small(self, name: str) -> None:
-        """Put a small file beside the chunks."""
+        """Fetch a small file into the cache folder, unless it is there."""
         path = self.folder / name
         if not path.exists():
             content = self.fetch_small(name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _written_aside(path) as stream:
+            with written_aside(path) as stream:
                 stream.write(content)
 
     def fetch(self, name: str, size: int) -> None:
-        """Have a chunk in the folder.
+        """Fetch a chunk into the cache folder, unless it is there.
 
         Raises:
-            UserError: It is not there, cannot be fetched, or has another size.
+            UserError: The chunk does not exist, cannot be fetched, or has another size.
         """
         from filelock import FileLock
 
         path = self.folder / name
         if self._is_complete(path, size):
             with contextlib.suppress(FileNotFoundError):
-                # Used now, but unchanged: only what changed is compared with its checksum again.
+                # Mark it as used, not as changed: a changed file is compared with its checksum.
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,46 +119,48 @@ class ChunkCache:
             path.unlink(missing_ok=True)
             self._transfer(name, path, with_obstore=True)
         if not self._is_complete(path, size):
-            found = path.stat().st_size
+            actual = path.stat().st_size
             path.unlink()
             raise UserError(
-                f"chunk {self.url}/{name} has {found} bytes, not {size};"
+                f"chunk {self.url}/{name} has {actual} bytes, not {size};"
                 " copy the prepared folder to the object store again"
             )
 
     def discard(self, name: str) -> None:
-        """Throw a copy away, so that it is fetched anew."""
+        """Delete a copy, so that it is fetched again."""
         (self.folder / name).unlink(missing_ok=True)
 
-    def prefetch(self, wanted: Sequence[tuple[str, int]]) -> None:
+    def prefetch(self, chunks: Sequence[tuple[str, int]]) -> None:
         """Fetch chunks (name, size) in the background, after making room for them.
 
-        A failure shows when the chunk is read.
+        Errors are raised when the chunk is read.
         """
 
         def work() -> None:
-            self._make_room(wanted)
-            for name, size in wanted:
+            self._make_room(chunks)
+            for name, size in chunks:
                 with contextlib.suppress(UserError):
                     self.fetch(name, size)
 
         threading.Thread(target=work, name="prefetch-chunks", daemon=True).start()
 
-    def _make_room(self, wanted: Sequence[tuple[str, int]]) -> None:
-        used = []
+    def _make_room(self, chunks: Sequence[tuple[str, int]]) -> None:
+        """Delete the least recently used chunks, but none of those given, as far as necessary."""
+        cached = []
         for path in self.folder.glob("*/*.bin"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                used.append((status.st_atime, status.st_size, path))
-        kept = {name for name, _ in wanted}
-        missing = sum(size for name, size in wanted if not (self.folder / name).exists())
-        excess = sum(size for _, size, _ in used) + missing - (self.max_bytes or 0)
-        for _, size, path in sorted(used):
-            if excess > 0 and path.relative_to(self.folder).as_posix() not in kept:
+                cached.append((status.st_atime, status.st_size, path))
+        protected = {name for name, _ in chunks}
+        missing = sum(size for name, size in chunks if not (self.folder / name).exists())
+        excess = sum(size for _, size, _ in cached) + missing - (self.max_bytes or 0)
+        for _, size, path in sorted(cached):
+            if excess > 0 and path.relative_to(self.folder).as_posix() not in protected:
                 path.unlink(missing_ok=True)
                 excess -= size
 
     def _own_downloader(self) -> Any:
+        """The downloader of this process: forked processes must not share a client."""
         if self._process != os.getpid():
             from litdata.streaming.downloader import get_downloader
 
@@ -165,11 +169,11 @@ class ChunkCache:
         return self._downloader
 
     def _transfer(self, name: str, path: Path, with_obstore: bool) -> None:
-        """Download a file, trying again if that fails.
+        """Download a file, with up to two retries.
 
-        litdata's `download_file` uses obstore where it can, which is fast. But its threads in this
-        process would keep it from working in processes forked later, and it refuses stores without
-        TLS; the store's own client, behind `download_fileobj`, has neither trouble.
+        litdata's `download_file` uses obstore where it can, which is fast. But once its threads run
+        in this process, it does not work in processes forked later, and it refuses stores without
+        TLS. `download_fileobj` uses the store's own client, which has neither limitation.
         """
         from litdata.streaming.downloader import Downloader
 
@@ -177,13 +181,13 @@ class ChunkCache:
         for pause in (*_RETRY_SECONDS, None):
             try:
                 downloader = self._own_downloader()
-                plain = type(downloader).download_fileobj is not Downloader.download_fileobj
-                if plain and not with_obstore:
-                    with _written_aside(path) as stream:
+                has_client = type(downloader).download_fileobj is not Downloader.download_fileobj
+                if has_client and not with_obstore:
+                    with written_aside(path) as stream:
                         downloader.download_fileobj(url, stream)
                 else:
                     downloader.download_file(url, str(path))
-                if not path.exists():  # some of them keep silent about a missing file
+                if not path.exists():  # some downloaders do not report a missing file
                     raise FileNotFoundError(f"{url} does not exist")
                 return
             except Exception as error:
@@ -202,15 +206,3 @@ class ChunkCache:
             return path.stat().st_size == size
         except FileNotFoundError:
             return False
-
-
-@contextlib.contextmanager
-def _written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file that appears under its name only when all of it is written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""What a file holds, judged by its name and by how it begins.
+"""The format of an input file, detected from its name and its first bytes.
 
-Text has no signature, so that everything is text that does not look like something else: a table, a
-list of documents in JSON, a web archive, an archive, a compressed or a binary file. What could hold
-documents and cannot be read here is refused, because its keys, quotes and headers would be trained
-on; what is only binary, such as a picture in a folder of texts, is left out.
+Text has no signature, so a file is text unless it looks like something else: a table, a list of
+documents in JSON, a web archive, an archive, a compressed or a binary file. A format that may hold
+documents but is not read here is refused: its keys, quotes and headers would be trained on. A file
+that is only binary, such as a picture in a folder of texts, is left out.
 """
 
 import codecs
@@ -27,7 +27,7 @@ _DECOMPRESS = "decompress it, or compress it with gzip or zstd"
 _EXTRACT = "extract its text"
 _RENAME = "give its name the ending"
 
-# Format, how to mend, offset, and the bytes that are found there.
+# Name of the format, how to convert it, and the bytes that stand at an offset.
 _SIGNATURES = (
     ("Parquet", _TABLE, 0, b"PAR1\x15"),
     ("Arrow", _TABLE, 0, b"ARROW1\0\0"),
@@ -54,93 +54,95 @@ _SIGNATURES = (
 _TABLES = {".csv": "CSV", ".tsv": "TSV"}
 _WEB_ARCHIVE = re.compile(rb"WARC/\d\.\d\r?\n")
 _ARRAY_OF_OBJECTS = re.compile(rb'\s*\[\s*(?=\{\s*"(?:[^"\\\n]|\\.)*"\s*:)')
-_NO_TEXT = bytes({*range(32), 127} - {*b"\t\n\v\f\r\b\x1b"})  # tabs, ends of lines, terminals
-_MOST_NO_TEXT = 0.05  # of the bytes; in compressed data a tenth are such
+_CONTROL_BYTES = bytes({*range(32), 127} - {*b"\t\n\v\f\r\b\x1b"})  # no tabs, line ends, terminals
+_LARGEST_CONTROL_SHARE = 0.05  # of the bytes of a text; a tenth of compressed data are such
 
 
 @dataclass(frozen=True)
-class Form:
-    """What a file was taken for.
+class FileFormat:
+    """The format of a file.
 
     Attributes:
-        name: In words.
-        mending: What to do about a form that cannot be read; empty for the others.
+        name: The format in words.
+        conversion: How to convert a format that is not read here; empty for the others.
     """
 
     name: str
-    mending: str = ""
+    conversion: str = ""
 
 
-def form_of(name: str, sample: bytes, whole: bool, text_field: str) -> Form:
-    """What a file holds.
+def detect_format(name: str, sample: bytes, whole: bool, text_field: str) -> FileFormat:
+    """The format of a file.
 
     Args:
-        name: The file's; its ending counts, less that of a compression.
-        sample: How it begins, decompressed; :data:`SAMPLE_BYTES` or more.
-        whole: Whether that is all of it.
-        text_field: The key of the text in JSON Lines; without it lines of a file that has another
-            name are no documents.
+        name: Name of the file; its ending counts, without that of a compression.
+        sample: The first bytes, decompressed; `SAMPLE_BYTES` or more.
+        whole: True if `sample` is the whole file.
+        text_field: The key of the text in JSON Lines.
     """
     stem, suffix = os.path.splitext(stem_of(name).lower())
-    for form, mending, offset, signature in _SIGNATURES:
+    for format_name, conversion, offset, signature in _SIGNATURES:
         if sample.startswith(signature, offset):
-            return Form(form, mending)
+            return FileFormat(format_name, conversion)
     encoding = _wide_encoding(sample)
     if encoding:
-        return Form(f"{encoding} text", f"convert it with `iconv -f {encoding} -t UTF-8`")
+        return FileFormat(f"{encoding} text", f"convert it with `iconv -f {encoding} -t UTF-8`")
     if suffix in JSONL_SUFFIXES:
-        return Form(JSON_LINES)
+        return FileFormat(JSON_LINES)
     if _is_binary(sample):
-        return Form(BINARY)
+        return FileFormat(BINARY)
     text = sample.removeprefix(codecs.BOM_UTF8)
     if suffix in _TABLES and text.strip():
-        return Form(_TABLES[suffix], _TABLE)
+        return FileFormat(_TABLES[suffix], _TABLE)
     if _WEB_ARCHIVE.match(text):
-        return Form("WARC", _EXTRACT)
+        return FileFormat("WARC", _EXTRACT)
     named = suffix == ".json" or stem.endswith(JSONL_SUFFIXES)
     rows = _objects(text, whole)
     if len(rows) >= (1 if named else 2):
         if text_field in rows[0]:
-            return Form(JSON_LINES)
+            return FileFormat(JSON_LINES)
         keys = ", ".join(map(repr, list(rows[0])[:5]))
-        return Form(
+        return FileFormat(
             f"JSON Lines with the fields {keys} and no {text_field!r}", "name one with text_field=…"
         )
     if (named and text.lstrip()[:1] == b"[") or _begins_array(text, whole):
-        return Form("a JSON array", _TABLE)
+        return FileFormat("a JSON array", _TABLE)
     if named and text.lstrip()[:1] in (b"{", b'"'):
-        return Form("JSON that is not one object per line", _TABLE)
-    return Form(PLAIN_TEXT if len(text) == len(sample) else MARKED_TEXT)
+        return FileFormat("JSON that is not one object per line", _TABLE)
+    return FileFormat(PLAIN_TEXT if len(text) == len(sample) else MARKED_TEXT)
 
 
 def stem_of(name: str) -> str:
-    """A name without the ending of a compression."""
+    """A file name without the ending of a compression."""
     return name[: len(name) - len(compression_of(name))]
 
 
 def compression_of(name: str) -> str:
-    """``.gz``, ``.zst`` or nothing."""
+    """`.gz`, `.zst` or an empty string, by the file name."""
     suffix = os.path.splitext(name)[1].lower()
     return suffix if suffix in COMPRESSED else ""
 
 
-def form_by_name(name: str) -> str:
-    """The form that a file's name alone lets expect."""
+def format_by_name(name: str) -> str:
+    """The format that the name of a file alone suggests."""
     return JSON_LINES if stem_of(name).lower().endswith(JSONL_SUFFIXES) else PLAIN_TEXT
 
 
 def _is_binary(sample: bytes) -> bool:
-    """Whether bytes are no text; one in UTF-8 may have a few NULs, one in another encoding none."""
-    no_text = len(sample) - len(sample.translate(None, _NO_TEXT))
-    if no_text > _MOST_NO_TEXT * len(sample):
+    """True if bytes are no text. UTF-8 may hold a few NULs, text in another encoding none."""
+    control = len(sample) - len(sample.translate(None, _CONTROL_BYTES))
+    if control > _LARGEST_CONTROL_SHARE * len(sample):
         return True
     return b"\0" in sample and not _decodes(sample, "UTF-8")
 
 
 def _wide_encoding(sample: bytes) -> str:
-    """UTF-16 or UTF-32, if a text is in one of these; most of its zeros are on one side then."""
+    """The encoding of UTF-16 or UTF-32 text, else an empty string.
+
+    Without a mark, most high bytes of such a text are zero.
+    """
     for encoding, mark in (
-        ("UTF-32", codecs.BOM_UTF32_LE),  # begins as that of UTF-16 does
+        ("UTF-32", codecs.BOM_UTF32_LE),  # its mark begins with that of UTF-16
         ("UTF-32", codecs.BOM_UTF32_BE),
         ("UTF-16", codecs.BOM_UTF16_LE),
         ("UTF-16", codecs.BOM_UTF16_BE),
@@ -158,11 +160,11 @@ def _decodes(sample: bytes, encoding: str) -> bool:
         text = codecs.getincrementaldecoder(encoding)().decode(sample)
     except UnicodeDecodeError:
         return False
-    return sum(map(text.count, map(chr, _NO_TEXT))) <= _MOST_NO_TEXT * len(text)
+    return sum(map(text.count, map(chr, _CONTROL_BYTES))) <= _LARGEST_CONTROL_SHARE * len(text)
 
 
 def _begins_array(text: bytes, whole: bool) -> bool:
-    """Whether a text begins as a JSON array of objects does."""
+    """True if a text begins like a JSON array of objects."""
     opening = _ARRAY_OF_OBJECTS.match(text)
     if not opening:
         return False
@@ -175,7 +177,7 @@ def _begins_array(text: bytes, whole: bool) -> bool:
 
 
 def _objects(text: bytes, whole: bool) -> list[dict[str, object]]:
-    """The lines of a text if all are JSON objects with something in them; else none."""
+    """The lines of a text if all are JSON objects that are not empty, else an empty list."""
     lines = text.split(b"\n")
     if not whole:
         lines.pop()  # cut off

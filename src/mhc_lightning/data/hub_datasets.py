@@ -1,7 +1,7 @@
-"""Rows of a Hugging Face dataset as documents, for inputs ``hf://NAME[/CONFIG][:SPLIT]``.
+"""Hugging Face datasets as input: rows as documents, for `hf://NAME[/CONFIG][:SPLIT]`.
 
-A name with an owner has one slash (``hf://owner/name``); a third part is the configuration. A local
-folder of data files works too (``hf:///path/to/folder``), whatever ``datasets`` can load.
+A name with an owner has one slash (`hf://owner/name`); a third part is the configuration. A local
+folder of data files works too (`hf:///path/to/folder`), whatever `datasets` can load.
 """
 
 from collections.abc import Iterator
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mhc_lightning.data.documents import text_bytes
-from mhc_lightning.data.work_units import Document, Skipped, is_held_out
+from mhc_lightning.data.documents import Document, Skipped, is_held_out, text_bytes
 from mhc_lightning.errors import UserError
 
 PREFIX = "hf://"
@@ -19,11 +18,11 @@ _ROWS_AT_ONCE = 1000
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset and where it came from.
+    """An opened dataset.
 
     Attributes:
-        url: As it was given.
-        rows: A ``datasets.Dataset``: has a length, and slices are dictionaries of lists.
+        url: The input as it was given.
+        rows: A `datasets.Dataset`: has a length, and slices are dictionaries of lists.
     """
 
     url: str
@@ -31,13 +30,13 @@ class HubDataset:
 
     @property
     def identity(self) -> list[Any]:
-        """What changes when the rows do."""
+        """A value that changes when the rows change."""
         return [self.url, len(self.rows), str(getattr(self.rows, "_fingerprint", ""))]
 
 
 @dataclass(frozen=True)
 class HubUnit:
-    """A :class:`mhc_lightning.data.work_units.Unit` of the rows [start, stop)."""
+    """A `WorkUnit` of the rows [start, stop)."""
 
     dataset: HubDataset
     start: int
@@ -47,7 +46,7 @@ class HubUnit:
     def documents(
         self, text_field: str, validation_fraction: float, skipped: Skipped
     ) -> Iterator[Document]:
-        """See :class:`mhc_lightning.data.work_units.Unit`."""
+        """See `WorkUnit`."""
         for start in range(self.start, self.stop, _ROWS_AT_ONCE):
             stop = min(start + _ROWS_AT_ONCE, self.stop)
             for text in _texts(self.dataset, start, stop, text_field):
@@ -62,7 +61,7 @@ def open_dataset(url: str) -> HubDataset:
     """Load a dataset by its URL.
 
     Raises:
-        UserError: ``datasets`` is not installed, or it cannot load this.
+        UserError: The library `datasets` is not installed, or cannot load the dataset.
     """
     try:
         import datasets
@@ -74,14 +73,14 @@ def open_dataset(url: str) -> HubDataset:
     name, configuration, split = _parse(url)
     try:
         rows = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # its errors range from OSError to those of the hub's client
+    except Exception as error:  # from OSError to the errors of the hub's client
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"input {url} cannot be loaded: {reason[0]}") from error
     return HubDataset(url, rows)
 
 
 def plan_rows(dataset: HubDataset, unit_bytes: int, text_field: str) -> list[HubUnit]:
-    """Divide the rows into units of about ``unit_bytes``, judged by the first rows' texts."""
+    """Divide the rows into units of about `unit_bytes`, judged by the first rows' texts."""
     total = len(dataset.rows)
     sample = [len(text) for text in _texts(dataset, 0, min(total, _ROWS_AT_ONCE), text_field)]
     mean = max(1, sum(sample) // max(1, len(sample)))

@@ -1,4 +1,4 @@
-"""Find the files of the inputs, and what each of them holds."""
+"""The files below the inputs of `prepare`, each with its format; other formats are refused."""
 
 import fnmatch
 import os
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mhc_lightning.data.documents import TextFile, open_bytes
 from mhc_lightning.data.file_formats import (
     BINARY,
     PLAIN_TEXT,
     SAMPLE_BYTES,
-    Form,
-    form_of,
+    FileFormat,
+    detect_format,
     stem_of,
 )
+from mhc_lightning.data.text_files import TextFile, open_bytes
 from mhc_lightning.errors import UserError
 
 _LONGEST_FIRST_LINE = 1 << 26
-_FORMS_NAMED = 4
+_FORMATS_NAMED = 4
 
 
-def find_text_files(
+def find_input_files(
     inputs: Sequence[str | Path],
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -30,94 +30,96 @@ def find_text_files(
     as_text: Sequence[str] = (),
     text_field: str = "text",
 ) -> list[TextFile]:
-    """All files of the inputs, folders recursively, in a fixed order, and what each holds.
+    """All files of the inputs with their formats, folders recursively, in a fixed order.
 
-    Hidden files and folders (`.git`) and `__pycache__` are left out below a folder; a file that is
-    named itself is always taken. Links to folders are followed, and each folder is read once.
+    Hidden files and folders (`.git`) and `__pycache__` are left out below a folder; a file given
+    by name is always taken. Links to folders are followed, and each folder is read once.
 
     Args:
         inputs: Files and folders.
         include: Shell patterns; with any, only files that match one are taken. A pattern with a
-            slash is compared with the path below the input, one without with each part of it.
+            slash is matched with the path below the input, one without with each part of it.
         exclude: Shell patterns of files and folders to leave out.
         not_below: Folders that are not entered, such as the output.
         as_text: Shell patterns of files that are plain text whatever they look like.
         text_field: Key of the text in JSON Lines.
 
     Raises:
-        UserError: An input does not exist, cannot be read, or is neither text nor binary: some
-            form of documents that is not read here. A file that is named itself may also not be
-            binary, and no file may come from two inputs.
+        UserError: An input does not exist or cannot be read, a file comes from two inputs, has a
+            format of documents that is not read here, or is binary and was given by name.
     """
     files: list[TextFile] = []
-    refused: dict[Form, list[TextFile]] = {}
-    taken: dict[str, str | Path] = {}
+    refused: dict[FileFormat, list[TextFile]] = {}
+    origins: dict[str, str | Path] = {}
 
-    def take(file: TextFile, given: str | Path, named: bool) -> None:
+    def add(file: TextFile, given: str | Path, by_name: bool) -> None:
         path = os.path.abspath(file.path)
-        if path in taken:
+        if path in origins:
             raise UserError(
-                f"{path} comes twice, from input {taken[path]} and {given}; give it once"
+                f"{path} comes twice, from input {origins[path]} and {given}; give it once"
                 " (to see some text more often, prepare it apart and give its folder a weight)"
             )
-        taken[path] = given
-        form = Form(PLAIN_TEXT) if _matches(file.name, as_text) else _form(file, text_field)
-        if form.mending or (named and form.name == BINARY):
-            refused.setdefault(form, []).append(file)
-        files.append(replace(file, form=form.name))
+        origins[path] = given
+        is_text = _matches(file.name, as_text)
+        found = FileFormat(PLAIN_TEXT) if is_text else _format(file, text_field)
+        if found.conversion or (by_name and found.name == BINARY):
+            refused.setdefault(found, []).append(file)
+        files.append(replace(file, format=found.name))
 
     for given in inputs:
         root = Path(given)
         try:
             if root.is_dir():
                 for file in _walk(root, include, exclude, {p.resolve() for p in not_below}):
-                    take(file, given, named=False)
+                    add(file, given, by_name=False)
             else:
-                take(_text_file(root, root.name), given, named=True)
+                add(_text_file(root, root.name), given, by_name=True)
         except FileNotFoundError as error:
             raise UserError(f"input {error.filename} does not exist") from error
         except OSError as error:
             raise UserError(
                 f"input {error.filename or root} cannot be read: {error.strerror};"
-                " mend its permissions or leave it out with exclude=…"
+                " fix its permissions or leave it out with exclude=…"
             ) from error
     if refused:
         raise UserError(_refusal(refused))
     return files
 
 
-def count_forms(files: Sequence[TextFile]) -> dict[str, dict[str, int]]:
-    """How many files were taken for what: by form, then by the ending of their names."""
+def count_formats(files: Sequence[TextFile]) -> dict[str, dict[str, int]]:
+    """Number of files by format, then by the ending of their names."""
     counts: dict[str, dict[str, int]] = {}
     for file in files:
         ending = os.path.splitext(stem_of(file.name))[1] + file.compression
-        of_form = counts.setdefault(file.form, {})
-        of_form[ending or "no ending"] = of_form.get(ending or "no ending", 0) + 1
+        endings = counts.setdefault(file.format, {})
+        endings[ending or "no ending"] = endings.get(ending or "no ending", 0) + 1
     return counts
 
 
-def _form(file: TextFile, text_field: str) -> Form:
+def _format(file: TextFile, text_field: str) -> FileFormat:
     with open_bytes(file) as stream:
         sample = stream.read(SAMPLE_BYTES)
         if b"\n" not in sample and stem_of(file.name).lower().endswith(".json"):
             sample += stream.readline(_LONGEST_FIRST_LINE)
-        return form_of(file.name, sample, not stream.read(1), text_field)
+        return detect_format(file.name, sample, not stream.read(1), text_field)
 
 
-def _refusal(refused: dict[Form, list[TextFile]]) -> str:
-    """One line that names a file of each form, and how to go on."""
+def _refusal(refused: dict[FileFormat, list[TextFile]]) -> str:
+    """One line that names a file of each format, and the ways to go on."""
     cases = []
-    for form, files in list(refused.items())[:_FORMS_NAMED]:
+    for refused_format, files in list(refused.items())[:_FORMATS_NAMED]:
         more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
-        mending = f": {form.mending}" if form.mending else ""
-        cases.append(f"{files[0].path}{more} looks like {form.name}{mending}")
+        fix = f": {refused_format.conversion}" if refused_format.conversion else ""
+        cases.append(f"{files[0].path}{more} looks like {refused_format.name}{fix}")
     endings = {
         f"*{os.path.splitext(stem_of(file.name))[1]}{file.compression}"
         for files in refused.values()
         for file in files
     }
-    patterns = "[" + ",".join(f"'{ending}'" for ending in sorted(endings)[:_FORMS_NAMED]) + "]"
-    others = f"; and {len(refused) - _FORMS_NAMED} other forms" if len(refused) > len(cases) else ""
+    patterns = "[" + ",".join(f"'{ending}'" for ending in sorted(endings)[:_FORMATS_NAMED]) + "]"
+    others = (
+        f"; and {len(refused) - _FORMATS_NAMED} other formats" if len(refused) > len(cases) else ""
+    )
     return (
         f"not plain text or JSON Lines: {'; '.join(cases)}{others}. Or leave it out with"
         f" exclude={patterns}, or, if it is plain text, say as_text={patterns}"
@@ -130,16 +132,17 @@ def _walk(
     def refuse(error: OSError) -> None:
         raise error
 
-    found = []
-    read = not_below - {root.resolve()}
-    waiting = [root]  # then links to folders, after all that need none: these may lead in a circle
+    files = []
+    visited = not_below - {root.resolve()}
+    # Linked folders come after all others: links may lead in a circle.
+    waiting = [root]
     while waiting:
         for folder, subfolders, names in os.walk(waiting.pop(0), onerror=refuse):
             resolved = Path(folder).resolve()
-            if resolved in read:
+            if resolved in visited:
                 subfolders.clear()
                 continue
-            read.add(resolved)
+            visited.add(resolved)
             below = Path(folder).relative_to(root)
             subfolders[:] = [
                 name
@@ -154,8 +157,8 @@ def _walk(
                     continue
                 path = Path(folder, name)
                 if (not include or _matches(relative, include)) and path.is_file():
-                    found.append(_text_file(path, relative))
-    return sorted(found, key=lambda file: file.name)
+                    files.append(_text_file(path, relative))
+    return sorted(files, key=lambda file: file.name)
 
 
 def _is_visible(name: str) -> bool:
@@ -175,5 +178,5 @@ def _matches(relative: str, patterns: Sequence[str]) -> bool:
 def _text_file(path: Path, name: str) -> TextFile:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"input {path} is no file; write what it gives to a file first")
+        raise UserError(f"input {path} is no regular file; write its content to a file first")
     return TextFile(str(path), name, status.st_size, status.st_mtime_ns)

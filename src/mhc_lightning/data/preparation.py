@@ -1,8 +1,8 @@
-"""Turn text into a prepared folder: litdata token chunks, a held-out split and a record.
+"""`prepare`: text into a folder of litdata token chunks, with a validation split and a record.
 
-Work is done beside the output, in ``.OUTPUT.preparing``, one unit of input at a time. The output
-appears under its name only when all of it is written, and a run after an interrupted one keeps the
-units that were finished.
+The files are written beside the output, in `.OUTPUT.preparing`, one work unit of input at a time.
+The output appears under its name only when it is complete. A run after an interrupted one keeps the
+finished units.
 """
 
 import json
@@ -10,101 +10,28 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mhc_lightning.data import hub_datasets
-from mhc_lightning.data.file_formats import BINARY, form_by_name
-from mhc_lightning.data.input_files import count_forms, find_text_files
+from mhc_lightning.data.file_formats import BINARY, format_by_name
+from mhc_lightning.data.input_files import count_formats, find_input_files
+from mhc_lightning.data.prepare_summary import PrepareSummary
 from mhc_lightning.data.prepared_data import PreparedData
-from mhc_lightning.data.prepared_record import FORMAT, RECORD_FILE, SPLITS, Record
-from mhc_lightning.data.prepared_writing import assemble
-from mhc_lightning.data.tokenizers import load_tokenizer
-from mhc_lightning.data.unit_tokenization import Counts, ShardOptions
-from mhc_lightning.data.work_units import Unit, plan_units
-from mhc_lightning.data.worker_pool import Job, run_units
+from mhc_lightning.data.prepared_record import FORMAT, RECORD_FILE, PreparedRecord
+from mhc_lightning.data.prepared_writing import write_prepared
+from mhc_lightning.data.text_files import TextFile
+from mhc_lightning.data.tokenizers import Tokenizer, load_tokenizer
+from mhc_lightning.data.unit_tokenization import TokenizationOptions
+from mhc_lightning.data.work_units import WorkUnit, plan_units
+from mhc_lightning.data.worker_pool import TokenizationJob, run_units
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import json_sha256
 
 _SMALLEST_UNIT, _LARGEST_UNIT = 1 << 20, 1 << 25
 _USUAL_UNITS = 16
-_ENDINGS_NAMED = 6
-_NOT_IDENTITY = ("input", "tokenizer", "as_text")  # told by files, fingerprint; if there are any
-
-
-@dataclass(frozen=True)
-class PrepareSummary:
-    """What `prepare` did.
-
-    Attributes:
-        output: The prepared folder.
-        record: Its record, with the counts of each split.
-        seconds: How long it took.
-        reused: Whether the folder was there already, made from the same input and settings.
-    """
-
-    output: Path
-    record: Record
-    seconds: float
-    reused: bool = False
-
-    @property
-    def total(self) -> Counts:
-        """Counts of both splits together."""
-        total = Counts()
-        for split in SPLITS:
-            total.add(self.record.counts[split])
-        return total
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of text per token, over both splits."""
-        return self.total.bytes / self.total.tokens
-
-    def __str__(self) -> str:
-        skipped = self.record.skipped
-        unknown = self.total.unknown / self.total.tokens
-        notes = [
-            f"{self.bytes_per_token:.3f} bytes per token",
-            *_counted(skipped.binary_files, "binary file", "skipped"),
-            *_counted(skipped.empty_documents, "empty document", "skipped"),
-            *_counted(self.total.invalid_utf8, "document", "with invalid UTF-8"),
-            *_counted(self.total.with_nul, "document", "with NUL bytes"),
-            *_counted(
-                self.total.unknown,
-                "token",
-                f"of text that the tokenizer does not know ({unknown:.2%})",
-            ),
-            f"{self.seconds:.1f} s",
-        ]
-        lines = [f"{self.output} {'was prepared already' if self.reused else 'is prepared'}"]
-        for split in SPLITS:
-            counts = self.record.counts[split]
-            lines.append(
-                f"  {split:<10} {counts.documents:>12,} documents {counts.tokens:>15,} tokens"
-                f" {counts.bytes:>15,} bytes"
-            )
-        lines.append(f"  {' · '.join(notes)}")
-        for form, endings in self.record.forms.items():
-            taken = "skipped as" if form == BINARY else "taken for"
-            lines.append(f"  {taken} {form}: {_endings(endings)}")
-        if self.record.files:
-            lines.append("  checksums (XXH3, 128 bits) are checked when a file is first read")
-        else:
-            lines.append("  an earlier version made it, without checksums of all its files")
-        return "\n".join(lines)
-
-
-def _counted(number: int, what: str, how: str) -> list[str]:
-    return [f"{number:,} {what}{'s' if number != 1 else ''} {how}"] if number else []
-
-
-def _endings(counts: dict[str, int]) -> str:
-    total = sum(counts.values())
-    often = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    named = [f"{count:,} {ending}" for ending, count in often[:_ENDINGS_NAMED]]
-    rest = [f"{len(often) - _ENDINGS_NAMED} other endings"] if len(often) > _ENDINGS_NAMED else []
-    return f"{total:,} file{'s' if total != 1 else ''} ({', '.join(named + rest)})"
+# Settings that an identity does not hold: the files, the fingerprint and `as_text`, if any, do.
+_NOT_IDENTITY = ("input", "tokenizer", "as_text")
 
 
 def prepare(
@@ -123,27 +50,27 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> PrepareSummary:
-    """Tokenize text into a folder that :class:`mhc_lightning.TextDataModule` streams from.
+    """Tokenize text into a folder that `TextDataModule` streams from.
 
     The result depends on the input and the settings only, not on the number of workers. A document
-    is held out by a hash of its content; where only a few plain-text files are given, the end of
-    each file is held out instead.
+    is held out by a hash of its content. Of only a few plain-text files, the end of each file is
+    held out instead.
 
     Args:
-        input: Files, folders (read recursively) and ``hf://NAME[/CONFIG][:SPLIT]`` datasets.
-            Plain text of any extension, JSON Lines, and ``.gz`` or ``.zst`` of these. Binary
-            files in folders are left out; other forms of documents (CSV, JSON arrays, Parquet,
+        input: Files, folders (read recursively) and `hf://NAME[/CONFIG][:SPLIT]` datasets.
+            Plain text of any extension, JSON Lines, and `.gz` or `.zst` of these. Binary
+            files in folders are left out; other formats of documents (CSV, JSON arrays, Parquet,
             archives, UTF-16, …) are refused.
         output: The folder to make.
-        tokenizer: ``bytes``, or the path of a ``tokenizer.json``.
-        end_of_document: The token of a ``tokenizer.json`` that ends a document; found by its
-            usual names if not given.
+        tokenizer: `bytes`, or the path of a `tokenizer.json`.
+        end_of_document: The token of a `tokenizer.json` that ends a document; by default the
+            first of the usual names that it knows.
         text_field: Key of the text in JSONL lines, column of the text in datasets.
         validation_fraction: Share of the documents to hold out, at least 0 and below 1.
         num_workers: Processes; by default one per available core.
         include: Shell patterns of the files to take; all if empty.
         exclude: Shell patterns of files and folders to leave out.
-        as_text: Shell patterns of files to take as plain text whatever they look like.
+        as_text: Shell patterns of files that are plain text, whatever they look like.
         chunk_bytes: Text per chunk file, in bytes; by default a sixteenth of the input, between
             1 and 32 MiB.
         overwrite: Replace an output that was prepared from other input or with other settings.
@@ -176,61 +103,79 @@ def prepare(
         "chunk_bytes": chunk_bytes,
     }
     paths = [each for each in inputs if not str(each).startswith(hub_datasets.PREFIX)]
-    found_files = find_text_files(
+    found = find_input_files(
         paths, include, exclude, [output, work], as_text=as_text, text_field=text_field
     )
-    files = [file for file in found_files if file.form != BINARY]
+    files = [file for file in found if file.format != BINARY]
     datasets = [hub_datasets.open_dataset(str(each)) for each in inputs if each not in paths]
-    if not found_files and not datasets:
+    if not found and not datasets:
         matching = " that match include=… and exclude=…" if include or exclude else ""
         raise UserError(f"no files in {_names(inputs)}{matching}; name a folder or files with text")
     unit_bytes = chunk_bytes or min(
-        _LARGEST_UNIT, max(_SMALLEST_UNIT, sum(file.size for file in found_files) // _USUAL_UNITS)
+        _LARGEST_UNIT, max(_SMALLEST_UNIT, sum(file.size for file in found) // _USUAL_UNITS)
     )
-    # What the result depends on; the paths before the files' names are not part of it. A form is
-    # where it is not what the name says, which leaves folders of earlier versions recognised.
-    identity = json_sha256(
-        {
-            **{key: value for key, value in settings.items() if key not in _NOT_IDENTITY},
-            **({"as_text": list(as_text)} if as_text else {}),
-            "format": FORMAT,
-            "tokenizer": chosen.fingerprint,
-            "files": [
-                (file.name, file.size, file.modified)
-                + ((file.form,) if file.form not in (form_by_name(file.name), BINARY) else ())
-                for file in found_files
-            ],
-            "datasets": [dataset.identity for dataset in datasets],
-        }
-    )
-    found = _existing(output, identity, overwrite)
-    if found is not None:
-        return PrepareSummary(output, found, time.monotonic() - began, reused=True)
+    identity = _identity(settings, chosen, found, datasets)
+    existing = _existing(output, identity, overwrite)
+    if existing is not None:
+        return PrepareSummary(output, existing, time.monotonic() - began, reused=True)
 
-    def make() -> Record:
-        units: list[Unit] = [*plan_units(files, unit_bytes, validation_fraction)]
+    def write() -> PreparedRecord:
+        units: list[WorkUnit] = [*plan_units(files, unit_bytes, validation_fraction)]
         for dataset in datasets:
             units += hub_datasets.plan_rows(dataset, unit_bytes, text_field)
         limit = unit_bytes * chosen.dtype.itemsize * 3 // 2
-        options = ShardOptions(text_field, validation_fraction, limit)
+        options = TokenizationOptions(text_field, validation_fraction, limit)
         _resume_or_clear(work, identity)
-        run_units(Job(units, work / "units", chosen, options), num_workers, progress)
-        forms = count_forms(found_files)
-        record = assemble(
-            work, len(units), chosen, options, identity, settings, _names(inputs), forms
+        run_units(TokenizationJob(units, work / "units", chosen, options), num_workers, progress)
+        record = write_prepared(
+            work,
+            len(units),
+            chosen,
+            limit,
+            identity,
+            settings,
+            _names(inputs),
+            count_formats(found),
         )
         _publish(work, output)
         return record
 
-    record = _exclusively(work, output, make)
+    record = _exclusively(work, output, write)
     return PrepareSummary(output, record, time.monotonic() - began)
+
+
+def _identity(
+    settings: dict[str, Any],
+    tokenizer: Tokenizer,
+    files: Sequence[TextFile],
+    datasets: Sequence[hub_datasets.HubDataset],
+) -> str:
+    """Checksum of everything that the result depends on.
+
+    The folders of the files are no part of it. The format of a file is, but only where its name
+    suggests another one: so folders of earlier versions are recognised.
+    """
+    return json_sha256(
+        {
+            **{key: value for key, value in settings.items() if key not in _NOT_IDENTITY},
+            **({"as_text": settings["as_text"]} if settings["as_text"] else {}),
+            "format": FORMAT,
+            "tokenizer": tokenizer.fingerprint,
+            "files": [
+                (file.name, file.size, file.modified)
+                + ((file.format,) if file.format not in (format_by_name(file.name), BINARY) else ())
+                for file in files
+            ],
+            "datasets": [dataset.identity for dataset in datasets],
+        }
+    )
 
 
 def _names(inputs: Sequence[str | Path]) -> str:
     return ", ".join(map(str, inputs)) or "an empty list of inputs"
 
 
-def _existing(output: Path, identity: str, overwrite: bool) -> Record | None:
+def _existing(output: Path, identity: str, overwrite: bool) -> PreparedRecord | None:
     """The record of a finished output of the same identity; None if the output may be written.
 
     Raises:
@@ -239,7 +184,7 @@ def _existing(output: Path, identity: str, overwrite: bool) -> Record | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
-        record = Record.from_json((output / RECORD_FILE).read_bytes())
+        record = PreparedRecord.from_json((output / RECORD_FILE).read_bytes())
     except OSError:
         raise UserError(
             f"output {output} exists and is not a prepared folder; choose another output"
@@ -252,26 +197,26 @@ def _existing(output: Path, identity: str, overwrite: bool) -> Record | None:
     state = "holds other input or settings"
     if record.identity == identity:
         try:
-            found = PreparedData(output)
+            existing = PreparedData(output)
         except UserError as error:
             state = f"is damaged ({error})"
         else:
-            if record.files or not overwrite:  # to have checksums is a reason
-                return found.record
+            if record.files or not overwrite:  # a missing checksum is a reason to overwrite
+                return existing.record
     if overwrite:
         return None
     raise UserError(f"output {output} {state}; choose another output, or say overwrite=true")
 
 
-def _exclusively(work: Path, output: Path, make: Callable[[], Record]) -> Record:
-    """Run ``make`` while no other process prepares the same output."""
+def _exclusively(work: Path, output: Path, write: Callable[[], PreparedRecord]) -> PreparedRecord:
+    """Call `write` while no other process prepares the same output."""
     from filelock import FileLock, Timeout
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = work.with_suffix(".lock")
         with FileLock(lock, timeout=0):
-            record = make()
+            record = write()
             lock.unlink(missing_ok=True)
             return record
     except Timeout as error:
@@ -281,7 +226,7 @@ def _exclusively(work: Path, output: Path, make: Callable[[], Record]) -> Record
     except OSError as error:
         raise UserError(
             f"output {output} cannot be written: {error.strerror or error};"
-            " what is finished is kept, run `prepare` again"
+            " finished work is kept, run `prepare` again"
         ) from error
 
 

@@ -1,10 +1,10 @@
-"""A prepared folder: its record, its chunk files, and the checks that are made before training.
+"""A prepared folder, opened and checked: its record, tokenizer and chunk files.
 
-Layout: ``prepared.json`` (the record), ``tokenizer.json`` if there is one, and ``train`` and
-``validation``, each a litdata dataset of tokens (``index.json`` and chunk files).
+Layout: `prepared.json` (the record), `tokenizer.json` if there is one, and `train` and
+`validation`, each a litdata dataset of tokens (`index.json` and chunk files).
 
-Nothing is believed because it lies on the disk: the record has a checksum of itself and of every
-other file. Small files are checked when the folder is opened, chunks when they are.
+The record has a checksum of itself and of every other file. Small files are checked when the folder
+is opened, each chunk when it is opened.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 
 from mhc_lightning.data.chunk_cache import ChunkCache, is_url
 from mhc_lightning.data.chunk_file import Chunk, ChunkFile, DamagedChunkError
-from mhc_lightning.data.prepared_record import RECORD_FILE, SPLITS, VALIDATION, Record
+from mhc_lightning.data.prepared_record import RECORD_FILE, SPLITS, VALIDATION, PreparedRecord
 from mhc_lightning.data.tokenizers import Tokenizer, json_fingerprint, tokenizer_from_record
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import file_sha256, file_xxh3
@@ -30,14 +30,14 @@ class PreparedData:
     """A prepared folder, local or at an object-store URL.
 
     Args:
-        path: The folder that `prepare` wrote, or the URL (``s3://``, ``gs://``, ``azure://``,
-            ``r2://``, ``hf://``, ``local:``) that it was copied to.
-        cache_dir: Where chunks of a URL are kept; by default below ``~/.cache/mhc_lightning``.
-        storage_options: Passed to the object store's client.
+        path: The folder that `prepare` wrote, or the URL (`s3://`, `gs://`, `azure://`,
+            `r2://`, `hf://`, `local:`) of a copy.
+        cache_dir: Folder for copies of a URL's files; by default below `~/.cache/mhc_lightning`.
+        storage_options: Options of the object store's client.
 
     Raises:
-        UserError: There is no prepared folder, its record, index or tokenizer is damaged, or one of
-            its files is missing or cut short.
+        UserError: The folder is missing or not prepared, a file is missing or cut short, or the
+            record, an index or the tokenizer is damaged.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PreparedData:
         else:
             text = self._read_record()
         try:
-            self.record = Record.from_json(text)
+            self.record = PreparedRecord.from_json(text)
         except ValueError as error:
             raise UserError(
                 f"{self.path}/{RECORD_FILE} cannot be understood ({error});"
@@ -72,9 +72,9 @@ class PreparedData:
         try:
             return (self._folder / RECORD_FILE).read_bytes()
         except FileNotFoundError as error:
-            found = "is not a prepared folder" if self._folder.exists() else "does not exist"
+            fault = "is not a prepared folder" if self._folder.exists() else "does not exist"
             raise UserError(
-                f"data.path {self.path} {found}; make it with `prepare input=… output={self.path}`"
+                f"data.path {self.path} {fault}; make it with `prepare input=… output={self.path}`"
             ) from error
         except OSError as error:
             raise UserError(f"data.path {self.path} cannot be read: {error.strerror}") from error
@@ -85,16 +85,16 @@ class PreparedData:
             try:
                 status = path.stat()
             except FileNotFoundError:
-                found = "is missing"
+                fault = "is missing"
             except OSError as error:
-                found = f"cannot be read: {error.strerror}"
+                fault = f"cannot be read: {error.strerror}"
             else:
                 if status.st_size == chunk.size and stat.S_ISREG(status.st_mode):
                     continue
-                found = f"has {status.st_size} bytes, not {chunk.size}"
+                fault = f"has {status.st_size} bytes, not {chunk.size}"
                 if not stat.S_ISREG(status.st_mode):
-                    found = "is no file"
-            raise UserError(f"chunk file {path} {found}; {self.how_to_mend}")
+                    fault = "is no file"
+            raise UserError(f"chunk file {path} {fault}; {self.how_to_fix}")
 
     def _check_small_files(self) -> None:
         """Compare the indices and the tokenizer with their checksums."""
@@ -114,20 +114,23 @@ class PreparedData:
         try:
             if self.cache is not None:
                 self.cache.keep_small(name)
-                if checksum(path) != expected:  # the copy may be damaged alone
+                if checksum(path) != expected:  # perhaps only the copy is damaged
                     self.cache.discard(name)
                     self.cache.keep_small(name)
             if checksum(path) == expected:
                 return
-            found = "is damaged (checksum)"
+            fault = "is damaged (checksum)"
         except OSError as error:
-            found = f"cannot be read: {error.strerror}"
-        shown = path if self.cache is None else f"{self.path}/{name}"
-        raise UserError(f"{shown} {found}; {self.how_to_mend}")
+            fault = f"cannot be read: {error.strerror}"
+        raise UserError(f"{self._shown(name)} {fault}; {self.how_to_fix}")
+
+    def _shown(self, name: str) -> str:
+        """Name of a file in error messages: its path, or its URL."""
+        return str(self._folder / name) if self.cache is None else f"{self.path}/{name}"
 
     @property
     def unchecked(self) -> str:
-        """What of the folder has no checksum, for a note; empty if everything has one."""
+        """A note on files without a checksum; empty if every file has one."""
         if self.record.files:
             return ""
         return (
@@ -137,7 +140,7 @@ class PreparedData:
         )
 
     @property
-    def how_to_mend(self) -> str:
+    def how_to_fix(self) -> str:
         """The end of error messages about damaged chunks."""
         if self.cache is not None:
             return "copy the prepared folder to the object store again"
@@ -154,7 +157,7 @@ class PreparedData:
         return np.dtype(self.record.dtype)
 
     def chunks(self, split: str) -> list[Chunk]:
-        """The chunks of ``train`` or ``validation``, in order."""
+        """The chunks of `train` or `validation`, in order."""
         return self.record.chunks[split]
 
     def all_chunks(self) -> list[Chunk]:
@@ -164,42 +167,42 @@ class PreparedData:
     def bytes_per_token(self, split: str = VALIDATION) -> float:
         """Bytes of text per token, [bytes/token]; NaN for an empty split.
 
-        A loss in nats per token is ``loss / ln 2 / bytes_per_token`` bits per byte. The tokens
+        A loss in nats per token is `loss / ln 2 / bytes_per_token` bits per byte. The tokens
         that end documents count as tokens and not as bytes, so their cost is included.
         """
         counts = self.record.counts[split]
         return counts.bytes / counts.tokens if counts.tokens else math.nan
 
     def open_chunk(self, chunk: Chunk) -> ChunkFile:
-        """A chunk, compared with its checksum unless this process did so; fetched if need be.
+        """A chunk, fetched if necessary, and compared with its checksum once per process.
 
         Raises:
             UserError: The file is missing, damaged or cannot be fetched.
         """
         path = self._folder / chunk.name
-        shown = str(path) if self.cache is None else f"{self.path}/{chunk.name}"
+        shown = self._shown(chunk.name)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 if self.cache is not None:
                     self.cache.fetch(chunk.name, chunk.size)
-                return ChunkFile(path, chunk, self.dtype, shown, self.how_to_mend)
+                return ChunkFile(path, chunk, self.dtype, shown, self.how_to_fix)
             except FileNotFoundError as error:
-                # Another process may have made room in the cache just now.
+                # Another process may have just deleted the copy to make room in the cache.
                 if self.cache is None or attempt == _ATTEMPTS:
-                    raise UserError(f"chunk file {shown} is missing; {self.how_to_mend}") from error
+                    raise UserError(f"chunk file {shown} is missing; {self.how_to_fix}") from error
             except DamagedChunkError:
                 if self.cache is None:
                     raise
-                self.cache.discard(chunk.name)  # the copy may be damaged alone
+                self.cache.discard(chunk.name)  # perhaps only the copy is damaged
                 if attempt == _ATTEMPTS:
                     raise
         raise AssertionError("unreachable")
 
     def tokens(self, chunk: Chunk) -> np.ndarray:
-        """All tokens of a chunk, [tokens] in :attr:`dtype`.
+        """All tokens of a chunk, [tokens] in `dtype`.
 
         Raises:
-            UserError: As :meth:`open_chunk`.
+            UserError: As `open_chunk`.
         """
         opened = self.open_chunk(chunk)
         try:
@@ -209,28 +212,28 @@ class PreparedData:
 
     def documents(self, split: str) -> Iterator[bytes]:
         """The documents of a split in order; with the byte tokenizer exactly the input's bytes."""
-        rest: list[np.ndarray] = []
+        unfinished: list[np.ndarray] = []  # tokens of a document that goes on in the next chunk
         end = self.tokenizer.end_of_document
         for chunk in self.chunks(split):
             tokens = self.tokens(chunk)
             *ended, last = np.split(tokens, np.flatnonzero(tokens == end) + 1)
             for part in ended:
-                yield self.tokenizer.decode_bytes(np.concatenate([*rest, part[:-1]]))
-                rest = []
-            rest.append(last)
-        if sum(map(len, rest)):
-            yield self.tokenizer.decode_bytes(np.concatenate(rest))
+                yield self.tokenizer.decode_bytes(np.concatenate([*unfinished, part[:-1]]))
+                unfinished = []
+            unfinished.append(last)
+        if sum(map(len, unfinished)):
+            yield self.tokenizer.decode_bytes(np.concatenate(unfinished))
 
     def verify(self) -> None:
-        """Compare every chunk with its SHA-256; reads (and fetches) all of the data.
+        """Compare every chunk with its SHA-256; reads (and fetches) all data.
 
         Raises:
-            UserError: A chunk is not what `prepare` wrote.
+            UserError: A chunk is missing or damaged.
         """
         for chunk in self.all_chunks():
             self.open_chunk(chunk).close()
             if file_sha256(self._folder / chunk.name) != chunk.sha256:
                 raise UserError(
                     f"chunk file {self._folder / chunk.name} is damaged (checksum);"
-                    f" {self.how_to_mend}"
+                    f" {self.how_to_fix}"
                 )

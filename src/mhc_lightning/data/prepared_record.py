@@ -1,4 +1,4 @@
-"""The record of a prepared folder, ``prepared.json``: what is in it, and whether that holds."""
+"""The record of a prepared folder, `prepared.json`: its content, counts and checksums."""
 
 import hashlib
 import json
@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mhc_lightning.data.chunk_file import Chunk
+from mhc_lightning.data.documents import Skipped
 from mhc_lightning.data.tokenizers import ByteTokenizer, smallest_dtype
-from mhc_lightning.data.unit_tokenization import Counts
-from mhc_lightning.data.work_units import Skipped
 from mhc_lightning.files.checksums import json_sha256
 
 RECORD_FILE = "prepared.json"
@@ -18,21 +17,51 @@ FORMAT = 1
 _CHECKSUM = "checksum"
 
 
+@dataclass
+class TextCounts:
+    """Amount of text in a split, a work unit, or a whole prepared folder.
+
+    Attributes:
+        documents: Documents; a file of which the end is held out counts in both splits.
+        tokens: Tokens, the end of each document included.
+        bytes: Bytes of text.
+        invalid_utf8: Documents (or parts of very long ones) with invalid UTF-8.
+        with_nul: Documents (or parts) with NUL bytes.
+        unknown: Tokens that stand for text which the tokenizer does not know.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    invalid_utf8: int = 0
+    with_nul: int = 0
+    unknown: int = 0
+
+    def add(self, other: "TextCounts") -> None:
+        """Add the counts of another one."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bytes += other.bytes
+        self.invalid_utf8 += other.invalid_utf8
+        self.with_nul += other.with_nul
+        self.unknown += other.unknown
+
+
 @dataclass(frozen=True)
-class Record:
-    """What ``prepared.json`` says.
+class PreparedRecord:
+    """The content of `prepared.json`.
 
     Attributes:
         identity: Equal for two folders exactly when they were made from the same input with the
             same settings.
         content: Checksum of all tokens and of the tokenizer; names the data in checkpoints.
-        tokenizer: See :meth:`mhc_lightning.data.tokenizers.Tokenizer.record`.
+        tokenizer: See `Tokenizer.record`.
         dtype: Type of the stored tokens.
         counts: Documents, tokens and bytes of each split.
         skipped: What was left out of the input.
         chunks: The chunk files of each split, in order.
-        settings: How `prepare` was called, for people.
-        forms: What the input files were taken for: number of files by form and ending.
+        settings: The arguments of `prepare`, for people.
+        forms: Number of input files by format and ending.
         files: XXH3 checksums of litdata's index files, by path; empty where an earlier version
             made the folder, which then also has no checksum of the record itself.
     """
@@ -41,7 +70,7 @@ class Record:
     content: str
     tokenizer: dict[str, Any]
     dtype: str
-    counts: dict[str, Counts]
+    counts: dict[str, TextCounts]
     skipped: Skipped
     chunks: dict[str, list[Chunk]]
     settings: dict[str, Any]
@@ -49,16 +78,16 @@ class Record:
     files: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of ``prepared.json``, with a checksum of itself."""
+        """The text of `prepared.json`, which includes a checksum of itself."""
         content = {"format": FORMAT, **asdict(self)}
         return json.dumps({**content, _CHECKSUM: json_sha256(content)}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Record":
-        """Read ``prepared.json``.
+    def from_json(cls, text: str | bytes) -> "PreparedRecord":
+        """Read `prepared.json`.
 
         Raises:
-            ValueError: It is no record of this format, was changed, or contradicts itself.
+            ValueError: The text is no record of this format, was changed, or contradicts itself.
         """
         content = json.loads(text)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -69,7 +98,7 @@ class Record:
         del content["format"]
         try:
             content["counts"] = {
-                split: Counts(**value) for split, value in content["counts"].items()
+                split: TextCounts(**value) for split, value in content["counts"].items()
             }
             content["skipped"] = Skipped(**content["skipped"])
             content["chunks"] = {
@@ -85,9 +114,12 @@ class Record:
         return record
 
     def _contradiction(self) -> str:
-        """What cannot be true; all that tells of damage to a record without a checksum."""
-        kind, known = self.tokenizer["kind"], ByteTokenizer().record()
-        if kind not in ("bytes", "json") or (kind == "bytes" and self.tokenizer != known):
+        """A statement that cannot be true, else an empty string.
+
+        For a record without a checksum, this is the only way to notice damage.
+        """
+        kind, byte_record = self.tokenizer["kind"], ByteTokenizer().record()
+        if kind not in ("bytes", "json") or (kind == "bytes" and self.tokenizer != byte_record):
             return f"there is no tokenizer {self.tokenizer}"
         if self.dtype != smallest_dtype(self.tokenizer["vocab_size"]).name:
             return f"the type of tokens is {self.dtype}"
@@ -111,7 +143,7 @@ def content_checksum(chunks: dict[str, list[Chunk]], fingerprint: str) -> str:
 
     Args:
         chunks: The chunks of each split.
-        fingerprint: The tokenizer's.
+        fingerprint: Fingerprint of the tokenizer.
     """
     digest = hashlib.sha256(fingerprint.encode())
     for split in SPLITS:

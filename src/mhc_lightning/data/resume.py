@@ -1,4 +1,4 @@
-"""What must hold for a resumed run to go on exactly: the same stream, and batches counted alike."""
+"""Exact resume: the position in the training stream, and the check that the stream is the same."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,71 @@ from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.errors import UserError
 
 
+class StreamPosition:
+    """Number of training sequences consumed, from the optimizer steps of a trainer.
+
+    Args:
+        batch_size: Sequences per optimizer step.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Start at step 0, until a checkpoint is restored."""
+        self._base_steps, self._base_sequences = 0, 0
+        self._resumed = False
+
+    def sequences(self, trainer: L.Trainer | None) -> int:
+        """Sequences that the completed optimizer steps have consumed, over all ranks."""
+        steps = self._base_steps if trainer is None else trainer.global_step
+        return self._base_sequences + (steps - self._base_steps) * self._batch_size
+
+    def begin(self, trainer: L.Trainer, accumulation: int) -> int:
+        """The position of the next batch, when training begins or goes on.
+
+        Args:
+            trainer: The trainer, with its loops restored.
+            accumulation: Micro-batches per optimizer step.
+        """
+        self.align(trainer, accumulation)
+        self._resumed = False
+        return self.sequences(trainer)
+
+    def align(self, trainer: L.Trainer, accumulation: int) -> None:
+        """Make a resumed trainer count as if all its steps had today's number of micro-batches.
+
+        Lightning takes an optimizer step whenever its count of batches is a multiple of
+        `accumulate_grad_batches`. After a checkpoint written between two steps, or with another
+        number of accumulated batches, the first step would therefore have too few batches. After
+        one written at the last batch of a run that is now made longer, another epoch would begin.
+
+        Args:
+            trainer: The trainer, with its loops restored.
+            accumulation: Micro-batches per optimizer step now.
+        """
+        if not self._resumed:
+            return
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if trainer.global_step < trainer.max_steps:
+            progress.is_last_batch = False
+        excess = progress.total.ready - trainer.global_step * accumulation
+        for tracker in (progress.total, progress.current):
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(tracker, name, max(0, getattr(tracker, name) - excess))
+
+    def state_dict(self, trainer: L.Trainer | None) -> dict[str, Any]:
+        """The completed steps and the sequences that they consumed."""
+        steps = self._base_steps if trainer is None else trainer.global_step
+        return {"steps": steps, "sequences": self.sequences(trainer)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at a checkpoint's position; `batch_size` may differ from the checkpoint's."""
+        self._base_steps, self._base_sequences = state["steps"], state["sequences"]
+        self._resumed = True
+
+
 def stream_identity(
     sources: Sequence[PreparedData],
     weights: Sequence[float],
@@ -16,7 +81,7 @@ def stream_identity(
     seed: int,
     shuffle_window: int,
 ) -> dict[str, Any]:
-    """What the order of the training stream depends on; plain types, for checkpoints."""
+    """Everything that the order of the training stream depends on; plain types, for checkpoints."""
     total = sum(weights)
     return {
         "tokenizer": sources[0].record.tokenizer["fingerprint"],
@@ -30,40 +95,19 @@ def stream_identity(
     }
 
 
-def check_same_stream(saved: dict[str, Any], here: dict[str, Any]) -> None:
-    """Compare a checkpoint's stream with the configured one.
+def check_same_stream(saved: dict[str, Any], configured: dict[str, Any]) -> None:
+    """Compare the stream of a checkpoint with the configured one.
 
     Raises:
         UserError: They differ.
     """
     changes = [
-        key if key == "sources" else f"{key} was {saved.get(key)} and is {here[key]}"
-        for key in here
-        if saved.get(key) != here[key]
+        key if key == "sources" else f"{key} was {saved.get(key)} and is {configured[key]}"
+        for key in configured
+        if saved.get(key) != configured[key]
     ]
     if changes:
         raise UserError(
             f"the checkpoint was trained on other data ({', '.join(changes)}); use the data it was"
             " trained on, or say data.allow_data_change=true to go on with these"
         )
-
-
-def align_batch_count(trainer: L.Trainer, accumulation: int) -> None:
-    """Make a restored trainer count batches as if all its steps had been taken in today's batches.
-
-    Lightning takes an optimizer step whenever its count of batches is a multiple of
-    ``accumulate_grad_batches``. A checkpoint written between two steps, or with another number of
-    accumulated batches, would therefore give a first step of too few batches. One written at the
-    last batch of a run that is now made longer would begin another epoch.
-
-    Args:
-        trainer: The trainer, with its loops restored.
-        accumulation: Batches per optimizer step now.
-    """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    if trainer.global_step < trainer.max_steps:
-        progress.is_last_batch = False
-    excess = progress.total.ready - trainer.global_step * accumulation
-    for tracker in (progress.total, progress.current):
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(tracker, name, max(0, getattr(tracker, name) - excess))

@@ -1,7 +1,7 @@
-"""The order in which training sees sequences: a pure function of (seed, epoch, position).
+"""The shuffled order of training sequences: a pure function of (seed, epoch, position).
 
-Nothing is remembered between calls, so workers, ranks, stops and epoch boundaries cannot change
-it. Random numbers are raw Philox output, which NumPy keeps stable between versions.
+There is no state between calls, so workers, ranks, stops and epoch boundaries cannot change the
+order. Random numbers are raw Philox output, which NumPy keeps stable between versions.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ _MIXTURE_BLOCK = 10_000
 
 
 def permutation(length: int, *key: int | str) -> np.ndarray:
-    """The permutation of ``range(length)`` that a key names, int64 [length]."""
+    """The permutation of `range(length)` of a key, int64 [length]."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
     return np.argsort(generator.random_raw(length), kind="stable")
@@ -29,7 +29,7 @@ class EpochOrder:
     Args:
         sequences: Number of sequences in each chunk.
         window: Chunks per window.
-        key: Names the order, such as the seed and the source.
+        key: Identifies the order, such as the seed and the source.
     """
 
     def __init__(self, sequences: Sequence[int], window: int, key: str) -> None:
@@ -44,30 +44,30 @@ class EpochOrder:
         return {"sequences": self.sequences, "window": self.window, "key": self.key}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # the caches cannot be pickled
+        self.__init__(**state)  # type: ignore[misc]  # caches cannot be pickled
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The (chunk, sequence within it) that comes at an index of the endless order."""
+        """The (chunk, sequence within it) at an index of the endless order."""
         epoch, position = divmod(index, self.length)
-        number = self._number(epoch, position)
-        chunks, ends, order = self._window(epoch, number)
-        drawn = int(order[position - self._epoch(epoch)[1][number]])
-        place = int(np.searchsorted(ends, drawn, side="right"))
-        return int(chunks[place]), drawn - int(ends[place] - self.sequences[chunks[place]])
+        window = self._window_number(epoch, position)
+        chunks, ends, order = self._window(epoch, window)
+        sequence = int(order[position - self._epoch(epoch)[1][window]])
+        place = int(np.searchsorted(ends, sequence, side="right"))
+        return int(chunks[place]), sequence - int(ends[place] - self.sequences[chunks[place]])
 
     def window_at(self, index: int) -> tuple[int, int]:
-        """The (epoch, window) that an index falls into."""
+        """The (epoch, window) of an index."""
         epoch, position = divmod(index, self.length)
-        return epoch, self._number(epoch, position)
+        return epoch, self._window_number(epoch, position)
 
-    def chunks_of(self, epoch: int, number: int) -> list[int]:
-        """The chunks of a window, which may be the first one after the epoch's last."""
+    def chunks_of(self, epoch: int, window: int) -> list[int]:
+        """The chunks of a window; past an epoch's last window comes the next epoch's first."""
         chunks, starts = self._epoch(epoch)
-        if number >= len(starts) - 1:
+        if window >= len(starts) - 1:
             return self.chunks_of(epoch + 1, 0)
-        return [int(chunk) for chunk in chunks[number * self.window : (number + 1) * self.window]]
+        return [int(chunk) for chunk in chunks[window * self.window : (window + 1) * self.window]]
 
-    def _number(self, epoch: int, position: int) -> int:
+    def _window_number(self, epoch: int, position: int) -> int:
         starts = self._epoch(epoch)[1]
         return int(np.searchsorted(starts, position, side="right")) - 1
 
@@ -79,22 +79,22 @@ class EpochOrder:
         last = np.append(np.arange(self.window, len(chunks), self.window), len(chunks)) - 1
         return chunks, np.concatenate([[0], ends[last]])
 
-    def _compute_window(self, epoch: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The window's chunks, the running sum of their sequences, and the order of these."""
-        chunks = self._epoch(epoch)[0][number * self.window : (number + 1) * self.window]
+    def _compute_window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The chunks of a window, the running sum of their sequences, and the sequences' order."""
+        chunks = self._epoch(epoch)[0][window * self.window : (window + 1) * self.window]
         ends = np.cumsum(self.sequences[chunks])
-        return chunks, ends, permutation(int(ends[-1]), self.key, epoch, number)
+        return chunks, ends, permutation(int(ends[-1]), self.key, epoch, window)
 
 
 class Mixture:
-    """Which source each position of the training stream draws from, and its how-manieth draw.
+    """The source of each position of the training stream, and its index within that source.
 
     Every block of 10,000 positions holds each source in proportion to its weight, in an order of
     its own.
 
     Args:
         weights: One positive weight per source.
-        key: Names the order.
+        key: Identifies the order.
     """
 
     def __init__(self, weights: Sequence[float], key: str) -> None:
@@ -110,7 +110,7 @@ class Mixture:
         self.__init__(**state)  # type: ignore[misc]  # the cache cannot be pickled
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The (source, index within its endless order) at a position."""
+        """The (source, index in the endless order of that source) at a position."""
         if len(self.counts) == 1:
             return 0, position
         block, offset = divmod(position, _MIXTURE_BLOCK)
@@ -119,7 +119,7 @@ class Mixture:
         return source, block * int(self.counts[source]) + int(ranks[offset])
 
     def drawn(self, position: int) -> list[int]:
-        """How many sequences of each source come before a position."""
+        """Number of sequences of each source before a position."""
         if len(self.counts) == 1:
             return [position]
         block, offset = divmod(position, _MIXTURE_BLOCK)
@@ -139,7 +139,7 @@ class Mixture:
 def apportion(total: int, weights: Sequence[float]) -> np.ndarray:
     """Divide a number in proportion to weights (largest remainder), int64 [len(weights)].
 
-    Each gets at least one, as long as the total allows.
+    Each share is at least one, as far as the total allows.
     """
     shares = np.asarray(weights, dtype=np.float64)
     shares = shares / shares.sum() * total

@@ -1,4 +1,4 @@
-"""Which prepared folders training draws from, and how often: the values of ``data.path``."""
+"""The prepared folders that training reads, and their weights: the values of `data.path`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.prepared_record import TRAIN
+from mhc_lightning.data.sequence_reader import sequences_in
 from mhc_lightning.data.tokenizers import load_tokenizer
-from mhc_lightning.data.training_sequences import sequences_in
 from mhc_lightning.errors import UserError
 
 
@@ -18,8 +18,7 @@ class Source:
 
     Attributes:
         path: Folder or object-store URL.
-        weight: How often it is drawn from, relative to the others; None for in proportion to its
-            tokens.
+        weight: Relative frequency of its sequences; None for in proportion to its tokens.
     """
 
     path: str
@@ -27,12 +26,12 @@ class Source:
 
 
 def parse_sources(path: Any) -> list[Source]:
-    """Read ``data.path``: a path, a list of paths and ``{path, weight}``, or a mapping.
+    """Read `data.path`: a path, a list of paths and `{path, weight}`, or a mapping.
 
-    A mapping is one ``{path, weight}``, or names (which are for people) to such or to paths.
+    A mapping is one `{path, weight}`, or maps names (for people) to paths or `{path, weight}`.
 
     Raises:
-        UserError: It is none of these, or weights are given for some sources only.
+        UserError: `path` is none of these, or weights are given for some sources only.
     """
     if isinstance(path, Mapping) and "path" not in path:
         entries = list(path.values())
@@ -78,14 +77,14 @@ def open_sources(
     cache_dir: str | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> tuple[list[PreparedData], list[float]]:
-    """Open the folders and check that they can be trained on together.
+    """Open the folders, and check that training can combine them.
 
     Args:
-        sources: Which ones.
+        sources: The folders.
         sequence_length: Tokens to predict per sequence.
-        tokenizer: The tokenizer they must have been prepared with; None for any.
-        cache_dir: See :class:`mhc_lightning.data.prepared_data.PreparedData`.
-        storage_options: Likewise.
+        tokenizer: The tokenizer that the folders must have been prepared with; None for any.
+        cache_dir: See `PreparedData`.
+        storage_options: See `PreparedData`.
 
     Returns:
         The folders, and the weight of each.

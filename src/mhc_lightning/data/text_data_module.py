@@ -10,11 +10,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhc_lightning.data.batch_loader import BatchLoader, TrainingLoader
 from mhc_lightning.data.prepared_data import PreparedData
-from mhc_lightning.data.resume import align_batch_count, check_same_stream, stream_identity
+from mhc_lightning.data.resume import StreamPosition, check_same_stream, stream_identity
 from mhc_lightning.data.sources import open_sources, parse_sources
 from mhc_lightning.data.tokenizers import Tokenizer
-from mhc_lightning.data.training_sequences import TrainingSequences, ValidationSequences
-from mhc_lightning.data.validation_sequences import validation_batches, validation_counts
+from mhc_lightning.data.training_sequences import TrainingSequences
+from mhc_lightning.data.validation_sequences import (
+    ValidationSequences,
+    validation_batches,
+    validation_counts,
+)
 from mhc_lightning.errors import UserError
 from mhc_lightning.strategies.layout import Layout, layout_of
 
@@ -22,38 +26,38 @@ from mhc_lightning.strategies.layout import Layout, layout_of
 class TextDataModule(L.LightningDataModule):
     """Training and validation batches, int64 [micro_batch_size, sequence_length + 1].
 
-    Training is one endless stream of sequences whose order depends on the seed alone. Which part
-    of it an optimizer step sees follows from the number of sequences consumed before, so a resumed
-    run goes on exactly where it stopped, on any number of ranks and workers, and also with another
-    batch size. When the data end, another pass begins in a new order.
+    Training is one endless stream of sequences whose order depends on the seed alone. The sequences
+    of an optimizer step follow from the number of sequences consumed before it. So a resumed run
+    goes on exactly where it stopped, on any number of ranks and workers, also with another batch
+    size. At the end of the data another pass begins, in a new order.
 
-    With ``Trainer(max_steps=…)`` what Lightning calls an epoch is the whole run; without it an
-    epoch is one pass over the data.
+    With `Trainer(max_steps=…)` an epoch of Lightning is the whole run; without it an epoch is one
+    pass over the data.
 
-    Validation is a fixed choice of held-out sequences, each of which comes once, on one rank,
-    whatever ``micro_batch_size`` and the number of ranks are: what is missing to equal batches on
-    every rank, and to the whole length of a sequence at the end of a chunk, is padded behind with
-    -100 (``mhc_lightning.kernels.IGNORE_INDEX``), which is not predicted. Of all that is held out
-    nothing but the first token of each chunk file is left out. A loss of l nats per token is
-    ``l / ln 2 / validation_bytes_per_token`` bits per byte.
+    Validation is a fixed choice of held-out sequences. Each comes once, on one rank, whatever
+    `micro_batch_size` and the number of ranks are. Batches are padded to equal sizes on every rank,
+    short sequences at the ends of chunks to the whole length. Padding is -100
+    (`mhc_lightning.kernels.IGNORE_INDEX`), which is not predicted. Of the held-out text only the
+    first token of each chunk file is left out. A loss of l nats per token is
+    `l / ln 2 / validation_bytes_per_token` bits per byte.
 
     Args:
         path: A folder that `prepare` wrote, or the object-store URL of one; a list of these, or of
-            ``{path, weight}``, to mix several (by default in proportion to their tokens).
+            `{path, weight}`, to mix several (by default in proportion to their tokens).
         batch_size: Sequences per optimizer step, over all ranks and accumulated batches.
         micro_batch_size: Sequences per forward pass on one rank.
         sequence_length: Tokens to predict per sequence.
-        num_workers: Processes that read batches ahead; 0 reads in the main process, which takes
+        num_workers: Processes that read batches ahead. 0 reads in the main process, which takes
             microseconds per sequence unless the disk is slow. Chunks of a URL are fetched in the
-            background either way.
-        seed: Names the order of the training stream.
+            background in both cases.
+        seed: Identifies the order of the training stream.
         validation_sequences: Held-out sequences per validation, evenly spaced; None for all of
             them.
         tokenizer: If given, the tokenizer that the data must have been prepared with.
         shuffle_window: Chunks among which sequences are shuffled.
-        cache_dir: Where chunks of a URL are kept; by default ``$MHC_LIGHTNING_CACHE`` or
-            ``~/.cache/mhc_lightning``.
-        storage_options: Passed to the object store's client.
+        cache_dir: Folder for copies of a URL's chunks; by default `$MHC_LIGHTNING_CACHE` or
+            `~/.cache/mhc_lightning`.
+        storage_options: Options of the object store's client.
         allow_data_change: Resume although the checkpoint was trained on other data or in another
             order; the stream goes on at the same number of sequences.
 
@@ -103,13 +107,10 @@ class TextDataModule(L.LightningDataModule):
         self._sources = parse_sources(path)
         self._open_options = (tokenizer, cache_dir, storage_options)
         self._training_loader: TrainingLoader | None = None
-        self._base = (0, 0)  # (optimizer steps, sequences consumed by them) when last restored
-        self._resumed = False
-        self._announced: set[int] = set()
-        self._first_epochs: list[int] = []
+        self._position = StreamPosition(batch_size)
         self.accumulation(1)
 
-    # What the data are.
+    # The data.
 
     @cached_property
     def _opened(self) -> tuple[list[PreparedData], list[float]]:
@@ -126,12 +127,12 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def weights(self) -> list[float]:
-        """How often each folder is drawn from, relative to the others."""
+        """Relative frequency of each folder in training."""
         return self._opened[1]
 
     @cached_property
     def training_sequences(self) -> TrainingSequences:
-        """The training stream; ``training_sequences[position]`` is int64 [sequence_length + 1]."""
+        """The training stream; `training_sequences[position]` is int64 [sequence_length + 1]."""
         return TrainingSequences(
             self.sources, self.weights, self.sequence_length, self.seed, self.shuffle_window
         )
@@ -161,17 +162,17 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             UserError: The tokenizer has more ids than the model.
         """
-        found = self.sources[0].record.tokenizer["vocab_size"]
-        if found > vocab_size:
+        ids = self.sources[0].record.tokenizer["vocab_size"]
+        if ids > vocab_size:
             raise UserError(
-                f"the tokenizer of {self.sources[0].path} has {found} ids but"
-                f" model.vocab_size={vocab_size}; set model.vocab_size={found} or more"
+                f"the tokenizer of {self.sources[0].path} has {ids} ids but"
+                f" model.vocab_size={vocab_size}; set model.vocab_size={ids} or more"
             )
 
-    # How it is divided.
+    # Division among ranks and micro-batches.
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per optimizer step on each of ``world_size`` data-parallel ranks.
+        """Micro-batches per optimizer step on each of `world_size` data-parallel ranks.
 
         Raises:
             UserError: The batch cannot be divided evenly.
@@ -186,28 +187,26 @@ class TextDataModule(L.LightningDataModule):
         return count
 
     def _data_parallel(self) -> tuple[int, int]:
-        """This process's data-parallel rank and the data-parallel size."""
+        """The data-parallel rank of this process, and the number of data-parallel ranks."""
         layout = Layout() if self.trainer is None else layout_of(self.trainer.strategy)
         return layout.data_parallel_rank, layout.data_parallel_size
 
     @property
     def consumed_sequences(self) -> int:
         """Training sequences that the completed optimizer steps have seen, over all ranks."""
-        steps = self.trainer.global_step if self.trainer is not None else self._base[0]
-        return self._base[1] + (steps - self._base[0]) * self.batch_size
+        return self._position.sequences(self.trainer)
 
-    # What Lightning calls.
+    # Hooks of Lightning.
 
     def setup(self, stage: str) -> None:
         """Open the data, so that mistakes show before training begins, and start at step 0."""
-        self._base = (0, 0)  # Lightning restores a checkpoint after this
-        self._resumed = False
+        self._position.reset()  # Lightning restores a checkpoint after this
         if stage == "fit":
             self.accumulation(self._data_parallel()[1])
         assert self.sources
 
     def train_dataloader(self) -> TrainingLoader:
-        """Endless training batches; see :class:`mhc_lightning.data.batch_loader.TrainingLoader`."""
+        """Training batches from the current position of the stream; see `TrainingLoader`."""
         assert self.trainer is not None
         rank, world_size = self._data_parallel()
         accumulation = self.accumulation(world_size)
@@ -217,21 +216,22 @@ class TextDataModule(L.LightningDataModule):
                 f" match: data.batch_size={self.batch_size} in micro-batches of"
                 f" {self.micro_batch_size} on {world_size} ranks takes {accumulation}"
             )
-        if self._resumed:
-            align_batch_count(self.trainer, accumulation)
+        self._position.align(self.trainer, accumulation)
         steps = self.trainer.max_steps
         if steps < 0:
-            drawn = sum(order.length for order in self.training_sequences.orders)
-            steps = max(1, drawn // self.batch_size)
+            sequences = sum(order.length for order in self.training_sequences.orders)
+            steps = max(1, sequences // self.batch_size)
         self._training_loader = TrainingLoader(
-            self,
             self.training_sequences,
             steps * accumulation,
+            position=self._position,
+            trainer=self.trainer,
+            accumulation=accumulation,
             micro_batch_size=self.micro_batch_size,
             rank=rank,
             world_size=world_size,
             num_workers=self.num_workers,
-            pin_memory=self._pins_memory(),
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
         return self._training_loader
 
@@ -261,7 +261,12 @@ class TextDataModule(L.LightningDataModule):
                 " depends on data.micro_batch_size and the devices; data.validation_sequences=N"
                 " takes the same N sequences under every layout"
             )
-        return BatchLoader(dataset, batches, len(batches), pin_memory=self._pins_memory())
+        return BatchLoader(
+            dataset,
+            batches,
+            len(batches),
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
 
     def teardown(self, stage: str) -> None:
         """End the worker processes."""
@@ -270,51 +275,19 @@ class TextDataModule(L.LightningDataModule):
             self._training_loader = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, and what the stream is made of."""
-        steps = self.trainer.global_step if self.trainer is not None else self._base[0]
-        return {
-            "steps": steps,
-            "sequences": self.consumed_sequences,
-            "data": self._identity(),
-        }
+        """The position in the stream, and the identity of the stream."""
+        return {**self._position.state_dict(self.trainer), "data": self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint stopped.
+        """Go on at the position of a checkpoint.
 
         Raises:
-            UserError: Its data or their order are not these, and ``allow_data_change`` is off.
+            UserError: The stream is another one, and `allow_data_change` is off.
         """
         fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         if fitting and not self.allow_data_change:
             check_same_stream(state_dict["data"], self._identity())
-        self._base = (state_dict["steps"], state_dict["sequences"])
-        self._resumed = True
-
-    # What the training loader calls.
-
-    def begin(self) -> int:
-        """The stream position of the next batch, once Lightning has restored its progress."""
-        assert self.trainer is not None
-        if self._resumed:
-            align_batch_count(self.trainer, self.accumulation(self._data_parallel()[1]))
-            self._resumed = False
-        position = self.consumed_sequences
-        if not self._first_epochs:
-            self._first_epochs = self.training_sequences.epochs(position)
-        return position
-
-    def announce(self, position: int) -> None:
-        """Say once per source when a second pass over it begins."""
-        if len(self._announced) == len(self._sources):
-            return
-        epochs = self.training_sequences.epochs(position)
-        for source, (first, epoch) in enumerate(zip(self._first_epochs, epochs, strict=True)):
-            if epoch > first and source not in self._announced:
-                self._announced.add(source)
-                rank_zero_warn(
-                    f"{self.sources[source].path}: every sequence has been seen"
-                    f" {epoch} time{'s' if epoch > 1 else ''}; going on in a new order"
-                )
+        self._position.load_state_dict(state_dict)
 
     def _identity(self) -> dict[str, Any]:
         return stream_identity(
@@ -326,7 +299,3 @@ class TextDataModule(L.LightningDataModule):
             self.sources, self.weights, self.sequence_length, self.validation_sequences
         )
         return ValidationSequences(self.sources, counts, self.sequence_length)
-
-    def _pins_memory(self) -> bool:
-        assert self.trainer is not None
-        return self.trainer.strategy.root_device.type == "cuda"

@@ -1,4 +1,4 @@
-"""A ``tokenizer.json`` and the ``tokenizer_config.json`` beside it: read, checked, made plain."""
+"""A `tokenizer.json` and the `tokenizer_config.json` beside it, read and checked."""
 
 import json
 import warnings
@@ -26,16 +26,16 @@ _END_OF_DOCUMENT_NAMES = (
 
 
 def read_tokenizer(path: Path) -> tuple[Any, bytes, int | None]:
-    """A tokenizer that encodes all of a text, the same each time, and takes no text for special.
+    """A tokenizer that encodes the whole text, always alike, and finds no special tokens in it.
 
-    Truncation, padding and the dropout of BPE, which a file may ask for, are off.
+    Truncation, padding and BPE dropout, which a file may ask for, are switched off.
 
     Args:
-        path: The ``tokenizer.json``.
+        path: The `tokenizer.json`.
 
     Returns:
-        The ``tokenizers.Tokenizer``, the file's content, and the id that stands for text which the
-        tokenizer does not know, if it has one.
+        The `tokenizers.Tokenizer`, the content of the file, and the id for text which the tokenizer
+        does not know, if it has one.
 
     Raises:
         UserError: The file is missing or is no tokenizer.
@@ -65,7 +65,7 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes, int | None]:
 
 
 def _warn_of_other_ids(path: Path, tokenizer: Any, content: dict[str, Any]) -> None:
-    """The library numbers added tokens itself, and says nothing where the file has other ids."""
+    """Warn if the library numbers added tokens differently from the file; it does so silently."""
     others = [
         f"{token['content']!r} is {tokenizer.token_to_id(token['content'])}, not {token['id']}"
         for token in content.get("added_tokens") or []
@@ -81,9 +81,10 @@ def _warn_of_other_ids(path: Path, tokenizer: Any, content: dict[str, Any]) -> N
 
 
 def _warn_of_lost_text(path: Path, tokenizer: Any) -> None:
+    """Warn if the tokenizer drops characters that it does not know."""
     try:
         lost = not tokenizer.encode(_RARE_CHARACTERS, add_special_tokens=False).ids
-    except Exception:  # it refuses what it does not know
+    except Exception:  # it refuses unknown characters
         return
     if lost:
         warnings.warn(
@@ -94,20 +95,21 @@ def _warn_of_lost_text(path: Path, tokenizer: Any) -> None:
 
 
 def _unknown(tokenizer: Any, model: dict[str, Any]) -> int | None:
+    """The id for unknown text, if there is one."""
     token = model.get("unk_token")
-    found: int | None = model.get("unk_id") if token is None else tokenizer.token_to_id(token)
-    return found
+    unknown: int | None = model.get("unk_id") if token is None else tokenizer.token_to_id(token)
+    return unknown
 
 
 def end_of_document_token(path: Path, vocabulary: dict[str, int]) -> str:
-    """The ``eos_token`` of a ``tokenizer_config.json``, else the first usual name that is known.
+    """The `eos_token` of a `tokenizer_config.json`, else the first usual name that is known.
 
     Args:
-        path: The ``tokenizer.json``, beside which the other may be.
-        vocabulary: Its tokens.
+        path: The `tokenizer.json`, beside which a `tokenizer_config.json` may be.
+        vocabulary: The tokens and their ids.
 
     Raises:
-        UserError: There is no such token, or the ``tokenizer_config.json`` cannot be understood.
+        UserError: There is no such token, or the `tokenizer_config.json` cannot be understood.
     """
     config = path.with_name("tokenizer_config.json")
     if config.is_file():
@@ -117,7 +119,7 @@ def end_of_document_token(path: Path, vocabulary: dict[str, int]) -> str:
             known = token in vocabulary
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(
-                f"{config} cannot be understood ({error}); mend or remove it,"
+                f"{config} cannot be understood ({error}); fix or remove it,"
                 " or name the token that ends documents with end_of_document=…"
             ) from error
         if known:

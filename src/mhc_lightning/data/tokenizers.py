@@ -1,7 +1,7 @@
-"""Tokenizers: bytes, or any ``tokenizer.json``, behind one small interface.
+"""Tokenizers behind one small interface: bytes, or any `tokenizer.json`.
 
-A prepared folder records its tokenizer (:meth:`Tokenizer.record`), so that training, ``generate``
-and a later reader all use the one the tokens were made with.
+A prepared folder records its tokenizer (`Tokenizer.record`). So training, `generate` and later
+readers all use the tokenizer that made the tokens.
 """
 
 import codecs
@@ -22,19 +22,19 @@ from mhc_lightning.errors import UserError
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Smallest unsigned integer type (16 or 32 bits) that holds ids below ``vocab_size``."""
+    """Smallest unsigned integer type (16 or 32 bits) that holds ids below `vocab_size`."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 class Tokenizer(ABC):
-    """What training and generation ask of a tokenizer.
+    """The interface that training and generation need.
 
     Attributes:
         name: Short name for summaries.
         vocab_size: Number of ids; every id is below it.
         end_of_document: Id that follows each document.
         fingerprint: Equal for two tokenizers exactly when they give the same ids.
-        unknown: Id that stands for text which the tokenizer does not know; None if it has none.
+        unknown: Id for text which the tokenizer does not know; None if it has none.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: bytes | str) -> np.ndarray:
-        """Ids of a text, [tokens], in :attr:`dtype`; no token is added before or after."""
+        """Ids of a text, [tokens], in `dtype`; no token is added before or after."""
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of several documents, one array each."""
@@ -58,10 +58,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the ids stand for; ids without bytes of their own give none."""
+        """The bytes of the ids; ids that stand for no bytes are left out."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that the ids stand for; bytes that are no UTF-8 become U+FFFD."""
+        """The text of the ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @abstractmethod
@@ -70,11 +70,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What :func:`tokenizer_from_record` needs to build this tokenizer again."""
+        """Everything that `tokenizer_from_record` needs to build this tokenizer again."""
 
 
 class TextStream(ABC):
-    """Turns ids into text as they come, holding back bytes of an unfinished character."""
+    """Decodes ids one at a time; holds back the bytes of an unfinished character."""
 
     @abstractmethod
     def push(self, token: int) -> str:
@@ -82,7 +82,7 @@ class TextStream(ABC):
 
     @abstractmethod
     def flush(self) -> str:
-        """What is still held back (U+FFFD for an unfinished character), once no id follows."""
+        """The text still held back, after the last id (U+FFFD for an unfinished character)."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -94,21 +94,21 @@ class ByteTokenizer(Tokenizer):
     fingerprint = "bytes-257"
 
     def encode(self, text: bytes | str) -> np.ndarray:
-        """See :meth:`Tokenizer.encode`."""
+        """See `Tokenizer.encode`."""
         data = text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
         return np.frombuffer(data, dtype=np.uint8).astype(self.dtype)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """See :meth:`Tokenizer.decode_bytes`; ids from 256 up stand for no byte."""
+        """See `Tokenizer.decode_bytes`; ids from 256 on stand for no byte."""
         values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
         return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes()
 
     def stream(self) -> TextStream:
-        """See :meth:`Tokenizer.stream`."""
+        """See `Tokenizer.stream`."""
         return _ByteStream()
 
     def record(self) -> dict[str, Any]:
-        """See :meth:`Tokenizer.record`."""
+        """See `Tokenizer.record`."""
         return {"kind": "bytes", "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
 
 
@@ -124,15 +124,15 @@ class _ByteStream(TextStream):
 
 
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json`` of the ``tokenizers`` library.
+    """A `tokenizer.json` of the `tokenizers` library.
 
     Text that spells a special token is encoded as ordinary text, so no document can forge a
     boundary. Invalid UTF-8 becomes U+FFFD before it is encoded.
 
     Args:
-        path: A ``tokenizer.json``, or a folder that holds one.
-        end_of_document: The token that ends a document. By default the ``eos_token`` of a
-            ``tokenizer_config.json`` beside it, else the first of the usual names that it knows.
+        path: A `tokenizer.json`, or a folder that holds one.
+        end_of_document: The token that ends a document. By default the `eos_token` of a
+            `tokenizer_config.json` beside it, else the first of the usual names that it knows.
 
     Raises:
         UserError: The file is missing or is no tokenizer, or no such token is in the vocabulary.
@@ -150,7 +150,7 @@ class JsonTokenizer(Tokenizer):
                 f"{self.path} has no token {self.end_of_document_token!r} to end documents with;"
                 " name one of its tokens with end_of_document=…"
             )
-        # Text that spells a special token is not taken for it; of another added token it is.
+        # Text that spells a special token stays text; another added token would be found in it.
         self._tokenizer.add_special_tokens([self.end_of_document_token])
         self.name = self.path.parent.name or self.path.stem
         self.vocab_size = max(vocabulary.values()) + 1
@@ -161,42 +161,42 @@ class JsonTokenizer(Tokenizer):
         return JsonTokenizer, (self.path, self.end_of_document_token)
 
     def encode(self, text: bytes | str) -> np.ndarray:
-        """See :meth:`Tokenizer.encode`."""
+        """See `Tokenizer.encode`."""
         return self.encode_documents([text if isinstance(text, bytes) else _as_bytes(text)])[0]
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """See :meth:`Tokenizer.encode_documents`.
+        """See `Tokenizer.encode_documents`.
 
         Raises:
-            UserError: The tokenizer cannot encode a text, or takes it for an end of document.
+            UserError: The tokenizer cannot encode a text, or encodes it as an end of document.
         """
         texts = [document.decode("utf-8", errors="replace") for document in documents]
         encoded = self._encode(texts)
         for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
-            if self._ends(ids):
-                encoded[number] = self._encode_apart(text)
+            if self._has_end(ids):
+                encoded[number] = self._encode_in_parts(text)
         return encoded
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library has no type of its own
+        except Exception as error:  # the library has no exception type of its own
             raise UserError(f"{self.path} cannot encode a text: {error}") from error
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
-    def _ends(self, ids: np.ndarray) -> bool:
+    def _has_end(self, ids: np.ndarray) -> bool:
         return bool((ids == self.end_of_document).any())
 
-    def _encode_apart(self, text: str) -> np.ndarray:
-        """Ids of a text in which a model finds the end of document as a word of its own.
+    def _encode_in_parts(self, text: str) -> np.ndarray:
+        """Ids of a text that spells the end of document, and whose model takes the spelling for it.
 
-        The text is encoded in parts, none of which spells it.
+        The text is encoded in parts, none of which spells the token.
         """
         end = self.end_of_document_token
         first, *others = text.split(end)
         parts = [first] + [end[1:] + part for part in others]
         ids = np.concatenate(self._encode([part + end[:1] for part in parts[:-1]] + parts[-1:]))
-        if self._ends(ids):
+        if self._has_end(ids):
             raise UserError(
                 f"{self.path} encodes ordinary text as {end!r}, which ends documents; name another"
                 " of its tokens with end_of_document=…"
@@ -204,19 +204,19 @@ class JsonTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See :meth:`Tokenizer.decode`; special tokens are left out."""
+        """See `Tokenizer.decode`; special tokens are left out."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """See :meth:`Tokenizer.decode_bytes`."""
+        """See `Tokenizer.decode_bytes`."""
         return self.decode(ids).encode("utf-8")
 
     def stream(self) -> TextStream:
-        """See :meth:`Tokenizer.stream`."""
+        """See `Tokenizer.stream`."""
         return _JsonStream(self)
 
     def record(self) -> dict[str, Any]:
-        """See :meth:`Tokenizer.record`."""
+        """See `Tokenizer.record`."""
         return {
             "kind": "json",
             "file": TOKENIZER_FILE,
@@ -227,16 +227,16 @@ class JsonTokenizer(Tokenizer):
 
 
 def json_fingerprint(content: bytes, end_of_document: str) -> str:
-    """The fingerprint of a :class:`JsonTokenizer`, from the bytes of its file."""
+    """The fingerprint of a `JsonTokenizer`, from the bytes of its file."""
     digest = hashlib.sha256(content + b"\0" + end_of_document.encode())
     return f"json-{digest.hexdigest()[:32]}"
 
 
 class _JsonStream(TextStream):
-    """Decodes the last few ids again at each step: a token's text depends on the one before.
+    """Decodes a window of the last few ids at each step: the text of an id depends on those before.
 
-    ``_settled`` ids of the window have been given out as ``_text``; the rest wait until they end
-    on a whole character.
+    The text of the first `_settled` ids of the window has been returned. The other ids wait until
+    they end with a whole character.
     """
 
     _LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many byte-level tokens
@@ -266,11 +266,11 @@ def _as_bytes(text: str) -> bytes:
 
 
 def load_tokenizer(spec: str | Path, end_of_document: str | None = None) -> Tokenizer:
-    """The tokenizer that a configuration names.
+    """The tokenizer of a configuration.
 
     Args:
-        spec: ``bytes``, or the path of a ``tokenizer.json`` or of a folder that holds one.
-        end_of_document: See :class:`JsonTokenizer`; the byte tokenizer has its own.
+        spec: `bytes`, or the path of a `tokenizer.json` or of a folder that holds one.
+        end_of_document: See `JsonTokenizer`; the byte tokenizer has an id of its own.
     """
     return ByteTokenizer() if str(spec) == "bytes" else JsonTokenizer(spec, end_of_document)
 
@@ -279,7 +279,7 @@ def tokenizer_from_record(record: dict[str, Any], folder: Path) -> Tokenizer:
     """The tokenizer of a prepared folder.
 
     Raises:
-        UserError: The recorded file is missing or is not the one that was recorded.
+        UserError: The recorded file is missing or differs from the record.
     """
     if record["kind"] == "bytes":
         return ByteTokenizer()

@@ -1,11 +1,10 @@
-"""Turn one unit of input into litdata token chunks, in a folder of its own.
+"""One work unit tokenized into litdata chunks, in a folder of its own.
 
-The folder appears under its final name only when everything in it is written, so its presence
-means that the unit is done.
+The folder appears under its final name when everything in it is written: its presence means that
+the unit is finished.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,64 +13,33 @@ from typing import Any
 
 import numpy as np
 
+from mhc_lightning.data.chunk_writing import write_chunks
+from mhc_lightning.data.documents import Document, Skipped
+from mhc_lightning.data.prepared_record import TextCounts
 from mhc_lightning.data.tokenizers import Tokenizer
-from mhc_lightning.data.work_units import Document, Skipped, Unit
-from mhc_lightning.files.checksums import file_sha256, file_xxh3, json_sha256
+from mhc_lightning.data.work_units import WorkUnit
+from mhc_lightning.files.checksums import file_xxh3, json_sha256
 
-# litdata asks a package index for its newest version when it is imported, unless told not to.
-os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
-
-_SUMMARY_FILE = "unit.json"
+_RESULT_FILE = "unit.json"
 _HELD_OUT_FILE = "validation.npy"
 _BATCH_BYTES = 1 << 20
-_SLICES_PER_CHUNK = 16
 
 
 @dataclass
-class Counts:
-    """What a split, or all of a prepared folder, holds.
-
-    Attributes:
-        documents: Documents; a file of which the end is held out counts in both splits.
-        tokens: Tokens, the end of each document included.
-        bytes: Bytes of text.
-        invalid_utf8: Documents (or parts of very long ones) with bytes that are no UTF-8.
-        with_nul: Documents (or parts) with NUL bytes.
-        unknown: Tokens that stand for text which the tokenizer does not know.
-    """
-
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    invalid_utf8: int = 0
-    with_nul: int = 0
-    unknown: int = 0
-
-    def add(self, other: "Counts") -> None:
-        """Add the numbers of another one to this one's."""
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.bytes += other.bytes
-        self.invalid_utf8 += other.invalid_utf8
-        self.with_nul += other.with_nul
-        self.unknown += other.unknown
-
-
-@dataclass
-class ShardSummary:
-    """What became of one unit.
+class UnitResult:
+    """The result of one unit, as its `unit.json` holds it.
 
     Attributes:
         train: Counts of the training split.
         validation: Counts of the validation split.
-        skipped: What was left out.
+        skipped: Counts of input that was left out.
         chunks: litdata's entries for the training chunks, each with its checksums.
         config: litdata's configuration of these chunks; empty if there are none.
         held_out: Checksum of the file of held-out tokens; empty if there are none.
     """
 
-    train: Counts
-    validation: Counts
+    train: TextCounts
+    validation: TextCounts
     skipped: Skipped
     chunks: list[dict[str, Any]]
     config: dict[str, Any]
@@ -79,11 +47,11 @@ class ShardSummary:
 
 
 @dataclass(frozen=True)
-class ShardOptions:
-    """How units become chunks; equal for all units of one run.
+class TokenizationOptions:
+    """Options that are equal for all units of one run.
 
     Attributes:
-        text_field: Key of the text in JSONL lines and dataset rows.
+        text_field: Key of the text in JSON Lines and dataset rows.
         validation_fraction: Share of the documents that is held out.
         chunk_bytes: Largest size of a chunk file.
     """
@@ -94,51 +62,52 @@ class ShardOptions:
 
 
 def unit_folder(folder: Path, unit: int) -> Path:
-    """Where a unit's chunks and summary are."""
+    """The folder of a unit's chunks and result."""
     return folder / f"{unit:06d}"
 
 
-def write_shard(unit: Unit, folder: Path, tokenizer: Tokenizer, options: ShardOptions) -> None:
-    """Write a unit's training chunks and held-out tokens below ``folder``, which appears whole."""
+def tokenize_unit(
+    unit: WorkUnit, folder: Path, tokenizer: Tokenizer, options: TokenizationOptions
+) -> None:
+    """Write a unit's training chunks and held-out tokens into `folder`, which appears whole."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    train, validation, skipped = Counts(), Counts(), Skipped()
-    held_out: list[np.ndarray] = []
+    train, validation, skipped = TextCounts(), TextCounts(), Skipped()
+    held_out_tokens: list[np.ndarray] = []
 
     def training_tokens() -> Iterator[np.ndarray]:
         documents = unit.documents(options.text_field, options.validation_fraction, skipped)
         for batch in _batches(documents):
-            kept = [document for document in batch if not document.held_out]
-            held = [document for document in batch if document.held_out]
-            if held:
-                held_out.append(_encode(held, tokenizer, validation))
-            if kept:
-                yield _encode(kept, tokenizer, train)
+            training = [document for document in batch if not document.held_out]
+            held_out = [document for document in batch if document.held_out]
+            if held_out:
+                held_out_tokens.append(_encode(held_out, tokenizer, validation))
+            if training:
+                yield _encode(training, tokenizer, train)
 
     chunks, config = write_chunks(training_tokens(), temporary, options.chunk_bytes)
-    if held_out:
-        np.save(temporary / _HELD_OUT_FILE, np.concatenate(held_out))
-    checksum = file_xxh3(temporary / _HELD_OUT_FILE) if held_out else ""
-    summary = ShardSummary(train, validation, skipped, chunks, config, checksum)
-    content = asdict(summary)
-    sealed = {**content, "checksum": json_sha256(content)}
-    (temporary / _SUMMARY_FILE).write_text(json.dumps(sealed))
+    if held_out_tokens:
+        np.save(temporary / _HELD_OUT_FILE, np.concatenate(held_out_tokens))
+    checksum = file_xxh3(temporary / _HELD_OUT_FILE) if held_out_tokens else ""
+    content = asdict(UnitResult(train, validation, skipped, chunks, config, checksum))
+    content["checksum"] = json_sha256(content)
+    (temporary / _RESULT_FILE).write_text(json.dumps(content))
     temporary.rename(folder)
 
 
-def read_shard(folder: Path) -> ShardSummary:
-    """The summary of a finished unit.
+def read_result(folder: Path) -> UnitResult:
+    """The result of a finished unit.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: There is none, or it was changed.
     """
-    content = json.loads((folder / _SUMMARY_FILE).read_text())
+    content = json.loads((folder / _RESULT_FILE).read_text())
     if content.pop("checksum") != json_sha256(content):
-        raise ValueError(f"{folder / _SUMMARY_FILE} is damaged")
-    return ShardSummary(
-        Counts(**content["train"]),
-        Counts(**content["validation"]),
+        raise ValueError(f"{folder / _RESULT_FILE} is damaged")
+    return UnitResult(
+        TextCounts(**content["train"]),
+        TextCounts(**content["validation"]),
         Skipped(**content["skipped"]),
         content["chunks"],
         content["config"],
@@ -147,64 +116,25 @@ def read_shard(folder: Path) -> ShardSummary:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a unit is done and what it wrote is there still, as it was."""
+    """True if a unit is finished and all its files are as they were written."""
     try:
-        shard = read_shard(folder)
-        checksums = {chunk["filename"]: chunk["xxh3"] for chunk in shard.chunks}
-        if shard.held_out:
-            checksums[_HELD_OUT_FILE] = shard.held_out
+        result = read_result(folder)
+        checksums = {chunk["filename"]: chunk["xxh3"] for chunk in result.chunks}
+        if result.held_out:
+            checksums[_HELD_OUT_FILE] = result.held_out
         return all(file_xxh3(folder / name) == expected for name, expected in checksums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def held_out_tokens(folder: Path) -> np.ndarray | None:
+def read_held_out(folder: Path) -> np.ndarray | None:
     """The held-out tokens of a finished unit, or None."""
     path = folder / _HELD_OUT_FILE
     return np.load(path) if path.exists() else None
 
 
-def write_chunks(
-    tokens: Iterable[np.ndarray], folder: Path, chunk_bytes: int
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Write arrays of tokens as litdata chunks.
-
-    Args:
-        tokens: One-dimensional arrays of one dtype.
-        folder: Where the chunk files go.
-        chunk_bytes: Largest size of a chunk file.
-
-    Returns:
-        litdata's entries for the chunks, each with its checksums, and its configuration.
-    """
-    from litdata.streaming.item_loader import TokensLoader
-    from litdata.streaming.writer import BinaryWriter
-
-    writer = BinaryWriter(str(folder), chunk_bytes=chunk_bytes, item_loader=TokensLoader())
-    for index, array in enumerate(_slices(tokens, chunk_bytes)):
-        writer[index] = array
-    writer.done()
-    index_file = folder / f"{writer.rank}.index.json"
-    if not index_file.exists():
-        return [], {}
-    index = json.loads(index_file.read_text())
-    index_file.unlink()
-    for chunk in index["chunks"]:
-        chunk["sha256"] = file_sha256(folder / chunk["filename"])
-        chunk["xxh3"] = file_xxh3(folder / chunk["filename"])
-    return index["chunks"], index["config"]
-
-
-def _slices(arrays: Iterable[np.ndarray], chunk_bytes: int) -> Iterator[np.ndarray]:
-    """Cut long arrays, because litdata never divides one between chunks."""
-    for array in arrays:
-        length = max(1, chunk_bytes // _SLICES_PER_CHUNK // array.itemsize)
-        for start in range(0, len(array), length):
-            yield array[start : start + length]
-
-
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents, so that short ones do not pay for a call each."""
+    """Group documents, because a call of the tokenizer for each short one would be slow."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -217,7 +147,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(documents: list[Document], tokenizer: Tokenizer, counts: Counts) -> np.ndarray:
+def _encode(documents: list[Document], tokenizer: Tokenizer, counts: TextCounts) -> np.ndarray:
     """Tokens of the documents one after the other, each followed by the end of document."""
     end = np.array([tokenizer.end_of_document], dtype=tokenizer.dtype)
     parts: list[np.ndarray] = []

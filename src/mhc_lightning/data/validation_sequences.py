@@ -1,46 +1,110 @@
-"""Which held-out sequences validation uses, and how ranks share them."""
+"""The held-out sequences of validation: their choice, and their division among ranks."""
 
+import bisect
+import itertools
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from mhc_lightning.data.chunk_file import Chunk
 from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.prepared_record import VALIDATION
+from mhc_lightning.data.sequence_reader import SequencePlace, SequenceReader, sequences_in
 from mhc_lightning.data.shuffling import apportion
-from mhc_lightning.data.training_sequences import held_out_sequences_in
+
+
+def held_out_sequences_in(chunk: Chunk, sequence_length: int) -> int:
+    """Number of validation sequences in a chunk, of which the last may be shorter.
+
+    Together they predict every token of the chunk but its first.
+    """
+    return max(0, math.ceil((chunk.tokens - 1) / sequence_length))
+
+
+class ValidationSequences(torch.utils.data.Dataset[Tensor]):
+    """A fixed choice of held-out sequences, evenly spaced over each source's validation split.
+
+    If a source has enough whole sequences, only those are chosen; else the shorter ones at the ends
+    of chunks are chosen too. A shorter sequence is padded at its end with `IGNORE_INDEX` (-100). A
+    row for an index beyond the last sequence is padding alone.
+
+    Args:
+        sources: The prepared folders.
+        counts: Number of sequences of each.
+        sequence_length: Tokens to predict per sequence.
+
+    Attributes:
+        num_tokens: Tokens predicted in the sequences of each source.
+    """
+
+    def __init__(
+        self, sources: Sequence[PreparedData], counts: Sequence[int], sequence_length: int
+    ) -> None:
+        self._reader = SequenceReader(sources, VALIDATION, sequence_length)
+        self._places: list[SequencePlace] = []
+        self.num_tokens: list[int] = []
+        for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
+            chunks = source.chunks(VALIDATION)
+            sizes = [sequences_in(chunk, sequence_length) for chunk in chunks]
+            if count > sum(sizes):
+                sizes = [held_out_sequences_in(chunk, sequence_length) for chunk in chunks]
+            ends = list(itertools.accumulate(sizes))
+            predicted = 0
+            for chosen in range(count):
+                index = chosen * ends[-1] // count
+                chunk = bisect.bisect_right(ends, index)
+                row = index - (ends[chunk] - sizes[chunk])
+                self._places.append((number, chunk, row))
+                predicted += min(sequence_length, chunks[chunk].tokens - 1 - row * sequence_length)
+            self.num_tokens.append(predicted)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """Some of the sequences, int64 [len(indices), sequence_length + 1]."""
+        count = len(self._places)
+        places = [self._places[index] if index < count else None for index in indices]
+        return self._reader.batch(places, len(indices))
 
 
 def validation_counts(
     sources: Sequence[PreparedData],
     weights: Sequence[float],
     sequence_length: int,
-    wanted: int | None,
+    total: int | None,
 ) -> list[int]:
-    """How many held-out sequences of each source are used; those at chunks' ends may be shorter.
+    """Number of held-out sequences to use of each source; those at chunks' ends may be shorter.
 
     Args:
         sources: The prepared folders.
-        weights: The sources' weights in training, which ``wanted`` is divided by.
+        weights: Weights of the sources in training, by which `total` is divided.
         sequence_length: Tokens to predict per sequence.
-        wanted: Number of sequences over all sources; None for all there are.
+        total: Number of sequences over all sources; None for all of them.
     """
     available = [
         sum(held_out_sequences_in(chunk, sequence_length) for chunk in data.chunks(VALIDATION))
         for data in sources
     ]
-    if wanted is None:
+    if total is None:
         return available
-    shares = apportion(wanted, weights)
-    return [min(have, int(share)) for have, share in zip(available, shares, strict=True)]
+    shares = apportion(total, weights)
+    return [min(count, int(share)) for count, share in zip(available, shares, strict=True)]
 
 
 def validation_batches(
     total: int, micro_batch_size: int, rank: int, world_size: int
 ) -> list[range]:
-    """The sequences of each of a rank's batches: each comes once, on one rank.
+    """The indices of each of a rank's batches: each sequence comes once, on one rank.
 
-    Every rank gets the same number of batches of the same size, as collectives need it. What is
-    missing to that is numbered from ``total`` on, and stands for padding. Fewer sequences than one
-    round over all ranks make a smaller one.
+    Every rank gets the same number of batches of the same size, as collectives need it. Indices
+    from `total` on stand for padding. With fewer sequences than one round over all ranks holds, the
+    batches are smaller.
 
     Args:
         total: Number of sequences.

@@ -1,84 +1,58 @@
-"""Divide the input into units of work that depend on the input alone.
+"""The input divided into work units, each of which one worker process tokenizes.
 
-Each unit becomes chunks of its own, so the output is the same for any number of workers, and a
-unit that is finished need not be done again. Large files are cut at line ends.
+The division depends on the input alone. Each unit becomes chunk files of its own, so the output is
+the same for any number of workers, and a finished unit need not be repeated. Large files are cut
+at line ends.
 """
 
 import codecs
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from mhc_lightning.data.documents import (
-    TextFile,
+    HASHED_BYTES,
+    Document,
+    Skipped,
+    is_held_out,
     jsonl_document,
-    open_bytes,
 )
+from mhc_lightning.data.text_files import TextFile, open_bytes
 from mhc_lightning.errors import UserError
 
-# Below so many held-out files a split by whole files is a matter of luck: then each file's end
-# is held out instead.
+# With fewer held-out files than this, a split by whole files would be a matter of luck. Then the
+# end of each file is held out instead.
 _FEWEST_HELD_OUT_FILES = 10
-_HASHED_BYTES = 1 << 20
 _COMPRESSION_GUESS = 4
 _LONGEST_LINE_SOUGHT = 1 << 20
 
 
-@dataclass(frozen=True)
-class Document:
-    """A document, or a part of one that is too long to hold at once.
-
-    Attributes:
-        data: Its bytes.
-        held_out: Whether it belongs to the validation split.
-        ends: Whether the document ends here.
-    """
-
-    data: bytes
-    held_out: bool
-    ends: bool = True
-
-
-@dataclass
-class Skipped:
-    """What a unit left out.
-
-    Attributes:
-        binary_files: Files in folders that are no text.
-        empty_documents: Documents without a byte.
-    """
-
-    binary_files: int = 0
-    empty_documents: int = 0
-
-
-class Unit(Protocol):
+class WorkUnit(Protocol):
     """Input that one worker turns into chunks."""
 
     @property
     def input_size(self) -> int:
-        """Its size for the progress bar, in bytes."""
+        """Bytes of input, for the progress bar."""
 
     def documents(
         self, text_field: str, validation_fraction: float, skipped: Skipped
     ) -> Iterator[Document]:
-        """Its documents, in order; what is left out is counted in ``skipped``.
+        """The documents of the unit, in order; input that is left out is counted in `skipped`.
 
         Raises:
-            UserError: The input cannot be read, or holds no text where it should.
+            UserError: The input cannot be read, or a document is no text.
         """
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a file, the bytes [start, stop); stop is None for all of a compressed file.
+class FilePart:
+    """A part of a file, the bytes [start, stop); `stop` is None for all of a compressed file.
 
     Attributes:
-        held_out: Which split it belongs to; None if its documents' content decides.
+        held_out: The split of this part; None if the content of its documents decides.
         held_out_end: Share of a compressed plain-text file that is held out, at its end.
-        ends: Whether a plain-text document ends with this piece.
+        ends: True if a plain-text document ends with this part.
     """
 
     file: TextFile
@@ -90,7 +64,7 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Bytes of text, guessed for a compressed file."""
+        """Bytes of text, estimated for a compressed file."""
         if self.stop is not None:
             return self.stop - self.start
         return self.file.size * (_COMPRESSION_GUESS if self.file.compression else 1)
@@ -103,94 +77,86 @@ class Piece:
 
 @dataclass(frozen=True)
 class FileUnit:
-    """A :class:`Unit` of files and parts of files."""
+    """A `WorkUnit` of files and parts of files."""
 
-    pieces: tuple[Piece, ...]
+    parts: tuple[FilePart, ...]
 
     @property
     def input_size(self) -> int:
-        """See :class:`Unit`."""
-        return sum(piece.input_size for piece in self.pieces)
+        """See `WorkUnit`."""
+        return sum(part.input_size for part in self.parts)
 
     def documents(
         self, text_field: str, validation_fraction: float, skipped: Skipped
     ) -> Iterator[Document]:
-        """See :class:`Unit`."""
-        for piece in self.pieces:
-            if piece.file.is_jsonl:
-                yield from _jsonl_documents(piece, text_field, validation_fraction, skipped)
+        """See `WorkUnit`."""
+        for part in self.parts:
+            if part.file.is_jsonl:
+                yield from _jsonl_documents(part, text_field, validation_fraction, skipped)
             else:
-                yield from _text_documents(piece, validation_fraction, skipped)
-
-
-def is_held_out(content: bytes, validation_fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a function of its first MiB alone.
-
-    So the split is stable, and exact copies of a document never fall on both sides.
-    """
-    digest = hashlib.blake2b(content[:_HASHED_BYTES], digest_size=8).digest()
-    return int.from_bytes(digest, "big") < validation_fraction * 2**64
+                yield from _text_documents(part, validation_fraction, skipped)
 
 
 def plan_units(
     files: Sequence[TextFile], unit_bytes: int, validation_fraction: float
 ) -> list[FileUnit]:
-    """Cut and pack files into units of about ``unit_bytes`` of text, in the files' order."""
+    """Cut and pack files into units of about `unit_bytes` of text, in the order of the files."""
     plain = sum(not file.is_jsonl for file in files)
     by_end = plain * validation_fraction < _FEWEST_HELD_OUT_FILES and validation_fraction > 0
     units: list[FileUnit] = []
-    waiting: list[Piece] = []
+    unit: list[FilePart] = []
     size = 0
     for file in files:
-        for piece in _pieces(file, unit_bytes, validation_fraction if by_end else 0.0):
-            if waiting and size + piece.size > unit_bytes:
-                units.append(FileUnit(tuple(waiting)))
-                waiting, size = [], 0
-            waiting.append(piece)
-            size += piece.size
-    if waiting:
-        units.append(FileUnit(tuple(waiting)))
+        for part in _parts(file, unit_bytes, validation_fraction if by_end else 0.0):
+            if unit and size + part.size > unit_bytes:
+                units.append(FileUnit(tuple(unit)))
+                unit, size = [], 0
+            unit.append(part)
+            size += part.size
+    if unit:
+        units.append(FileUnit(tuple(unit)))
     return units
 
 
-def _pieces(file: TextFile, unit_bytes: int, held_out_end: float) -> Iterator[Piece]:
-    """The parts of one file; with ``held_out_end`` that share of a plain-text file is held out."""
+def _parts(file: TextFile, unit_bytes: int, held_out_end: float) -> Iterator[FilePart]:
+    """The parts of one file; `held_out_end` is the share of a plain-text file to hold out."""
     if file.compression:
-        yield Piece(file, held_out_end=0.0 if file.is_jsonl else held_out_end)
+        yield FilePart(file, held_out_end=0.0 if file.is_jsonl else held_out_end)
     elif not file.size:
-        yield Piece(file, 0, 0)
+        yield FilePart(file, 0, 0)
     elif file.is_jsonl or not held_out_end:
-        yield from _cuts(file, 0, file.size, unit_bytes, None)
+        yield from _cut(file, 0, file.size, unit_bytes, None)
     else:
         boundary = _boundary(file, int(file.size * (1 - held_out_end)))
-        yield from _cuts(file, 0, boundary, unit_bytes, False)
-        yield from _cuts(file, boundary, file.size, unit_bytes, True)
+        yield from _cut(file, 0, boundary, unit_bytes, False)
+        yield from _cut(file, boundary, file.size, unit_bytes, True)
 
 
-def _cuts(
+def _cut(
     file: TextFile, start: int, stop: int, unit_bytes: int, held_out: bool | None
-) -> Iterator[Piece]:
+) -> Iterator[FilePart]:
+    """The bytes [start, stop) of a file in parts of about `unit_bytes`."""
     while start < stop:
         end = stop
         if stop - start > unit_bytes:
             end = min(stop, _boundary(file, start + unit_bytes))
-        yield Piece(file, start, end, held_out, ends=end == stop)
+        yield FilePart(file, start, end, held_out, ends=end == stop)
         start = end
 
 
 def _boundary(file: TextFile, position: int) -> int:
-    """Where to cut: the first line that begins at or after ``position``.
+    """The first beginning of a line at or after `position`.
 
-    Plain text without a line end for a MiB is cut at the next character; JSONL never is.
+    Plain text without a line end for a MiB is cut at the next character; JSON Lines never are.
     """
     if position <= 0:
         return 0
     with open_bytes(file) as stream:
         stream.seek(position - 1)
         while block := stream.read(_LONGEST_LINE_SOUGHT):
-            found = block.find(b"\n")
-            if found >= 0:
-                return stream.tell() - len(block) + found + 1
+            line_end = block.find(b"\n")
+            if line_end >= 0:
+                return stream.tell() - len(block) + line_end + 1
             if not file.is_jsonl:
                 return position - 1 + _character_start(block)
     return file.size
@@ -204,68 +170,68 @@ def _character_start(block: bytes) -> int:
     return len(block) if len(block) < 5 else 1  # the file ends with this character, or no UTF-8
 
 
-def _unmarked(data: bytes) -> bytes:
-    """The beginning of a file without a byte-order mark, which is no part of its text."""
+def _without_mark(data: bytes) -> bytes:
+    """The beginning of a file without a byte-order mark, which is no part of the text."""
     return data.removeprefix(codecs.BOM_UTF8)
 
 
 def _text_documents(
-    piece: Piece, validation_fraction: float, skipped: Skipped
+    part: FilePart, validation_fraction: float, skipped: Skipped
 ) -> Iterator[Document]:
-    held_out = piece.held_out
-    with open_bytes(piece.file) as stream:
-        if piece.stop is None:
+    held_out = part.held_out
+    with open_bytes(part.file) as stream:
+        if part.stop is None:
             data = stream.read()
         else:
             if held_out is None:
-                beginning = _unmarked(stream.read(len(codecs.BOM_UTF8) + _HASHED_BYTES))
+                beginning = _without_mark(stream.read(len(codecs.BOM_UTF8) + HASHED_BYTES))
                 held_out = is_held_out(beginning, validation_fraction)
-            stream.seek(piece.start)
-            data = stream.read(piece.stop - piece.start)
-    if piece.stop is not None and len(data) != piece.stop - piece.start:
-        raise UserError(f"input {piece.file.path} changed while it was read; run `prepare` again")
-    if not piece.start:
-        data = _unmarked(data)
+            stream.seek(part.start)
+            data = stream.read(part.stop - part.start)
+    if part.stop is not None and len(data) != part.stop - part.start:
+        raise UserError(f"input {part.file.path} changed while it was read; run `prepare` again")
+    if not part.start:
+        data = _without_mark(data)
     if not data:
         skipped.empty_documents += 1
-    elif piece.held_out_end:
-        cut = data.find(b"\n", int(len(data) * (1 - piece.held_out_end))) + 1 or len(data)
+    elif part.held_out_end:
+        cut = data.find(b"\n", int(len(data) * (1 - part.held_out_end))) + 1 or len(data)
         yield Document(data[:cut], held_out=False)
         if cut < len(data):
             yield Document(data[cut:], held_out=True)
     else:
         if held_out is None:
             held_out = is_held_out(data, validation_fraction)
-        yield Document(data, held_out, piece.ends)
-
-
-def _line_name(piece: Piece, number: int) -> str:
-    """What a message calls the line that is the number-th (from 1) of a piece."""
-    with open_bytes(piece.file) as stream:
-        remaining = piece.start
-        while remaining and (block := stream.read(min(remaining, _HASHED_BYTES))):
-            number += block.count(b"\n")
-            remaining -= len(block)
-    return f"line {number} of {piece.file.path}"
+        yield Document(data, held_out, part.ends)
 
 
 def _jsonl_documents(
-    piece: Piece, text_field: str, validation_fraction: float, skipped: Skipped
+    part: FilePart, text_field: str, validation_fraction: float, skipped: Skipped
 ) -> Iterator[Document]:
-    with open_bytes(piece.file) as stream:
-        if piece.start:
-            stream.seek(piece.start)
-        position = piece.start
+    with open_bytes(part.file) as stream:
+        if part.start:
+            stream.seek(part.start)
+        position = part.start
         for number, line in enumerate(stream, start=1):
-            if piece.stop is not None and position >= piece.stop:
+            if part.stop is not None and position >= part.stop:
                 return
             position += len(line)
-            if piece.start == 0 and number == 1:
-                line = _unmarked(line)
+            if part.start == 0 and number == 1:
+                line = _without_mark(line)
             if not line.strip():
                 continue
-            data = jsonl_document(line, text_field, partial(_line_name, piece, number))
+            data = jsonl_document(line, text_field, partial(_line_name, part, number))
             if data:
                 yield Document(data, is_held_out(data, validation_fraction))
             else:
                 skipped.empty_documents += 1
+
+
+def _line_name(part: FilePart, number: int) -> str:
+    """Name of the number-th line (from 1) of a part, for error messages."""
+    with open_bytes(part.file) as stream:
+        remaining = part.start
+        while remaining and (block := stream.read(min(remaining, HASHED_BYTES))):
+            number += block.count(b"\n")
+            remaining -= len(block)
+    return f"line {number} of {part.file.path}"

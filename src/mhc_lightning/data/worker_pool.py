@@ -1,4 +1,4 @@
-"""Run the units of a preparation in several processes, with a progress bar."""
+"""The work units of a preparation, tokenized in several processes with a progress bar."""
 
 import contextlib
 import multiprocessing
@@ -15,43 +15,49 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mhc_lightning.data.tokenizers import Tokenizer
-from mhc_lightning.data.unit_tokenization import ShardOptions, is_finished, unit_folder, write_shard
-from mhc_lightning.data.work_units import Unit
+from mhc_lightning.data.unit_tokenization import (
+    TokenizationOptions,
+    is_finished,
+    tokenize_unit,
+    unit_folder,
+)
+from mhc_lightning.data.work_units import WorkUnit
 from mhc_lightning.errors import UserError
 
-# Forking shares the loaded libraries; elsewhere than on Linux system libraries do not stand it.
+# Forked workers share the loaded libraries. System libraries of other platforms are not fork-safe.
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 @dataclass(frozen=True)
-class Job:
-    """The units of one preparation.
+class TokenizationJob:
+    """All work units of one preparation.
 
     Attributes:
-        units: All units, finished or not.
-        folder: Where each unit gets its folder.
+        units: The units, finished or not.
+        folder: Folder that holds one folder per unit.
         tokenizer: The tokenizer.
-        options: How units become chunks.
+        options: Options of the tokenization.
     """
 
-    units: list[Unit]
+    units: list[WorkUnit]
     folder: Path
     tokenizer: Tokenizer
-    options: ShardOptions
+    options: TokenizationOptions
 
     def run(self, unit: int) -> int:
-        """Do one unit, and return its number."""
-        write_shard(self.units[unit], unit_folder(self.folder, unit), self.tokenizer, self.options)
+        """Tokenize one unit, and return its number."""
+        folder = unit_folder(self.folder, unit)
+        tokenize_unit(self.units[unit], folder, self.tokenizer, self.options)
         return unit
 
 
-def run_units(job: Job, num_workers: int | None, progress: bool) -> None:
-    """Do every unit that is not finished.
+def run_units(job: TokenizationJob, num_workers: int | None, progress: bool) -> None:
+    """Tokenize every unit that is not finished.
 
     Args:
-        job: The work.
+        job: The units.
         num_workers: Number of processes; None for one per available core.
-        progress: Whether to show a progress bar on standard error.
+        progress: Show a progress bar on standard error.
 
     Raises:
         UserError: A worker found a mistake in the input, or died.
@@ -86,7 +92,7 @@ def run_units(job: Job, num_workers: int | None, progress: bool) -> None:
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker of prepare was killed, probably for lack of memory;"
-                f" run it again with num_workers below {workers} (what is finished is kept)"
+                f" run it again with num_workers below {workers} (finished work is kept)"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -96,21 +102,21 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-_job: Job | None = None  # set in each worker
+_job: TokenizationJob | None = None  # set in each worker
 
 
-def _start_worker(job: Job, parent: int) -> None:
+def _start_worker(job: TokenizationJob, parent: int) -> None:
     global _job
     _job = job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us, at the end of a unit
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers after a unit
 
-    def leave_with_parent() -> None:
+    def exit_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _run_in_worker(unit: int) -> int:
@@ -119,8 +125,10 @@ def _run_in_worker(unit: int) -> int:
 
 
 @contextlib.contextmanager
-def _progress_bar(job: Job, done: int, visible: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function that counts a unit as done."""
+def _progress_bar(
+    job: TokenizationJob, done: int, visible: bool
+) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar; yields a function that counts a unit as done."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

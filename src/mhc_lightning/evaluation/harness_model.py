@@ -19,7 +19,7 @@ _DEFAULT_NEW_TOKENS = 256  # for tasks that don't say, as in the harness
 
 
 class HarnessModel(TemplateLM):
-    """Answers the harness's requests with a ``Transformer`` and its tokenizer.
+    """Answers the harness's requests with a `Transformer` and its tokenizer.
 
     Texts without a context are read after an end-of-document token, as documents are in training.
 
@@ -31,7 +31,7 @@ class HarnessModel(TemplateLM):
         seed: Of what is sampled, where a task does not take the likeliest tokens.
 
     Attributes:
-        shortened: Requests so far that lost the beginning of their context to ``max_length``.
+        shortened: Requests so far that lost the beginning of their context to `max_length`.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class HarnessModel(TemplateLM):
     ) -> list[float]:
         """Log-likelihoods of whole texts, in nats.
 
-        A text longer than ``max_length`` is cut into windows; each token is predicted once, from
+        A text longer than `max_length` is cut into windows; each token is predicted once, from
         as much as fits before it in its window.
         """
         windows: list[tuple[Any, list[int], list[int]]] = []
@@ -114,7 +114,7 @@ class HarnessModel(TemplateLM):
         get alone.
 
         Raises:
-            UserError: A task asks for more new tokens than ``max_length`` leaves room for.
+            UserError: A task asks for more new tokens than `max_length` leaves room for.
         """
         asked = [
             self._prepare(request.args[0], request.args[1], self.seed + number)
@@ -164,7 +164,7 @@ class HarnessModel(TemplateLM):
 
 
 class _Continuation:
-    """What is drawn after a prompt, as text that ends before the first of ``stops``."""
+    """What is drawn after a prompt, as text that ends before the first of `stops`."""
 
     def __init__(
         self, prompt: list[int], sampling: Sampling, stops: list[str], stream: TextStream

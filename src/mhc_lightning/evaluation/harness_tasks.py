@@ -21,7 +21,7 @@ _TASK_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, Import
 
 
 def task_manager(include_path: str | Path | None = None) -> TaskManager:
-    """The harness's tasks, this package's group ``paper``, and those in a folder.
+    """The harness's tasks, this package's group `paper`, and those in a folder.
 
     Raises:
         UserError: The folder does not exist, or a file in it is no YAML.
@@ -70,7 +70,7 @@ def run_tasks(
 
     Args:
         model: The model.
-        loaded: What ``load_tasks`` gave.
+        loaded: What `load_tasks` gave.
         num_fewshot: Examples before each question, for tasks that don't rule them out; None leaves
             them as the tasks say.
         limit: Documents per task at most.
@@ -78,7 +78,7 @@ def run_tasks(
 
     Returns:
         The harness's results, as JSON can hold them (what is not a number is null), and
-        ``shortened``, how many requests lost the beginning of their context.
+        `shortened`, how many requests lost the beginning of their context.
 
     Raises:
         UserError: A setting is out of range.

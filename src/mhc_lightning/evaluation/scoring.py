@@ -48,10 +48,10 @@ def score_continuations(
         on_batch: Called after each batch with the number of sequences in it.
 
     Returns:
-        The scores, in the order of ``pairs``.
+        The scores, in the order of `pairs`.
 
     Raises:
-        UserError: A continuation alone is longer than ``max_length``.
+        UserError: A continuation alone is longer than `max_length`.
     """
     longest = max((len(continuation) for _, continuation in pairs), default=0)
     if longest > max_length:

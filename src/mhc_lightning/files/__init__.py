@@ -1,1 +1,1 @@
-"""Writing files so that no crash loses any, and their checksums."""
+"""Files that no crash can lose or damage: atomic writing, and checksums."""

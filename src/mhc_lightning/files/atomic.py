@@ -1,15 +1,16 @@
-"""Files and links written so that no crash can lose what was there."""
+"""Files and links replaced atomically: after a crash either the old or the new one is there."""
 
 import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import IO
 
 from mhc_lightning.errors import UserError
 
-ASIDE = ".aside-"  # begins the names of what is not complete yet
+ASIDE = ".aside-"  # begins the names of files that are not complete yet
 
 
 def point_link(link: Path, target_name: str) -> None:
@@ -22,7 +23,7 @@ def point_link(link: Path, target_name: str) -> None:
 
 
 def require_links(folder: Path, names: Collection[str]) -> None:
-    """Make sure that links of these names can be made, and replace nothing but links.
+    """Check that links of these names can be made and would replace nothing but links.
 
     Raises:
         UserError: One of them is a file or folder, or the file system has no symbolic links.
@@ -49,11 +50,21 @@ def require_links(folder: Path, names: Collection[str]) -> None:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` (UTF-8) in one atomic, durable step."""
+    with written_aside(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file beside `path` for writing; at the end it replaces `path` in one durable step.
+
+    If the block raises, `path` stays as it was.
+    """
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=ASIDE)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+        with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o644)
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -1,4 +1,4 @@
-"""Checksums of files: a fast one for what is read in training, and what it was last found to be."""
+"""Checksums of files and JSON: SHA-256, and the faster XXH3 for files read in training."""
 
 import hashlib
 import json
@@ -8,9 +8,9 @@ from typing import Any
 
 _BLOCK_BYTES = 1 << 18
 
-# Files of this process (and of the one it was forked from) that were read and found right, by path
-# and checksum: a chunk that is opened again is read again only if it changed.
-_found_right: dict[tuple[str, str], tuple[int, ...]] = {}
+# State of each file whose checksum was found right in this process (or the one it was forked from),
+# by path and checksum. A chunk that is opened again is read again only if its state changed.
+_verified: dict[tuple[str, str], tuple[int, ...]] = {}
 
 
 def file_sha256(path: Path) -> str:
@@ -28,43 +28,43 @@ def file_xxh3(path: Path) -> str:
 
 
 def json_sha256(content: dict[str, Any]) -> str:
-    """SHA-256 of what a JSON object says, however it is written."""
+    """SHA-256 of the content of a JSON object, independent of key order and white space."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def is_right(descriptor: int, path: Path, xxh3: str, sha256: str) -> bool:
-    """Whether an open file has a checksum; read only if it changed since it was last found right.
+def has_checksum(descriptor: int, path: Path, xxh3: str, sha256: str) -> bool:
+    """True if an open file has a checksum; an unchanged file is read once per process.
 
     Args:
         descriptor: The open file.
-        path: Its path, by which it is remembered.
-        xxh3: Its :func:`file_xxh3`; empty if only the other is known.
-        sha256: Its SHA-256.
+        path: Path of the file, by which the result is remembered.
+        xxh3: The expected `file_xxh3`; empty to compare with `sha256`.
+        sha256: The expected `file_sha256`.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     import xxhash
 
     key = (str(path), xxh3 or sha256)
     before = _state(descriptor)
-    if _found_right.get(key) == before:
+    if _verified.get(key) == before:
         return True
-    found = _digest(xxhash.xxh3_128() if xxh3 else hashlib.sha256(), descriptor)
-    if found != (xxh3 or sha256):
+    digest = _digest(xxhash.xxh3_128() if xxh3 else hashlib.sha256(), descriptor)
+    if digest != (xxh3 or sha256):
         return False
-    _found_right[key] = before  # a change while it was read gives another state
+    _verified[key] = before  # a change during the read gives another state
     return True
 
 
 def _state(descriptor: int) -> tuple[int, ...]:
-    """What changes when an open file's content does: device, inode, size and modification time."""
+    """Device, inode, size and modification time of an open file: they change with its content."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _digest(algorithm: Any, descriptor: int) -> str:
-    """Of all of an open file; its position, which forked processes share, stays."""
+    """Digest of an open file; keeps its position, which forked processes share."""
     position = 0
     while block := os.pread(descriptor, _BLOCK_BYTES, position):
         algorithm.update(block)

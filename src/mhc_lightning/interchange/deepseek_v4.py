@@ -1,18 +1,18 @@
 """mHC connections in DeepSeek-V4's layout, and back.
 
-For each connection V4 stores three float32 tensors: ``fn`` [n² + 2n, n·C], ``base`` [n² + 2n] and
-``scale`` [3], in the order pre, post, comb. They are ``phi`` transposed, ``bias`` and ``alpha``,
-but for one thing: ``comb[j, k]`` is what stream j gives to the new stream k, so it is the transpose
+For each connection V4 stores three float32 tensors: `fn` [n² + 2n, n·C], `base` [n² + 2n] and
+`scale` [3], in the order pre, post, comb. They are `phi` transposed, `bias` and `alpha`,
+but for one thing: `comb[j, k]` is what stream j gives to the new stream k, so it is the transpose
 of our residual matrix, and the n² coefficients of it change places accordingly.
 
-V4 adds two epsilons. ``norm_eps`` (1e-6) stands inside the root of the RMS, as ``eps`` of a
-connection does: a model meant for V4's weights is configured with ``connection.eps=1e-6``.
-``hc_eps`` (1e-6) is added to the pre mapping and, within the Sinkhorn iterations, to entries and to
+V4 adds two epsilons. `norm_eps` (1e-6) stands inside the root of the RMS, as `eps` of a
+connection does: a model meant for V4's weights is configured with `connection.eps=1e-6`.
+`hc_eps` (1e-6) is added to the pre mapping and, within the Sinkhorn iterations, to entries and to
 sums, which ours have no need of. For coefficients of a few units the mappings differ by less than
 1e-4 because of it (by 2e-3 for coefficients around 8, where tiny entries are made larger), and not
-at all where a V4 model is configured with ``hc_eps=0``.
+at all where a V4 model is configured with `hc_eps=0`.
 
-V4 reads its streams out with a mapping of its own (``hc_head``), this package with their mean. Out,
+V4 reads its streams out with a mapping of its own (`hc_head`), this package with their mean. Out,
 the mean becomes a head of equal constant weights; in, a head that does anything else is refused.
 """
 
@@ -61,7 +61,7 @@ class DeepseekV4Settings:
 
 
 def connection_to_deepseek_v4(connection: ManifoldHyperConnection) -> dict[str, Tensor]:
-    """A connection's weights as V4's ``fn``, ``base`` and ``scale``, float32 copies."""
+    """A connection's weights as V4's `fn`, `base` and `scale`, float32 copies."""
     n = connection.num_streams
     rows = connection.phi.detach().t()
     return {
@@ -74,7 +74,7 @@ def connection_to_deepseek_v4(connection: ManifoldHyperConnection) -> dict[str, 
 def connection_from_deepseek_v4(
     connection: ManifoldHyperConnection, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Copy V4's ``fn``, ``base`` and ``scale`` into a connection.
+    """Copy V4's `fn`, `base` and `scale` into a connection.
 
     Raises:
         UserError: Names the tensors that are missing, left over or of another shape, or one that
@@ -98,10 +98,10 @@ def to_deepseek_v4(
     Args:
         model: A network with mHC connections.
         transformers_names: Whether to name the tensors as transformers' V4 model does, without
-            its leading ``model.``; otherwise as DeepSeek's own files do.
+            its leading `model.`; otherwise as DeepSeek's own files do.
 
     Returns:
-        The tensors by name, and the settings that a V4 model needs beside them. Its ``hc_eps`` is
+        The tensors by name, and the settings that a V4 model needs beside them. Its `hc_eps` is
         0: with it V4's code computes our mappings.
 
     Raises:
@@ -184,7 +184,7 @@ def connections_in(names: Iterable[str]) -> dict[str, dict[str, str]]:
         names: Of all its tensors, as DeepSeek's files or transformers have them.
 
     Returns:
-        By DeepSeek's name (``layers.0.hc_attn``) the names of its ``fn``, ``base`` and ``scale``,
+        By DeepSeek's name (`layers.0.hc_attn`) the names of its `fn`, `base` and `scale`,
         as far as they are there.
     """
     found: dict[tuple[int, str], dict[str, str]] = {}
@@ -197,19 +197,19 @@ def connections_in(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def static_mappings(base: Tensor, settings: DeepseekV4Settings) -> StreamMappings:
-    """The mappings of a V4 connection from its ``base`` alone, as V4's code computes them.
+    """The mappings of a V4 connection from its `base` alone, as V4's code computes them.
 
     They are those of a token whose streams project to nothing.
 
     Args:
         base: [n² + 2n].
-        settings: The Sinkhorn iterations and ``hc_eps`` are heeded.
+        settings: The Sinkhorn iterations and `hc_eps` are heeded.
 
     Returns:
         Float64 mappings [1, n], [1, n], [1, n, n], in the orientation of this package.
 
     Raises:
-        UserError: ``base`` has no such length.
+        UserError: `base` has no such length.
     """
     n = math.isqrt(base.numel() + 1) - 1
     if base.dim() != 1 or n < 1 or n * n + 2 * n != base.numel():

@@ -30,9 +30,9 @@ class Exported:
 
     Attributes:
         folder: Where it lies.
-        model: The network's class (dotted name, under ``class``) and its arguments.
+        model: The network's class (dotted name, under `class`) and its arguments.
         connection: The same of the connections.
-        tokenizer_record: What ``tokenizer`` is built from.
+        tokenizer_record: What `tokenizer` is built from.
         step: Optimizer steps that it was trained for.
         files: XXH3 checksums of the tensors' files; empty in folders of earlier versions.
     """
@@ -85,12 +85,12 @@ class Exported:
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether ``folder`` looks like what ``export`` writes."""
+    """Whether `folder` looks like what `export` writes."""
     return (folder / CONFIG_FILE).is_file()
 
 
 def holds_own_record(folder: Path) -> bool:
-    """Whether the record in ``folder`` is of this package: other models have such files, too."""
+    """Whether the record in `folder` is of this package: other models have such files, too."""
     try:
         record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -156,7 +156,7 @@ def load_exported(folder: str | Path) -> Transformer:
 
 
 def bring_to_life(model: Transformer, tensors: Mapping[str, Tensor]) -> Transformer:
-    """Give a network on ``meta`` tensors, as they are, and make it ready to evaluate."""
+    """Give a network on `meta` tensors, as they are, and make it ready to evaluate."""
     model.load_state_dict(tensors, assign=True)  # in the dtypes of the file
     return model.eval()
 
@@ -172,7 +172,7 @@ def check_settings(exported: Exported, settings: Mapping[str, Any]) -> None:
 
     Args:
         exported: The exported model.
-        settings: The section ``model`` of a configuration, ``connection`` within it.
+        settings: The section `model` of a configuration, `connection` within it.
 
     Raises:
         UserError: Names those that differ.
@@ -187,12 +187,12 @@ def check_settings(exported: Exported, settings: Mapping[str, Any]) -> None:
 def other_settings(
     model: Mapping[str, Any], connection: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> list[str]:
-    """What differs from the section ``model`` of a configuration, each as ``key=value (not …)``.
+    """What differs from the section `model` of a configuration, each as `key=value (not …)`.
 
     Args:
         model: The `section_record` to compare with.
         connection: Its connection's.
-        settings: The section, ``connection`` within it.
+        settings: The section, `connection` within it.
     """
     sections = {
         "model": (model, section_record(settings)),

@@ -44,15 +44,15 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as safetensors with a ``config.json`` and its tokenizer.
+    """Write a model as safetensors with a `config.json` and its tokenizer.
 
     The folder appears when it is complete: everything is written aside and then takes its name.
 
     Args:
         model: The network, or its state dict, whose tensors are read as they are written.
         folder: The new folder.
-        settings: The section ``model`` of the run's configuration, ``connection`` within it
-            (``_target_`` names a class).
+        settings: The section `model` of the run's configuration, `connection` within it
+            (`_target_` names a class).
         tokenizer: The tokenizer that it was trained with.
         step: Optimizer steps that it was trained for.
         shard_bytes: How many bytes of tensors one file holds at most.
@@ -104,7 +104,7 @@ def export_model(
 
 @contextmanager
 def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder aside to fill, which takes the name of ``folder`` if all goes well.
+    """A folder aside to fill, which takes the name of `folder` if all goes well.
 
     Raises:
         UserError: The name is taken, or the folder cannot be written.

@@ -13,7 +13,7 @@ _PREFIX = "model."  # of the network within the LightningModule
 
 
 def import_model(folder: str | Path, model: Transformer) -> Exported:
-    """Copy the weights of an exported model into ``model``.
+    """Copy the weights of an exported model into `model`.
 
     Raises:
         UserError: Names the tensors that are missing, left over or of another shape.
@@ -34,7 +34,7 @@ def weights_checkpoint(exported: Exported, wanted: Mapping[str, Tensor]) -> dict
         wanted: State dict of the LightningModule that is to load it, on any device.
 
     Returns:
-        ``state_dict``, ``global_step`` (0), ``tokenizer`` (its fingerprint) and ``trained_steps``
+        `state_dict`, `global_step` (0), `tokenizer` (its fingerprint) and `trained_steps`
         (those before the export).
 
     Raises:

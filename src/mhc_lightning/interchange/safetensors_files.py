@@ -1,8 +1,8 @@
 """Tensors in safetensors files: one file, or several with an index when it would be too large.
 
 File names and the index follow the convention of the Hugging Face libraries, which can read them:
-``model.safetensors``, or ``model-00001-of-00003.safetensors`` … and
-``model.safetensors.index.json``.
+`model.safetensors`, or `model-00001-of-00003.safetensors` … and
+`model.safetensors.index.json`.
 """
 
 import json
@@ -25,7 +25,7 @@ _METADATA = {"format": "pt"}  # readers of the Hugging Face libraries ask for it
 
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
-    """Write tensors to ``folder``, in their order, as they are (dtype and bits).
+    """Write tensors to `folder`, in their order, as they are (dtype and bits).
 
     Args:
         tensors: By name; of those that share memory, as tied weights do, each is written.
@@ -34,7 +34,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
             of its own.
 
     Raises:
-        UserError: ``shard_bytes`` is below 1.
+        UserError: `shard_bytes` is below 1.
         OSError: A file could not be written.
     """
     if shard_bytes < 1:
@@ -56,7 +56,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in ``folder``, without reading the tensors.
+    """Shapes of the tensors in `folder`, without reading the tensors.
 
     Raises:
         UserError: A file is missing or damaged, a tensor is in two, or one holds no numbers of at
@@ -79,7 +79,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors in ``folder`` by name, in CPU memory, as they were written.
+    """The tensors in `folder` by name, in CPU memory, as they were written.
 
     Raises:
         UserError: A file is missing or damaged.
@@ -152,7 +152,7 @@ class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a file or folder by name, each read when it is asked for (memory-mapped).
 
     Args:
-        path: One ``.safetensors`` file, or a folder as `write_tensors` and the Hugging Face
+        path: One `.safetensors` file, or a folder as `write_tensors` and the Hugging Face
             libraries write them.
 
     Raises:
