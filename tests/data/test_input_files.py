@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mhc_lightning.data.text_files import TextFile
 from mhc_lightning.data.input_files import count_formats, find_input_files
+from mhc_lightning.data.text_files import TextFile
 from mhc_lightning.errors import UserError
 
 
