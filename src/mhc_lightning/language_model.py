@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from mhc_lightning.checkpoints.distributed_state import load_weights
+from mhc_lightning.checkpoints.saved_tensors import load_weights
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.kernels.operands import check_values

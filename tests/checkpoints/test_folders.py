@@ -13,11 +13,14 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mhc_lightning.checkpoints import folder_writing
-from mhc_lightning.checkpoints.folder_reading import INDEX, RUN, SavedTensors, load_whole_folder
+from mhc_lightning.checkpoints.file_writing import write_checkpoint
+from mhc_lightning.checkpoints.folder_index import INDEX, RUN
 from mhc_lightning.checkpoints.folder_writing import save_folder
 from mhc_lightning.checkpoints.names import candidates_for_last, saved_steps
-from mhc_lightning.checkpoints.saved import fault_in, load_checkpoint, remove_leftovers
-from mhc_lightning.checkpoints.whole_file import write_checkpoint
+from mhc_lightning.checkpoints.reading import load_checkpoint, load_whole_folder
+from mhc_lightning.checkpoints.refusals import fault_in
+from mhc_lightning.checkpoints.retention import remove_leftovers
+from mhc_lightning.checkpoints.saved_tensors import SavedTensors
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.atomic import point_link
 
@@ -261,7 +264,7 @@ def test_no_code_of_an_untrusted_folder_runs(tmp_path, saved, monkeypatch):
 
 def test_tensors_are_read_as_they_are_asked_for(saved, monkeypatch):
     tensors = SavedTensors(saved, "state_dict.")
-    assert {name: tuple(t.shape) for name, t in tensors.on_meta().items()} == {
+    assert {name: tuple(t.shape) for name, t in tensors.on_meta.items()} == {
         "a": (50, 20), "b": (3,)}  # fmt: skip
     read: list[str] = []
     real = FileSystemReader.read_data

@@ -16,12 +16,14 @@ from lightning.pytorch.callbacks import WeightAveraging
 from noisy_run import Noisy, newest, run, sigterm_at
 from torch.utils.data import DataLoader
 
-from mhc_lightning.checkpoints import whole_file
+from mhc_lightning.checkpoints import file_writing
+from mhc_lightning.checkpoints.file_writing import write_checkpoint
 from mhc_lightning.checkpoints.names import candidates_for_last, saved_steps
 from mhc_lightning.checkpoints.random_state import capture_random_state, restore_random_state
+from mhc_lightning.checkpoints.reading import load_checkpoint
+from mhc_lightning.checkpoints.refusals import fault_in
+from mhc_lightning.checkpoints.retention import remove_leftovers
 from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
-from mhc_lightning.checkpoints.saved import fault_in, load_checkpoint, remove_leftovers
-from mhc_lightning.checkpoints.whole_file import write_checkpoint
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.atomic import point_link
 
@@ -142,7 +144,7 @@ def test_a_monitor_that_nothing_logs_is_named(tmp_path):
 
 def test_a_best_that_cannot_be_written_displaces_none(tmp_path, monkeypatch):
     """Of the validations at 5, 10, 15 and 20 the later are better; that at 15 meets a full disk."""
-    real = whole_file.torch.save
+    real = file_writing.torch.save
 
     def save(content, stream):
         if content["global_step"] == 15:
@@ -155,7 +157,7 @@ def test_a_best_that_cannot_be_written_displaces_none(tmp_path, monkeypatch):
             value = 1 / trainer.global_step if trainer.global_step < 20 else 1.0
             trainer.callback_metrics["val/loss"] = torch.tensor(value)
 
-    monkeypatch.setattr(whole_file.torch, "save", save)
+    monkeypatch.setattr(file_writing.torch, "save", save)
     with pytest.warns(RuntimeWarning, match="could not save the checkpoint of step 15"):
         run(tmp_path, 20, callbacks=[Scores()], every_n_steps=3, keep_last=1, keep_best=1)
     assert saved_steps(tmp_path / "checkpoints") == [10, 20]
@@ -279,7 +281,7 @@ def test_a_finished_run_is_made_longer_from_the_weights_of_its_training(tmp_path
 
 
 def test_disk_full_is_survived_with_a_warning_per_failure(tmp_path, monkeypatch):
-    real = whole_file.torch.save
+    real = file_writing.torch.save
     calls = []
 
     def save(content, stream):
@@ -289,7 +291,7 @@ def test_disk_full_is_survived_with_a_warning_per_failure(tmp_path, monkeypatch)
             raise RuntimeError("unexpected pos 128 vs 0")
         real(content, stream)
 
-    monkeypatch.setattr(whole_file.torch, "save", save)
+    monkeypatch.setattr(file_writing.torch, "save", save)
     with pytest.warns(RuntimeWarning) as warned:
         run(tmp_path, steps=11, every_n_steps=3)  # saves at 3, 6, 9 and 11
     messages = [str(w.message) for w in warned if "could not save" in str(w.message)]

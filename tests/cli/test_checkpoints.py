@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from mhc_lightning.checkpoints.whole_file import write_checkpoint
+from mhc_lightning.checkpoints.file_writing import write_checkpoint
 from mhc_lightning.cli.checkpoints import find_checkpoint
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.errors import UserError

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mhc_lightning.checkpoints.saved import load_checkpoint
+from mhc_lightning.checkpoints.reading import load_checkpoint
 from mhc_lightning.cli.arguments import parse_arguments
 from mhc_lightning.cli.components import build_model_for, build_trainer
 from mhc_lightning.cli.composition import compose_experiment

@@ -168,7 +168,7 @@ def test_the_stores_own_client_helps_out(prepared_path: Path, tmp_path: Path) ->
         far = PreparedData("store://x", cache_dir=tmp_path)
         far.verify()
         assert len(kept(tmp_path)) == len(far.all_chunks())
-        assert not list(tmp_path.rglob("*.tmp"))
+        assert not list(tmp_path.rglob(".aside-*"))
     finally:
         downloader.unregister_downloader("store://")
 

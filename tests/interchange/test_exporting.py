@@ -236,7 +236,7 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path, settings, network,
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mhc_lightning.interchange.exporting.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
         export(network(settings), tmp_path / "out", settings, overwrite=True)
     assert os.listdir(tmp_path) == ["out"]

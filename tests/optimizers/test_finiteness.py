@@ -10,7 +10,7 @@ from noisy_run import Data, Noisy, newest, run
 
 from mhc_lightning.callbacks import StabilityAlarm
 from mhc_lightning.checkpoints.names import saved_steps
-from mhc_lightning.checkpoints.saved import fault_in
+from mhc_lightning.checkpoints.refusals import fault_in
 from mhc_lightning.errors import NonFiniteLossError
 from mhc_lightning.optimizers.finiteness import NonFinite, non_finite
 

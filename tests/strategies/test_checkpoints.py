@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_lightning.checkpoints.folder_reading import load_whole_folder
 from mhc_lightning.checkpoints.names import candidates_for_last, saved_steps
-from mhc_lightning.checkpoints.saved import fault_in
+from mhc_lightning.checkpoints.reading import load_whole_folder
+from mhc_lightning.checkpoints.refusals import fault_in
 
 SCRIPT = Path(__file__).with_name("checkpoints_in_processes.py")
 FOLDERS: dict[str, Any] = {"sharded": True}

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from mhc_lightning.checkpoints.folder_reading import SavedTensors, load_folder
+from mhc_lightning.checkpoints.reading import load_folder, numbered_state
+from mhc_lightning.checkpoints.saved_tensors import SavedTensors, load_weights
 from mhc_lightning.modules.initialisation import held_rows
 from mhc_lightning.optimizers.parameter_names import NAMES, check_names
 
@@ -107,7 +108,7 @@ class DistributedState:
             whole optimizer, with the parameters' names.
         """
         names = self._whole_groups(optimizer)
-        return self._optimizer_tensors(optimizer), _saved_groups(optimizer, names, names)
+        return self._optimizer_tensors(optimizer), _saved_groups(optimizer, names)
 
     def gather_optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole optimizer's ``state_dict`` on rank zero; else an empty one.
@@ -118,14 +119,7 @@ class DistributedState:
         gathered = self._gather(self._optimizer_tensors(optimizer))
         if dist.get_rank() != 0:
             return {}
-        states: dict[int, dict[str, Tensor]] = {}
-        numbers = {name: k for k, name in enumerate(name for group in groups for name in group)}
-        for key in sorted(gathered):
-            entry, name = key.split(".", 1)
-            states.setdefault(numbers[name], {})[entry] = gathered[key]
-        params = [[numbers[name] for name in group] for group in groups]
-        param_groups = _saved_groups(optimizer, groups, params)
-        return {"state": dict(sorted(states.items())), "param_groups": param_groups}
+        return numbered_state(gathered, _saved_groups(optimizer, groups))
 
     def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Load this process's part of a whole optimizer's ``state_dict``.
@@ -151,7 +145,7 @@ class DistributedState:
         parameters = {name: p for p, name in self._names().items()}
         parts: dict[str, Tensor] = {}
         values: dict[str, dict[str, Tensor]] = {}
-        for key, like in saved.on_meta().items():
+        for key, like in saved.on_meta.items():
             entry, name = key.split(".", 1)
             if name in parameters:
                 parts[key] = values.setdefault(name, {})[entry] = _empty_part(
@@ -235,31 +229,12 @@ class DistributedState:
         return gathered
 
 
-@torch.no_grad()
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into a sharded module; each process reads the rows that it holds.
-
-    Args:
-        module: A module that was sharded.
-        weights: A whole state dict of it, which may be mapped from a file or lie in a folder.
-    """
-    if isinstance(weights, SavedTensors):
-        weights.load_into(module.state_dict())
-        return
-    for name, tensor in module.state_dict().items():
-        rows, first = held_rows(tensor)
-        whole = weights[name]
-        rows.copy_(whole if rows is tensor else whole[first : first + len(rows)])
-
-
-def _saved_groups(
-    optimizer: Optimizer, names: Sequence[Sequence[str]], params: Sequence[Sequence[Any]]
-) -> list[dict[str, Any]]:
-    """An optimizer's groups with the parameters of the whole one; named if they are by itself."""
-    own = optimizer.state_dict()["param_groups"]
+def _saved_groups(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """An optimizer's groups, with the names of the whole one's parameters for `params`."""
+    groups = optimizer.state_dict()["param_groups"]
     return [
-        {**group, "params": numbers, **({NAMES: named} if NAMES in group else {})}
-        for group, named, numbers in zip(own, names, params, strict=True)
+        {**group, "params": list(listed), **({NAMES: list(listed)} if NAMES in group else {})}
+        for group, listed in zip(groups, names, strict=True)
     ]
 
 

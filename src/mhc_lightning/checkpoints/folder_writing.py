@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +14,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from mhc_lightning.checkpoints.folder_reading import RUN, shortfall
-from mhc_lightning.checkpoints.whole_file import keeping_errors, write_checkpoint
-from mhc_lightning.files.atomic import ASIDE, sync_folder
+from mhc_lightning.checkpoints.file_writing import keeping_errors, write_checkpoint
+from mhc_lightning.checkpoints.folder_index import RUN, missing_bytes
+from mhc_lightning.files.atomic import ASIDE, put_in_place, sync_folder
 
 
 def save_folder(
@@ -88,16 +87,12 @@ class _Writer(dcp.FileSystemWriter):
         """In the first process, once every process has written."""
         write_checkpoint(self._rest, self._aside / RUN)
         super().finish(metadata, results)
-        missing = shortfall(self._aside, metadata)
+        missing = missing_bytes(self._aside, metadata)
         if missing:
             raise OSError(f"{missing}; all nodes must share the file system of output_dir")
         sync_folder(self._aside)
-        replaced = self._aside.with_name(f"{ASIDE}replaced-{self._name.name}")
-        if self._name.exists():
-            os.replace(self._name, replaced)  # no link names it: this step is being taken anew
-        os.replace(self._aside, self._name)
+        put_in_place(self._aside, self._name)
         sync_folder(self._name.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
         self._commit()
 
     def pass_on(self, error: BaseException | None, to: "Future[Any]") -> None:

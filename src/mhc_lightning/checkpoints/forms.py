@@ -12,10 +12,10 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from mhc_lightning.checkpoints.distributed_state import DistributedState
-from mhc_lightning.checkpoints.folder_reading import load_whole_folder
+from mhc_lightning.checkpoints.file_writing import write_checkpoint
 from mhc_lightning.checkpoints.folder_writing import save_folder
 from mhc_lightning.checkpoints.portable_strategy import PortableStrategy
-from mhc_lightning.checkpoints.whole_file import write_checkpoint
+from mhc_lightning.checkpoints.reading import load_whole_folder
 from mhc_lightning.errors import UserError
 
 Sharded = Literal["auto", True, False]

@@ -1,12 +1,13 @@
-"""Which checkpoints to keep: the newest, those at round steps, the best."""
+"""Retention: which checkpoints to keep (newest, at round steps, best), and deleting the others."""
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from mhc_lightning.checkpoints.names import checkpoints_of, saved_steps
-from mhc_lightning.checkpoints.saved import remove_checkpoint
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.atomic import ASIDE, remove
 
 
 class Retention:
@@ -89,3 +90,26 @@ class Retention:
         for step in set(steps) - keep:
             for path in checkpoints_of(folder, step):
                 remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, if it is there, so that no half of it keeps its name.
+
+    Raises:
+        OSError: It could not be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        aside = path.with_name(f"{ASIDE}removed-{path.name}")
+        os.replace(path, aside)
+        path = aside
+    remove(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half-written in `folder`.
+
+    Raises:
+        OSError: Something could not be deleted.
+    """
+    for entry in folder.glob(f"{ASIDE}*"):
+        remove(entry)

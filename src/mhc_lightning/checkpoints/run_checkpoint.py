@@ -16,8 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from mhc_lightning.checkpoints.forms import Sharded, read_folders_too
 from mhc_lightning.checkpoints.names import BEST, LAST, saved_steps
 from mhc_lightning.checkpoints.random_state import capture_random_state, restore_random_state
-from mhc_lightning.checkpoints.retention import Retention
-from mhc_lightning.checkpoints.saved import remove_leftovers
+from mhc_lightning.checkpoints.retention import Retention, remove_leftovers
 from mhc_lightning.checkpoints.saver import CheckpointSaver
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.atomic import point_link, require_links

@@ -15,8 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from mhc_lightning.checkpoints.forms import Sharded, ShardedFolder, WholeFile, choose_form
 from mhc_lightning.checkpoints.names import BEST, LAST, checkpoint_name, checkpoints_of
-from mhc_lightning.checkpoints.retention import Retention
-from mhc_lightning.checkpoints.saved import remove_checkpoint
+from mhc_lightning.checkpoints.retention import Retention, remove_checkpoint
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.atomic import point_link
 from mhc_lightning.optimizers.finiteness import require_finite

@@ -2,15 +2,16 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mhc_lightning.checkpoints.folder_reading import SavedTensors, is_checkpoint_folder
+from mhc_lightning.checkpoints.folder_index import is_checkpoint_folder
 from mhc_lightning.checkpoints.names import BEST, LAST, candidates_for_last
-from mhc_lightning.checkpoints.saved import fault_in, load_checkpoint
+from mhc_lightning.checkpoints.reading import load_checkpoint
+from mhc_lightning.checkpoints.refusals import fault_in
+from mhc_lightning.checkpoints.saved_tensors import describe
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import holds_run, is_first_process
 from mhc_lightning.errors import UserError
@@ -128,11 +129,7 @@ def load_fitting(
     own = Path(experiment.values()["output_dir"]).resolve()
     trusted = may_run_code and path.resolve().is_relative_to(own)
     checkpoint = load_checkpoint(path, trusted=trusted)
-    saved = checkpoint["state_dict"]
-    described = saved.on_meta() if isinstance(saved, SavedTensors) else saved
-    if not isinstance(described, Mapping):
-        raise UserError(f"checkpoint {path} has no model in it (its `state_dict` is no mapping)")
-    shapes = {name: tensor.shape for name, tensor in described.items()}
+    shapes = {name: saved.shape for name, saved in describe(checkpoint["state_dict"]).items()}
     hint = "use the settings it was trained with (config.yaml of its run)"
     check_tensors(shapes, model.state_dict(), f"checkpoint {path}", hint)
     _tell_other_settings(path, experiment)

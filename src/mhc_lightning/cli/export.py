@@ -19,7 +19,7 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     if values["ckpt_path"] is None:
         raise UserError("export needs ckpt_path=last, ckpt_path=best or a checkpoint")
 
-    from mhc_lightning.checkpoints.folder_reading import SavedTensors
+    from mhc_lightning.checkpoints.saved_tensors import below
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.components import build_model
     from mhc_lightning.cli.tokenizer import tokenizer_of
@@ -31,11 +31,8 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     module = build_model(experiment, on_meta=True)  # for its shapes
     checkpoint = load_fitting(path, module, experiment)
     tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
-    saved = checkpoint["state_dict"]
     export_model(
-        saved.below("model.")
-        if isinstance(saved, SavedTensors)
-        else {name.removeprefix("model."): tensor for name, tensor in saved.items()},
+        below(checkpoint["state_dict"], "model."),
         values["output"],
         settings=values["model"],
         tokenizer=tokenizer,

@@ -21,8 +21,8 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
     if not source or len(source) != 1:
         raise UserError("import needs input=FOLDER, one that `export` wrote")
 
+    from mhc_lightning.checkpoints.file_writing import write_checkpoint
     from mhc_lightning.checkpoints.names import LAST, checkpoint_name
-    from mhc_lightning.checkpoints.whole_file import write_checkpoint
     from mhc_lightning.cli.checkpoints import load_fitting
     from mhc_lightning.cli.components import build_model
     from mhc_lightning.files.atomic import point_link

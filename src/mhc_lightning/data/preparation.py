@@ -6,7 +6,6 @@ finished units.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from mhc_lightning.data.unit_tokenization import TokenizationOptions
 from mhc_lightning.data.work_units import WorkUnit, plan_units
 from mhc_lightning.data.worker_pool import TokenizationJob, run_units
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.atomic import put_in_place
 from mhc_lightning.files.checksums import json_sha256
 
 _SMALLEST_UNIT, _LARGEST_UNIT = 1 << 20, 1 << 25
@@ -244,9 +244,5 @@ def _resume_or_clear(work: Path, identity: str) -> None:
 
 
 def _publish(work: Path, output: Path) -> None:
-    if output.exists():
-        replaced = work / "replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        output.rename(replaced)
-    os.replace(work / "final", output)
+    put_in_place(work / "final", output)
     shutil.rmtree(work, ignore_errors=True)

@@ -5,7 +5,6 @@ the unit is finished.
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mhc_lightning.data.documents import Document, Skipped
 from mhc_lightning.data.prepared_record import TextCounts
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.data.work_units import WorkUnit
+from mhc_lightning.files.atomic import replacing
 from mhc_lightning.files.checksums import file_xxh3, json_sha256
 
 _RESULT_FILE = "unit.json"
@@ -70,9 +70,7 @@ def tokenize_unit(
     unit: WorkUnit, folder: Path, tokenizer: Tokenizer, options: TokenizationOptions
 ) -> None:
     """Write a unit's training chunks and held-out tokens into `folder`, which appears whole."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     train, validation, skipped = TextCounts(), TextCounts(), Skipped()
     held_out_tokens: list[np.ndarray] = []
 
@@ -86,14 +84,15 @@ def tokenize_unit(
             if training:
                 yield _encode(training, tokenizer, train)
 
-    chunks, config = write_chunks(training_tokens(), temporary, options.chunk_bytes)
-    if held_out_tokens:
-        np.save(temporary / _HELD_OUT_FILE, np.concatenate(held_out_tokens))
-    checksum = file_xxh3(temporary / _HELD_OUT_FILE) if held_out_tokens else ""
-    content = asdict(UnitResult(train, validation, skipped, chunks, config, checksum))
-    content["checksum"] = json_sha256(content)
-    (temporary / _RESULT_FILE).write_text(json.dumps(content))
-    temporary.rename(folder)
+    with replacing(folder, durable=False) as aside:
+        aside.mkdir()
+        chunks, config = write_chunks(training_tokens(), aside, options.chunk_bytes)
+        if held_out_tokens:
+            np.save(aside / _HELD_OUT_FILE, np.concatenate(held_out_tokens))
+        checksum = file_xxh3(aside / _HELD_OUT_FILE) if held_out_tokens else ""
+        content = asdict(UnitResult(train, validation, skipped, chunks, config, checksum))
+        content["checksum"] = json_sha256(content)
+        (aside / _RESULT_FILE).write_text(json.dumps(content))
 
 
 def read_result(folder: Path) -> UnitResult:

@@ -23,6 +23,7 @@ from mhc_lightning.data.unit_tokenization import (
 )
 from mhc_lightning.data.work_units import WorkUnit
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.atomic import ASIDE
 
 # Forked workers share the loaded libraries. System libraries of other platforms are not fork-safe.
 _START_METHOD = "fork" if sys.platform == "linux" else "spawn"
@@ -65,7 +66,7 @@ def run_units(job: TokenizationJob, num_workers: int | None, progress: bool) -> 
     import litdata.streaming.writer  # noqa: F401  # once here, not once in each forked worker
 
     job.folder.mkdir(exist_ok=True)
-    for unfinished in job.folder.glob("*.tmp"):
+    for unfinished in job.folder.glob(f"{ASIDE}*"):
         shutil.rmtree(unfinished, ignore_errors=True)
     units = range(len(job.units))
     open_units = [unit for unit in units if not is_finished(unit_folder(job.folder, unit))]

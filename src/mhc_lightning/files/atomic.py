@@ -1,8 +1,9 @@
-"""Files and links replaced atomically: after a crash either the old or the new one is there."""
+"""Files and links written so that no crash can lose what was there."""
 
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -10,20 +11,20 @@ from typing import IO
 
 from mhc_lightning.errors import UserError
 
-ASIDE = ".aside-"  # begins the names of files that are not complete yet
+ASIDE = ".aside-"  # begins the names of what is not complete yet
 
 
 def point_link(link: Path, target_name: str) -> None:
     """Make `link` a relative symbolic link to `target_name` beside it, in one atomic step."""
     aside = link.parent / f"{ASIDE}{link.name}"
-    aside.unlink(missing_ok=True)
+    remove(aside)
     aside.symlink_to(target_name)
     os.replace(aside, link)
     sync_folder(link.parent)
 
 
 def require_links(folder: Path, names: Collection[str]) -> None:
-    """Check that links of these names can be made and would replace nothing but links.
+    """Make sure that links of these names can be made, and replace nothing but links.
 
     Raises:
         UserError: One of them is a file or folder, or the file system has no symbolic links.
@@ -58,7 +59,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
     """Open a file beside `path` for writing; at the end it replaces `path` in one durable step.
 
-    If the block raises, `path` stays as it was.
+    If the block raises, `path` stays as it was. Several processes may write the same path at a
+    time: the last one counts.
     """
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=ASIDE)
     try:
@@ -72,6 +74,81 @@ def written_aside(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             os.unlink(aside)
         raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A path beside `path` to write a file or folder to, which takes the name at the end.
+
+    For one writer at a time: a path that a killed process left aside is removed.
+
+    A file is replaced in one atomic step. A folder that is there already is moved away first, and
+    moved back if the new one cannot take its name. After an exception nothing is left aside, and
+    `path` is as it was.
+
+    Args:
+        path: The file or folder.
+        durable: True to have all of it reach the disk (fsync) before it takes the name.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    aside = path.with_name(f"{ASIDE}{path.name}")
+    try:
+        remove(aside)
+        yield aside
+        if durable:
+            _sync(aside)
+        put_in_place(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(aside)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Give what is complete its name, in place of a file or folder that has it.
+
+    Raises:
+        OSError: It cannot be renamed; `path` is as it was.
+    """
+    if not path.is_dir() or path.is_symlink():
+        os.replace(aside, path)
+        return
+    replaced = path.with_name(f"{ASIDE}replaced-{path.name}")
+    remove(replaced)
+    os.replace(path, replaced)
+    try:
+        os.replace(aside, path)
+    except OSError:
+        os.replace(replaced, path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, link or folder, if it is there.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or all files of a folder, reach the disk."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            _sync(inside)
+        sync_folder(path)
+    else:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

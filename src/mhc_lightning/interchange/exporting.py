@@ -1,8 +1,6 @@
 """Writing a model as a folder that others can read."""
 
-import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +11,11 @@ import torch
 from torch import Tensor
 
 import mhc_lightning
-from mhc_lightning.checkpoints.folder_reading import SavedTensors
+from mhc_lightning.checkpoints.saved_tensors import describe
 from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE
 from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
-from mhc_lightning.files.atomic import sync_folder
+from mhc_lightning.files.atomic import replacing
 from mhc_lightning.files.checksums import file_xxh3, json_sha256
 from mhc_lightning.interchange.compatibility import check_tensors, is_weight
 from mhc_lightning.interchange.exported_model import (
@@ -74,7 +72,7 @@ def export_model(
     tensors = model.state_dict() if isinstance(model, Transformer) else model
     with torch.device("meta"):
         rebuilt = build_network(record["model"], record["connection"], "the configuration")
-    described = tensors.on_meta() if isinstance(tensors, SavedTensors) else tensors
+    described = describe(tensors)
     other = next((name for name, value in described.items() if not is_weight(value)), None)
     if other is not None:
         raise UserError(
@@ -117,29 +115,10 @@ def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
                 f"{folder} already holds a model; choose another output, or replace it"
                 " (overwrite=true)"
             )
-    aside = folder.parent / f".aside-{folder.name}"
-    replaced = folder.parent / f".replaced-{folder.name}"
     try:
-        for leftover in (aside, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        for file in aside.iterdir():
-            _sync(file)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(aside, folder)
-        sync_folder(folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as aside:
+            aside.mkdir()
+            yield aside
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            if replaced.exists() and not folder.exists():
-                os.replace(replaced, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb") as content:
-        os.fsync(content.fileno())

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mhc_lightning.checkpoints.folder_reading import SavedTensors
+from mhc_lightning.checkpoints.saved_tensors import describe
 from mhc_lightning.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
@@ -39,7 +39,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
     """
     if shard_bytes < 1:
         raise UserError(f"export.shard_bytes must be at least 1, not {shard_bytes}")
-    described = tensors.on_meta() if isinstance(tensors, SavedTensors) else tensors
+    described = describe(tensors)
     sizes = {name: tensor.nbytes for name, tensor in described.items()}
     shards = _shards(sizes, shard_bytes)
     if len(shards) == 1:

@@ -1,11 +1,12 @@
 """TensorBoard's event files: written in whole records, cut back to a step on resuming."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from mhc_lightning.files.atomic import replacing
 
 _MOST_WAITING = 1 << 20  # bytes of records that wait for a flush
 _MOST_UNSAVED = 1 << 24  # bytes kept while they cannot be written
@@ -78,9 +79,8 @@ def drop_events_after(step: int, file: Path) -> None:
             writer.write(record)
     if kept.tell() == file.stat().st_size:
         return
-    aside = file.with_name(f".aside-{file.name}")
-    aside.write_bytes(kept.getvalue())
-    os.replace(aside, file)
+    with replacing(file) as aside:
+        aside.write_bytes(kept.getvalue())
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:

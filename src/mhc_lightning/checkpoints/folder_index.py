@@ -1,0 +1,75 @@
+"""The index of a checkpoint folder: its tensors, and the files that their bytes lie in.
+
+A folder is in the format of `torch.distributed.checkpoint`: each process's tensors in a file
+`__<process>_0.distcp`, and the index in `.metadata`. Everything that is no tensor is in `run.ckpt`,
+a file of `torch.save`.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.serialization import _get_layout
+
+INDEX = ".metadata"
+RUN = "run.ckpt"
+
+
+def is_checkpoint_folder(path: Path) -> bool:
+    """True if `path` is a checkpoint folder, complete or not."""
+    return any((path / name).is_file() for name in (INDEX, RUN)) or any(path.glob("*.distcp"))
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index of a folder's tensors.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no index of this package; says why.
+    """
+    content = (folder / INDEX).read_bytes()
+    try:
+        index = _IndexUnpickler(io.BytesIO(content)).load()
+        entries = index.state_dict_metadata.values()
+        names = {part.relative_path for part in index.storage_data.values()}
+    except Exception as error:
+        raise ValueError(f"{INDEX} cannot be read ({error})") from error
+    # Anything else than tensors would be unpickled without asking.
+    if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
+        raise ValueError(f"{INDEX} names values that are no tensors")
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{INDEX} names files outside of the folder")
+    return index
+
+
+def missing_bytes(folder: Path, index: Metadata) -> str | None:
+    """The first file of an index that its folder lacks, or has cut short; None if all are there."""
+    ends: dict[str, int] = {}
+    for part in index.storage_data.values():
+        name = part.relative_path
+        ends[name] = max(ends.get(name, 0), part.offset + part.length)
+    for name, end in sorted(ends.items()):
+        try:
+            size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            return f"not a complete checkpoint ({name} is missing)"
+        if size < end:
+            return f"not a complete checkpoint ({name} is cut short: {size} of {end} bytes)"
+    return None
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Rebuilds an index and nothing else, whoever wrote it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("torch") and "." not in name:
+            found = super().find_class(module, name)
+            described = isinstance(found, type) and found.__module__ == Metadata.__module__
+            known = found in (_StorageInfo, torch.Size, _get_layout)
+            if described or known or isinstance(found, torch.dtype):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")

@@ -1,0 +1,111 @@
+"""Every reason for which a checkpoint is refused, in the order in which a command asks.
+
+| reason | decided by |
+|---|---|
+| `ckpt_path` names nothing, or `last` has no sound checkpoint | `cli.checkpoints.find_checkpoint` |
+| it is damaged: cut short, overwritten, a part missing, a wrong checksum | `fault_in` |
+| it holds pickled objects and does not lie in the run's own folder | `load_error` |
+| it cannot be loaded | `load_error` |
+| it holds no model | `require_model` |
+| tensors are missing, or of other names or shapes | `interchange.compatibility.check_tensors` |
+| an exported model: damaged, of a newer form, built with other settings | `interchange` |
+| its tokens are of another tokenizer | `cli.tokenizer.check_tokenizer` |
+| its optimizer is of another kind | `LanguageModel.on_load_checkpoint` |
+| its optimizer is of other parameters | `optimizers.parameter_names.check_names` |
+| it was trained on other data | `data.resume.check_same_stream` |
+
+To be written over is refused elsewhere: `cli.run_folder` keeps the run that a folder holds, and
+`optimizers.finiteness` has no state saved that is not finite.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from mhc_lightning.checkpoints.folder_index import INDEX, RUN, missing_bytes, read_index
+from mhc_lightning.errors import UserError
+
+
+def fault_in(path: Path) -> str | None:
+    """The fault of a checkpoint, a file or folder; None if it is sound.
+
+    Reads all of it, because loading does not compare the tensors' checksums.
+    """
+    return _fault_in_folder(path) if path.is_dir() else _fault_in_file(path)
+
+
+def load_error(path: Path, error: Exception) -> UserError:
+    """The refusal of a file that torch does not load."""
+    if "weights_only" in str(error) or "Unsupported" in str(error):
+        return UserError(
+            f"checkpoint {path} holds pickled Python objects, which could run code when"
+            " loaded; if you trust where it comes from, copy it into the run's checkpoints/"
+            " folder and load it from there"
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return UserError(f"checkpoint {path} cannot be loaded: {reason}")
+
+
+def require_model(path: Path, checkpoint: Any) -> None:
+    """Refuse what torch loads but is no checkpoint.
+
+    Raises:
+        UserError: There is no `state_dict`, or it is no mapping.
+    """
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"checkpoint {path} has no model in it (no `state_dict`)")
+    if not isinstance(checkpoint["state_dict"], Mapping):
+        raise UserError(f"checkpoint {path} has no model in it (its `state_dict` is no mapping)")
+
+
+def _fault_in_file(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        size = path.stat().st_size
+        return f"not a complete checkpoint (cut short or overwritten; {size} bytes)"
+    except OSError as error:
+        return f"unreadable ({error.strerror or error})"
+    if damaged is not None:
+        return f"damaged: {damaged} does not match its checksum"
+    if not any(name.endswith("data.pkl") for name in names):
+        return "not a torch checkpoint"
+    return None
+
+
+def _fault_in_folder(path: Path) -> str | None:
+    for name in (INDEX, RUN):
+        if not (path / name).is_file():
+            return f"not a complete checkpoint ({name} is missing)"
+    fault = _fault_in_file(path / RUN)
+    if fault:
+        return f"damaged: {RUN} is {fault}"
+    try:
+        index = read_index(path)
+        return missing_bytes(path, index) or _wrong_checksum(path, index)
+    except ValueError as error:
+        return f"damaged: {error}"
+    except OSError as error:
+        return f"unreadable ({error.strerror or error})"
+
+
+def _wrong_checksum(folder: Path, index: Metadata) -> str | None:
+    parts = sorted((p.relative_path, p.offset, p.length) for p in index.storage_data.values())
+    for name, offset, length in parts:
+        with open(folder / name, "rb") as file:
+            file.seek(offset)
+            content = io.BytesIO(file.read(length))  # torch.save has written each tensor
+        try:
+            with zipfile.ZipFile(content) as archive:
+                damaged = archive.testzip()
+        except zipfile.BadZipFile:
+            damaged = "a tensor"
+        if damaged is not None:
+            return f"damaged: {damaged} in {name} does not match its checksum"
+    return None
