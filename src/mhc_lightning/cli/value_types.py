@@ -5,6 +5,7 @@ import inspect
 import math
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -72,7 +73,7 @@ def check_arguments(section: str, target: Any, arguments: dict[str, Any]) -> Non
                     f"unknown key '{section}.{name}'; {section} takes: {', '.join(parameters)}"
                 )
         elif name in hints and not _matches(value, hints[name]):
-            raise _wrong_type(f"{section}.{name}", value, _describe(hints[name]))
+            raise _wrong_type(f"{section}.{name}", value, describe_type(hints[name]))
 
 
 def _wrong_type(key: str, value: Any, expected: str) -> UserError:
@@ -120,15 +121,18 @@ def _matches(value: Any, kind: Any) -> bool:
     return True
 
 
-def _describe(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
+    """A type in words, as in `a whole number or null`."""
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        options = [_describe(option) for option in typing.get_args(kind)]
+        options = [describe_type(option) for option in typing.get_args(kind)]
         return " or ".join(dict.fromkeys(options))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if kind is type(None):
         return "null"
+    if kind is Path:
+        return _NAMES[str]
     if origin in (list, tuple, collections.abc.Sequence):
         return "a list"
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
