@@ -1,6 +1,6 @@
 """The reference of settings has every key of every group, with a type and a meaning."""
 
-from omegaconf import OmegaConf
+import yaml
 
 from mhc_lightning.cli.config_comments import commented_keys, file_comment
 from mhc_lightning.cli.experiments import group_choices, shipped_folder
@@ -21,7 +21,7 @@ def test_every_key_of_every_group_has_a_type_and_a_meaning():
     assert [s for s in found if not s.meaning] == []
     for group in GROUPS:
         for file in (shipped_folder() / group).glob("*.yaml"):
-            content = OmegaConf.to_container(OmegaConf.load(file))
+            content = yaml.safe_load(file.read_text())
             content.pop("defaults", None)
             keys = {s.key for s in found if s.file == f"{group}/{file.name}"}
             wanted = set(leaves(content, "" if group == "run" else f"{group}."))
