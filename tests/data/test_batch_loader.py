@@ -1,10 +1,11 @@
 """Loaders read the stream from the current position, and end their workers."""
 
+import atexit
+import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,19 +117,18 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_loader(
     assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-def test_a_program_that_forgets_its_loader_ends(prepared_path: Path) -> None:
-    script = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from mhc_lightning.data import PreparedData
-from test_batch_loader import at_step, training
-iterator = iter(training(PreparedData({str(prepared_path)!r}), at_step(0), workers=2))
-print(tuple(next(iterator).shape))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "(3, 65)\n"
+def test_a_program_that_forgets_its_loader_ends(prepared: PreparedData) -> None:
+    def program() -> None:
+        atexit._clear()  # what only pytest's process has to do
+        atexit.register(multiprocessing.util._exit_function)  # as importing it does
+        loader = training(prepared, at_step(0), workers=2)
+        next(iter(loader))
+        atexit._run_exitfuncs()
+
+    process = multiprocessing.get_context("fork").Process(target=program)
+    process.start()
+    process.join(timeout=20)
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -143,7 +143,8 @@ def test_a_damaged_chunk_stops_the_loader_with_one_line(
     damaged.write_bytes(content)
     stream = TrainingSequences([PreparedData(copy)], [1.0], 64, seed=0, window=3)
     total = stream.orders[0].length
-    made = BatchLoader(stream, [[position] for position in range(total)], total, workers)
+    batches = [range(start, min(start + 64, total)) for start in range(0, total, 64)]
+    made = BatchLoader(stream, batches, len(batches), workers)
     with pytest.raises(UserError) as caught:
         list(made)
     assert str(caught.value).startswith(f"chunk file {damaged} is damaged (checksum); copy it")

@@ -3,10 +3,9 @@
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,18 @@ from mhc_lightning.data import (
     PreparedData,
     prepare,
     unit_tokenization,
+    worker_pool,
 )
 from mhc_lightning.data.prepared_record import SPLITS
 from mhc_lightning.errors import UserError
 
 Write = Callable[..., Path]
-SMALL: dict[str, Any] = {"chunk_bytes": 8000, "validation_fraction": 0.3, "progress": False}
+SMALL: dict[str, Any] = {
+    "chunk_bytes": 8000,
+    "validation_fraction": 0.3,
+    "num_workers": 1,
+    "progress": False,
+}
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -43,9 +48,14 @@ def documents(folder: Path) -> list[bytes]:
     return sorted(document for split in SPLITS for document in prepared.documents(split))
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, write_texts: Write) -> Path:
+    return write_texts(tmp_path_factory.mktemp("written"), 40)
+
+
 @pytest.fixture
-def texts(tmp_path: Path, write_texts: Write) -> Path:
-    return write_texts(tmp_path / "in put=1", 40)
+def texts(tmp_path: Path, written: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "in put=1"))
 
 
 def test_every_document_is_there_once_with_its_boundary(texts: Path, tmp_path: Path) -> None:
@@ -74,7 +84,7 @@ def test_summary_says_what_was_done(texts: Path, tmp_path: Path) -> None:
 
 def test_the_result_does_not_depend_on_the_workers(texts: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
-        prepare(texts, tmp_path / f"out{workers}", num_workers=workers, **SMALL)
+        prepare(texts, tmp_path / f"out{workers}", **{**SMALL, "num_workers": workers})
     assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
     assert len(PreparedData(tmp_path / "out1").chunks("train")) > 5
 
@@ -114,7 +124,7 @@ def test_jsonl_and_compressed_files_are_read(tmp_path: Path) -> None:
 def test_mistakes_in_workers_arrive_as_they_are(texts: Path, tmp_path: Path) -> None:
     (texts / "bad.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"line 1 of .*bad\.jsonl is no JSON"):
-        prepare(texts, tmp_path / "out", num_workers=2, **SMALL)
+        prepare(texts, tmp_path / "out", **{**SMALL, "num_workers": 2})
 
 
 def test_finished_output_is_recognised(texts: Path, tmp_path: Path) -> None:
@@ -177,10 +187,10 @@ def test_an_interrupted_run_is_taken_up_where_it_stopped(
 
     monkeypatch.setattr(ByteTokenizer, "encode_documents", encode)
     with pytest.raises(KeyboardInterrupt):
-        prepare(texts, output, num_workers=1, **SMALL)
+        prepare(texts, output, **SMALL)
     assert not output.exists()
     encoded.append(b"past the interruption")
-    prepare(texts, output, num_workers=1, **SMALL)
+    prepare(texts, output, **SMALL)
     # The documents of finished units were encoded once, those of the broken one twice.
     repeated = len(encoded) - 1 - 40
     assert 0 < repeated <= 3
@@ -195,18 +205,18 @@ def test_a_damaged_unit_of_an_interrupted_run_is_done_again(
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    whole = prepare(texts, tmp_path / "whole", num_workers=1, **SMALL)
+    whole = prepare(texts, tmp_path / "whole", **SMALL)
     with monkeypatch.context() as patch:
         patch.setattr("mhc_lightning.data.preparation.write_prepared", stop)
         with pytest.raises(KeyboardInterrupt):
-            prepare(texts, tmp_path / "out", num_workers=1, **SMALL)
+            prepare(texts, tmp_path / "out", **SMALL)
     found = sorted((tmp_path / ".out.preparing/units").glob(f"*/{name}"))
     for path in found[:3]:
         data = bytearray(path.read_bytes())
         data[-99] ^= 1
         path.write_bytes(data)
     assert found
-    again = prepare(texts, tmp_path / "out", num_workers=1, **SMALL)
+    again = prepare(texts, tmp_path / "out", **SMALL)
     assert again.record.content == whole.record.content
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -257,29 +267,34 @@ def test_leftovers_of_other_settings_are_cleared(texts: Path, tmp_path: Path) ->
     assert documents(tmp_path / "out") == sorted(path.read_bytes() for path in texts.iterdir())
 
 
-def test_kill_leaves_nothing_half_done_and_no_processes(tmp_path: Path, write_texts: Write) -> None:
-    texts = write_texts(tmp_path / "in", 300, length=30_000)
-    output = tmp_path / "out"
-    script = (
-        "import sys; from mhc_lightning.data import prepare\n"
-        "prepare(sys.argv[1], sys.argv[2], chunk_bytes=50_000, num_workers=2, progress=False)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(texts), str(output)])
-    units = tmp_path / ".out.preparing/units"
+def test_kill_leaves_nothing_half_done_and_no_processes(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*args: Any) -> None:
+        unit_tokenization.tokenize_unit(*args)
+        time.sleep(0.2)
+
+    output, units = tmp_path / "out", tmp_path / ".out.preparing/units"
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_pool, "tokenize_unit", slowly)
+        process = multiprocessing.get_context("fork").Process(
+            target=prepare, args=(texts, output), kwargs={**SMALL, "num_workers": 2}
+        )
+        process.start()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(list(units.glob("??????"))) < 3:
         time.sleep(0.002)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert children and not output.exists()
     finished = {unit.name: unit.stat().st_mtime_ns for unit in units.glob("??????")}
-    prepare(texts, output, chunk_bytes=50_000, progress=False)
-    assert len(finished) >= 3
-    assert len(list(PreparedData(output).documents("train"))) > 250
+    assert 3 <= len(finished) < 10
     while time.monotonic() < deadline and any(os.path.exists(f"/proc/{pid}") for pid in children):
-        time.sleep(0.1)
+        time.sleep(0.05)
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
+    prepare(texts, output, **SMALL)
+    assert documents(output) == sorted(path.read_bytes() for path in texts.iterdir())
 
 
 def test_two_runs_do_not_mix(texts: Path, tmp_path: Path) -> None:
@@ -345,9 +360,9 @@ def test_disk_full_keeps_what_is_finished(
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full)
         with pytest.raises(UserError, match=r"No space left on device.*run `prepare` again"):
-            prepare(texts, tmp_path / "out", num_workers=1, **SMALL)
+            prepare(texts, tmp_path / "out", **SMALL)
     assert not (tmp_path / "out").exists()
-    prepare(texts, tmp_path / "out", num_workers=1, **SMALL)
+    prepare(texts, tmp_path / "out", **SMALL)
     assert len(documents(tmp_path / "out")) == 40
 
 

@@ -14,7 +14,7 @@ from mhc_lightning import TextDataModule
 from mhc_lightning.data import PreparedData, prepare
 from mhc_lightning.errors import UserError
 
-LENGTH = 512
+LENGTH = 1024
 BATCH = 8
 MICRO = 2
 
@@ -105,14 +105,22 @@ class Whole:
         return self.folder / f"step={step}.ckpt"
 
 
-@pytest.fixture(scope="module", params=[0, 2])
-def whole(
-    request: pytest.FixtureRequest, prepared_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Whole:
-    return Whole(prepared_path, tmp_path_factory.mktemp("run"), request.param)
+@pytest.fixture(scope="module")
+def wholes(prepared_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Whole]:
+    """The run read by no worker, and by two."""
+    return {n: Whole(prepared_path, tmp_path_factory.mktemp("run"), n) for n in (0, 2)}
 
 
-def test_a_run_crosses_the_end_of_the_data(whole: Whole, prepared_path: Path) -> None:
+@pytest.fixture
+def whole(wholes: dict[int, Whole]) -> Whole:
+    return wholes[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_crosses_the_end_of_the_data(
+    wholes: dict[int, Whole], prepared_path: Path, workers: int
+) -> None:
+    whole = wholes[workers]
     data = module(prepared_path, sequence_length=LENGTH)
     stream = data.training_sequences
     seen = torch.cat(whole.model.batches)
@@ -122,9 +130,14 @@ def test_a_run_crosses_the_end_of_the_data(whole: Whole, prepared_path: Path) ->
     assert len({row.numpy().tobytes() for row in seen[:total]}) == total
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("where", ["first step", "middle", "boundary", "after"])
-def test_resume_is_exact(whole: Whole, prepared_path: Path, where: str, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("where", "saved", "workers"),
+    [("first step", 0, 2), ("middle", 2, 0), ("boundary", 2, 2), ("after", 0, 0)],
+)
+def test_resume_is_exact(
+    wholes: dict[int, Whole], prepared_path: Path, where: str, saved: int, workers: int
+) -> None:
+    whole = wholes[saved]
     boundary = int(whole.per_epoch)
     step = {"first step": 1, "middle": 5, "boundary": boundary, "after": boundary + 2}[where]
     data = module(prepared_path, sequence_length=LENGTH, num_workers=workers)
@@ -136,15 +149,15 @@ def test_a_boundary_between_two_steps(prepared_path: Path, tmp_path: Path) -> No
     """The last batch of one pass and the first of the next are different steps."""
     path = tmp_path / "out"
     count = PreparedData(prepared_path)
-    text = b"".join(count.documents("train"))[: 512 * 16 + 1]
+    text = b"".join(count.documents("train"))[: LENGTH * 2 * BATCH + 1]
     (tmp_path / "in.txt").write_bytes(text)
     prepare(tmp_path / "in.txt", path, validation_fraction=0.0, progress=False)
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     data = module(path, sequence_length=LENGTH)
     assert data.training_sequences.orders[0].length == 2 * BATCH
     uninterrupted = run(data, 5, enable_checkpointing=True, callbacks=[save])
-    for step in (2, 4):
-        fresh = module(path, sequence_length=LENGTH, num_workers=2)
+    for step, workers in ((2, 2), (4, 0)):
+        fresh = module(path, sequence_length=LENGTH, num_workers=workers)
         assert_continues(run(fresh, 5, tmp_path / f"step={step}.ckpt"), uninterrupted, step)
 
 
@@ -237,8 +250,8 @@ def test_training_by_epochs(prepared_path: Path, tmp_path: Path) -> None:
     seen = torch.cat(whole.batches)
     assert len(seen) == 2 * per_epoch * BATCH
     assert torch.equal(seen, data.training_sequences.__getitems__(range(len(seen))))
-    for step in (3, per_epoch, per_epoch + 2):
-        fresh = module(prepared_path, sequence_length=LENGTH, num_workers=2)
+    for step, workers in ((3, 0), (per_epoch, 2), (per_epoch + 2, 0)):
+        fresh = module(prepared_path, sequence_length=LENGTH, num_workers=workers)
         resumed = run(fresh, -1, tmp_path / f"step={step}.ckpt", max_epochs=2)
         assert_continues(resumed, whole, step)
 
@@ -256,7 +269,7 @@ def test_other_data_are_refused_unless_allowed(
 ) -> None:
     for options, message in (
         ({"seed": 3}, "seed was 0 and is 3"),
-        ({"sequence_length": 256}, "sequence_length was 512 and is 256"),
+        ({"sequence_length": 512}, "sequence_length was 1024 and is 512"),
         ({"path": other_prepared_path}, r"other data \(sources\)"),
         ({"path": [prepared_path, other_prepared_path]}, r"other data \(sources\)"),
         ({"shuffle_window": 2}, "shuffle_window was 8 and is 2"),

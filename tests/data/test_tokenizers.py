@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -24,6 +24,7 @@ def streamed(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     return "".join(stream.push(int(token)) for token in ids) + stream.flush()
 
 
+@settings(max_examples=30)
 @given(st.binary())
 def test_bytes_come_back_whatever_they_are(data: bytes) -> None:
     tokenizer = ByteTokenizer()
@@ -49,6 +50,7 @@ def test_byte_stream_waits_for_whole_characters() -> None:
     assert stream.flush() == "\ufffd"
 
 
+@settings(max_examples=30)
 @given(text=st.text())
 def test_json_tokenizer_gives_text_back(json_tokenizer: JsonTokenizer, text: str) -> None:
     ids = json_tokenizer.encode(text)

@@ -61,9 +61,10 @@ def test_short_chunks(prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, t
         assert chosen.num_tokens == [sum(sizes[:count])]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 16])
-@pytest.mark.parametrize("total", [1, 2, 7, 20, 21, 48])
+@pytest.mark.parametrize(
+    ("total", "size", "world"),
+    [(1, 1, 1), (1, 3, 8), (2, 2, 3), (7, 3, 2), (20, 5, 2), (21, 5, 3), (48, 16, 1), (48, 2, 8)],
+)
 def test_every_sequence_comes_once_and_ranks_get_equal_batches(
     total: int, size: int, world: int
 ) -> None:
