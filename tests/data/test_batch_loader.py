@@ -120,7 +120,7 @@ def test_workers_outlive_a_signal_to_the_group_and_end_with_the_loader(
 def test_a_program_that_forgets_its_loader_ends(prepared: PreparedData) -> None:
     def program() -> None:
         atexit._clear()  # what only pytest's process has to do
-        atexit.register(multiprocessing.util._exit_function)  # as importing it does
+        atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
         loader = training(prepared, at_step(0), workers=2)
         next(iter(loader))
         atexit._run_exitfuncs()
