@@ -11,12 +11,12 @@ from commands import shown
 
 from mhc_lightning.formatting import json_value
 from mhc_lightning.reporting.logged_runs import LoggedRun
-from mhc_lightning.reporting.run_description import what_was_run
+from mhc_lightning.reporting.run_description import describe_run
 
 
 def provenance(runs: Sequence[LoggedRun], words: Sequence[str]) -> dict[str, Any]:
     """The command, and the devices, versions and commits of runs; each list without repetition."""
-    about = [what_was_run(run) for run in runs]
+    about = [describe_run(run) for run in runs]
     script = shown(Path(sys.argv[0]).resolve())
     return {
         "command": shlex.join(["python", script, *words]),

@@ -1,1 +1,1 @@
-"""Runs read back from their folders, judged, and shown on one page; without torch or Lightning."""
+"""Runs read back from their folders, compared, judged, and shown on one page; without torch."""

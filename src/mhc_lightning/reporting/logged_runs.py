@@ -1,4 +1,4 @@
-"""LoggedRun folders: found, read, and named."""
+"""Logged runs: run folders found below given paths, and read."""
 
 import csv
 import io
@@ -25,16 +25,16 @@ _STEP = "step"
 
 @dataclass(frozen=True, eq=False)
 class LoggedRun:
-    """What a run's folder says.
+    """The contents of one run folder.
 
     Attributes:
         folder: As it was given, or found.
-        name: Short, and unlike that of any other run on the page.
+        name: Short, and different from those of the other runs.
         scalars: Series by tag.
         pictures: The newest picture by tag.
-        config: The settings (``config.yaml``), or None where they were not written.
-        environment: Versions, device and command (``environment.json``), or None.
-        saved_steps: Of its checkpoints.
+        config: The settings (`config.yaml`), or None where the file is missing.
+        environment: Versions, device and command (`environment.json`), or None.
+        saved_steps: Steps of its checkpoints.
     """
 
     folder: Path
@@ -47,83 +47,84 @@ class LoggedRun:
 
     @property
     def last_step(self) -> int:
-        """The last one that anything is known of."""
+        """The last step that was logged or saved."""
         logged = (int(s.steps[-1]) for s in self.scalars.values() if len(s))
         return max([0, *logged, *self.saved_steps])
 
     def setting(self, key: str) -> Any:
         """A setting by its dotted key; None where there is none."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        return _look_up(self.config, key)
 
     def fact(self, key: str) -> Any:
         """An entry of the environment by its dotted key; None where there is none."""
-        value: Any = self.environment
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        return _look_up(self.environment, key)
+
+
+def _look_up(mapping: Any, key: str) -> Any:
+    for part in key.split("."):
+        mapping = mapping.get(part) if isinstance(mapping, dict) else None
+    return mapping
 
 
 def read_runs(paths: Sequence[str]) -> list[LoggedRun]:
-    """Read the runs that paths lead to, each once, in the order given.
+    """Read all runs below some paths, each once, in the order given.
 
     Args:
-        paths: LoggedRun folders, and folders with run folders somewhere below them.
+        paths: Run folders, and folders with run folders somewhere below them.
 
     Raises:
-        UserError: There is no such folder, or no metrics in one.
+        UserError: A folder does not exist, or holds no metrics.
     """
     folders: dict[Path, Path] = {}
     for path in paths:
-        for folder in _find(Path(path).expanduser(), path):
+        for folder in _find_run_folders(path):
             folders.setdefault(folder.resolve(), folder)
     names = _short_names(list(folders))
-    return [_read(folder, names[place]) for place, folder in folders.items()]
+    return [_read_run(folder, names[resolved]) for resolved, folder in folders.items()]
 
 
-def _find(folder: Path, typed: str) -> list[Path]:
+def _find_run_folders(path: str) -> list[Path]:
+    folder = Path(path).expanduser()
     if not folder.is_dir():
-        what = "a file" if folder.exists() else "not there"
+        problem = "a file" if folder.exists() else "not there"
         raise UserError(
-            f"{typed} is {what}; report takes run folders (what `fit` calls output_dir), and"
+            f"{path} is {problem}; report takes run folders (what `fit` calls output_dir), and"
             " output=DIR and baseline=RUN"
         )
     if _holds_metrics(folder):
         return [folder]
-    found: list[Path] = []
-    for place, subfolders, _ in os.walk(folder):
+    run_folders: list[Path] = []
+    for parent, subfolders, _ in os.walk(folder):
         subfolders.sort()
-        if _holds_metrics(Path(place)):
-            found.append(Path(place))
+        if _holds_metrics(Path(parent)):
+            run_folders.append(Path(parent))
             subfolders.clear()
-    if not found:
+    if not run_folders:
         raise UserError(
-            f"{typed} holds no metrics, neither {METRICS} nor TensorBoard event files, and no"
+            f"{path} holds no metrics, neither {METRICS} nor TensorBoard event files, and no"
             " folder below it does"
         )
-    return found
+    return run_folders
 
 
 def _holds_metrics(folder: Path) -> bool:
     return (folder / METRICS).is_file() or any(folder.glob(EVENT_FILES))
 
 
-def _short_names(places: list[Path]) -> dict[Path, str]:
-    """The last parts of each path, as many as tell it from the others."""
+def _short_names(folders: list[Path]) -> dict[Path, str]:
+    """The last parts of each path, as many as distinguish it from the others."""
     names = {}
-    for place in places:
-        for length in range(1, len(place.parts) + 1):
-            tail = place.parts[-length:]
-            if sum(other.parts[-length:] == tail for other in places) == 1:
+    for folder in folders:
+        for length in range(1, len(folder.parts) + 1):
+            tail = folder.parts[-length:]
+            if sum(other.parts[-length:] == tail for other in folders) == 1:
                 break
-        names[place] = "/".join(tail)
+        names[folder] = "/".join(tail)
     return names
 
 
-def _read(folder: Path, name: str) -> LoggedRun:
-    scalars = _read_table(folder / METRICS)  # exact, where event files have single precision
+def _read_run(folder: Path, name: str) -> LoggedRun:
+    scalars = _read_metrics(folder / METRICS)  # exact, where event files have single precision
     events = read_events(folder, without=scalars)
     more = {t: Series.of(points, points.values()) for t, points in events.scalars.items() if points}
     scalars = {**scalars, **more}
@@ -134,14 +135,17 @@ def _read(folder: Path, name: str) -> LoggedRun:
         name=name,
         scalars=scalars,
         pictures=events.pictures,
-        config=_as_typed(_read_mapping(folder / CONFIG)),
+        config=_unescape(_read_mapping(folder / CONFIG)),
         environment=_read_mapping(folder / ENVIRONMENT),
         saved_steps=tuple(saved_steps(folder / CHECKPOINTS)),
     )
 
 
-def _read_table(file: Path) -> dict[str, Series]:
-    """A series for each column; a last line that was cut, and what is no number, are left out."""
+def _read_metrics(file: Path) -> dict[str, Series]:
+    """A series for each column of `metrics.csv`.
+
+    Cells that are not numbers are left out, and so is a last line that was cut.
+    """
     if not file.is_file():
         return {}
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -149,22 +153,25 @@ def _read_table(file: Path) -> dict[str, Series]:
     header = next(rows, [])
     if _STEP not in header:
         return {}
-    at = header.index(_STEP)
+    step_column = header.index(_STEP)
     steps: list[int] = []
     values, logged = [], []
     for row in rows:
         numbers = [_number(cell) for cell in row]
-        if len(row) == len(header) and (step := numbers[at]) is not None and math.isfinite(step):
+        if len(row) != len(header):
+            continue
+        step = numbers[step_column]
+        if step is not None and math.isfinite(step):
             steps.append(int(step))
-            logged.append(np.array([number is not None for number in numbers]))
+            logged.append([number is not None for number in numbers])
             values.append(np.array(numbers, dtype=np.float64))  # None becomes NaN
     if not steps:
         return {}
-    table, known, every = np.stack(values), np.stack(logged), np.array(steps)
+    table, is_logged, all_steps = np.stack(values), np.array(logged), np.array(steps)
     return {
-        tag: Series.of(every[known[:, k]], table[known[:, k], k])
+        tag: Series.of(all_steps[is_logged[:, k]], table[is_logged[:, k], k])
         for k, tag in enumerate(header)
-        if k != at and known[:, k].any()
+        if k != step_column and is_logged[:, k].any()
     }
 
 
@@ -176,7 +183,7 @@ def _number(text: str) -> float | None:
 
 
 def _read_mapping(file: Path) -> dict[str, Any] | None:
-    """A JSON or YAML file that holds a mapping; None where it does not."""
+    """The mapping in a JSON or YAML file; None where there is none."""
     try:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
@@ -185,12 +192,12 @@ def _read_mapping(file: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _as_typed(value: Any) -> Any:
-    r"""Settings with ``\\${`` read as OmegaConf does: an escaped interpolation."""
+def _unescape(value: Any) -> Any:
+    r"""Settings with OmegaConf's escaped interpolations, `\\${`, read as OmegaConf does."""
     if isinstance(value, dict):
-        return {key: _as_typed(item) for key, item in value.items()}
+        return {key: _unescape(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_as_typed(item) for item in value]
+        return [_unescape(item) for item in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\\\$\{", lambda match: match[1][: len(match[1]) // 2] + "${", value)
     return value

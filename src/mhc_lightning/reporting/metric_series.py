@@ -1,14 +1,17 @@
-"""One logged number against optimizer steps."""
+"""Series of logged metrics: the values of one tag against optimizer steps."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+LOSS, VALIDATION_LOSS, GRADIENT_NORM = "train/loss", "val/loss", "train/grad_norm"
+SPEED, MEMORY = "train/tokens_per_second", "train/peak_memory_bytes"
+
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """Values of one tag; steps ascend and none is repeated.
+    """The values of one tag; steps ascend, each once.
 
     Attributes:
         steps: int64 [k], optimizer steps completed.
@@ -20,23 +23,26 @@ class Series:
 
     @classmethod
     def of(cls, steps: Iterable[int], values: Iterable[float]) -> "Series":
-        """From points in the order they were logged; the last one of a step counts."""
-        at = np.fromiter(steps, dtype=np.int64)
-        order = np.argsort(at, kind="stable")
-        at, numbers = at[order], np.fromiter(values, dtype=np.float64)[order]
-        last = np.append(at[1:] != at[:-1], True) if len(at) else np.zeros(0, dtype=bool)
-        return cls(at[last], numbers[last])
+        """A series of points in the order they were logged; of one step the last value counts."""
+        steps_array = np.fromiter(steps, dtype=np.int64)
+        order = np.argsort(steps_array, kind="stable")
+        steps_array = steps_array[order]
+        values_array = np.fromiter(values, dtype=np.float64)[order]
+        # [k], True at the last point of each step
+        is_last = np.ones(len(steps_array), dtype=bool)
+        is_last[:-1] = steps_array[1:] != steps_array[:-1]
+        return cls(steps_array[is_last], values_array[is_last])
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def finite(self) -> "Series":
         """The points whose value is a number."""
-        kept = np.isfinite(self.values)
-        return Series(self.steps[kept], self.values[kept])
+        is_finite = np.isfinite(self.values)
+        return Series(self.steps[is_finite], self.values[is_finite])
 
     def minus(self, other: "Series") -> "Series":
-        """The differences at the steps that both have."""
+        """Differences at the steps that both series have."""
         steps, mine, theirs = np.intersect1d(
             self.steps, other.steps, assume_unique=True, return_indices=True
         )
@@ -57,26 +63,26 @@ class Series:
 def layer_matrix(
     scalars: Mapping[str, Series], tag: str
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """A number that is logged for every sub-layer, as one matrix.
+    """A metric that is logged for every sub-layer, as one matrix.
 
     Args:
         scalars: Series by tag.
-        tag: The tag that ``/layer_<k>`` is added to.
+        tag: The tag to which `/layer_<k>` is added.
 
     Returns:
         The sub-layers [L] ascending, int64 steps [T], and values [L, T], NaN where none was logged.
     """
     prefix = f"{tag}/layer_"
-    found = {
-        int(name[len(prefix) :]): series
+    by_layer = {
+        int(name.removeprefix(prefix)): series
         for name, series in scalars.items()
-        if name.startswith(prefix) and name[len(prefix) :].isdigit() and len(series)
+        if name.startswith(prefix) and name.removeprefix(prefix).isdigit() and len(series)
     }
-    layers = sorted(found)
+    layers = sorted(by_layer)
     if not layers:
         return [], np.zeros(0, dtype=np.int64), np.zeros((0, 0))
-    steps = np.unique(np.concatenate([found[k].steps for k in layers]))
+    steps = np.unique(np.concatenate([by_layer[k].steps for k in layers]))
     values = np.full((len(layers), len(steps)), np.nan)
     for row, k in enumerate(layers):
-        values[row, np.searchsorted(steps, found[k].steps)] = found[k].values
+        values[row, np.searchsorted(steps, by_layer[k].steps)] = by_layer[k].values
     return layers, steps, values

@@ -1,39 +1,34 @@
-"""Everything that is to be said of some runs."""
+"""The report: runs read, compared, judged and drawn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mhc_lightning.reporting.baselines import GapOverSeeds, choose_baseline, gaps_over_seeds
 from mhc_lightning.reporting.figures.run_styles import RunStyle, run_styles
 from mhc_lightning.reporting.figures.sections import Section, figure_sections
 from mhc_lightning.reporting.logged_runs import LoggedRun, read_runs
-from mhc_lightning.reporting.summary import (
-    OverSeeds,
-    Summary,
-    choose_baseline,
-    over_seeds,
-    summarise,
-)
+from mhc_lightning.reporting.summary import Summary, summarise
 from mhc_lightning.reporting.verdicts import Verdict, judge
 
 
 @dataclass(frozen=True)
 class Report:
-    """Some runs, read, compared, judged and drawn.
+    """Everything on a report's page.
 
     Attributes:
         summaries: The runs in numbers.
-        verdicts: On each of them.
-        seeds: Gaps over seeds, where there are several.
-        baseline: What the others are compared with.
-        looks: How each run is drawn, by its name.
+        verdicts: One for each of them.
+        over_seeds: Gaps over seeds, where runs have several.
+        baseline: The run that the others are compared with.
+        styles: How each run is drawn, by its name.
         sections: The figures.
     """
 
     summaries: list[Summary]
     verdicts: list[Verdict]
-    seeds: list[OverSeeds]
+    over_seeds: list[GapOverSeeds]
     baseline: LoggedRun | None
-    looks: dict[str, RunStyle]
+    styles: dict[str, RunStyle]
     sections: list[Section]
 
     @property
@@ -43,14 +38,14 @@ class Report:
 
 
 def make_report(paths: Sequence[str], baseline: str | None = None) -> Report:
-    """Read runs and work out all that is to be said of them.
+    """Read runs, compare them, judge them and draw them.
 
     Args:
-        paths: LoggedRun folders, or folders that hold some.
-        baseline: The one to compare with; see `choose_baseline`.
+        paths: Run folders, or folders that hold some.
+        baseline: The run to compare with; see `choose_baseline`.
 
     Raises:
-        UserError: A folder is no good, the baseline is not among the runs, or two runs to be
+        UserError: A folder holds no run, the baseline is not among the runs, or two runs to be
             compared have no step in common.
     """
     runs = read_runs(paths)
@@ -60,8 +55,8 @@ def make_report(paths: Sequence[str], baseline: str | None = None) -> Report:
     return Report(
         summaries=summaries,
         verdicts=[judge(summary) for summary in summaries],
-        seeds=over_seeds(summaries),
+        over_seeds=gaps_over_seeds([(summary.run, summary.gap) for summary in summaries]),
         baseline=chosen,
-        looks=styles,
+        styles=styles,
         sections=figure_sections(runs, styles, chosen),
     )

@@ -1,19 +1,19 @@
-"""Writes a report to a folder."""
+"""The folder of a report: `index.html`, `report.json`, and its figures as PNG files."""
 
 import json
 from pathlib import Path
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.reporting.figures.inline_svg import png
-from mhc_lightning.reporting.html_page import GENERATOR, page
+from mhc_lightning.reporting.html_page import GENERATOR, render_page
 from mhc_lightning.reporting.report import Report
-from mhc_lightning.reporting.report_json import record
+from mhc_lightning.reporting.report_json import report_values
 
 PAGE, NUMBERS, FIGURES = "index.html", "report.json", "figures"
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write ``index.html``, ``report.json`` and ``figures/*.png``, in place of an earlier report's.
+    """Write a report, in place of an earlier one in the folder.
 
     Returns:
         The page.
@@ -21,16 +21,16 @@ def write_report(report: Report, folder: Path) -> Path:
     Raises:
         UserError: The folder holds a page that is no report, or cannot be written to.
     """
-    file = folder / PAGE
+    page = folder / PAGE
     try:
-        if file.exists() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(f"{file} was not written by report; choose another output=DIR")
+        if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{page} was not written by report; choose another output=DIR")
         (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            for old in (folder / FIGURES).glob("*.png"):
-                old.unlink()
-        file.write_text(page(report), encoding="utf-8")
-        numbers = json.dumps(record(report), indent=2)
+        if page.exists():
+            for earlier in (folder / FIGURES).glob("*.png"):
+                earlier.unlink()
+        page.write_text(render_page(report), encoding="utf-8")
+        numbers = json.dumps(report_values(report), indent=2)
         (folder / NUMBERS).write_text(numbers + "\n", encoding="utf-8")
         for section in report.sections:
             for panel in section.panels:
@@ -39,4 +39,4 @@ def write_report(report: Report, folder: Path) -> Path:
         raise UserError(
             f"output={folder} cannot be written to: {error.strerror or error}; choose another"
         ) from error
-    return file
+    return page

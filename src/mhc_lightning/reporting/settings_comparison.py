@@ -1,30 +1,30 @@
 """How the settings of runs differ, and whether two runs saw the same batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mhc_lightning.reporting.logged_runs import LoggedRun
 
-# Sections that do not change what is trained.
+# Sections of the configuration that do not change what is trained.
 _IRRELEVANT = frozenset(
     {
         *("output_dir", "overwrite", "ckpt_path", "logger", "callbacks", "checkpoint", "machine"),
         *("prompt", "input", "output", "generate", "prepare", "export", "evaluate", "name"),
     }
 )
-# Of the data's settings, those that decide which sequences a step sees.
-_ORDER = ("path", "batch_size", "sequence_length", "seed", "shuffle_window")
+_SEEDS = ("seed", "data.seed")
+# The data's settings that decide, beside the data themselves, which sequences a step sees.
+_BATCHING = ("batch_size", "sequence_length", "seed", "shuffle_window")
 
 
-def settings(run: LoggedRun) -> dict[str, Any] | None:
-    """Dotted keys to values of everything that may change what is trained."""
+def training_settings(run: LoggedRun) -> dict[str, Any] | None:
+    """All settings that may change what is trained, by dotted key; None without `config.yaml`."""
     if run.config is None:
         return None
-    kept = {k: v for k, v in run.config.items() if k not in _IRRELEVANT}
-    return dict(_leaves(kept, ""))
+    return dict(_leaves({k: v for k, v in run.config.items() if k not in _IRRELEVANT}, ""))
 
 
-def _leaves(node: Any, prefix: str) -> Any:
+def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
@@ -33,39 +33,43 @@ def _leaves(node: Any, prefix: str) -> Any:
 
 
 def differing_settings(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
-    """Keys whose values are not the same in all runs that have settings, with each one's value.
+    """Settings that are not the same in all runs that have a configuration.
 
-    A run without settings, or without this one, has None. The connection counts once, though the
-    model's section repeats it.
+    Returns:
+        By dotted key one value per run; None for a run without a configuration or without this
+        key. The connection, which the model's section repeats, is listed once.
     """
-    known = [settings(run) for run in runs]
-    present = [values for values in known if values is not None]
+    settings = [training_settings(run) for run in runs]
+    present = [values for values in settings if values is not None]
     keys = dict.fromkeys(key for values in present for key in values)
     differing = {}
     for key in keys:
-        if key.startswith("model.connection.") and f"connection.{key[17:]}" in keys:
+        if key.startswith("model.connection.") and key.removeprefix("model.") in keys:
             continue
         if any(values.get(key) != present[0].get(key) for values in present):
-            differing[key] = [None if v is None else v.get(key) for v in known]
+            differing[key] = [None if values is None else values.get(key) for values in settings]
     return differing
 
 
 def same_batches(run: LoggedRun, other: LoggedRun) -> bool | None:
-    """Whether each step of both saw the same sequences; None where that is not known."""
+    """True if both runs saw the same sequences at each step; None where that is not recorded."""
     if run.setting("data") is None or other.setting("data") is None:
         return None
+    if any(run.setting(f"data.{key}") != other.setting(f"data.{key}") for key in _BATCHING):
+        return False
     contents = run.fact("data.content"), other.fact("data.content")
-    keys = _ORDER[1:] if None not in contents else _ORDER
-    same = all(run.setting(f"data.{key}") == other.setting(f"data.{key}") for key in keys)
-    return same and (contents[0] == contents[1] or None in contents)
+    if None in contents:  # no checksums: compare the paths
+        return run.setting("data.path") == other.setting("data.path")
+    return contents[0] == contents[1]
 
 
 def same_but_for_the_seed(run: LoggedRun, other: LoggedRun) -> bool:
-    """Whether two runs have all settings in common, seeds left out."""
-    mine, theirs = settings(run), settings(other)
-    if mine is None or theirs is None:
+    """True if two runs have a configuration each and differ in nothing but seeds."""
+    settings = [training_settings(each) for each in (run, other)]
+    if None in settings:
         return False
-    seeds = ("seed", "data.seed")
-    return {k: v for k, v in mine.items() if k not in seeds} == {
-        k: v for k, v in theirs.items() if k not in seeds
-    }
+    mine, theirs = (
+        {key: value for key, value in (each or {}).items() if key not in _SEEDS}
+        for each in settings
+    )
+    return mine == theirs

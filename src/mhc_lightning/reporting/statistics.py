@@ -1,8 +1,9 @@
-"""Numbers with their uncertainty: what a loss came to, and how far apart two runs are."""
+"""Statistics of noisy series: final means with 95% intervals, and the lowest mean."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,11 +11,11 @@ from mhc_lightning.formatting import format_interval
 from mhc_lightning.reporting.metric_series import Series
 
 WINDOW_SHARE = 0.1
-"""The final window: this share of the logged points, the last ones, ..."""
+"""The final window holds this share of the logged points, the last ones, ..."""
 WINDOW_POINTS = 20
-"""... but at least so many, where that is no more than half of them."""
-MOST_STRETCHES, FEWEST_STRETCHES, STRETCH = 10, 4, 8
-"""Into how many stretches the window is cut for an interval, and points in each, if there are."""
+"""... but at least so many points, where that is no more than half of all."""
+MAX_STRETCHES, MIN_STRETCHES, STRETCH_POINTS = 10, 4, 8
+"""For an interval, the window is cut into stretches of so many points, 4 to 10 stretches."""
 CONFIDENCE = 0.95
 
 # Two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom.
@@ -29,9 +30,9 @@ class Estimate:
         value: The mean.
         low: Lower end of its 95% interval; None where there are too few points for one.
         high: Upper end.
-        first_step: First of the steps it is taken over.
-        last_step: Last of them.
-        points: How many they are.
+        first_step: The first of these steps.
+        last_step: The last of these steps.
+        points: The number of these steps.
     """
 
     value: float
@@ -43,7 +44,7 @@ class Estimate:
 
     @property
     def resolved(self) -> bool:
-        """Whether zero lies outside the interval."""
+        """True if zero lies outside the interval."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     @property
@@ -55,7 +56,7 @@ class Estimate:
 
 
 def final_window(points: int) -> int:
-    """How many of the last points a final value is the mean of."""
+    """The number of last points over which a final value is averaged."""
     return max(math.ceil(WINDOW_SHARE * points), min(WINDOW_POINTS, points // 2), min(points, 1))
 
 
@@ -68,7 +69,7 @@ def final_mean(series: Series) -> Estimate | None:
     neighbours correlate by 0.5 it holds the truth 93% of the time with 20 points, by 0.8 84%.
 
     Args:
-        series: Its points that are not finite are left out.
+        series: Points that are not finite are left out.
 
     Returns:
         None where there are no points.
@@ -83,7 +84,7 @@ def final_mean(series: Series) -> Estimate | None:
 
 
 def _interval(values: np.ndarray) -> tuple[float | None, float | None]:
-    stretches = max(FEWEST_STRETCHES, min(MOST_STRETCHES, len(values) // STRETCH))
+    stretches = max(MIN_STRETCHES, min(MAX_STRETCHES, len(values) // STRETCH_POINTS))
     length = len(values) // stretches
     if length < 2:
         return None, None
@@ -97,8 +98,8 @@ def mean_interval(
     """Student's 95% interval for the mean of independent values, at least two.
 
     Args:
-        values: The values.
-        centre: The interval's middle, if not their mean.
+        values: The values [k].
+        centre: The middle of the interval, if not their mean.
     """
     middle = float(np.mean(values)) if centre is None else centre
     half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
@@ -117,12 +118,26 @@ def t_quantile(degrees: int) -> float:
 
 
 def smoothing_width(points: int) -> int:
-    """Points in the running mean of a curve: 2% of them, an odd number; 1 leaves it as it is."""
+    """The width of a curve's running mean: 2% of the points, an odd number; 1 changes nothing."""
     return 2 * round(0.01 * points) + 1
 
 
-def lowest_mean(series: Series) -> tuple[float, int, int] | None:
-    """The lowest mean over any stretch as long as the final window: it, its first and last step."""
+class LowestMean(NamedTuple):
+    """The lowest mean of a series over a stretch as long as the final window.
+
+    Attributes:
+        value: The mean.
+        first_step: The first step of the stretch.
+        last_step: The last step of the stretch.
+    """
+
+    value: float
+    first_step: int
+    last_step: int
+
+
+def lowest_mean(series: Series) -> LowestMean | None:
+    """The lowest mean of the finite points; None where there are none."""
     finite = series.finite()
     size = final_window(len(finite))
     if size == 0:
@@ -130,4 +145,5 @@ def lowest_mean(series: Series) -> tuple[float, int, int] | None:
     sums = np.concatenate([[0.0], np.cumsum(finite.values)])
     means = (sums[size:] - sums[:-size]) / size
     start = int(means.argmin())
-    return float(means[start]), int(finite.steps[start]), int(finite.steps[start + size - 1])
+    last = start + size - 1
+    return LowestMean(float(means[start]), int(finite.steps[start]), int(finite.steps[last]))

@@ -1,30 +1,27 @@
-"""The page's tables: numbers of each run, and what was run."""
+"""The tables of the page: numbers of each run, gaps over seeds, and what differs between runs."""
 
-import html
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from mhc_lightning.formatting import (
     format_bytes,
     format_difference,
     format_gain,
+    format_interval,
     format_list,
     format_number,
     format_steps,
-    format_sub_layers,
 )
-from mhc_lightning.reporting import run_description
-from mhc_lightning.reporting.figures.run_styles import RunStyle
 from mhc_lightning.reporting.gain_extremes import DIRECTIONS, KINDS, gain_tag
 from mhc_lightning.reporting.logged_runs import LoggedRun
 from mhc_lightning.reporting.report import Report
+from mhc_lightning.reporting.run_description import INCOMPLETE, UNKNOWN, describe_run
 from mhc_lightning.reporting.settings_comparison import differing_settings
-from mhc_lightning.reporting.summary import AT_ONE, LIMIT, OverSeeds, Summary
+from mhc_lightning.reporting.summary import AT_ONE, LIMIT, Summary
 
-_MISSING = '<span class="missing">not logged</span>'
-# Settings that the facts name already.
-_NAMED = frozenset(
+# Settings that `describe_run` names already.
+_DESCRIBED = frozenset(
     {
         *("connection._target_", "model.num_streams", "model.dim", "model.num_layers"),
         *("data.path", "trainer.max_steps", "optimizer.lr", "trainer.precision"),
@@ -33,211 +30,245 @@ _NAMED = frozenset(
 )
 
 
-def named(run: LoggedRun, looks: Mapping[str, RunStyle]) -> str:
-    """A run's name with its colour."""
-    colour = looks[run.name].colour
-    return (
-        f'<span class="name"><span class="swatch" style="--run: var(--{colour})"></span>'
-        f"{html.escape(run.name)}</span>"
-    )
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: Its text.
+        notes: Small lines below it.
+        missing: True for the name of something that is not there.
+    """
+
+    text: str
+    notes: tuple[str, ...] = ()
+    missing: bool = False
 
 
-def numbers(report: Report) -> str:
-    """One row per run; below it, gaps over seeds and what to mind."""
-    columns: list[tuple[str, str, Callable[[Summary], str]]] = [
-        ("Training loss", "at the end", _loss),
-        ("Validation loss", "the last", _validation),
+@dataclass(frozen=True)
+class Heading:
+    """The heading of a row or column.
+
+    Attributes:
+        text: Its text.
+        note: A small line below it.
+        run: The run that it names, which has a colour; None where it names something else.
+        is_setting: True for the key of a setting.
+    """
+
+    text: str
+    note: str = ""
+    run: LoggedRun | None = None
+    is_setting: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        label: What it shows, for readers who do not see it.
+        kind: A CSS class.
+        corner: The heading above the rows' headings.
+        columns: The columns' headings.
+        rows: Each row's heading and cells.
+    """
+
+    label: str
+    kind: str
+    corner: str
+    columns: list[Heading]
+    rows: list[tuple[Heading, list[Cell]]] = field(default_factory=list)
+
+
+_NOT_LOGGED = Cell("not logged", missing=True)
+
+
+def numbers_table(report: Report) -> Table:
+    """One row of numbers per run."""
+    columns: list[tuple[Heading, Callable[[Summary], Cell]]] = [
+        (Heading("Training loss", "at the end"), _loss),
+        (Heading("Validation loss", "the last"), _validation),
     ]
     baselines = {s.gap.baseline for s in report.summaries if s.gap is not None}
     if baselines:
         several = len(baselines) > 1
-        to = "the baseline of its seed" if several else baselines.pop()
-        columns.append(("Loss gap", f"to {to}, 95%", partial(_gap, named=several)))
+        baseline = "the baseline of its seed" if several else baselines.pop()
+        gap_cell = _gap_with_baseline if several else _gap
+        columns.append((Heading("Loss gap", f"to {baseline}, 95%"), gap_cell))
     for kind in KINDS:
         for direction in DIRECTIONS:
-            tag = gain_tag(kind, direction)
             name = "Composite" if kind == "composite" else "Single-layer"
-            columns.append((f"{name} gain", f"{direction}, largest", _gain(tag)))
+            heading = Heading(f"{name} gain", f"{direction}, largest")
+            columns.append((heading, _gain(gain_tag(kind, direction))))
     columns += [
-        ("Gradient norm", "median, largest", _gradient),
-        ("Tokens/s", "median", _speed),
-        ("Memory", "peak", _memory),
+        (Heading("Gradient norm", "median, largest"), _gradient_norm),
+        (Heading("Tokens/s", "median"), _speed),
+        (Heading("Memory", "peak"), _memory),
     ]
-    head = "".join(
-        f'<th scope="col">{html.escape(title)}<small>{html.escape(about)}</small></th>'
-        for title, about, _ in columns
-    )
-    rows = []
-    for summary in report.summaries:
-        cells = "".join(f"<td>{cell(summary)}</td>" for *_, cell in columns)
-        rows.append(f'<tr><th scope="row">{named(summary.run, report.looks)}</th>{cells}</tr>')
-    table = _scrolling("Numbers of each run", "numbers", "Run", head, rows)
-    notes = "".join(f'<p class="about">{html.escape(text)}</p>' for text in _to_mind(report))
-    return f"{table}{_seeds(report)}{notes}\n"
+    rows = [
+        (Heading(summary.run.name, run=summary.run), [cell(summary) for _, cell in columns])
+        for summary in report.summaries
+    ]
+    return Table("Numbers of each run", "numbers", "Run", [heading for heading, _ in columns], rows)
 
 
-def _scrolling(name: str, kind: str, corner: str, head: str, rows: list[str]) -> str:
-    return (
-        f'<div class="scroll" role="region" aria-label="{name}" tabindex="0">'
-        f'<table class="{kind}"><thead><tr><th scope="col">{corner}</th>{head}</tr></thead>\n'
-        f"<tbody>{chr(10).join(rows)}</tbody></table></div>\n"
-    )
-
-
-def _loss(summary: Summary) -> str:
+def _loss(summary: Summary) -> Cell:
     loss = summary.loss
     if loss is None:
-        return _MISSING
-    where = format_steps(loss.first_step, loss.last_step)
-    return f"{loss.value:.4f}<small>{where}</small>"
+        return _NOT_LOGGED
+    return Cell(f"{loss.value:.4f}", (format_steps(loss.first_step, loss.last_step),))
 
 
-def _validation(summary: Summary) -> str:
+def _validation(summary: Summary) -> Cell:
     if summary.validation is None:
-        return _MISSING
+        return _NOT_LOGGED
     step, value = summary.validation
-    return f"{format_number(value, 5)}<small>step {step:,}</small>"
+    return Cell(format_number(value, 5), (f"step {step:,}",))
 
 
-def _gap(summary: Summary, named: bool) -> str:
-    """The gap; `named`: with the name of the baseline."""
+def _gap(summary: Summary) -> Cell:
     gap = summary.gap
     if gap is None:
-        return '<span class="missing">baseline</span>'
-    parts = []
+        return Cell("baseline", missing=True)
+    lines = []
     if gap.loss is not None:
-        parts.append(format_difference(gap.loss.value))
-        interval = gap.loss.interval or "no interval"
-        parts.append(f"<small>{interval}</small>")
+        lines += [format_difference(gap.loss.value), gap.loss.interval or "no interval"]
         steps = gap.loss.first_step, gap.loss.last_step
         if summary.loss is None or steps != (summary.loss.first_step, summary.loss.last_step):
-            parts.append(f"<small>{format_steps(*steps)}</small>")
+            lines.append(format_steps(*steps))
     if gap.validation is not None:
         step, value = gap.validation
-        when = "" if summary.validation and summary.validation[0] == step else f", step {step:,}"
-        parts.append(f"<small>validation {format_difference(value)}{when}</small>")
-    if named and parts:
-        parts.append(f"<small>{html.escape(gap.baseline)}</small>")
-    return "".join(parts) or _MISSING
+        is_last = summary.validation is not None and summary.validation[0] == step
+        lines.append(
+            f"validation {format_difference(value)}{'' if is_last else f', step {step:,}'}"
+        )
+    return Cell(lines[0], tuple(lines[1:])) if lines else _NOT_LOGGED
 
 
-def _gain(tag: str) -> Callable[[Summary], str]:
-    def cell(summary: Summary) -> str:
-        found = summary.gains.get(tag)
-        if found is None:
-            return _MISSING
-        largest = found.largest
-        if found.distance <= AT_ONE:
-            return f"1<small>{'always' if found.distance == 0 else f'to {AT_ONE:g}'}</small>"
-        place = ""
-        if largest.value > LIMIT:
-            place = format_sub_layers(largest.first_layer, largest.last_layer)
-        small = f"<small>{place}</small>" if place else ""
-        return f"{format_gain(largest.value)}<small>step {largest.step:,}</small>{small}"
+def _gap_with_baseline(summary: Summary) -> Cell:
+    cell = _gap(summary)
+    if summary.gap is None or cell.missing:
+        return cell
+    return Cell(cell.text, (*cell.notes, summary.gap.baseline))
+
+
+def _gain(tag: str) -> Callable[[Summary], Cell]:
+    def cell(summary: Summary) -> Cell:
+        gains = summary.gains.get(tag)
+        if gains is None:
+            return _NOT_LOGGED
+        if gains.distance <= AT_ONE:
+            return Cell("1", ("always" if gains.distance == 0 else f"to {AT_ONE:g}",))
+        largest = gains.largest
+        notes = [f"step {largest.step:,}"]
+        if largest.value > LIMIT and largest.sub_layers:
+            notes.append(largest.sub_layers)
+        return Cell(format_gain(largest.value), tuple(notes))
 
     return cell
 
 
-def _gradient(summary: Summary) -> str:
+def _gradient_norm(summary: Summary) -> Cell:
     norm = summary.gradient
     if norm is None:
-        return _MISSING
-    return (
-        f"{format_number(norm.median)}, {format_number(norm.largest)}"
-        f"<small>step {norm.step:,}</small>"
-    )
+        return _NOT_LOGGED
+    text = f"{format_number(norm.median)}, {format_number(norm.largest)}"
+    return Cell(text, (f"step {norm.step:,}",))
 
 
-def _speed(summary: Summary) -> str:
-    return _MISSING if summary.speed is None else f"{summary.speed:,.0f}"
+def _speed(summary: Summary) -> Cell:
+    return _NOT_LOGGED if summary.speed is None else Cell(f"{summary.speed:,.0f}")
 
 
-def _memory(summary: Summary) -> str:
-    return _MISSING if summary.memory is None else format_bytes(summary.memory)
+def _memory(summary: Summary) -> Cell:
+    return _NOT_LOGGED if summary.memory is None else Cell(format_bytes(summary.memory))
 
 
-def _seeds(report: Report) -> str:
-    if not report.seeds:
-        return ""
-    head = "".join(
-        f'<th scope="col">{text}</th>' for text in ("Seeds", "Mean loss gap", "95% over seeds")
-    )
+def seeds_table(report: Report) -> Table | None:
+    """Gaps over seeds; None where no run has several seeds."""
+    if not report.over_seeds:
+        return None
+    columns = [Heading("Seeds"), Heading("Mean loss gap"), Heading("95% over seeds")]
     rows = [
-        f'<tr><th scope="row">{html.escape(format_list(group.runs))}</th>'
-        f"<td>{len(group.runs)}</td><td>{format_difference(group.value)}</td>"
-        f"<td>{_ends(group)}</td></tr>"
-        for group in report.seeds
+        (
+            Heading(format_list(gap.runs)),
+            [
+                Cell(str(len(gap.runs))),
+                Cell(format_difference(gap.value)),
+                Cell(format_interval(gap.low, gap.high)),
+            ],
+        )
+        for gap in report.over_seeds
     ]
-    return _scrolling("Gaps over seeds", "numbers", "Runs", head, rows)
+    return Table("Gaps over seeds", "numbers", "Runs", columns, rows)
 
 
-def _ends(group: OverSeeds) -> str:
-    return f"{format_difference(group.low)} to {format_difference(group.high)}"
-
-
-def _to_mind(report: Report) -> list[str]:
-    """What limits the comparison."""
-    notes = []
-    compared = [(s.run.name, s.gap) for s in report.summaries if s.gap is not None]
-    for name, gap in compared:
+def caveats(report: Report) -> list[str]:
+    """Sentences on what limits the comparison."""
+    sentences = []
+    for summary in report.summaries:
+        gap, name = summary.gap, summary.run.name
+        if gap is None:
+            continue
         if gap.same_batches is False:
-            notes.append(
+            sentences.append(
                 f"{name} and {gap.baseline} did not see the same batches (data, batch or seed"
                 " differ): their gap holds the noise of both."
             )
         elif gap.same_batches is None:
-            notes.append(
+            sentences.append(
                 f"Whether {name} and {gap.baseline} saw the same batches is not known: their"
                 " settings are not recorded."
             )
-    short = [s.run.name for s in report.summaries if s.ending[0] == "incomplete"]
-    if short:
-        verb = "is" if len(short) == 1 else "are"
-        notes.append(
-            f"{format_list(short)} {verb} incomplete: final values are those of the last steps"
-            " there are, gaps those of the last steps in common."
+    incomplete = [s.run.name for s in report.summaries if s.ending.state == INCOMPLETE]
+    if incomplete:
+        verb = "is" if len(incomplete) == 1 else "are"
+        sentences.append(
+            f"{format_list(incomplete)} {verb} incomplete: final values are those of the last"
+            " logged steps, gaps those of the last steps in common."
         )
-    return notes
+    return sentences
 
 
-def what_was_run(report: Report) -> str:
-    """Facts that all runs share as a list, the others as a table with a column per run."""
-    runs = [run for run in report.runs if run.config is not None or run.environment is not None]
-    text = ""
-    unknown = [run.name for run in report.runs if run not in runs]
-    if unknown:
-        text = (
-            f'<p class="about">Of {html.escape(format_list(unknown))} nothing is recorded but what'
-            " was logged: there is neither config.yaml nor environment.json.</p>\n"
-        )
+def is_described(run: LoggedRun) -> bool:
+    """True if the run has a configuration or an environment."""
+    return run.config is not None or run.environment is not None
+
+
+def shared_facts(report: Report) -> dict[str, str]:
+    """The facts that all described runs have in common."""
+    facts = [describe_run(run) for run in report.runs if is_described(run)]
+    if not facts:
+        return {}
+    return {
+        key: value for key, value in facts[0].items() if all(other[key] == value for other in facts)
+    }
+
+
+def differences_table(report: Report) -> Table | None:
+    """Facts and settings in which the described runs differ, with a column per run."""
+    runs = [run for run in report.runs if is_described(run)]
     if not runs:
-        return text
-    described = [run_description.what_was_run(run) for run in runs]
-    shared = [key for key in described[0] if len({about[key] for about in described}) == 1]
-    listed = "".join(
-        f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(described[0][key])}</dd></div>"
-        for key in shared
-    )
-    text = f"<dl>{listed}</dl>\n{text}" if shared else text
-    rows = {key: [about[key] for about in described] for key in described[0] if key not in shared}
-    settings = differing_settings(runs)
-    for key, values in settings.items():
-        if key not in _NAMED:
-            pairs = zip(runs, values, strict=True)
-            rows[key] = [_setting(run, value) for run, value in pairs]
+        return None
+    facts = [describe_run(run) for run in runs]
+    shared = shared_facts(report)
+    rows = [
+        (Heading(key), [Cell(of_run[key]) for of_run in facts])
+        for key in facts[0]
+        if key not in shared
+    ]
+    for key, values in differing_settings(runs).items():
+        if key not in _DESCRIBED:
+            cells = [Cell(_setting(run, value)) for run, value in zip(runs, values, strict=True)]
+            rows.append((Heading(key, is_setting=True), cells))
     if not rows:
-        return text
-    head = "".join(f'<th scope="col">{named(run, report.looks)}</th>' for run in runs)
-    lines = []
-    for key, cells in rows.items():
-        name = f"<code>{html.escape(key)}</code>" if key in settings else html.escape(key)
-        data = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f'<tr><th scope="row">{name}</th>{data}</tr>')
-    table = _scrolling("Where the runs differ", "facts", "Where they differ", head, lines)
-    return f"{text}{table}"
+        return None
+    columns = [Heading(run.name, run=run) for run in runs]
+    return Table("Where the runs differ", "facts", "Where they differ", columns, rows)
 
 
 def _setting(run: LoggedRun, value: Any) -> str:
     if run.config is None:
-        return run_description.UNKNOWN
+        return UNKNOWN
     return "–" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Scalars and pictures of TensorBoard event files, whoever wrote them."""
+"""Scalars and pictures read from TensorBoard event files, whichever program wrote them."""
 
 import math
 from collections.abc import Container, Iterator
@@ -13,11 +13,11 @@ _PNG = b"\x89PNG"
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as it was logged.
+    """A logged image.
 
     Attributes:
         step: Optimizer steps completed.
-        png: The file's bytes.
+        png: The bytes of a PNG file.
         width: In pixels.
         height: In pixels.
     """
@@ -30,48 +30,71 @@ class Picture:
 
 @dataclass
 class Events:
-    """What some event files hold.
+    """The contents of some event files.
 
     Attributes:
-        scalars: By tag, values by step; what was written last counts.
+        scalars: By tag, values by step; of a step that was logged twice, the later value.
         pictures: By tag, the newest one.
     """
 
     scalars: dict[str, dict[int, float]] = field(default_factory=dict)
     pictures: dict[str, Picture] = field(default_factory=dict)
 
-    def forget_from(self, step: int) -> None:
-        """Take back what a run had logged before it started again at `step`."""
+    def drop_from(self, step: int) -> None:
+        """Remove everything from `step` on: the run was restarted there."""
         for points in self.scalars.values():
             for late in [s for s in points if s >= step]:
                 del points[late]
         self.pictures = {t: p for t, p in self.pictures.items() if p.step < step}
 
+    def add(self, step: int, value: Any) -> None:
+        """Add a `Summary.Value`, written the way of torch or of TensorFlow 2 (as tensors)."""
+        kind = value.WhichOneof("value")
+        plugin = value.metadata.plugin_data.plugin_name
+        if kind == "simple_value":
+            self._add_scalar(value.tag, step, value.simple_value)
+        elif kind == "image":
+            image = value.image
+            png = image.encoded_image_string
+            self._add_picture(value.tag, Picture(step, png, image.width, image.height))
+        elif kind == "tensor" and plugin == "scalars":
+            number = _array(value.tensor)
+            if number.size == 1 and number.dtype.kind in "fiub":
+                self._add_scalar(value.tag, step, number.reshape(()))
+        elif kind == "tensor" and plugin == "images":
+            width, height, *pictures = value.tensor.string_val
+            if pictures:
+                self._add_picture(value.tag, Picture(step, pictures[0], int(width), int(height)))
+
+    def _add_scalar(self, tag: str, step: int, value: Any) -> None:
+        self.scalars.setdefault(tag, {})[step] = float(value)
+
+    def _add_picture(self, tag: str, picture: Picture) -> None:
+        newest = self.pictures[tag].step if tag in self.pictures else -math.inf
+        if picture.png.startswith(_PNG) and picture.step >= newest:
+            self.pictures[tag] = picture
+
 
 def read_events(folder: Path, without: Container[str] = ()) -> Events:
-    """What the event files directly in a folder hold; a cut end of a file is left out.
-
-    Scalars may be written the way of torch (``simple_value``) or of TensorFlow 2 (tensors).
+    """Read the event files directly in a folder; the cut end of a file is left out.
 
     Args:
         folder: The folder.
-        without: Tags that are not wanted.
+        without: Tags to leave out.
     """
     events = Events()
     for file in sorted(folder.glob(EVENT_FILES)):
-        for event in _events(file):
-            if (
-                event.HasField("session_log")
-                and event.session_log.status == event.session_log.START
-            ):
-                events.forget_from(event.step)
+        for event in _read_file(file):
+            session = event.session_log
+            if event.HasField("session_log") and session.status == session.START:
+                events.drop_from(event.step)
             for value in event.summary.value:
                 if value.tag not in without:
-                    _take(events, event.step, value)
+                    events.add(event.step, value)
     return events
 
 
-def _events(file: Path) -> Iterator[Any]:
+def _read_file(file: Path) -> Iterator[Any]:
     from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
@@ -83,31 +106,7 @@ def _events(file: Path) -> Iterator[Any]:
         return
 
 
-def _take(events: Events, step: int, value: Any) -> None:
-    kind = value.WhichOneof("value")
-    plugin = value.metadata.plugin_data.plugin_name
-    if kind == "simple_value":
-        events.scalars.setdefault(value.tag, {})[step] = float(value.simple_value)
-    elif kind == "image":
-        _keep(events, value.tag, step, value.image.encoded_image_string,
-              value.image.width, value.image.height)  # fmt: skip
-    elif kind == "tensor" and plugin == "scalars":
-        number = _array(value.tensor)
-        if number.size == 1 and number.dtype.kind in "fiub":
-            events.scalars.setdefault(value.tag, {})[step] = float(number.reshape(()))
-    elif kind == "tensor" and plugin == "images":
-        width, height, *pictures = value.tensor.string_val
-        if pictures:
-            _keep(events, value.tag, step, pictures[0], int(width), int(height))
-
-
 def _array(tensor: Any) -> Any:
     from tensorboard.util.tensor_util import make_ndarray
 
     return make_ndarray(tensor)
-
-
-def _keep(events: Events, tag: str, step: int, png: bytes, width: int, height: int) -> None:
-    newest = events.pictures.get(tag)
-    if png.startswith(_PNG) and step >= (newest.step if newest else -math.inf):
-        events.pictures[tag] = Picture(step, png, width, height)

@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG inside a page that is light or dark."""
+"""Matplotlib figures as SVG inside a page that is light or dark, and as PNG."""
 
 import html
 import io
@@ -10,18 +10,20 @@ from mhc_lightning.plotting.theme import COLOURS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
 
 def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str:
-    """An ``<svg>`` element without outside references, in the colours and font of its page.
+    """An `<svg>` element without outside references, in the colours and font of its page.
 
-    Every colour of `COLOURS` becomes a CSS variable of that name, so one drawing serves light and
-    dark; text stays text.
+    Every colour of `COLOURS` becomes the CSS variable of that name, so that one drawing serves
+    light and dark pages; text stays text.
 
     Args:
-        figure: What to show.
-        name: Put before every id, so that figures of one page do not meet.
-        title: Short name, for those who do not see it.
-        description: What it shows, likewise.
+        figure: The figure.
+        name: A prefix for every id, so that ids of one page differ.
+        title: Short name, for readers who do not see the figure.
+        description: The figure in words, likewise.
     """
     import matplotlib
 
@@ -47,9 +49,6 @@ def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str
         f'<desc id="{name}-about">{html.escape(description)}</desc>'
     )
     return head + text[text.index(">") + 1 :].strip()
-
-
-_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
 
 def _font(match: re.Match[str]) -> str:

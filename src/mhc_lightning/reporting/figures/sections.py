@@ -12,6 +12,7 @@ import numpy as np
 
 from mhc_lightning.formatting import format_gain
 from mhc_lightning.plotting.theme import draw_reference, fit_height, use_whole_numbers
+from mhc_lightning.reporting.baselines import baseline_of
 from mhc_lightning.reporting.figures.axes import draw_line, label_lines, new_axes
 from mhc_lightning.reporting.figures.heat_map import heat_map
 from mhc_lightning.reporting.figures.line_panels import (
@@ -23,9 +24,10 @@ from mhc_lightning.reporting.figures.line_panels import (
 from mhc_lightning.reporting.figures.run_styles import RunStyle
 from mhc_lightning.reporting.gain_extremes import DIRECTIONS, KINDS, gain_tag, gains_by_layer
 from mhc_lightning.reporting.logged_runs import LoggedRun
+from mhc_lightning.reporting.metric_series import GRADIENT_NORM, LOSS, VALIDATION_LOSS
 from mhc_lightning.reporting.run_description import has_one_stream
 from mhc_lightning.reporting.statistics import smoothing_width
-from mhc_lightning.reporting.summary import AT_ONE, GRADIENT, LOSS, VALIDATION, baseline_of
+from mhc_lightning.reporting.summary import AT_ONE
 
 _EARLY = 0.05  # of the steps; there everything is large, so they set no vertical limits
 
@@ -101,7 +103,7 @@ def _loss(runs: Sequence[LoggedRun], styles: Styles) -> Iterator[Panel]:
             continue
         draw_line(axes, series, style, faint=True)
         draw_line(axes, smooth, style)
-        validation = run.scalars.get(VALIDATION)
+        validation = run.scalars.get(VALIDATION_LOSS)
         if validation is not None:
             axes.plot(validation.steps, validation.values, linestyle="", marker="o", markersize=4,
                       color=style.ink, markeredgewidth=0, zorder=4)  # fmt: skip
@@ -149,7 +151,7 @@ def _loss_gap(
 
 def _gradient(runs: Sequence[LoggedRun], styles: Styles) -> Iterator[Panel]:
     yield from panel_by_step(
-        runs, styles, GRADIENT, "gradient_norm", "Gradient norm", "before clipping", width=1.1
+        runs, styles, GRADIENT_NORM, "gradient_norm", "Gradient norm", "before clipping", width=1.1
     )
 
 
