@@ -3,38 +3,43 @@
 import errno
 from collections.abc import Mapping
 
+from mhc_lightning.exit_codes import ExitCode
+
 
 class UserError(Exception):
-    """A mistake the user can mend; the message says what is wrong, where, and how (exit code 2)."""
+    """A mistake the user can fix; the message says what is wrong, where, and how (exit code 2)."""
+
+    exit_code = ExitCode.USER_ERROR
 
 
 class RunFaultError(Exception):
-    """A process of the run died, hung, was cut off or failed; this one only ends with it.
+    """A process of the run died, hung, was cut off or failed; the others end with it.
 
     Attributes:
-        EXIT_CODE: Of a run that lost a process, or what a process needs, to the machine.
-        exit_code: This run's: that, or the one of the failure in another process.
-        told: Whether standard error says so already.
+        exit_code: The run's: 4, or the one of the failure in another process.
+        printed: True if standard error shows the text already.
     """
 
-    EXIT_CODE = 4
-
-    def __init__(self, text: str, exit_code: int = EXIT_CODE, *, told: bool = False) -> None:
+    def __init__(
+        self, text: str, exit_code: int = ExitCode.RUN_FAULT, *, printed: bool = False
+    ) -> None:
         super().__init__(text)
         self.exit_code = exit_code
-        self.told = told
+        self.printed = printed
 
 
 class NonFiniteLossError(Exception):
-    """Loss, gradient or what was to be saved became NaN or infinite (exit code 3).
+    """The loss, a gradient or a weight to be saved became NaN or infinite (exit code 3).
 
     Raised before the optimizer step, or before a checkpoint is written.
 
     Attributes:
-        what: What became so: "the loss became NaN".
+        what: The event: "the loss became NaN".
         step: The optimizer step that was being computed, or was to be saved (first 1).
         gains: The last measured Amax gains, by TensorBoard tag; empty if none were measured.
     """
+
+    exit_code = ExitCode.NON_FINITE
 
     def __init__(self, what: str, step: int, gains: Mapping[str, float] | None = None) -> None:
         self.what = what

@@ -1,4 +1,4 @@
-"""What ended a run is told in one line, with its exit code, by every strategy."""
+"""What ended a run is printed in one line, with its exit code, by every strategy."""
 
 import errno
 import os
@@ -67,7 +67,7 @@ def test_how_a_process_ended() -> None:
     assert how_it_ended(7) == "ended with exit code 7"
 
 
-def test_what_fails_in_a_loading_process_is_told_without_its_traceback() -> None:
+def test_what_fails_in_a_loading_process_is_printed_without_its_traceback() -> None:
     error = failure_of(Broken(ends=False))
     assert isinstance(error, UserError) and "Traceback" in str(error)
     assert last_words(error) == "chunk 3 is damaged: prepare again"
@@ -83,16 +83,17 @@ def test_a_loading_process_that_was_killed_is_no_bug() -> None:
 class Process:
     """A process as the watch sees it; its thread is never started, nothing is ended."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int = 3) -> None:
+    def __init__(self, store: dist.Store, rank: int, shared_output: str = "") -> None:
         self.ended: dict[int, int] = {}
         self.watch = FaultWatch(
             store,
             rank,
-            world_size,
+            3,
             f"rank {rank} (part {rank})",
             lambda: f"step 3, of rank {rank}",
             timeout=30.0,
             ended=lambda: self.ended,
+            shared_output=shared_output,
         )
 
 
@@ -103,15 +104,23 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
     return [Process(store, rank) for rank in range(3)]
 
 
+@pytest.fixture
+def started_here(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
+    """Processes that one launcher has started: two of one node, one of another."""
+    monkeypatch.setattr(FaultWatch, "_let_others_read", lambda watch: None)
+    store = dist.HashStore()
+    return [Process(store, rank, f"node {rank // 2}") for rank in range(3)]
+
+
 LOST = RuntimeError("[gloo] Connection closed by peer")
 
 
-def test_the_end_of_a_process_is_told_before_what_follows(processes, capsys) -> None:
+def test_the_end_of_a_process_is_printed_before_what_follows(processes, capsys) -> None:
     first, _, third = processes
     first.ended[1] = -9
-    fault, told = first.watch.report(LOST)
+    fault, printed = first.watch.report(LOST)
     expected = "rank 1 (part 1) was killed by signal 9 (SIGKILL: often the kernel, when memory runs"
-    assert told and fault.code == 4 and fault.text.startswith(expected)
+    assert printed and fault.code == 4 and fault.text.startswith(expected)
     assert fault.text.endswith("at step 3, of rank 1")
     assert third.watch.report(LOST) == (fault, True), "and by those that could not see it"
     assert capsys.readouterr().err == f"error: {fault.text}\n" * 2
@@ -119,12 +128,34 @@ def test_the_end_of_a_process_is_told_before_what_follows(processes, capsys) -> 
 
 def test_processes_end_with_the_code_of_the_first_fault(processes, capsys) -> None:
     first, second, third = processes
-    fault, told = second.watch.report(UserError("chunk 3 is damaged"))
-    assert (fault.code, told) == (2, False), "it is printed by whoever handles it"
+    fault, printed = second.watch.report(UserError("chunk 3 is damaged"))
+    assert (fault.code, printed) == (2, False), "it is printed by whoever handles it"
     assert first.watch.report(LOST) == (fault, True)
     assert third.watch.report(NonFiniteLossError("the loss became NaN", 4)) == (fault, True)
     line = "error: rank 1 (part 1), at step 3, of rank 1: chunk 3 is damaged\n"
     assert capsys.readouterr().err == line * 2
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_processes_with_one_standard_error_print_one_line(
+    started_here: list[Process], failing: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault, printed = started_here[failing].watch.report(UserError("chunk 3 is damaged"))
+    assert printed and fault.code == 2
+    assert started_here[1 - failing].watch.report(LOST) == (fault, True)
+    line = f"error: {fault.text}\n"
+    assert capsys.readouterr().err == line
+    started_here[2].watch.report(LOST)
+    assert capsys.readouterr().err == line, "another node has a standard error of its own"
+
+
+def test_a_bug_keeps_its_traceback_and_another_process_prints_the_line(
+    started_here: list[Process], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault, printed = started_here[1].watch.report(ArithmeticError("out of luck"))
+    assert not printed and capsys.readouterr().err == ""
+    started_here[0].watch.report(LOST)
+    assert capsys.readouterr().err == f"error: {fault.text}\n"
 
 
 def test_an_interrupt_of_all_blames_none(processes, capsys) -> None:

@@ -9,41 +9,36 @@ from collections.abc import Callable, Sequence
 from mhc_lightning.cli.arguments import Arguments, parse_arguments
 from mhc_lightning.cli.help_text import command_help, overall_help
 from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words, no_room
-
-OK, USER_ERROR, NON_FINITE, INTERRUPTED = 0, 2, 3, 128 + signal.SIGINT
+from mhc_lightning.exit_codes import ExitCode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code.
+    """Run a command line and return its `ExitCode`.
 
-    0: done, also where a fault was recovered from or nobody reads on; 2: the user's mistake; 3: the
-    loss became NaN or infinite; 4: the machine ended the run: a process died, hung, was cut off or
-    ran out of memory; 130: interrupted; 143: stopped by SIGTERM (raised as SystemExit). Anything
-    else is a bug, exit code 1, and keeps its traceback. All processes of a run end alike.
+    SIGTERM raises SystemExit instead. Any other exception than those named here is a bug and keeps
+    its traceback.
     """
     _open_closed_streams()
     try:
         code = _run(parse_arguments(list(sys.argv[1:] if argv is None else argv)))
         sys.stdout.flush()
         return code
-    except UserError as error:
-        return _fail(error, USER_ERROR)
-    except NonFiniteLossError as error:
-        return _fail(error, NON_FINITE)
+    except (UserError, NonFiniteLossError) as error:
+        return _fail(error, error.exit_code)
     except RunFaultError as error:
-        return error.exit_code if error.told else _fail(error, error.exit_code)
+        return error.exit_code if error.printed else _fail(error, error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:
         _drop_output()  # the reader has had enough, as `head` has
-        return OK
+        return ExitCode.OK
     except OSError as error:
         if (text := no_room(error)) is not None:
             _drop_output()  # that may be what found no room
-            return _fail(RunFaultError(text), RunFaultError.EXIT_CODE)
+            return _fail(RunFaultError(text), ExitCode.RUN_FAULT)
         if error.errno == errno.ENAMETOOLONG:
-            return _fail(UserError(f"{error.strerror}: {error.filename}"), USER_ERROR)
+            return _fail(UserError(f"{error.strerror}: {error.filename}"), ExitCode.USER_ERROR)
         raise
 
 
@@ -52,22 +47,22 @@ def _run(arguments: Arguments) -> int:
         from mhc_lightning import __version__
 
         print(f"mhc-lightning {__version__}")
-        return OK
+        return ExitCode.OK
     if arguments.help or arguments.command is None:
         command = arguments.command
         print(overall_help() if command is None else command_help(command))
-        return OK if arguments.help else USER_ERROR
+        return ExitCode.OK if arguments.help else ExitCode.USER_ERROR
     if arguments.command == "report":  # of runs, whose folders hold their settings
         from mhc_lightning.cli.report import report
 
         report(arguments)
-        return OK
+        return ExitCode.OK
     if arguments.command == "inspect":
         from mhc_lightning.cli.inspect import inspect
 
         signal.signal(signal.SIGTERM, _leave)
         inspect(arguments)
-        return OK
+        return ExitCode.OK
     if arguments.config is None:
         raise UserError(
             f"{arguments.command} needs --config PATH_OR_NAME; `--help` lists the experiments"
@@ -79,10 +74,10 @@ def _run(arguments: Arguments) -> int:
         from mhc_lightning.cli.print_config import show_config
 
         print(show_config(experiment), end="")
-        return OK
+        return ExitCode.OK
     signal.signal(signal.SIGTERM, _leave)  # until a run has something to save
     _command(arguments.command)(experiment, arguments)
-    return OK
+    return ExitCode.OK
 
 
 def _command(name: str) -> Callable[..., None]:

@@ -18,6 +18,7 @@ def named_faults(trainer: "pl.Trainer") -> Iterator[None]:
     """
     from mhc_lightning.errors import RunFaultError
     from mhc_lightning.strategies.faults import machine_fault
+    from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
     try:
         yield
@@ -26,7 +27,8 @@ def named_faults(trainer: "pl.Trainer") -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     except Exception as error:
-        fault: RunFaultError | None = getattr(trainer.strategy, "fault", None)
+        strategy = trainer.strategy
+        fault = strategy.fault if isinstance(strategy, WatchedStrategy) else None
         if fault is None and (text := machine_fault(error)) is not None:
             fault = RunFaultError(text)
         if fault is not None:

@@ -17,6 +17,7 @@ import yaml
 
 from mhc_lightning.checkpoints.names import BEST, LAST, saved_checkpoints
 from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError
+from mhc_lightning.exit_codes import ExitCode
 from mhc_lightning.files.run_layout import CHECKPOINTS, CONFIG, ENVIRONMENT, EVENT_FILES, METRICS
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def recorded_end(folder: Path, trainer: "pl.Trainer") -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        non_finite = isinstance(error, NonFiniteLossError)
+        non_finite = getattr(error, "exit_code", None) == ExitCode.NON_FINITE
         reason = _reason(error)
         raise
     finally:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from mhc_lightning.errors import RunFaultError
-from mhc_lightning.strategies.faults import INTERRUPTED, Fault, fault_of, how_it_ended
+from mhc_lightning.exit_codes import ExitCode
+from mhc_lightning.strategies.faults import Fault, fault_of, how_it_ended
 from mhc_lightning.strategies.main_thread import Sight, ThreadView
 
 _BEAT_SECONDS = 0.5
@@ -47,16 +47,16 @@ class FaultWatch(threading.Thread):
     is busy alone for long (compilation, a checkpoint, its data) is therefore no fault until
     another has waited for it so long, which a communication would not survive anyway.
 
-    The first fault of a run is printed on every other process. Each process ends at the latest
-    `_GRACE_SECONDS` afterwards, because what its main thread waits for will not come; the one that
-    hangs shows its stack before it does.
+    The first fault of a run is printed by every other process; where processes share a standard
+    error, by one of them. Each process ends at the latest `_GRACE_SECONDS` afterwards, because what
+    its main thread waits for will not come; the one that hangs shows its stack before it does.
 
     Args:
         store: Shared by all processes.
         rank: This process's.
         world_size: Their number.
         name: What to call this process in a report; `call` changes it.
-        doing: Tells what the main thread is at; called by another thread.
+        doing: Gives the activity of the main thread; called by another thread.
         timeout: Seconds for which a process may wait for another.
         meeting_point: Who holds the store, if that is not rank 0.
         waits_show: Whether a communication keeps the main thread until it is done, as gloo's do.
@@ -65,6 +65,8 @@ class FaultWatch(threading.Thread):
         backward_waits: Whether backward passes communicate without a frame that shows it (DDP).
         ended: The return codes of processes that this one started and that have ended, by rank.
         leave: Called before the watch ends this process.
+        shared_output: Name of the standard error that this process shares with others; empty if it
+            has one of its own.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class FaultWatch(threading.Thread):
         backward_waits: bool = False,
         ended: Callable[[], dict[int, int]] = dict,
         leave: Callable[[], None] = lambda: None,
+        shared_output: str = "",
     ) -> None:
         super().__init__(daemon=True, name="fault-watch")
         # A connection of its own: a store answers one thread at a time.
@@ -89,9 +92,11 @@ class FaultWatch(threading.Thread):
         self._timeout, self._lost = timeout, min(_LOST_SECONDS, timeout)
         self._meeting_point, self._waits_show = meeting_point, waits_show
         self._ended, self._leave = ended, leave
+        self._shared_output = shared_output
         self._lock = threading.Lock()
         self._done = False
         self._printed = False
+        self._store_is_lost = False
         self._fault: Fault | None = None
         self._count = 0
         self._answered = time.monotonic()
@@ -107,6 +112,7 @@ class FaultWatch(threading.Thread):
         threading.Thread(target=self._talk, daemon=True, name="fault-watch-talk").start()
         while not self._done:
             if self._fault is None and time.monotonic() - self._answered > self._lost:
+                self._store_is_lost = True
                 self._fault = _lost(
                     self._holder, "gives no sign of life: it was stopped or cut off"
                 )
@@ -131,7 +137,9 @@ class FaultWatch(threading.Thread):
         It follows if another process reported before or, within some seconds, stops to beat.
 
         Returns:
-            The first fault of the run, and whether it is another process's (then it is printed).
+            The first fault of the run, and True if it is printed, here or by a process with the
+            same standard error. This process's own is left to whoever handles the exception, except
+            where others share its standard error.
         """
         own = fault_of(self._own_name, self._doing(), error)
         try:
@@ -143,13 +151,15 @@ class FaultWatch(threading.Thread):
             first = self._agree(fault or own)
         except Exception:
             first = self._fault or self._holder_is_gone()
-        told = first.text != own.text and not first.code == own.code == INTERRUPTED
-        if told:
+        others = first.text != own.text and not first.code == own.code == ExitCode.INTERRUPTED
+        says_all = own.code not in (ExitCode.BUG, ExitCode.INTERRUPTED)  # a bug has a traceback
+        printed = others or (bool(self._shared_output) and says_all)
+        if printed:
             self._print(first)
-        self._printed = True  # where it is this one's own, by whoever handles the exception
-        with contextlib.suppress(Exception):  # of a store that is gone, whose end is told by now
+        self._printed = True
+        with contextlib.suppress(Exception):  # of a store that is gone, whose end is printed by now
             self._let_others_read()
-        return first, told
+        return first, printed
 
     def end(self) -> None:
         """Stop; nobody is to miss this process's beats."""
@@ -166,7 +176,9 @@ class FaultWatch(threading.Thread):
                 self._beat()
                 fault = self._look(self._lost)
                 if fault is not None and self._fault is None and not self._done:
-                    self._fault = self._agree(fault)
+                    first = self._agree(fault)
+                    self._print(first)
+                    self._fault = first
             except Exception:
                 self._fault = self._fault or self._holder_is_gone()
                 return
@@ -179,6 +191,7 @@ class FaultWatch(threading.Thread):
         return self._meeting_point or self._name_of(0)
 
     def _holder_is_gone(self) -> Fault:
+        self._store_is_lost = True
         at = "" if self._meeting_point else self._at(0)
         return _lost(self._holder, f"is gone{at}: it was killed or cut off")
 
@@ -264,13 +277,25 @@ class FaultWatch(threading.Thread):
         return f" at {beat.doing}" if beat is not None and beat.doing else ""
 
     def _print(self, fault: Fault) -> None:
+        """Print a fault once, unless a process with the same standard error has printed it."""
         if not self._printed:
             self._printed = True
-            print(f"error: {fault.text}", file=sys.stderr, flush=True)
+            if self._may_print():
+                print(f"error: {fault.text}", file=sys.stderr, flush=True)
+
+    def _may_print(self) -> bool:
+        if not self._shared_output or self._store_is_lost:  # rather two lines than none
+            return True
+        try:
+            with self._lock:
+                key = f"printed/{self._shared_output}"
+                return self._store.compare_set(key, "", str(self._rank)).decode() == str(self._rank)
+        except Exception:
+            return True
 
 
 def _lost(who: str, how: str) -> Fault:
-    return Fault(f"{who} {how}", RunFaultError.EXIT_CODE)
+    return Fault(f"{who} {how}", ExitCode.RUN_FAULT)
 
 
 def _parsed(text: str, now: float) -> _Beat:

@@ -1,4 +1,4 @@
-"""What ended a process of a run, in one line, and the exit code that the run then has."""
+"""The cause that ended a process of a run, in one line, and the exit code of the run."""
 
 import signal
 from typing import NamedTuple
@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words, no_room
+from mhc_lightning.errors import NonFiniteLossError, UserError, last_words, no_room
+from mhc_lightning.exit_codes import ExitCode
 
-INTERRUPTED = 128 + signal.SIGINT
 _KILLED = " (SIGKILL: often the kernel, when memory runs out)"
 
 
@@ -18,7 +18,7 @@ class Fault(NamedTuple):
     Attributes:
         text: One line, which names the process.
         code: The exit code of every process of the run.
-        follows: Whether it may only follow from the end of another process.
+        follows: True if it may only follow from the end of another process.
     """
 
     text: str
@@ -27,30 +27,30 @@ class Fault(NamedTuple):
 
 
 def fault_of(who: str, doing: str, error: BaseException) -> Fault:
-    """What an exception in a process means for the run.
+    """The fault that an exception in a process is to the run.
 
     Args:
-        who: Names the process.
-        doing: What it was at.
-        error: What it raised.
+        who: The process, by name.
+        doing: The activity in which it was raised.
+        error: The exception.
     """
     message = last_words(error)
     if isinstance(error, UserError):
-        return Fault(f"{who}, at {doing}: {message}", 2)
+        return Fault(f"{who}, at {doing}: {message}", error.exit_code)
     if isinstance(error, NonFiniteLossError):
-        return Fault(f"{who}: {message}", 3)
+        return Fault(f"{who}: {message}", error.exit_code)
     if isinstance(error, KeyboardInterrupt):
-        return Fault(f"{who} was interrupted at {doing}", INTERRUPTED)
+        return Fault(f"{who} was interrupted at {doing}", ExitCode.INTERRUPTED)
     if (text := machine_fault(error)) is not None:
-        return Fault(f"{who}, at {doing}: {text}", RunFaultError.EXIT_CODE)
+        return Fault(f"{who}, at {doing}: {text}", ExitCode.RUN_FAULT)
     if _is_from_communication(error):
         text = f"{who} lost the others at {doing}: {type(error).__name__}: {message}"
-        return Fault(text, RunFaultError.EXIT_CODE, follows=True)
-    return Fault(f"{who} failed at {doing}: {type(error).__name__}: {message}", 1)
+        return Fault(text, ExitCode.RUN_FAULT, follows=True)
+    return Fault(f"{who} failed at {doing}: {type(error).__name__}: {message}", ExitCode.BUG)
 
 
 def machine_fault(error: BaseException) -> str | None:
-    """What the machine did, if that is what an exception stands for, and how to go on."""
+    """The machine's fault behind an exception, with advice; None if it is not the machine's."""
     message = last_words(error)
     if (
         isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -69,7 +69,7 @@ def machine_fault(error: BaseException) -> str | None:
 
 
 def how_it_ended(returncode: int) -> str:
-    """What a process's return code, as `subprocess` has it, says of its end."""
+    """The end of a process in words, by its return code as `subprocess` has it."""
     if returncode >= 0:
         return f"ended with exit code {returncode}"
     name = "" if -returncode != signal.SIGKILL else _KILLED

@@ -10,12 +10,11 @@ from typing import Any
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from mhc_lightning.errors import RunFaultError
+from mhc_lightning.exit_codes import ExitCode
 from mhc_lightning.strategies.faults import how_it_ended
 
 _POLL_SECONDS = 0.5
 _STARTED_BY = "MHC_LIGHTNING_STARTED_BY"  # the first process, in the environment of the others
-_SAID = (2, 3, 130, 143)  # exit codes of processes that have said, in one line, why they end
 
 
 class WatchingLauncher(_SubprocessScriptLauncher):
@@ -46,6 +45,16 @@ class WatchingLauncher(_SubprocessScriptLauncher):
     def stop_watching(self) -> None:
         """Leave it to others to say what ended."""
         self._watches = False
+
+    @property
+    def shared_output(self) -> str:
+        """Name of the standard error that the processes of a node share; empty if each has its own.
+
+        Processes that this launcher starts inherit one; those of another launcher may be logged
+        apart.
+        """
+        started_here = bool(self.procs) or bool(self._started_by)
+        return f"node {self.cluster_environment.node_rank()}" if started_here else ""
 
     def ended(self) -> dict[int, int]:
         """The return codes of those that were started and have ended, by rank."""
@@ -79,7 +88,7 @@ class WatchingLauncher(_SubprocessScriptLauncher):
                     text = (
                         f"rank {rank} {how_it_ended(code)} before the processes of the run had met"
                     )
-                    self._end(None if code in _SAID else text, code)
+                    self._end(None if ExitCode.is_explained(code) else text, code)
             time.sleep(_POLL_SECONDS)
 
     def _end(self, text: str | None, code: int = -1) -> None:
@@ -87,7 +96,8 @@ class WatchingLauncher(_SubprocessScriptLauncher):
             print(f"error: {text}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code if code in (1, *_SAID) else RunFaultError.EXIT_CODE)
+        keeps_code = code == ExitCode.BUG or ExitCode.is_explained(code)
+        os._exit(code if keeps_code else ExitCode.RUN_FAULT)
 
 
 def _relieve_observer() -> None:

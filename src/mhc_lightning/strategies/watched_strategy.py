@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mhc_lightning.errors import RunFaultError, UserError
+from mhc_lightning.exit_codes import ExitCode
 from mhc_lightning.strategies.fault_watch import FaultWatch
 from mhc_lightning.strategies.launcher import WatchingLauncher
 from mhc_lightning.strategies.main_thread import Activity
@@ -17,7 +18,7 @@ _MARGIN_SECONDS = 60  # for the watch to name the cause before a communication g
 
 
 class WatchedStrategy(ParallelStrategy):
-    """If a process fails, dies or hangs, every other one prints which and why, and ends.
+    """If a process fails, dies or hangs, the others print which and why in one line, and end.
 
     To be put before one of Lightning's strategies that starts its processes by a script or finds
     them started.
@@ -72,6 +73,7 @@ class WatchedStrategy(ParallelStrategy):
             backward_waits=self._backward_waits,
             ended=launcher.ended,
             leave=launcher.end_others,
+            shared_output=launcher.shared_output,
         )
         self._watch.start()
         launcher.stop_watching()
@@ -113,9 +115,9 @@ class WatchedStrategy(ParallelStrategy):
         if isinstance(exception, SIGTERMException):
             return
         if self._watch is not None:
-            fault, told = self._watch.report(exception)
-            if told or fault.code == RunFaultError.EXIT_CODE:
-                self.fault = RunFaultError(fault.text, fault.code, told=told)
+            fault, printed = self._watch.report(exception)
+            if printed or fault.code == ExitCode.RUN_FAULT:
+                self.fault = RunFaultError(fault.text, fault.code, printed=printed)
         elif isinstance(self.launcher, WatchingLauncher):
             self.launcher.end_others()  # they would wait for this one, which has more to say
 
