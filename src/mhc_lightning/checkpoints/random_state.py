@@ -1,10 +1,21 @@
-"""The state of a process's random number generators, as plain values for a checkpoint."""
+"""The states of all processes' random number generators, as plain values for a checkpoint."""
 
 import random
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
+
+
+def gather_random_states(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """The states of every process, by rank; every process calls this."""
+    own = capture_random_state(trainer.strategy.root_device)
+    if trainer.world_size == 1:
+        return [own]
+    states: list[dict[str, Any]] = [{} for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(states, own)
+    return states
 
 
 def capture_random_state(device: torch.device) -> dict[str, Any]:

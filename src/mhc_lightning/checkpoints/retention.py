@@ -4,6 +4,9 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhc_lightning.checkpoints.names import checkpoints_of, saved_steps
 from mhc_lightning.errors import UserError
@@ -11,24 +14,30 @@ from mhc_lightning.files.atomic import ASIDE, remove
 
 
 class Retention:
-    """Decides what may be deleted.
+    """Decides which checkpoints may be deleted.
 
     Args:
         keep_last: How many of the newest to keep; None keeps all.
         keep_every: Keep for good those at multiples of this many steps.
         keep_best: How many to keep by their score.
-        mode: ``min`` if a lower score is better, else ``max``.
+        monitor: The metric that scores are values of.
+        mode: `min` if a lower score is better, else `max`.
 
     Attributes:
         scores: Scores of the best checkpoints by step, at most `keep_best`.
-        kept: Steps that are kept for good.
+        kept: Steps kept for good.
 
     Raises:
-        UserError: a setting is out of range.
+        UserError: A setting is out of range.
     """
 
     def __init__(
-        self, keep_last: int | None, keep_every: int | None, keep_best: int, mode: str
+        self,
+        keep_last: int | None,
+        keep_every: int | None,
+        keep_best: int,
+        monitor: str,
+        mode: str,
     ) -> None:
         for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
             if value is not None and value < 1:
@@ -40,13 +49,47 @@ class Retention:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.keep_best = keep_best
+        self.monitor = monitor
         self.mode = mode
         self.scores: dict[int, float] = {}
         self.kept: set[int] = set()
         self._scores_before: dict[int, float] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best checkpoints' scores, their metric and mode, and the steps kept for good."""
+        return {
+            "scores": dict(self.scores),
+            "scored_by": [self.monitor, self.mode],
+            "kept": sorted(self.kept),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], existing: set[int]) -> None:
+        """Restore `state_dict`, as far as the checkpoints still exist.
+
+        Scores by another metric or mode cannot be compared with those to come: the best ones by
+        them are kept for good, with a warning, and the best are chosen anew.
+
+        Args:
+            state: The state.
+            existing: The steps that have a checkpoint.
+        """
+        scores = {step: score for step, score in state["scores"].items() if step in existing}
+        self.kept = existing & set(state.get("kept", ()))
+        now = [self.monitor, self.mode]
+        before = state.get("scored_by", now)
+        if before == now:
+            self.scores = scores
+            return
+        self.scores = {}
+        self.kept |= set(scores)
+        if scores:
+            rank_zero_warn(
+                f"checkpoint.monitor and mode are {' '.join(now)}, and were {' '.join(before)}: the"
+                f" best checkpoints are chosen anew; those so far ({sorted(scores)}) are kept"
+            )
+
     def admit(self, step: int, score: float) -> bool:
-        """Note the score of a step; whether it is among the best so far."""
+        """Note the score of a step; True if it is among the best so far."""
         if not math.isfinite(score):
             return False
         self._scores_before = dict(self.scores)
@@ -55,32 +98,32 @@ class Retention:
         return step in self.scores
 
     def withdraw(self, step: int) -> None:
-        """Of a step that could not be saved: what it had displaced is among the best again."""
+        """Forget the score of a step that could not be saved; restore the one it displaced."""
         if step in self.scores:
             self.scores = {k: v for k, v in self._scores_before.items() if k != step}
 
     def best_steps(self) -> list[int]:
-        """Steps with a score, best first; of equal ones the earlier."""
+        """Steps with a score, best first; of equal scores the earlier step first."""
         sign = 1 if self.mode == "min" else -1
         return sorted(self.scores, key=lambda step: (sign * self.scores[step], step))
 
     def spared(self) -> set[int]:
-        """Steps whose checkpoints stay however many come: the best, and those kept for good."""
+        """Steps that are never pruned: the best, and those kept for good."""
         return {*self.scores, *self.kept}
 
     def prune(self, folder: Path, newest: int, spared: Iterable[int]) -> None:
-        """Delete what need not be kept, now that the checkpoint of step `newest` is there.
+        """Delete the checkpoints that need not be kept, once that of step `newest` is complete.
 
-        Later steps are left alone: they belong to a branch of the run that was given up, and
-        are overwritten as this one reaches them.
+        Later steps stay: they belong to an abandoned branch of the run, and are overwritten as this
+        one reaches them.
 
         Args:
-            folder: Where the checkpoints are.
+            folder: The folder of the checkpoints.
             newest: The step.
-            spared: What `spared` was when its writing began.
+            spared: The result of `spared` when the writing of `newest` began.
 
         Raises:
-            OSError: a checkpoint could not be deleted.
+            OSError: A checkpoint could not be deleted.
         """
         steps = [step for step in saved_steps(folder) if step <= newest]
         keep = set(steps if self.keep_last is None else steps[-self.keep_last :])
