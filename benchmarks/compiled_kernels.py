@@ -30,9 +30,9 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from mhc_lightning.kernels.triton.launch import Launch, intercept
-from mhc_lightning.kernels.triton.target import Target, assume
-from mhc_lightning.kernels.triton.workloads import Workload, workloads
+from mhc_lightning.kernels.triton_support.launch import Launch, intercept
+from mhc_lightning.kernels.triton_support.target import Target, assume
+from mhc_lightning.kernels.triton_support.workloads import Workload, workloads
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -9,6 +9,8 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +18,29 @@ from torch import Tensor
 
 from gpu_bench import Bench, attempt, release_memory
 from gpu_results import Results
-from mhc_lightning.kernels import reference, unfused_seam
-from mhc_lightning.kernels import triton as ours
 from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
-from mhc_lightning.kernels.record import MappingGrads
-from mhc_lightning.kernels.rule import Rule
-from mhc_lightning.kernels.triton.workloads import workloads
+from mhc_lightning.kernels.mappings import MappingGrads, MappingRule
+from mhc_lightning.kernels.merge_read.operands import MergeReadOperands
+from mhc_lightning.kernels.read.operands import Projection, ReadNeeds, ReadOperands
+from mhc_lightning.kernels.triton_support.workloads import workloads
 from peers import LigerConnection, importable_peers
+
+# Kernels that plain torch has a function for, of the same name, and the operator they belong to.
+_PLAIN = {
+    "aggregate_forward": "aggregate",
+    "aggregate_backward": "aggregate",
+    "mean_forward": "expand_mean",
+    "expand_backward": "expand_mean",
+    "merge_forward": "merge",
+    "merge_backward": "merge",
+    "replay_forward": "replay",
+    "sinkhorn_forward": "sinkhorn",
+    "sinkhorn_backward": "sinkhorn",
+}
+
+
+def _module(operator: str, implementation: str) -> ModuleType:
+    return import_module(f"mhc_lightning.kernels.{operator}.{implementation}")
 
 
 class Operation(NamedTuple):
@@ -116,21 +134,19 @@ def operations(device: str, tokens: int, n: int, width: int) -> dict[str, Operat
     found = {}
     for name, workload in work.items():
         calls: dict[str, Callable[[], object]] = {"triton": workload.run}
-        plain = getattr(reference, name, None)
-        # Plain torch takes coefficients one step further on: there it is no rival.
-        if plain is not None and not name.startswith("coefficients"):
+        plain = _PLAIN.get(name)
+        if plain is not None:
             assert isinstance(workload.run, partial)
-            calls |= _in_torch(plain, workload.run.args)
+            calls |= _in_torch(getattr(_module(plain, "reference"), name), workload.run.args)
         found[name] = Operation(workload.elements, calls)
     for name, (elements, arguments) in _compositions(device, tokens, n, width).items():
-        function = name.replace("single_pass", "seam").replace("mappings", "read")
-        calls = {"triton": partial(getattr(ours, function), *arguments)}
-        if function.startswith("seam"):
-            if n > MOST_FUSED_STREAMS:
-                continue
-            plain = partial(getattr(unfused_seam, function), reference)
-        else:
-            plain = getattr(reference, function)
+        function = name.replace("seam", "merge_read").replace("single_pass", "merge_read")
+        function = function.replace("mappings", "read")
+        operator = function.rpartition("_")[0]
+        if operator == "merge_read" and n > MOST_FUSED_STREAMS:
+            continue
+        calls = {"triton": partial(getattr(_module(operator, "triton"), function), *arguments)}
+        plain = getattr(_module(operator, "reference"), function)
         found[name] = Operation(elements, calls | _in_torch(plain, arguments))
     if "liger" in importable_peers() and n & (n - 1) == 0:
         for name, call in _liger(device, tokens, n, width).items():
@@ -160,30 +176,22 @@ def _compositions(
     pre, post, residual = randn(tokens, n), randn(tokens, n), randn(tokens, n, n)
     parameters = (randn(n * width, count) * width**-0.5, randn(3), randn(count))
     raw, inverse_rms = randn(count, tokens), randn(tokens)
-    rule, grads = Rule("sinkhorn", 20, 1e-20), MappingGrads(pre, post, residual)
-    kept = (pre, raw, inverse_rms)
-    merged = (x, y, residual, post, *parameters)
+    rule, grads = MappingRule("sinkhorn", 20, 1e-20), MappingGrads(pre, post, residual)
+    projection = Projection(pre, raw, inverse_rms)
+    read = ReadOperands(x, *parameters, None)
+    both = ReadNeeds(streams=True, phi=True, carry=False)
+    merge_read = MergeReadOperands(x, y, residual, post, *parameters, None)
+    single_pass = merge_read._replace(carry=pre)
+    back = (x, projection, kept_grad, read_grad, grads, rule)
     return {
-        "mappings_forward": (n, (x, *parameters, None, rule, False)),
-        "mappings_backward": (
-            *(2 * n,),
-            (x, *parameters, None, *kept, None, None, grads, rule, True, True, False),
-        ),
-        "read_forward": (2 * n + 1, (x, *parameters, None, rule, True)),
-        "read_backward": (
-            *(4 * n + 2,),
-            (x, *parameters, None, *kept, kept_grad, read_grad, grads, rule, True, True, False),
-        ),
-        "seam_forward": (3 * n + 2, (*merged, None, rule)),
-        "seam_backward": (
-            *(4 * n + 4,),
-            (*merged, None, x, *kept, kept_grad, read_grad, grads, rule),
-        ),
-        "single_pass_forward": (2 * n + 2, (*merged, pre, rule)),
-        "single_pass_backward": (
-            *(3 * n + 3,),
-            (*merged, pre, x, *kept, kept_grad, read_grad, grads, rule),
-        ),
+        "mappings_forward": (n, (read, rule, False)),
+        "mappings_backward": (2 * n, (read, projection, None, None, grads, rule, both)),
+        "read_forward": (2 * n + 1, (read, rule, True)),
+        "read_backward": (4 * n + 2, (read, *back[1:], both)),
+        "seam_forward": (3 * n + 2, (merge_read, rule)),
+        "seam_backward": (4 * n + 4, (merge_read, *back)),
+        "single_pass_forward": (2 * n + 2, (single_pass, rule)),
+        "single_pass_backward": (3 * n + 3, (single_pass, *back)),
     }
 
 

@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 
-from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
-from mhc_lightning.kernels.triton.aggregate import (
+from mhc_lightning.kernels.aggregate.triton import (
     aggregate_backward_config,
     aggregate_forward_config,
 )
-from mhc_lightning.kernels.triton.configs import choose
-from mhc_lightning.kernels.triton.merge import merge_backward_config, merge_forward_config
-from mhc_lightning.kernels.triton.merge_project import merge_project_config
-from mhc_lightning.kernels.triton.merge_project_backward import merge_project_backward_config
-from mhc_lightning.kernels.triton.project_backward import project_backward_config
-from mhc_lightning.kernels.triton.workloads import workloads
+from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
+from mhc_lightning.kernels.merge.triton import merge_backward_config, merge_forward_config
+from mhc_lightning.kernels.merge_read.triton.merge_project import merge_project_config
+from mhc_lightning.kernels.merge_read.triton.merge_project_backward import (
+    merge_project_backward_config,
+)
+from mhc_lightning.kernels.read.triton.project_backward import project_backward_config
+from mhc_lightning.kernels.triton_support.block_sizes import choose
+from mhc_lightning.kernels.triton_support.workloads import workloads
 from mhc_lightning.modules import ManifoldHyperConnection
 from traffic_counter import TrafficCounter
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-from mhc_lightning.kernels.triton.launch import Launch, intercept
+from mhc_lightning.kernels.triton_support.launch import Launch, intercept
 
 # Operations that touch no data, although their output is new.
 _FREE = (

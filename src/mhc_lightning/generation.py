@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.kernels.operands import widened
+from mhc_lightning.kernels.precision import widened
 from mhc_lightning.modules import Transformer
 
 _SEEDS = 2**64  # those that torch's generators tell apart

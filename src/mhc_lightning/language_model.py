@@ -13,7 +13,7 @@ from torch import Tensor
 from mhc_lightning.checkpoints.saved_tensors import load_weights
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.kernels import IGNORE_INDEX
-from mhc_lightning.kernels.operands import check_values
+from mhc_lightning.kernels.argument_checks import check_values
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimizers.finiteness import last_gains

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mhc_lightning.kernels.triton.launch import launch
+from mhc_lightning.kernels.triton_support.launch import launch
 from traffic_counter import TrafficCounter
 
 TOKENS, N, WIDTH = 40, 3, 24

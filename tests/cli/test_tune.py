@@ -1,16 +1,17 @@
 """`tune` without a GPU: what it refuses, and that it measures what training runs."""
 
 import ast
+from pathlib import Path
 
 import pytest
 import torch
 
+import mhc_lightning.kernels
 from mhc_lightning.cli.main import main
 from mhc_lightning.cli.tune import workloads_of
-from mhc_lightning.kernels import triton
-from mhc_lightning.kernels.triton.configs import noted_lookups
-from mhc_lightning.kernels.triton.launch import intercept
-from mhc_lightning.kernels.triton.workloads import workloads
+from mhc_lightning.kernels.triton_support.block_sizes import noted_lookups
+from mhc_lightning.kernels.triton_support.launch import intercept
+from mhc_lightning.kernels.triton_support.workloads import workloads
 from mhc_lightning.modules import (
     HyperConnection,
     IdentityHyperConnection,
@@ -80,9 +81,9 @@ def test_what_training_runs_is_what_is_tuned(kind, streams, tiny_transformer, mo
 
 def test_every_kernel_there_is_can_be_tuned():
     """A new one needs a workload, an entry of its own, and a place in what `tune` measures."""
-    folder = triton.configs.SHIPPED_TABLES.parent
+    folder = Path(mhc_lightning.kernels.__file__).parent
     kernels = set()
-    for path in folder.glob("*.py"):
+    for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch":
                 kernel = node.args[0]

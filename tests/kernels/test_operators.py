@@ -139,7 +139,7 @@ def calls() -> dict[str, tuple[Any, tuple]]:
     wide, narrow = torch.randn_like(x), torch.randn(5, WIDTH)
     merge = (o["streams"], o["output"], o["residual"], o["post"])
     plain_merge = tuple(t.detach() for t in merge)
-    hyper = (o["phi"][:WIDTH, : N + 2], o["alpha"][:2], o["bias"])
+    hyper = (detached[0][:WIDTH, : N + 2], detached[1][:2], detached[2])
     kept = (None, x, pre, raw, inverse)
     gates = ("gates", 1, 1e-20)
     few = (o["phi"][:, : 2 * N + 2].contiguous(), o["alpha"], o["bias"][: 2 * N + 2])
@@ -152,16 +152,10 @@ def calls() -> dict[str, tuple[Any, tuple]]:
         "merge_backward": (ops.merge_streams_backward, (wide, *plain_merge, True, True, True)),
         "mean": (ops.mean_streams, (o["streams"],)),
         "sum": (ops.sum_streams, (x,)),
-        "read": (ops.read_streams, (o["streams"], *parameters, None, *rule, True)),
-        "read_with_carry": (
-            ops.read_streams,
-            (o["streams"], *parameters, o["carry"], *rule, True),
-        ),
-        "mappings": (ops.read_streams, (o["streams"], *parameters, None, *rule, False)),
-        "hyper": (
-            ops.read_streams,
-            (o["streams"], *hyper, None, "tanh", 1, 1e-20, True),
-        ),
+        "read": (ops.read_streams, (x, *detached, None, *rule, True)),
+        "read_with_carry": (ops.read_streams, (x, *detached, pre, *rule, True)),
+        "mappings": (ops.read_streams, (x, *detached, None, *rule, False)),
+        "hyper": (ops.read_streams, (x, *hyper, None, "tanh", 1, 1e-20, True)),
         "read_backward": (
             ops.read_streams_backward,
             (
@@ -184,7 +178,7 @@ def calls() -> dict[str, tuple[Any, tuple]]:
             ops.read_streams_backward,
             (x, *detached, pre, *kept[2:], wide, narrow, pre, None, None, *rule, True, True, True),
         ),
-        "gates": (ops.read_streams, (o["streams"], *few, None, *gates, True)),
+        "gates": (ops.read_streams, (x, *plain_few, None, *gates, True)),
         "gates_backward": (
             ops.read_streams_backward,
             (
@@ -257,8 +251,8 @@ def test_selective_checkpointing_names_the_operators(monkeypatch: pytest.MonkeyP
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     plain = connection_step(**o, steps=3)[1].square().sum()
-    kernels = backend.backend_of(o["streams"])
     for name in counts:
+        kernels = backend.implementation(name, o["streams"])
         run = getattr(kernels, f"{name}_forward")
 
         def counted(*args: Any, name: str = name, run: Callable = run) -> Any:

@@ -7,7 +7,7 @@ from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from mhc_lightning.kernels.triton.tuning import Choice
+    from mhc_lightning.kernels.triton_support.tuning import Choice
     from mhc_lightning.modules import Connection
 
 # Whatever the connection.
@@ -58,7 +58,7 @@ def tune(experiment: Experiment, arguments: Arguments) -> None:
 def _tune(connection: "Connection", recompute_block: int, tokens: int, dtype: Any) -> None:
     import torch
 
-    from mhc_lightning.kernels.toolchain import trouble_with_triton
+    from mhc_lightning.kernels.triton_support.availability import trouble_with_triton
 
     trouble = trouble_with_triton(torch.device("cuda", torch.cuda.current_device()))
     if trouble is not None:
@@ -66,9 +66,13 @@ def _tune(connection: "Connection", recompute_block: int, tokens: int, dtype: An
     import triton
     from triton.testing import do_bench
 
-    from mhc_lightning.kernels.triton.configs import add_to_table, forget_tables, user_table
-    from mhc_lightning.kernels.triton.tuning import tune as tune_kernels
-    from mhc_lightning.kernels.triton.workloads import workloads
+    from mhc_lightning.kernels.triton_support.block_sizes import (
+        add_to_table,
+        forget_tables,
+        user_table,
+    )
+    from mhc_lightning.kernels.triton_support.tuning import tune as tune_kernels
+    from mhc_lightning.kernels.triton_support.workloads import workloads
 
     device = torch.cuda.get_device_name()
     path = user_table(device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.kernels.operands import widened
+from mhc_lightning.kernels.precision import widened
 from mhc_lightning.modules import Transformer
 
 _ROWS = 1024  # predictions whose logits exist at once

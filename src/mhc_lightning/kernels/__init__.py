@@ -1,19 +1,21 @@
 """Functions on tensors: residual streams, and the loss. They know nothing of the package."""
 
+from mhc_lightning.kernels.aggregate import aggregate_streams
 from mhc_lightning.kernels.backend import fuses_seams
 from mhc_lightning.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy, token_losses
-from mhc_lightning.kernels.ends import expand_streams, mean_streams
-from mhc_lightning.kernels.reading import (
+from mhc_lightning.kernels.expand_mean import expand_streams, mean_streams
+from mhc_lightning.kernels.mappings import StreamMappings
+from mhc_lightning.kernels.merge import merge_streams
+from mhc_lightning.kernels.merge_read import merge_and_read
+from mhc_lightning.kernels.observers import merge_observers, note_merge
+from mhc_lightning.kernels.read import (
     hyper_mappings,
     read_hyper_streams,
     read_streams,
     stream_mappings,
 )
-from mhc_lightning.kernels.record import StreamMappings, merge_observers, note_merge
 from mhc_lightning.kernels.replay import replay_streams
-from mhc_lightning.kernels.seam import merge_and_read
 from mhc_lightning.kernels.sinkhorn import sinkhorn_knopp
-from mhc_lightning.kernels.streams import aggregate_streams, merge_streams
 
 __all__ = [
     "IGNORE_INDEX",

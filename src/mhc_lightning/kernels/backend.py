@@ -3,15 +3,16 @@
 import os
 import warnings
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.kernels import reference
-from mhc_lightning.kernels.toolchain import trouble_with_triton
 from mhc_lightning.kernels.transforms import ordinary
+from mhc_lightning.kernels.triton_support.availability import trouble_with_triton
 
 VARIABLE = "MHC_LIGHTNING_KERNELS"
 _MOST_STREAMS = 8
@@ -20,27 +21,29 @@ MOST_FUSED_STREAMS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def backend_of(streams: Tensor, *coefficients: Tensor) -> ModuleType:
-    """The module whose functions run the stream operations on these operands.
+def implementation(operator: str, streams: Tensor, *coefficients: Tensor) -> ModuleType:
+    """The module that computes an operator of these operands.
 
-    The environment variable ``MHC_LIGHTNING_KERNELS`` says ``auto`` (the default), ``triton`` or
-    ``torch``. Triton's kernels take up to 8 streams of float32, bfloat16 or float16 with float32
-    coefficients, of which a token has at most 32 or n² + 2n, on a GPU or under
-    ``TRITON_INTERPRET=1``; whatever else goes to plain torch. So does everything, with a warning,
-    under ``auto`` where Triton is missing or broken.
+    The environment variable `MHC_LIGHTNING_KERNELS` says `auto` (the default), `triton` or `torch`.
+    Triton's kernels take up to 8 streams of float32, bfloat16 or float16 with float32 coefficients,
+    of which a token has at most 32 or n² + 2n, on a GPU or under `TRITON_INTERPRET=1`. Anything
+    else runs in plain torch. So does everything, with a warning, under `auto` where Triton is
+    missing or broken. Tensors without numbers take plain torch, for the shapes of its results.
 
     Args:
+        operator: A folder of `mhc_lightning.kernels`, such as `"merge"`.
         streams: [..., n, C].
         *coefficients: Mappings or parameters.
 
-    Raises:
-        UserError: If the variable says something else, or ``triton`` where that does not work.
-    """
-    if not _triton_runs(streams, coefficients):
-        return reference
-    from mhc_lightning.kernels import triton
+    Returns:
+        `mhc_lightning.kernels.<operator>.triton` or `….reference`.
 
-    return triton
+    Raises:
+        UserError: The variable has another value, or is `triton` where Triton does not work.
+    """
+    without_numbers = streams.is_meta or isinstance(streams, FakeTensor)
+    by_triton = not without_numbers and _triton_runs(streams, coefficients)
+    return import_module(f"{__package__}.{operator}.{'triton' if by_triton else 'reference'}")
 
 
 def fuses_seams(streams: Tensor, *coefficients: Tensor) -> bool:

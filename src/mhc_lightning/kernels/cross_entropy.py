@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.kernels.operands import check_values, compute_dtype, full_precision, widened
+from mhc_lightning.kernels.argument_checks import check_values
+from mhc_lightning.kernels.precision import compute_dtype, full_precision, widened
 from mhc_lightning.kernels.transforms import transforming
 
 IGNORE_INDEX = -100

@@ -8,14 +8,13 @@ differentiated there.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mhc_lightning.kernels.operands import full_precision
+from mhc_lightning.kernels.precision import full_precision
 
 
 def transforming() -> bool:
@@ -36,28 +35,6 @@ def ordinary(tensor: Tensor) -> bool:
         and not transforming()
         and torch._C._len_torch_dispatch_stack() == 0
     )
-
-
-def operator(name: str) -> Callable[[Callable], Any]:
-    """``torch.library.custom_op`` of this package, one that never loses a tangent silently.
-
-    Args:
-        name: What it is called in ``torch.ops.mhc_lightning``.
-    """
-
-    def define(function: Callable) -> Any:
-        @wraps(function)
-        def without_tangents(*args: Any) -> Any:
-            if forward_ad._current_level >= 0:
-                raise NotImplementedError(
-                    f"torch.ops.mhc_lightning.{name} has no forward-mode derivative: call the"
-                    " function of mhc_lightning.kernels around it, which has one"
-                )
-            return function(*args)
-
-        return torch.library.custom_op(f"mhc_lightning::{name}", mutates_args=())(without_tangents)
-
-    return define
 
 
 def transformable(run: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

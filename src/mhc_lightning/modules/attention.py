@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.kernels.operands import compute_dtype, widened
+from mhc_lightning.kernels.precision import compute_dtype, widened
 from mhc_lightning.modules.norm import RMSNorm
 from mhc_lightning.modules.plain import plain_weight
 from mhc_lightning.modules.rotary import rotary_angles, rotate

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels.grouped_product import grouped_product
-from mhc_lightning.kernels.operands import compute_dtype, full_precision, widened
+from mhc_lightning.kernels.precision import compute_dtype, full_precision, widened
 from mhc_lightning.kernels.transforms import transforming
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.precision import KeepsFloat32

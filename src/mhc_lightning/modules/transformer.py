@@ -16,7 +16,7 @@ from mhc_lightning.kernels import (
     expand_streams,
     mean_streams,
 )
-from mhc_lightning.kernels.operands import check_values
+from mhc_lightning.kernels.argument_checks import check_values
 from mhc_lightning.modules.attention import LatentAttention, LatentCache
 from mhc_lightning.modules.block import Block, PreNorm, run_blocks
 from mhc_lightning.modules.connection import Connection, Merged

@@ -1,0 +1,13 @@
+"""The mean and the sum of the streams in plain torch."""
+
+from torch import Tensor
+
+
+def mean_forward(streams: Tensor) -> Tensor:
+    """The mean of the streams: [T, n, C] -> [T, C], in their dtype, contiguous."""
+    return streams.mean(1).contiguous()
+
+
+def expand_backward(grad: Tensor) -> Tensor:
+    """Gradient of the tensor that all streams are views of, their sum: [T, n, C] -> [T, C]."""
+    return grad.sum(1).contiguous()

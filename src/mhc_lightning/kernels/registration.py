@@ -1,0 +1,94 @@
+"""Registration of operators with torch: schema, shapes without numbers, no tangent lost in silence.
+
+A body is written once. In its annotations a NamedTuple stands for its fields, one argument each, so
+that long lists of operands have one definition. Run on tensors without numbers (fake or meta) the
+body is its own shape function, since `implementation` then gives the reference.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+}
+
+
+def operator(name: str) -> Callable[[Callable], Any]:
+    """Define an operator of this package, as `torch.library.custom_op` does.
+
+    The body's annotations may name tensors, optional tensors, numbers, strings and NamedTuples of
+    these. A None among its results becomes an empty tensor.
+
+    Args:
+        name: The operator's name in `torch.ops.mhc_lightning`.
+    """
+
+    def define(body: Callable) -> Any:
+        hints = get_type_hints(body)
+        results = hints.pop("return")
+
+        def run(*arguments: Any) -> Any:
+            grouped = list(_grouped(hints, iter(arguments)))
+            outputs = body(*grouped)
+            if results is Tensor:
+                return outputs
+            empty = next(a for a in arguments if isinstance(a, Tensor)).new_empty
+            return tuple(empty(0) if output is None else output for output in outputs)
+
+        def run_without_tangents(*arguments: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                raise NotImplementedError(
+                    f"torch.ops.mhc_lightning.{name} has no forward-mode derivative: call the"
+                    " function of mhc_lightning.kernels around it, which has one"
+                )
+            return run(*arguments)
+
+        registered = torch.library.custom_op(
+            f"mhc_lightning::{name}",
+            run_without_tangents,
+            mutates_args=(),
+            schema=f"({_parameters(hints)}) -> {_results(results)}",
+        )
+        registered.register_fake(run)
+        return registered
+
+    return define
+
+
+def _fields(hint: Any) -> dict[str, Any] | None:
+    """The annotations of a NamedTuple's fields, None for another type."""
+    return get_type_hints(hint) if hasattr(hint, "_fields") else None
+
+
+def _parameters(hints: dict[str, Any]) -> str:
+    flat: dict[str, Any] = {}
+    for name, hint in hints.items():
+        fields = _fields(hint) or {name: hint}
+        # `grads.pre` beside `operands.pre`: the name of the argument tells one from the other.
+        flat |= {f"{name}_{field}" if field in flat else field: t for field, t in fields.items()}
+    return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in flat.items())
+
+
+def _results(hint: Any) -> str:
+    if hint is Tensor:
+        return "Tensor"
+    count = len(_fields(hint) or get_args(hint))
+    return f"({', '.join(['Tensor'] * count)})"
+
+
+def _grouped(hints: dict[str, Any], arguments: Iterator[Any]) -> Iterator[Any]:
+    """The body's arguments, of the operator's flat ones."""
+    for hint in hints.values():
+        if hasattr(hint, "_fields"):
+            yield hint._make(next(arguments) for _ in hint._fields)
+        else:
+            yield next(arguments)

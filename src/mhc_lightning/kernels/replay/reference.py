@@ -1,0 +1,38 @@
+"""A stretch of sub-layers' stream operations with known mappings, one after the other."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mhc_lightning.kernels.aggregate.reference import aggregate_forward
+from mhc_lightning.kernels.mappings import StreamMappings
+from mhc_lightning.kernels.merge.reference import merge_forward
+
+
+def replay_forward(
+    entry: Tensor,
+    outputs: Sequence[Tensor],
+    mappings: Sequence[StreamMappings],
+    want_streams: Sequence[bool],
+    want_reads: Sequence[bool],
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Streams [T, n, C] and inputs [T, C] of each sub-layer, None where not wanted.
+
+    Args:
+        entry: [T, n, C], what the first sub-layer was given.
+        outputs: [T, C] of every sub-layer but the last.
+        mappings: [T, n], [T, n] and [T, n, n] of every sub-layer.
+        want_streams: By sub-layer; False for the first.
+        want_reads: By sub-layer.
+    """
+    current = entry
+    streams: list[Tensor | None] = []
+    reads: list[Tensor | None] = []
+    last = max((k for k in range(len(mappings)) if want_streams[k] or want_reads[k]), default=-1)
+    for k in range(len(mappings)):
+        if 0 < k <= last:
+            before = mappings[k - 1]
+            current = merge_forward(current, outputs[k - 1], before.residual, before.post)
+        streams.append(current if want_streams[k] else None)
+        reads.append(aggregate_forward(current, mappings[k].pre) if want_reads[k] else None)
+    return streams, reads

@@ -1,0 +1,67 @@
+"""Whether Triton works on this machine and, where it does not, what to do about it."""
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+@cache
+def trouble_with_triton(device: torch.device) -> str | None:
+    """What keeps Triton's kernels from running on a device, and the mend; None if nothing does.
+
+    Imports the kernels and launches a small one. Most of what can be wrong shows only then: Triton
+    builds its launcher with the machine's C compiler and Python's headers, and loads the driver.
+
+    Returns:
+        One line, such as ``"Triton is not installed: pip install triton"``.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed: pip install {_requirement()}"
+    try:
+        from mhc_lightning.kernels.triton_support.probe import launch_something
+
+        launch_something(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an installation can be broken in any way
+        cause, mend = _diagnosis(error)
+        return f"Triton does not work here ({cause}): {mend}"
+    return None
+
+
+def _diagnosis(error: Exception) -> tuple[str, str]:
+    """The cause in a few words, and what to do."""
+    text = " ".join(str(error).split())
+    if isinstance(error, subprocess.CalledProcessError):
+        command = error.cmd[0] if isinstance(error.cmd, list) else error.cmd
+        if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+            package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+            return "Python.h is missing", f"install this Python's headers, such as {package}"
+        return f"{command} failed", "mend this C compiler, or name another one in CC"
+    if "C compiler" in text:
+        return "there is no C compiler", "install gcc, or name a compiler in CC"
+    if "libcuda" in text:
+        mend = "install NVIDIA's driver, or say in TRITON_LIBCUDA_PATH where its libcuda.so.1 is"
+        return "it does not find libcuda.so", mend
+    if text.startswith("0 active drivers"):
+        return "it finds no driver of a GPU", "install NVIDIA's, or AMD's"
+    if "active drivers" in text:
+        return text[:200], "name the one to use in TRITON_DEFAULT_BACKEND, nvidia or amd"
+    cause = f"{type(error).__name__}: {text[:200]}"
+    return cause, f"pip install --force-reinstall {_requirement()}"
+
+
+def _requirement() -> str:
+    """The version of Triton that this torch asks for."""
+    try:
+        asked = metadata.requires("torch") or []
+    except metadata.PackageNotFoundError:
+        asked = []
+    found = (line.split(";")[0].strip() for line in asked if line.startswith("triton"))
+    return next(found, "triton")
