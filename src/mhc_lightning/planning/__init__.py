@@ -1,6 +1,6 @@
-"""What a run will need and how long it should take, from its settings alone.
+"""Predictions of a run from its settings: parameters, memory, traffic and time.
 
-Knows the modules and the optimizer recipe; neither Lightning nor the command line.
+This room imports the modules and the optimizer recipes, but neither Lightning nor the command line.
 """
 
 from mhc_lightning.planning.errors import NotPlannableError

@@ -1,8 +1,8 @@
-"""The bytes that one micro-batch's forward pass leaves behind for its backward pass.
+"""Activation memory: the bytes that a micro-batch's forward pass saves for its backward pass.
 
-Counted from the modules themselves: embedding, sub-layers and head are each run without values (see
-``keeping``), and what one hands to the next is counted once, by whichever of the two keeps it.
-Sub-layers that are alike are run once. A recompute block is run as a whole.
+The modules themselves are counted: embedding, sub-layers and head each run on tensors without
+values (`saved_tensors.py`). A tensor that one of them hands to the next is counted once, by the one
+that saves it. Equal sub-layers run once. A recompute block runs as a whole.
 """
 
 import copy
@@ -39,7 +39,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one device takes through the model at a time.
+    """The sequences that one device takes through the model at a time, and how.
 
     Attributes:
         sequences: Sequences.
@@ -58,7 +58,7 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Tokens of the micro-batch, T."""
         return self.sequences * self.length
 
 
@@ -67,7 +67,7 @@ class SubLayer(NamedTuple):
 
     Attributes:
         connection: Its residual connection.
-        layer: What the connection surrounds: the pre-norm and the body behind it.
+        layer: The pre-norm and the body that the connection surrounds.
     """
 
     connection: Connection
@@ -89,24 +89,24 @@ def saved_for_backward(
 ) -> dict[str, int]:
     """Bytes kept between forward and backward, by kind.
 
-    A tensor counts as what keeps it first: a norm its input, a sub-layer the norm's output, a
-    connection the streams and the sub-layer's output.
+    A tensor counts towards the part that saves it first: its input towards a norm, the norm's output
+    towards a sub-layer, the streams and the sub-layer's output towards a connection.
 
     Args:
         model: The model, or a part of one; it may be on the meta device.
         batch: The micro-batch.
-        copies_weights: Whether products run on lower-precision copies of the weights, of which
-            there are as many for one token as for many.
-        receives: Whether what enters a part without the embedding came in buffers, which are not
-            counted.
-        sends: Whether what leaves a part without the head is sent, and so kept until its backward
-            pass.
+        copies_weights: Whether products run on lower-precision copies of the weights. Their size does
+            not depend on the number of tokens.
+        receives: Whether the streams that enter a part without the embedding lie in receive buffers,
+            which are not counted.
+        sends: Whether the streams that leave a part without the head are sent, and so stay until
+            its backward pass.
 
     Returns:
-        Bytes for each of ``KINDS``.
+        Bytes for each of `KINDS`.
 
     Raises:
-        NotPlannableError: If something of it cannot be run without values.
+        NotPlannableError: If a part of the model cannot run on tensors without values.
     """
     saved = Counter(dict.fromkeys(KINDS, 0))
     passed, in_buffers = handed_on(model, batch), receives
@@ -170,7 +170,7 @@ def norm_bytes(model: Transformer, batch: MicroBatch) -> int:
 
 
 def handed_on(model: Transformer, batch: MicroBatch) -> tuple[Passed, ...]:
-    """Streams and their carry, if they have one, as a network's blocks hand them on."""
+    """The streams, and their carry if there is one, that a block hands to the next."""
     size = batch.sequences, batch.length, model.num_streams, sub_layers(model)[0].connection.dim
     streams = contiguous(size, batch.precision.activation_dtype)
     carry = model.carry_like(torch.empty(size, dtype=streams.dtype, device="meta"))
@@ -189,7 +189,7 @@ def _in_blocks(model: Transformer, size: int) -> list[tuple[SubLayer, ...]]:
 
 
 def _between(passed: Sequence[Passed], kept_as: Sequence[str]) -> Counter[str]:
-    """Bytes of what is handed on: kept by the part that made it, or the one that takes it."""
+    """Bytes of the tensors handed on, counted by the part that made them or the one that reads them."""
     sizes = Counter[str]()
     for each, kind in zip(passed, kept_as, strict=True):
         if each.kept_as or kind:
@@ -235,7 +235,7 @@ def _kind_of(body: nn.Module) -> str:
 
 
 def _kept_by_head(model: Transformer, batch: MicroBatch, entering: Sequence[Passed]) -> Kept:
-    """From two tokens and a third: a head works token by token, and its losses in many chunks."""
+    """Extrapolated from two and three tokens: the head works on each token by itself, in chunks."""
 
     def run(
         shell: Any, keeping: Keeping, streams: Tensor, carry: Tensor | None = None
@@ -255,7 +255,7 @@ def _kept_by_head(model: Transformer, batch: MicroBatch, entering: Sequence[Pass
 
 
 def _shell(model: Transformer, names: Sequence[str]) -> Transformer:
-    """A network with some of its submodules alone."""
+    """A network that has some of its submodules only."""
     shell = copy.copy(model)
     shell._modules = {name: model._modules[name] for name in names}
     return shell
@@ -272,7 +272,7 @@ def _counted(
     batch: MicroBatch,
     recompute_block: int = 0,
 ) -> Kept:
-    """``kept_by``, once for modules that are alike and run alike."""
+    """`kept_by`, run once for equal modules under equal conditions."""
     rest = tuple(entering), kind, batch.precision, batch.fused_norm
     key = likeness(module), *rest, recompute_block
     if key not in _known:

@@ -1,4 +1,4 @@
-"""Machines to plan for: how many devices of which kind, and what a kind can do."""
+"""Machines to plan for: kinds of devices, their memory and their peak rates."""
 
 import math
 import os
@@ -26,7 +26,7 @@ _CGROUPS = (
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """What one device can do: peaks, and the shares of them that a roofline may count on.
+    """The peak rates of a device, and the shares of them that a roofline assumes.
 
     Attributes:
         name: Shown to the user.
@@ -56,7 +56,7 @@ class DeviceKind:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is a GPU."""
+        """True for a GPU."""
         return self.name != "cpu"
 
 
@@ -74,7 +74,7 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """As it is written in ``machine=``."""
+        """The machine as `machine=` names it."""
         return f"{self.devices}x{self.kind.name}"
 
 
@@ -93,7 +93,7 @@ _KINDS = {
 
 
 def machine_of(text: str) -> Machine:
-    """The machine that ``machine=`` names: a kind of device, or a number of them as in 8xh200.
+    """The machine that `machine=` names: a kind of device, or a number of them as in 8xh200.
 
     Raises:
         UserError: If it names none.

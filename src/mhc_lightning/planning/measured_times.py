@@ -12,12 +12,12 @@ The file is JSON, in seconds for one micro-batch::
       "update": 0.02
     }
 
-There is one entry per stage, from the first to the last. ``backward`` is the whole backward pass
-without rebuilding, ``backward_weight`` the part of it that weights' gradients take (schedules that
-split the backward pass need it), ``replay`` what rebuilding streams takes, and the merges are those
+There is one entry per stage, from the first to the last. `backward` is the whole backward pass
+without rebuilding, `backward_weight` the part of it that weights' gradients take (schedules that
+split the backward pass need it), `replay` what rebuilding streams takes, and the merges are those
 of feed-forward sub-layers, contained in the passes. All but the first two may be left out.
-``transfers`` is what handing a micro-batch on to another device takes: one number, or one for each
-boundary; left out, nothing. ``update`` is the optimizer's step; left out, the roofline's.
+`transfers` is what handing a micro-batch on to another device takes: one number, or one for each
+boundary; left out, nothing. `update` is the optimizer's step; left out, the roofline's.
 """
 
 import json

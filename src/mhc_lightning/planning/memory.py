@@ -1,8 +1,8 @@
 """Bytes that one device holds at the fullest moment of a training step.
 
-That moment is the end of a forward pass, when the loss is computed: nothing saved has been used up,
-and the gradients of the step so far (or of the step before) are still there. Where backward
-rebuilds more than the loss needed, it is the moment when the last recompute block is rebuilt.
+That moment is the end of a forward pass, when the loss is computed: every saved tensor is still
+there, and so are the gradients of earlier micro-batches (or of the step before). If backward
+rebuilds more than the loss needs, the fullest moment is the rebuilding of the last recompute block.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from mhc_lightning.planning.stage_part import has_head
 
 @dataclass(frozen=True)
 class DataParallel:
-    """How a model is spread over devices.
+    """Data parallelism: the number of devices, and what each of them holds.
 
     Attributes:
         devices: Data-parallel devices.
@@ -59,7 +59,7 @@ class DeviceMemory:
 
     @property
     def total(self) -> int:
-        """All of them together."""
+        """The sum over all kinds."""
         return sum(vars(self).values())
 
 
@@ -73,8 +73,8 @@ def device_memory(
 
     Args:
         model: The model; it may be on the meta device.
-        batch: What one device takes at a time.
-        replicas: Where everything is.
+        batch: The micro-batch of one device.
+        replicas: The devices, and what each holds.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
     """
     weights, buffers, optimizer = state_bytes(model, [model], batch, state_per_value)
@@ -106,7 +106,7 @@ def state_bytes(
 
 
 def copies_weights(batch: MicroBatch, replicas: DataParallel) -> bool:
-    """Whether autocast copies weights; FSDP gathers them in the lower precision instead."""
+    """True if autocast copies weights; FSDP gathers them in the lower precision instead."""
     return batch.precision.is_mixed and not replicas.sharded
 
 
@@ -121,7 +121,7 @@ def _parameter_bytes(model: Transformer, batch: MicroBatch) -> dict[nn.Parameter
 
 
 def loss_bytes(model: Transformer, batch: MicroBatch, replicas: DataParallel) -> int:
-    """Logits of one chunk and their log-probabilities, while those of the one before still live."""
+    """Bytes of one chunk's logits and log-probabilities, while the chunk before still holds its own."""
     if not has_head(model):
         return 0
     vocabulary = model.vocab_size
@@ -144,6 +144,6 @@ def _communication_bytes(
     value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     outside = sum(p.numel() for p in model.parameters()) - sum(blocks)
-    # Embedding, norm and head stay gathered. Of the blocks there are one at work, one gathered
-    # ahead and the buffer it comes in, and the gradients of one with their float32 sum.
+    # Embedding, norm and head stay gathered. Of the blocks, one computes, one is gathered ahead
+    # (with its buffer), and one has gradients and their float32 sum.
     return outside * value + max(blocks) * (4 * value + batch.precision.coefficient)

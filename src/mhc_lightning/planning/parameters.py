@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them a token meets."""
+"""Parameter counts: all, those active for one token, connections, vocabulary."""
 
 from typing import NamedTuple
 

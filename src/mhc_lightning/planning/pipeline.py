@@ -1,4 +1,4 @@
-"""What a pipeline will need and how long it should take, under its own schedule and the others."""
+"""Memory and time of a pipeline, under its own schedule and under all others."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,13 +27,13 @@ from mhc_lightning.planning.stages import SCHEDULES, StagePlan, cut_network
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How a run is laid out as pipelines.
+    """The layout of a pipeline: stages, micro-batches, recompute.
 
     Attributes:
         plan: The stages, and who holds which.
         micro_batches: Parts that the sequences of one pass are cut into.
-        recompute: ``recompute=`` as it was set; what it means depends on the stages.
-        measured: Times to use in place of the roofline's.
+        recompute: The setting `recompute=`; the block size that it gives depends on the stages.
+        measured: Measured times, used in place of the roofline.
     """
 
     plan: StagePlan
@@ -46,11 +46,11 @@ class Pipeline:
         return model.set_recompute(self.recompute, [len(blocks) for blocks in self.plan.blocks])
 
     def under(self, schedule: str, model: Transformer, batch: int) -> "Pipeline":
-        """The same devices under another schedule.
+        """The layout of the same devices under another schedule.
 
         Args:
-            schedule: A key of ``SCHEDULES``.
-            model: What is cut into stages; the cut stays if there are as many of them.
+            schedule: A key of `SCHEDULES`.
+            model: The model that is cut into stages; the cut stays if the number of stages does.
             batch: Sequences of one pass.
 
         Raises:
@@ -67,7 +67,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class PipelineForecast:
-    """What is known of a pipelined run before it runs.
+    """The prediction of a pipelined run.
 
     Attributes:
         pipeline: Its layout.
@@ -106,8 +106,8 @@ class PipelineForecast:
     def step_seconds(self) -> StepTime:
         """An optimizer step with nothing overlapped, as a mean over devices.
 
-        Measured times do not tell arithmetic from traffic: all of it is ``compute``, and
-        ``traffic`` is the optimizer's.
+        Measured times do not separate arithmetic from traffic: there `compute` is their sum, and
+        `traffic` is the optimizer's.
         """
         line = self.sequential
         busy = self.passes * sum(map(line.busy, range(line.devices))) / line.devices
@@ -140,7 +140,7 @@ class PipelineForecast:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What schedules are compared by."""
+        """Plain values by which schedules are compared."""
         return {
             "fullest_bytes": self.fullest.memory.total,
             "sequential": {
@@ -156,12 +156,12 @@ class PipelineForecast:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A schedule beside others.
+    """The prediction under one of several schedules.
 
     Attributes:
         forecast: The run under this schedule; None if the layout does not fit it.
-        refusal: Why not.
-        baseline: The same with the ordinary residual connection, where that is known.
+        refusal: The reason why it does not fit.
+        baseline: The prediction with the ordinary residual connection, if there is one.
     """
 
     forecast: PipelineForecast | None
@@ -250,7 +250,7 @@ def compare_schedules(
     machine: Machine,
     passes: int,
 ) -> dict[str, Comparison]:
-    """The same run under every schedule; arguments as ``forecast`` has them.
+    """Predict the run under every schedule; the arguments are those of `forecast`.
 
     Args:
         model: The whole model.
@@ -279,7 +279,7 @@ def compare_schedules(
 
 
 def _collective_bytes(device: PipelineDevice, batch: MicroBatch, replicas: DataParallel) -> float:
-    """Bytes that a device sends per pass: its stages are gathered once, and reduced once."""
+    """Bytes that a device sends per pass: its stages are gathered once and reduced once."""
     if not replicas.sharded:
         return 0.0
     precision = batch.precision

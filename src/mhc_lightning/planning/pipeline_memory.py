@@ -1,15 +1,15 @@
 """Bytes that each device of a pipeline holds at the fullest moment of a training step.
 
-That moment is found by going through what the device does, in the order of the schedule: a forward
-pass adds what its stage keeps, the end of its backward pass takes it away again. Beside that there
-are, all the time, the buffers that torch's engine receives in: one for each micro-batch and
-boundary, forward and backward (torch 2.13). What enters a stage is such a buffer, and is not kept
-a second time. What a stage hands on stays until its backward pass.
+The actions of each device are followed in the order of the schedule: a forward pass adds the tensors
+that its stage saves, the end of its backward pass frees them. The receive buffers of torch's engine
+are there all the time: one for each micro-batch and boundary, forward and backward (torch 2.13). The
+input of a stage is such a buffer, and is not saved a second time. The output of a stage stays until
+its backward pass.
 
-Of a split backward pass everything stays until weights' gradients are there, with what its first
-half leaves for the second; the gradient that it hands back stays until the step ends.
+A split backward pass frees nothing before the weights' gradients are done; its first half adds the
+gradients that the second half needs. The gradient handed back stays until the step ends.
 
-Validation's own buffers, and what a transfer under way keeps alive, are not counted.
+Not counted: the buffers of validation, and tensors that a transfer under way keeps alive.
 """
 
 from collections import Counter
@@ -43,15 +43,15 @@ from mhc_lightning.planning.stages import StagePlan
 
 @dataclass(frozen=True)
 class PipelineDevice:
-    """What one device of a pipeline holds.
+    """The bytes that one device of a pipeline holds.
 
     Attributes:
         device: Its place in the pipeline, from 0.
-        stages: What stages it has.
-        blocks: How many blocks these have.
-        in_flight: Forward passes whose backward it owes, at most.
+        stages: Its stages.
+        blocks: Number of blocks in these stages.
+        in_flight: Largest number of forward passes that wait for their backward pass.
         memory: Bytes at its fullest moment.
-        activations: Those of them that forward passes keep, by kind.
+        activations: Bytes saved by forward passes, by kind.
     """
 
     device: int
@@ -157,14 +157,14 @@ def _saved(
     replicas: DataParallel,
     plan: StagePlan,
 ) -> dict[str, int]:
-    """What a stage's forward pass leaves behind for one micro-batch, by kind."""
+    """Bytes that a stage's forward pass saves for one micro-batch, by kind."""
     sends = index < len(parts) - 1 and _sends(plan, index, index + 1)
     copies = copies_weights(batch, replicas)
     return saved_for_backward(parts[index], batch, copies, receives=True, sends=sends)
 
 
 def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemory, dict[str, int]]:
-    """What comes and goes, when it is most, and activations by kind."""
+    """The bytes that come and go, at their fullest moment, and activations by kind."""
     held, halves, split = Counter[int](), Counter[int](), Counter[int]()
     sizes = [sum(stage.saved.values()) for stage in stages]
     most, best, counts = -1, DeviceMemory(*[0] * 7), (Counter[int](), Counter[int]())
@@ -197,7 +197,7 @@ def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemor
 
 
 def _gathered_bytes(parts: list[Transformer], batch: MicroBatch, replicas: DataParallel) -> int:
-    """What FSDP2 holds of stages that several pipelines share, from a step's begin to its end.
+    """Bytes that FSDP2 holds of stages that several pipelines share, throughout a step.
 
     Parameters are gathered once, and gradients added up before they are reduced, block by block.
     """

@@ -76,7 +76,7 @@ def _other_schedules(run: PlannedRun, model: Transformer) -> Iterator[Change]:
 
 
 def _more_devices(run: PlannedRun, model: Transformer, machine: Machine) -> Iterator[Change]:
-    """Twice as many each time: of longer pipelines while there are blocks, and of more of them."""
+    """Twice as many devices each time: longer pipelines while there are blocks, then more pipelines."""
     assert run.pipeline is not None
     plan = run.pipeline.plan
     devices = 2 * run.devices
@@ -106,7 +106,7 @@ def _sharded_instead(run: PlannedRun) -> Iterator[Change]:
 
 
 def device_settings(devices: int, machine: Machine) -> str:
-    """``trainer.devices`` and, for several nodes, ``trainer.num_nodes``."""
+    """`trainer.devices` and, for several nodes, `trainer.num_nodes`."""
     per_node = machine.kind.per_node
     if devices <= per_node or not machine.kind.is_gpu:
         return f"trainer.devices={devices}"

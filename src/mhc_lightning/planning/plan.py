@@ -1,4 +1,4 @@
-"""Everything that can be known of a run before it runs."""
+"""The plan of a run: its parameters, memory, traffic and time, predicted before it starts."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +27,7 @@ from mhc_lightning.planning.traffic import StreamTraffic, stream_traffic
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What a run asks of its devices.
+    """The settings of a run that decide its needs.
 
     Attributes:
         batch_size: Sequences per optimizer step, over all devices.
@@ -53,7 +53,7 @@ class PlannedRun:
 
     @property
     def devices(self) -> int:
-        """All of them."""
+        """Number of devices."""
         return self.replicas.devices * (1 if self.pipeline is None else self.pipeline.plan.devices)
 
     @property
@@ -62,7 +62,7 @@ class PlannedRun:
         return max(1, self.batch_size // (self.micro_batch_size * self.replicas.devices))
 
     def micro_batch(self, machine: Machine) -> MicroBatch:
-        """What one device of ``machine`` takes at a time."""
+        """The micro-batch that one device of `machine` computes at a time."""
         parts = 1 if self.pipeline is None else self.pipeline.micro_batches
         return MicroBatch(
             self.micro_batch_size // parts,
@@ -75,24 +75,25 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need, and how long it should take.
+    """The predicted needs and times of a run.
 
     Attributes:
-        machine: What it is planned for.
-        run: What it was planned from.
+        machine: The machine.
+        run: The settings.
         parameters: Counts.
         memory: Bytes per device.
         activations: Bytes kept for backward per device, by kind.
-        activations_without_recompute: The same in sum, were nothing recomputed.
-        activations_with_recompute: The same in sum, were stream operations recomputed, with what
+        activations_without_recompute: Their sum if nothing were recomputed.
+        activations_with_recompute: Their sum if stream operations were recomputed, with the bytes that
             backward rebuilds at a time.
         recompute_block: Sub-layers per recompute block: the run's, or the best number (eq. 20) if
             it has none; 0 if no connection can be replayed.
         flops_per_token: Forward and backward.
-        stream_bytes_per_token: Moved by stream operations.
+        stream_bytes_per_token: Bytes that stream operations move.
         step_seconds: Of one optimizer step.
-        pipeline: What a pipeline's devices do; memory and activations are those of the fullest.
-        schedules: The same run under every schedule of a pipeline.
+        pipeline: The prediction of each device of a pipeline; `memory` and `activations` are those of the
+            fullest.
+        schedules: The run under every schedule of a pipeline.
     """
 
     machine: Machine
@@ -111,7 +112,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a device's memory suffices."""
+        """True if the memory of a device suffices."""
         return self.memory.total <= self.machine.kind.memory
 
     @property
@@ -164,8 +165,8 @@ def make_plan(model: Transformer, run: PlannedRun, machine: Machine) -> Plan:
 
     Args:
         model: The model; on the meta device it costs no memory.
-        run: What to do with it.
-        machine: Where.
+        run: The settings.
+        machine: The machine.
     """
     plan = _plan(model, run, machine)
     if run.pipeline is None:
@@ -190,7 +191,7 @@ def make_plan(model: Transformer, run: PlannedRun, machine: Machine) -> Plan:
 
 
 def run_memory(model: Transformer, run: PlannedRun, machine: Machine) -> DeviceMemory:
-    """Bytes of a run's fullest device; arguments as ``make_plan`` has them."""
+    """Bytes of a run's fullest device; the arguments are those of `make_plan`."""
     batch = run.micro_batch(machine)
     if run.pipeline is None:
         return device_memory(model, batch, run.replicas, run.state_per_value)
@@ -200,12 +201,12 @@ def run_memory(model: Transformer, run: PlannedRun, machine: Machine) -> DeviceM
 
 
 def with_schedules(plan: Plan, model: Transformer, baseline: Transformer | None) -> Plan:
-    """A pipeline's plan with what the same run needs under every schedule.
+    """Add the needs under every schedule to a pipeline's plan.
 
     Args:
-        plan: What ``make_plan`` gave for ``model``.
+        plan: The result of `make_plan` for `model`.
         model: The model.
-        baseline: The same with the ordinary residual connection, to compare with; None for none.
+        baseline: The model with the ordinary residual connection, to compare with; None for none.
     """
     run = plan.run
     assert run.pipeline is not None

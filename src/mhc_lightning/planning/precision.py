@@ -1,4 +1,4 @@
-"""What a trainer's precision setting means in bytes."""
+"""The sizes in bytes that a trainer's precision setting stands for."""
 
 from typing import NamedTuple
 
@@ -44,12 +44,12 @@ class Precision(NamedTuple):
 
     @property
     def is_mixed(self) -> bool:
-        """Whether products run on copies of the weights in a lower precision."""
+        """True if products run on copies of the weights in a lower precision."""
         return self.weight != self.activation
 
 
 def precision_of(setting: str | int | None) -> Precision:
-    """The sizes that ``trainer.precision`` stands for.
+    """The sizes that `trainer.precision` stands for.
 
     Raises:
         NotPlannableError: If the setting is none of those that can be planned for.

@@ -1,4 +1,4 @@
-"""What recomputing the stream operations in backward needs (arXiv 2512.24880, section 4.3).
+"""The cost of recomputing stream operations in backward (arXiv 2512.24880, section 4.3).
 
 Blocks of L_r sub-layers keep the streams at their entry and each sub-layer's output; streams,
 aggregates and normalised inputs are rebuilt one block at a time.
@@ -30,10 +30,10 @@ def best_block(model: Transformer) -> int:
 
 
 def rebuilt_bytes(model: Transformer, batch: MicroBatch) -> int:
-    """Bytes that backward rebuilds for the last recompute block, when nothing of it is used up.
+    """Bytes that backward rebuilds for the last recompute block, before it frees any of them.
 
-    Streams but for those at the entry, the inputs of all sub-layers, and what one norm keeps and
-    returns: norms are rebuilt one at a time.
+    They are the streams but for those at the entry, the inputs of all sub-layers, and the tensors of
+    one norm: norms are rebuilt one at a time.
     """
     places = places_in_blocks(model, batch.recompute_block)
     if places[-1] is None:
@@ -44,9 +44,9 @@ def rebuilt_bytes(model: Transformer, batch: MicroBatch) -> int:
 
 
 def rebuilt_for_weights(model: Transformer, batch: MicroBatch) -> int:
-    """Bytes that the second half of a split backward pass rebuilds: everything, until it ends.
+    """Bytes that the second half of a split backward pass rebuilds, all of which stay until it ends.
 
-    What only the first half needed is rebuilt with the rest, and nobody asks for it and lets it go.
+    Tensors that only the first half needs are rebuilt with the rest; no reader frees them.
     """
     vector, one_norm = _vector_and_norm(model, batch)
     return sum(
@@ -57,7 +57,7 @@ def rebuilt_for_weights(model: Transformer, batch: MicroBatch) -> int:
 
 
 def _vector_and_norm(model: Transformer, batch: MicroBatch) -> tuple[int, int]:
-    """Bytes of C values per token, and of what a norm keeps and returns beside its input."""
+    """Bytes of C values per token, and those that a norm saves and returns beside its input."""
     vector = width_of(model) * batch.precision.activation * batch.tokens
     return vector, norm_bytes(model, batch) + vector
 

@@ -16,7 +16,7 @@ _SHORTEST_SEQUENCE = 128
 
 
 def remedies(model: Transformer, run: PlannedRun, machine: Machine) -> list[str]:
-    """Changes that each make ``run`` fit on devices such as ``machine`` has, as overrides.
+    """Changes that each make `run` fit on devices such as `machine` has, as overrides.
 
     Of each kind there is the smallest change that suffices. Where a change of one kind does not
     suffice, sharding and the smallest micro-batch are tried together.
@@ -89,5 +89,5 @@ def _sharded(run: PlannedRun, machine: Machine) -> Iterator[PlannedRun]:
 
 
 def _sharding(run: PlannedRun, machine: Machine) -> str:
-    """``strategy=fsdp`` with the devices that it needs."""
+    """`strategy=fsdp` with the devices that it needs."""
     return f"strategy=fsdp {device_settings(run.replicas.devices, machine)}"

@@ -1,7 +1,7 @@
-"""How long a training step should take: a roofline, not a simulation.
+"""The time of a training step: a roofline, not a simulation.
 
-Matrix products run at a share of the peak; what only moves data runs at a share of the memory's
-bandwidth, after them; collectives run beside both. Launches, waiting and imbalance cost nothing
+Matrix products run at a share of the peak. Operations that only move data run after them, at a share
+of the memory's bandwidth. Collectives run beside both. Launches, waiting and imbalance cost nothing
 here, so real steps take longer.
 """
 
@@ -23,7 +23,7 @@ class StepTime:
         compute: Matrix products and attention.
         traffic: Weights, activations, streams and optimizer state, through device memory.
         communication: Collectives.
-        waiting: Of a pipeline's devices for each other.
+        waiting: The devices of a pipeline, for each other.
     """
 
     compute: float
@@ -33,7 +33,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Collectives overlap with the rest."""
+        """The whole step; collectives overlap with the rest."""
         return max(self.compute + self.traffic, self.communication) + self.waiting
 
 
@@ -49,11 +49,11 @@ def step_time(
 
     Args:
         model: The model; it may be on the meta device.
-        batch: What one device takes at a time.
-        replicas: How many devices there are, and what each holds.
-        memory: What ``device_memory`` predicts for them.
-        machine: What the devices are.
-        micro_batches: How many each device takes per step.
+        batch: The micro-batch of one device.
+        replicas: The devices, and what each holds.
+        memory: The prediction of `device_memory` for them.
+        machine: The kind of the devices.
+        micro_batches: Micro-batches of each device per step.
     """
     kind, precision = machine.kind, batch.precision
     peak = kind.low_flops if precision.activation < 4 else kind.full_flops
@@ -92,7 +92,7 @@ def _collective_bytes(
 
 
 def ring_link(machine: Machine, replicas: DataParallel) -> float:
-    """What a device's share of a ring moves per second: a node's devices use all its adapters."""
+    """Bytes per second of a device's share of a ring; the devices of a node use all its adapters."""
     kind = machine.kind
     if replicas.devices <= kind.per_node:
         return kind.link

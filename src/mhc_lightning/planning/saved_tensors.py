@@ -1,11 +1,11 @@
-"""Counting what a forward pass keeps for its backward pass, on tensors without values.
+"""Counts the tensors that a forward pass saves for its backward pass, without computing values.
 
-A part of a network is copied with parameters that have shapes alone, run as it would be on the CPU,
-and the storages that autograd is handed to keep are added up, each once.
+A part of a network is copied with parameters that have shapes only, and run as on the CPU. The
+storages that autograd saves are added up, each once.
 
-GPUs are taken to keep the same, since the operators are the same, but for RMSNorm: there it is one
-operator that keeps its input and one number per token, where the CPU composes it of several. How
-tokens are shared out over experts changes no size.
+GPUs are assumed to save the same, since the operators are the same. RMSNorm is the exception: on a
+GPU it is one operator that saves its input and one number per token; the CPU composes it of several.
+The routing of tokens to experts changes no size.
 """
 
 import copy
@@ -41,7 +41,7 @@ class Passed(NamedTuple):
         stride: Of each dimension, in elements.
         dtype: Of its elements.
         nbytes: Of its storage.
-        kept_as: Of what kind it is, if the part that made it keeps it; else nothing.
+        kept_as: Its kind, if the part that made it saves it; else empty.
     """
 
     size: tuple[int, ...]
@@ -52,17 +52,17 @@ class Passed(NamedTuple):
 
 
 def contiguous(size: Sequence[int], dtype: torch.dtype) -> Passed:
-    """A tensor that fills its storage, row by row."""
+    """A tensor that fills its storage in row-major order."""
     tensor = torch.empty(*size, dtype=dtype, device="meta")
     return Passed(tuple(size), tensor.stride(), dtype, tensor.nbytes)
 
 
 class Kept(NamedTuple):
-    """What a part of a network keeps.
+    """The tensors that a part of a network saves.
 
     Attributes:
-        sizes: Bytes by kind, without what entered and what leaves.
-        entered: Of what kind each tensor that entered is, if it is kept; else nothing.
+        sizes: Bytes by kind, without the tensors that enter and leave.
+        entered: The kind of each entering tensor, if it is saved; else empty.
         leaving: The tensors that leave.
     """
 
@@ -72,10 +72,10 @@ class Kept(NamedTuple):
 
 
 class Keeping:
-    """What was kept so far in one forward pass, by kind.
+    """The tensors saved so far in one forward pass, by kind.
 
     Attributes:
-        kind: What is kept from now on counts as this.
+        kind: Tensors saved from now on count as this kind.
     """
 
     def __init__(self, module: nn.Module, kind: str, fused_norm: bool, mixed: bool) -> None:
@@ -89,7 +89,7 @@ class Keeping:
 
     @contextmanager
     def counted_as(self, kind: str) -> Iterator[None]:
-        """Have what is kept within count as ``kind``."""
+        """Count the tensors saved within as `kind`."""
         before, self.kind = self.kind, kind
         try:
             yield
@@ -97,7 +97,7 @@ class Keeping:
             self.kind = before
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Autograd keeps a tensor; one that has values was there before."""
+        """Note that autograd saves a tensor; one that has values was there before."""
         number = _storage(tensor)
         known = number in self._found or number in self._own
         if not known and isinstance(tensor, FakeTensor):
@@ -106,20 +106,20 @@ class Keeping:
         return tensor
 
     def note_cast(self, source: Tensor, result: Tensor) -> None:
-        """A tensor was cast: of a weight, mixed precision makes a copy that all passes share."""
+        """Note a cast; the lower-precision copy of a weight is shared by all passes."""
         lower = result.element_size() < source.element_size()
         if self._mixed and lower and _storage(source) in self._own:
             self._held.append(result)
             self._copies.add(_storage(result))
 
     def note_view(self, source: Tensor, result: Tensor) -> None:
-        """A view was made: of a tensor that has values, it was there before as well."""
+        """Note a view; the view of a tensor that has values was there before as well."""
         if not isinstance(source, FakeTensor):
             self._held.append(result)
             self._own.add(_storage(result))
 
     def result(self, entering: Sequence[Tensor], leaving: Sequence[Tensor]) -> Kept:
-        """What was found, apart from what entered and what leaves."""
+        """The result, with entering and leaving tensors apart."""
 
         def kept_as(tensor: Tensor) -> str:
             return self._found.get(_storage(tensor), ("", 0))[0]
@@ -148,10 +148,10 @@ def kept_by(
 
     Args:
         module: A part of a network, on any device; it is left alone.
-        run: Called with a copy of it, a ``Keeping`` and the tensors that enter; returns those that
+        run: Called with a copy of it, a `Keeping` and the tensors that enter; returns those that
             leave.
         entering: What enters.
-        kind: What is kept counts as this, unless ``run`` or a norm says otherwise.
+        kind: What is kept counts as this, unless `run` or a norm says otherwise.
         precision: Of its parameters, and of what it computes.
         fused_norm: Whether RMSNorm is one operator.
 
@@ -183,7 +183,7 @@ def kept_by(
 
 
 class _Operators(TorchDispatchMode):
-    """Sees operators as they run below autograd and autocast."""
+    """Watches operators as they run below autograd and autocast."""
 
     def __init__(self, keeping: Keeping) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Stands in for functions that a GPU does otherwise, or that need values."""
+    """Replaces functions that a GPU computes in another way, or that need values."""
 
     def __init__(self, keeping: Keeping) -> None:
         super().__init__()
@@ -240,9 +240,9 @@ def _fused_rms_norm(
 
 
 def _constant_bytes(module: nn.Module) -> int:
-    """Bytes of what ``mix`` of connections keeps once for all passes, and without values each time.
+    """Bytes of the constants that `mix` of connections saves once for all passes.
 
-    It is what two passes with values have in common.
+    Two passes with values save the same storage for them; without values each pass would count them.
     """
     total = 0
     for part in module.modules():
@@ -266,7 +266,7 @@ def _constant_bytes(module: nn.Module) -> int:
 
 
 def likeness(module: nn.Module) -> tuple:
-    """What two modules have in common that keep the same: kinds, shapes and settings, no values."""
+    """A key that two modules share if they save the same: kinds, shapes and settings, no values."""
     found = []
     for name, part in module.named_modules():
         settings = {key: value for key, value in vars(part).items() if key not in _STATE}
@@ -279,7 +279,7 @@ def likeness(module: nn.Module) -> tuple:
 
 
 def _on_meta(module: nn.Module) -> nn.Module:
-    """A copy of a module whose parameters and buffers have shapes alone."""
+    """A copy of a module whose parameters and buffers have shapes only."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         shape = torch.empty_like(tensor, device="meta")
@@ -289,7 +289,7 @@ def _on_meta(module: nn.Module) -> nn.Module:
 
 
 def _without_values(module: nn.Module) -> None:
-    """Put tensors of the CPU that have no values in the place of those on meta."""
+    """Replace the tensors on meta by CPU tensors without values."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:

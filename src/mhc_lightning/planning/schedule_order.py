@@ -1,7 +1,7 @@
-"""In which order each device of a pipeline runs what, as torch's own schedules have it.
+"""The order in which each device of a pipeline runs its actions, taken from torch's own schedules.
 
-A schedule of ``torch.distributed.pipelining`` is built around stages that only write down what they
-are asked to do: what is simulated is what runs, and no process group is needed.
+A schedule of `torch.distributed.pipelining` is built around stages that only record the calls they
+get. So the simulation follows the order that really runs, and no process group is needed.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from mhc_lightning.planning.stages import StagePlan
 
 
 class PassKind(StrEnum):
-    """What a device does with a micro-batch on a stage; values are torch's letters."""
+    """The pass that a device runs for a micro-batch on a stage; the values are torch's letters."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -22,12 +22,12 @@ class PassKind(StrEnum):
 
 
 class Action(NamedTuple):
-    """One thing that a device does.
+    """A pass of one micro-batch through one stage.
 
     Attributes:
-        kind: What.
-        stage: For which stage.
-        micro_batch: With which micro-batch, from 0.
+        kind: The pass.
+        stage: Number of the stage.
+        micro_batch: Number of the micro-batch, from 0.
     """
 
     kind: PassKind
@@ -37,10 +37,10 @@ class Action(NamedTuple):
 
 Slot = tuple[Action, ...]
 """One action, or a forward and a backward that a schedule pairs for each to hide the other's
-communication (``OVERLAP_F_B``)."""
+communication (`OVERLAP_F_B`)."""
 
 Order = tuple[tuple[Slot, ...], ...]
-"""What each device does, one slot after the other."""
+"""The slots of each device, in order."""
 
 
 @lru_cache(maxsize=64)
@@ -49,7 +49,7 @@ def schedule_order(plan: StagePlan, micro_batches: int) -> Order:
 
     Args:
         plan: The stages and their schedule.
-        micro_batches: Parts that a batch is cut into; as many as ``plan`` accepts.
+        micro_batches: Parts that a batch is cut into; as many as `plan` accepts.
     """
     from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
@@ -65,7 +65,7 @@ def schedule_order(plan: StagePlan, micro_batches: int) -> Order:
 
 
 def in_flight(slots: Sequence[Slot]) -> int:
-    """Forward passes, of all its stages, whose backward a device still owes, at most."""
+    """Largest number of forward passes, over all stages of a device, that wait for their backward."""
     held = most = 0
     for action in (action for slot in slots for action in slot):
         if action.kind is PassKind.FORWARD:
@@ -87,7 +87,7 @@ def _slot(action: Any) -> Slot:
 def _run_single(cls: Any, plan: StagePlan, stage: int, micro_batches: int) -> tuple[Slot, ...]:
     """What a schedule with one stage per device does when it runs: it has no list of it to go by.
 
-    (Its ``pipeline_order`` is not used by torch when it trains, and is off by one for the last
+    (Its `pipeline_order` is not used by torch when it trains, and is off by one for the last
     stage under 1F1B.)
     """
     scribe = _Scribe(plan, stage)

@@ -1,8 +1,8 @@
-"""When each device of a pipeline does what: a simulation of one pass of a schedule.
+"""Simulates one pass of a pipeline schedule: when each device runs which action.
 
-Every device has three lanes. On ``compute`` it takes the slots of its order one after the other,
-each as soon as what it needs is there. On ``communication`` it sends results to neighbours, one at
-a time. On ``priority`` run the merges of feed-forward sub-layers (arXiv 2512.24880, figure 4).
+Every device has three lanes. On `compute` it runs the slots of its order one after the other, each
+as soon as its inputs have arrived. On `communication` it sends results to neighbours, one at a time.
+On `priority` run the merges of feed-forward sub-layers (arXiv 2512.24880, figure 4).
 
 Assumed in both modes:
 
@@ -15,15 +15,15 @@ Assumed in both modes:
 Not overlapped, everything is on the critical path: while a device sends it does not compute,
 rebuilding waits for the gradient, and a pair is a forward and then a backward.
 
-Overlapped, as the paper would have it: transfers go on beside computing. Rebuilding does not wait,
-because what entered a block is on the device already. Of a pair, the merges of the one run beside
-the computing of the other: it takes as long as the busier of both lanes, unless it would have to
-wait longer for a gradient than that saves, and its results are there when it ends. Other operations
-of a pair share the device and gain nothing. (No dispatch or combine of experts is simulated: they
-are not spread over devices.)
+Overlapped, as in the paper: transfers run beside computing. Rebuilding does not wait, because the
+streams that entered a block are on the device already. In a pair, the merges of one pass run beside
+the computing of the other: the pair takes as long as the busier of both lanes, and its results are
+ready when it ends. If waiting for a gradient would cost more than that saves, the two passes run one
+after the other. Other operations of a pair share the device and gain nothing. (No dispatch or
+combine of experts is simulated: experts are not spread over devices.)
 
-What ``torch.distributed.pipelining`` does lies between: it sends beside computing (1F1B waits for
-its sends between a forward and a backward), and rebuilds when backward asks.
+`torch.distributed.pipelining` lies between the two: it sends beside computing (1F1B waits for its
+sends between a forward and a backward), and rebuilds when backward asks.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ class StageTimes:
         backward_weight: The part of it that weights' gradients take; None if it is not known, and
             schedules that split the backward pass cannot be simulated.
         replay: Rebuilding streams in backward.
-        merge_forward: Merges of feed-forward sub-layers, of ``forward``.
-        merge_backward: The same of ``backward``.
+        merge_forward: Merges of feed-forward sub-layers, of `forward`.
+        merge_backward: The same of `backward`.
     """
 
     forward: float
@@ -77,7 +77,7 @@ class StageTimes:
 
 
 class Lane(StrEnum):
-    """What of a device is busy."""
+    """A part of a device that works by itself."""
 
     COMPUTE = "compute"
     COMMUNICATION = "communication"
@@ -85,7 +85,7 @@ class Lane(StrEnum):
 
 
 class Activity(StrEnum):
-    """What a span of time was used for."""
+    """The use of a span of time."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -105,13 +105,13 @@ _WORK = {
 
 
 class Span(NamedTuple):
-    """Something that a device does for some time.
+    """A span of time in which a device is busy.
 
     Attributes:
-        device: Which, from 0.
-        lane: Which part of it.
-        work: What.
-        action: For which action; of a transfer, that whose result is sent.
+        device: Number of the device, from 0.
+        lane: The part of it that is busy.
+        work: The activity.
+        action: The action; of a transfer, the one whose result is sent.
         start: Seconds from the first action on.
         end: The same.
     """
@@ -129,9 +129,9 @@ class Timeline:
     """One pass of a schedule.
 
     Attributes:
-        spans: Everything that took time, in no particular order.
-        devices: How many there are.
-        overlapped: Whether transfers went on beside computing.
+        spans: All spans, in no particular order.
+        devices: Number of devices.
+        overlapped: True if transfers run beside computing.
     """
 
     spans: tuple[Span, ...]
@@ -176,11 +176,11 @@ def simulate(
     *,
     overlapped: bool,
 ) -> Timeline:
-    """Let every device do what its order says.
+    """Run every device through its order.
 
     Args:
         plan: The stages, and who holds which.
-        order: What ``schedule_order`` gives.
+        order: The result of `schedule_order`.
         times: Of each stage.
         transfers: Seconds to hand a micro-batch on from each stage but the last, and its gradient
             back; stages on the same device need none.
@@ -202,7 +202,7 @@ def simulate(
 
 
 class _Simulation:
-    """Devices at work."""
+    """The state of a simulation."""
 
     def __init__(
         self,
@@ -217,16 +217,16 @@ class _Simulation:
         self._times = times
         self._transfers = transfers
         self._overlapped = overlapped
-        self._free = [0.0] * plan.devices  # computes nothing from then on
+        self._free = [0.0] * plan.devices  # the time from which it is idle
         self._link_free = [0.0] * plan.devices
         self._there: dict[tuple[bool, int, int], float] = {}  # (forward, stage, micro-batch)
 
     def ready(self, slot: Slot) -> bool:
-        """Whether it is known when all that a slot needs is there."""
+        """True if the arrival times of all inputs of a slot are known."""
         return all(self._input(action) is not None for action in slot)
 
     def take(self, device: int, slot: Slot) -> None:
-        """Let a device do what is next."""
+        """Run the next slot of a device."""
         if self._overlapped:
             self._rebuild(device, slot)
             if len(slot) > 1:
@@ -256,7 +256,7 @@ class _Simulation:
     def _rebuild(self, device: int, slot: Slot) -> None:
         for action in slot:
             replay = self._times[action.stage].replay
-            # What takes no time has no part in the backward pass, and asks for nothing.
+            # An action without time has no backward computation, and needs no streams.
             if action.kind is not PassKind.FORWARD and self._seconds(action) > 0:
                 self._add(device, Lane.COMPUTE, Activity.REPLAY, action, self._free[device], replay)
                 self._free[device] += replay
@@ -276,7 +276,7 @@ class _Simulation:
         end = start + max(seconds_forward + seconds_backward - hidden, hidden)
         alone = max(free, of_forward or 0.0)
         then = max(alone + seconds_forward, of_backward or 0.0)
-        if then + seconds_backward <= end:  # a gradient that comes late is not waited for
+        if then + seconds_backward <= end:  # it does not pay to wait for a late gradient
             self._compute(device, forward, alone, seconds_forward)
             self._compute(device, backward, then, seconds_backward)
             end = self._free[device]

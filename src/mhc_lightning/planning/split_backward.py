@@ -1,8 +1,8 @@
-"""The bytes that the first half of a split backward pass leaves behind for the second.
+"""The bytes that the first half of a split backward pass saves for the second.
 
-Gradients of inputs are taken first (``stage_backward_input`` of torch's pipelining). Of each
-operator that has weights the gradient of its result is kept, to take weights' gradients from later.
-What the forward pass kept stays, too.
+The first half takes the gradients of inputs (`stage_backward_input` of torch's pipelining). For each
+operator with weights it saves the gradient of the result, from which the second half takes the
+weights' gradients. The tensors of the forward pass stay as well.
 """
 
 from functools import singledispatch
@@ -18,8 +18,8 @@ from mhc_lightning.planning.stage_part import has_embedding, has_head, width_of
 def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:
     """Bytes of the gradients that wait for weights' gradients, for one micro-batch.
 
-    None on the first stage: nothing asks for its input's gradient, and torch takes all of its
-    backward pass in the second half.
+    It is 0 on the first stage: no gradient of its input is needed, and torch runs its whole backward
+    pass in the second half.
     """
     if has_embedding(part):
         return 0
@@ -30,7 +30,7 @@ def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:
     for each in sub_layers(part):
         connection, body = each.connection, each.body
         if next(connection.parameters(), None) is not None:
-            # What the sub-layer before is merged to, and what this one reads.
+            # The merge of the sub-layer before, and the read of this one.
             per_token += (connection.num_streams + 1) * dim * value
         per_token += norm + values_behind_weights(body) * value
     return per_token * batch.tokens

@@ -1,4 +1,4 @@
-"""Parts of a network: what one pipeline stage holds."""
+"""The part of a network that one pipeline stage holds."""
 
 import copy
 
@@ -15,7 +15,7 @@ def part_of(model: Transformer, blocks: range) -> Transformer:
         blocks: Which blocks.
 
     Returns:
-        A network to count things of, not to run: what it does not have is an ``nn.Identity``.
+        A network to count things of, not to run: what it does not have is an `nn.Identity`.
     """
     part = copy.copy(model)
     part._modules = dict(model._modules)
@@ -28,15 +28,15 @@ def part_of(model: Transformer, blocks: range) -> Transformer:
 
 
 def has_embedding(part: Transformer) -> bool:
-    """Whether it takes tokens."""
+    """True if the part takes tokens."""
     return isinstance(part.embedding, nn.Embedding)
 
 
 def has_head(part: Transformer) -> bool:
-    """Whether it computes the loss."""
+    """True if the part computes the loss."""
     return isinstance(part.output, nn.Linear)
 
 
 def width_of(part: Transformer) -> int:
-    """C."""
+    """Width of the streams, C."""
     return part.blocks[0].attention_connection.dim  # type: ignore[return-value]

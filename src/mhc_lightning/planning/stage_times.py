@@ -1,4 +1,4 @@
-"""How long the stages of a pipeline should take: the roofline of a step, cut into what they do.
+"""The times of a pipeline's stages: the roofline of a step, divided into passes.
 
 Matrix products take an equal share of forward, gradients of inputs and gradients of weights; the
 products of attention have no weights. The head takes its gradients in its forward pass. Kept
@@ -104,7 +104,7 @@ def _stage_times(
     )
     to_input = seconds(products + attention * 2 / 3, kept / 2 + weights + streams_back * tokens)
     to_weight = seconds(products, kept / 2 + weights)
-    # Nothing asks for the gradient of tokens: torch leaves all to the second half there.
+    # Tokens have no gradient: torch leaves the whole backward pass to the second half there.
     first = splits and has_embedding(part)
     return StageTimes(
         forward=forward,
@@ -122,7 +122,7 @@ def _feed_forward_merges(part: Transformer, batch: MicroBatch) -> tuple[int, int
     for connection, _ in sub_layers(part)[1::2]:
         if not isinstance(connection, ResidualConnection):
             vector = connection.dim * batch.precision.activation * batch.tokens
-            # Reads n streams and an output, writes n; backward, as ``stream_traffic`` counts.
+            # Reads n streams and an output, writes n; backward, as `stream_traffic` counts.
             forward += (2 * connection.num_streams + 1) * vector
             backward += (3 * connection.num_streams + 2) * vector
     return forward, backward

@@ -1,4 +1,4 @@
-"""Which blocks form which pipeline stage, and which device holds it; decided without devices."""
+"""The stages of a pipeline: their blocks and their devices, decided before any device is used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """What a schedule asks of a layout.
+    """The requirements of a schedule.
 
     Attributes:
-        engine_name: The schedule's class in ``torch.distributed.pipelining``.
+        engine_name: The schedule's class in `torch.distributed.pipelining`.
         stages_per_device: Fixed number of stages on each device, or None for two or more.
         v_shaped: Whether a device's second stage lies mirrored, so that the first device holds the
             last stage too; otherwise stages go round the devices in a loop.
@@ -47,7 +47,7 @@ class StagePlan:
     """The stages of one pipeline.
 
     Attributes:
-        schedule: A key of ``SCHEDULES``.
+        schedule: A key of `SCHEDULES`.
         devices: Devices of one pipeline.
         blocks: The block numbers of each stage, from the first stage to the last.
     """
@@ -58,7 +58,7 @@ class StagePlan:
 
     @property
     def kind(self) -> ScheduleKind:
-        """What the schedule asks of a layout."""
+        """The requirements of the schedule."""
         return SCHEDULES[self.schedule]
 
     def device_of(self, stage: int) -> int:
@@ -115,7 +115,7 @@ class StagePlan:
 def block_cost(module: nn.Module) -> float:
     """Relative time of a token in a module: the weights that multiply it, those of a lookup once.
 
-    Of routed experts only the active share counts. Works on ``meta``.
+    Of routed experts only the active share counts. Works on `meta`.
     """
     cost = 0.0
     for part in module.modules():
@@ -142,7 +142,7 @@ def plan_stages(
 
     Args:
         costs: Of each block.
-        schedule: A key of ``SCHEDULES``.
+        schedule: A key of `SCHEDULES`.
         devices: Devices of one pipeline.
         before: Cost of what the first stage does before its blocks (the embedding).
         after: Cost of what the last stage does after its blocks (the head).
@@ -187,13 +187,13 @@ def plan_stages(
 def cut_network(
     network: Any, *, schedule: str, devices: int, blocks_per_stage: Sequence[int] | None = None
 ) -> StagePlan:
-    """The stages of a network, which may be on ``meta``, by the predicted cost of its parts.
+    """The stages of a network, which may be on `meta`, by the predicted cost of its parts.
 
     Args:
-        network: Has ``blocks``, and names its ``parts_before_blocks`` and ``parts_behind_blocks``.
-        schedule: A key of ``SCHEDULES``.
+        network: Has `blocks`, and names its `parts_before_blocks` and `parts_behind_blocks`.
+        schedule: A key of `SCHEDULES`.
         devices: Devices of one pipeline.
-        blocks_per_stage: As ``plan_stages`` takes them.
+        blocks_per_stage: As `plan_stages` takes them.
 
     Raises:
         UserError: The network or the devices do not fit the schedule.

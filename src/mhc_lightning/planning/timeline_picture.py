@@ -18,7 +18,7 @@ _IDLE = "#ececec"
 
 
 class _Look(NamedTuple):
-    """How a kind of work is drawn: colours of a device's first and later stages, and its ink."""
+    """The colours of an activity on a device's first and later stages, and of its numbers."""
 
     label: str
     first: str
@@ -126,7 +126,7 @@ def draw_timelines(name: str, forecast: PipelineForecast, file: str) -> None:
 def _devices(
     axes: "Axes", forecast: PipelineForecast, line: Timeline, scale: float, inches: float
 ) -> None:
-    """Every device's lanes; ``inches`` are those of a unit of time."""
+    """Every device's lanes; `inches` are those of a unit of time."""
     plan = forecast.pipeline.plan
     bars: dict[tuple[int, Lane, str], list[tuple[float, float]]] = defaultdict(list)
     for device in range(plan.devices):
