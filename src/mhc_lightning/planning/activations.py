@@ -89,16 +89,16 @@ def saved_for_backward(
 ) -> dict[str, int]:
     """Bytes kept between forward and backward, by kind.
 
-    A tensor counts towards the part that saves it first: its input towards a norm, the norm's output
-    towards a sub-layer, the streams and the sub-layer's output towards a connection.
+    A tensor counts towards the part that saves it first: its input towards a norm, the norm's
+    output towards a sub-layer, the streams and the sub-layer's output towards a connection.
 
     Args:
         model: The model, or a part of one; it may be on the meta device.
         batch: The micro-batch.
-        copies_weights: Whether products run on lower-precision copies of the weights. Their size does
-            not depend on the number of tokens.
-        receives: Whether the streams that enter a part without the embedding lie in receive buffers,
-            which are not counted.
+        copies_weights: Whether products run on lower-precision copies of the weights. Their size
+            does not depend on the number of tokens.
+        receives: Whether the streams that enter a part without the embedding lie in receive
+            buffers, which are not counted.
         sends: Whether the streams that leave a part without the head are sent, and so stay until
             its backward pass.
 
@@ -189,7 +189,7 @@ def _in_blocks(model: Transformer, size: int) -> list[tuple[SubLayer, ...]]:
 
 
 def _between(passed: Sequence[Passed], kept_as: Sequence[str]) -> Counter[str]:
-    """Bytes of the tensors handed on, counted by the part that made them or the one that reads them."""
+    """Bytes of the tensors handed on, counted by the part that made or reads them."""
     sizes = Counter[str]()
     for each, kind in zip(passed, kept_as, strict=True):
         if each.kept_as or kind:

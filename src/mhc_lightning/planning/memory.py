@@ -121,7 +121,7 @@ def _parameter_bytes(model: Transformer, batch: MicroBatch) -> dict[nn.Parameter
 
 
 def loss_bytes(model: Transformer, batch: MicroBatch, replicas: DataParallel) -> int:
-    """Bytes of one chunk's logits and log-probabilities, while the chunk before still holds its own."""
+    """Bytes of the logits and log-probabilities of one chunk, beside those of the chunk before."""
     if not has_head(model):
         return 0
     vocabulary = model.vocab_size

@@ -1,10 +1,10 @@
 """Bytes that each device of a pipeline holds at the fullest moment of a training step.
 
-The actions of each device are followed in the order of the schedule: a forward pass adds the tensors
-that its stage saves, the end of its backward pass frees them. The receive buffers of torch's engine
-are there all the time: one for each micro-batch and boundary, forward and backward (torch 2.13). The
-input of a stage is such a buffer, and is not saved a second time. The output of a stage stays until
-its backward pass.
+The actions of each device are followed in the order of the schedule: a forward pass adds the
+tensors that its stage saves, the end of its backward pass frees them. The receive buffers of
+torch's engine are there all the time: one for each micro-batch and boundary, forward and backward
+(torch 2.13). The input of a stage is such a buffer, and is not saved a second time. The output of a
+stage stays until its backward pass.
 
 A split backward pass frees nothing before the weights' gradients are done; its first half adds the
 gradients that the second half needs. The gradient handed back stays until the step ends.

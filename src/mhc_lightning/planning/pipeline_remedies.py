@@ -76,7 +76,7 @@ def _other_schedules(run: PlannedRun, model: Transformer) -> Iterator[Change]:
 
 
 def _more_devices(run: PlannedRun, model: Transformer, machine: Machine) -> Iterator[Change]:
-    """Twice as many devices each time: longer pipelines while there are blocks, then more pipelines."""
+    """Twice as many devices each time: in longer pipelines, or in more of them."""
     assert run.pipeline is not None
     plan = run.pipeline.plan
     devices = 2 * run.devices

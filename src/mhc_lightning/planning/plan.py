@@ -84,15 +84,15 @@ class Plan:
         memory: Bytes per device.
         activations: Bytes kept for backward per device, by kind.
         activations_without_recompute: Their sum if nothing were recomputed.
-        activations_with_recompute: Their sum if stream operations were recomputed, with the bytes that
-            backward rebuilds at a time.
+        activations_with_recompute: Their sum if stream operations were recomputed, with the bytes
+            that backward rebuilds at a time.
         recompute_block: Sub-layers per recompute block: the run's, or the best number (eq. 20) if
             it has none; 0 if no connection can be replayed.
         flops_per_token: Forward and backward.
         stream_bytes_per_token: Bytes that stream operations move.
         step_seconds: Of one optimizer step.
-        pipeline: The prediction of each device of a pipeline; `memory` and `activations` are those of the
-            fullest.
+        pipeline: The prediction of each device of a pipeline; `memory` and `activations` are those
+            of the fullest.
         schedules: The run under every schedule of a pipeline.
     """
 

@@ -32,8 +32,8 @@ def best_block(model: Transformer) -> int:
 def rebuilt_bytes(model: Transformer, batch: MicroBatch) -> int:
     """Bytes that backward rebuilds for the last recompute block, before it frees any of them.
 
-    They are the streams but for those at the entry, the inputs of all sub-layers, and the tensors of
-    one norm: norms are rebuilt one at a time.
+    They are the streams but for those at the entry, the inputs of all sub-layers, and the tensors
+    of one norm: norms are rebuilt one at a time.
     """
     places = places_in_blocks(model, batch.recompute_block)
     if places[-1] is None:
@@ -44,7 +44,7 @@ def rebuilt_bytes(model: Transformer, batch: MicroBatch) -> int:
 
 
 def rebuilt_for_weights(model: Transformer, batch: MicroBatch) -> int:
-    """Bytes that the second half of a split backward pass rebuilds, all of which stay until it ends.
+    """Bytes that the second half of a split backward pass rebuilds; all stay until it ends.
 
     Tensors that only the first half needs are rebuilt with the rest; no reader frees them.
     """

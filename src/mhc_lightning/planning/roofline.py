@@ -1,8 +1,8 @@
 """The time of a training step: a roofline, not a simulation.
 
-Matrix products run at a share of the peak. Operations that only move data run after them, at a share
-of the memory's bandwidth. Collectives run beside both. Launches, waiting and imbalance cost nothing
-here, so real steps take longer.
+Matrix products run at a share of the peak. Operations that only move data run after them, at a
+share of the memory's bandwidth. Collectives run beside both. Launches, waiting and imbalance cost
+nothing here, so real steps take longer.
 """
 
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ def _collective_bytes(
 
 
 def ring_link(machine: Machine, replicas: DataParallel) -> float:
-    """Bytes per second of a device's share of a ring; the devices of a node use all its adapters."""
+    """Bytes per second of a device in a ring; the devices of a node use all its adapters."""
     kind = machine.kind
     if replicas.devices <= kind.per_node:
         return kind.link

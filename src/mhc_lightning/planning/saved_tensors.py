@@ -4,8 +4,8 @@ A part of a network is copied with parameters that have shapes only, and run as 
 storages that autograd saves are added up, each once.
 
 GPUs are assumed to save the same, since the operators are the same. RMSNorm is the exception: on a
-GPU it is one operator that saves its input and one number per token; the CPU composes it of several.
-The routing of tokens to experts changes no size.
+GPU it is one operator that saves its input and one number per token; the CPU composes it of
+several. The routing of tokens to experts changes no size.
 """
 
 import copy
@@ -242,7 +242,8 @@ def _fused_rms_norm(
 def _constant_bytes(module: nn.Module) -> int:
     """Bytes of the constants that `mix` of connections saves once for all passes.
 
-    Two passes with values save the same storage for them; without values each pass would count them.
+    Two passes with values save the same storage for them; without values each pass would count
+    them.
     """
     total = 0
     for part in module.modules():

@@ -65,7 +65,7 @@ def schedule_order(plan: StagePlan, micro_batches: int) -> Order:
 
 
 def in_flight(slots: Sequence[Slot]) -> int:
-    """Largest number of forward passes, over all stages of a device, that wait for their backward."""
+    """Largest number of forward passes of a device that wait for their backward pass."""
     held = most = 0
     for action in (action for slot in slots for action in slot):
         if action.kind is PassKind.FORWARD:

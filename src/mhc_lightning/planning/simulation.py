@@ -1,8 +1,8 @@
 """Simulates one pass of a pipeline schedule: when each device runs which action.
 
 Every device has three lanes. On `compute` it runs the slots of its order one after the other, each
-as soon as its inputs have arrived. On `communication` it sends results to neighbours, one at a time.
-On `priority` run the merges of feed-forward sub-layers (arXiv 2512.24880, figure 4).
+as soon as its inputs have arrived. On `communication` it sends results to neighbours, one at a
+time. On `priority` run the merges of feed-forward sub-layers (arXiv 2512.24880, figure 4).
 
 Assumed in both modes:
 
@@ -18,8 +18,8 @@ rebuilding waits for the gradient, and a pair is a forward and then a backward.
 Overlapped, as in the paper: transfers run beside computing. Rebuilding does not wait, because the
 streams that entered a block are on the device already. In a pair, the merges of one pass run beside
 the computing of the other: the pair takes as long as the busier of both lanes, and its results are
-ready when it ends. If waiting for a gradient would cost more than that saves, the two passes run one
-after the other. Other operations of a pair share the device and gain nothing. (No dispatch or
+ready when it ends. If waiting for a gradient would cost more than that saves, the two passes run
+one after the other. Other operations of a pair share the device and gain nothing. (No dispatch or
 combine of experts is simulated: experts are not spread over devices.)
 
 `torch.distributed.pipelining` lies between the two: it sends beside computing (1F1B waits for its

@@ -1,7 +1,7 @@
 """The bytes that the first half of a split backward pass saves for the second.
 
-The first half takes the gradients of inputs (`stage_backward_input` of torch's pipelining). For each
-operator with weights it saves the gradient of the result, from which the second half takes the
+The first half takes the gradients of inputs (`stage_backward_input` of torch's pipelining). For
+each operator with weights it saves the gradient of the result, from which the second half takes the
 weights' gradients. The tensors of the forward pass stay as well.
 """
 
@@ -18,8 +18,8 @@ from mhc_lightning.planning.stage_part import has_embedding, has_head, width_of
 def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:
     """Bytes of the gradients that wait for weights' gradients, for one micro-batch.
 
-    It is 0 on the first stage: no gradient of its input is needed, and torch runs its whole backward
-    pass in the second half.
+    It is 0 on the first stage: no gradient of its input is needed, and torch runs its whole
+    backward pass in the second half.
     """
     if has_embedding(part):
         return 0
