@@ -1,20 +1,15 @@
-"""What initialisations came to, drawn."""
+"""Draws the comparison of initialisations: stream diversity and validation losses."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from axes import plain, save
+from candidate import Candidate
 
 from mhc_lightning.plotting.theme import DASHES, FAINT, GRID, INK, RUN_COLOURS, TEXT
 
-if TYPE_CHECKING:
-    from initialisation import Candidate
 
-
-def draw_diversity(
-    candidates: Sequence["Candidate"], default: "Candidate | None", file: Path
-) -> None:
+def draw_diversity(candidates: Sequence[Candidate], default: Candidate | None, file: Path) -> None:
     """Diversity over time and over depth, and validation losses: a point for every seed.
 
     Losses are drawn minus the default's of the same seed, if that was run.

@@ -7,7 +7,6 @@ The candidates are in starts.py. Other settings go to every `fit`.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
+from candidate import Candidate
 from commands import shown
 from diversity_picture import draw_diversity
 from gaps import estimate
@@ -23,8 +23,7 @@ from provenance import provenance, write_json
 from recipe_words import chosen, of_size, read_words, seeds_of
 from sweep import Run, run_all
 
-from mhc_lightning.reporting.logged_runs import LoggedRun, read_runs
-from mhc_lightning.reporting.metric_series import layer_matrix
+from mhc_lightning.reporting.logged_runs import read_runs
 
 HERE = Path(__file__).parent
 DEFAULT = "default"
@@ -47,46 +46,6 @@ VARIED = {
     "seed": "seeds=1,2,3",
     "output_dir": "output=FOLDER",
 }
-DIVERSITY = "stream_diversity"
-GAIN = "amax_gain/composite/backward"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One initialisation and its runs.
-
-    Attributes:
-        name: Of `CANDIDATES`.
-        runs: By seed; those whose loss stopped being finite are left out.
-        diverged: The seeds that are left out.
-    """
-
-    name: str
-    runs: dict[int, LoggedRun]
-    diverged: list[int]
-
-    def validation_losses(self) -> dict[int, float]:
-        """The last one of each seed."""
-        return {s: float(r.scalars["val/loss"].values[-1]) for s, r in self.runs.items()}
-
-    def diversity_by_step(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps, and diversity averaged over sub-layers (but the first) and seeds."""
-        found = [run.scalars[f"{DIVERSITY}/mean"] for run in self.runs.values()]
-        return found[0].steps, np.mean([series.values for series in found], axis=0)
-
-    def diversity_by_layer(self) -> tuple[list[int], np.ndarray]:
-        """Sub-layers, and their diversity at the end, averaged over seeds."""
-        found = [layer_matrix(run.scalars, DIVERSITY) for run in self.runs.values()]
-        return found[0][0], np.mean([values[:, -1] for _, _, values in found], axis=0)
-
-    def largest_gain(self) -> float:
-        """The largest composite backward gain of all seeds."""
-        return max(float(run.scalars[GAIN].values.max()) for run in self.runs.values())
-
-    def gaps(self, other: "Candidate") -> list[float]:
-        """Its validation losses minus those of another one with the same seeds."""
-        theirs = other.validation_losses()
-        return [v - theirs[s] for s, v in self.validation_losses().items() if s in theirs]
 
 
 def runs_of(size: str, only: str, seeds: str, overrides: tuple[str, ...]) -> dict[str, list[Run]]:
@@ -110,7 +69,7 @@ def runs_of(size: str, only: str, seeds: str, overrides: tuple[str, ...]) -> dic
 
 
 def row(candidate: Candidate, default: Candidate | None) -> dict[str, Any]:
-    """What a candidate came to."""
+    """The results of a candidate."""
     if not candidate.runs:
         return {"candidate": candidate.name, "diverged_seeds": candidate.diverged}
     losses = candidate.validation_losses()
@@ -136,26 +95,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "initialisation               validation loss  minus default (95%)        diversity  gain"
     ]
-    for found in rows:
-        if "validation_loss" not in found:
-            lines.append(f"{found['candidate']:27}  diverged")
+    for result in rows:
+        if "validation_loss" not in result:
+            lines.append(f"{result['candidate']:27}  diverged")
             continue
-        gap = found["mean_gap_to_default"]
+        gap = result["mean_gap_to_default"]
         about = f"{gap['mean']:+.4f}" if gap else ""
         about += (
             f" [{gap['low']:+.4f}, {gap['high']:+.4f}]" if gap and gap["low"] is not None else ""
         )
-        last = list(found["diversity_by_step"].values())[-1]
+        last = list(result["diversity_by_step"].values())[-1]
         lines.append(
-            f"{found['candidate']:27}  {found['mean_validation_loss']:15.4f}  {about:27}"
-            f"{last:9.3f}  {found['largest_composite_gain_backward']:.3f}"
-            + (f"  diverged: seeds {found['diverged_seeds']}" if found["diverged_seeds"] else "")
+            f"{result['candidate']:27}  {result['mean_validation_loss']:15.4f}  {about:27}"
+            f"{last:9.3f}  {result['largest_composite_gain_backward']:.3f}"
+            + (f"  diverged: seeds {result['diverged_seeds']}" if result["diverged_seeds"] else "")
         )
     return "\n".join(lines)
 
 
 def main(words: list[str]) -> None:
-    """Prepare the text, run, write what was found."""
+    """Prepare the text, train every candidate, write the results."""
     read = read_words(words, {"size": "cpu", "only": "", "seeds": "1,2,3", "output": ""}, VARIED)
     if Path.cwd() != HERE.parents[1]:
         raise SystemExit(f"error: call this in {HERE.parents[1]}: its runs import {STARTS}")

@@ -1,4 +1,4 @@
-"""What became of one run under stress, from its logged losses."""
+"""The outcome of one run under stress: trained or failed, judged by its logged losses."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        state: ``trained``; ``not finite``: the loss stopped being a number; ``forgot``: it ended
-            more than `MARGIN` above what the same run had reached; ``stalled``: it ended more than
+        state: `trained`; `not finite`: the loss stopped being a number; `forgot`: it ended
+            more than `MARGIN` above what the same run had reached; `stalled`: it ended more than
             `MARGIN` above the best run with a lower learning rate, or less than that below its own
             first loss.
         loss: Mean of the last tenth of the logged losses; infinite if not finite.
@@ -31,7 +31,7 @@ class Outcome:
 
     @property
     def stable(self) -> bool:
-        """Whether this learning rate can be used."""
+        """True if this learning rate can be used."""
         return self.state == TRAINED
 
 

@@ -1,10 +1,11 @@
-"""What a stress test found, drawn."""
+"""Draws the results of a stress test: losses by learning rate, and the largest stable rates."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axes import plain, save
+from cell import Cell
 
 from mhc_lightning.plotting.theme import DASHES, FAINT, GRID, INK, RUN_COLOURS, TEXT
 
@@ -12,12 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-    from stress import Cell
-
 _TALLEST = 4.0  # nats from the lowest loss to the upper edge, at most
 
 
-def draw_loss_by_rate(cells: Sequence["Cell"], file: Path) -> None:
+def draw_loss_by_rate(cells: Sequence[Cell], file: Path) -> None:
     """Last loss against learning rate: a panel for each depth and precision.
 
     A cross marks the run that failed, an arrow at the upper edge one that lies above it or was not
@@ -52,7 +51,7 @@ def draw_loss_by_rate(cells: Sequence["Cell"], file: Path) -> None:
     save(figure, file)
 
 
-def draw_largest_stable(cells: Sequence["Cell"], file: Path) -> None:
+def draw_largest_stable(cells: Sequence[Cell], file: Path) -> None:
     """The largest stable learning rate of each connection, for every depth and precision."""
     from matplotlib.figure import Figure
 
@@ -87,7 +86,7 @@ def draw_largest_stable(cells: Sequence["Cell"], file: Path) -> None:
     save(figure, file)
 
 
-def _climb(axes: "Axes", cell: "Cell", look: tuple[str, Any], edge: float) -> None:
+def _climb(axes: "Axes", cell: Cell, look: tuple[str, Any], edge: float) -> None:
     rates, outcomes = zip(*sorted(cell.outcomes.items()), strict=True)
     heights = [min(outcome.loss, edge) for outcome in outcomes]
     colour, dash = look
@@ -97,7 +96,7 @@ def _climb(axes: "Axes", cell: "Cell", look: tuple[str, Any], edge: float) -> No
         axes.plot(rate, height, shape, color=colour, markersize=5)
 
 
-def _rates_across(axes: "Axes", cells: Sequence["Cell"]) -> None:
+def _rates_across(axes: "Axes", cells: Sequence[Cell]) -> None:
     """A logarithmic axis of learning rates, every other one that was tried named."""
     from matplotlib.ticker import NullLocator
 
@@ -107,7 +106,7 @@ def _rates_across(axes: "Axes", cells: Sequence["Cell"]) -> None:
     axes.set_xticks(rates, [f"{rate:g}" if k % 2 == 0 else "" for k, rate in enumerate(rates)])
 
 
-def _colours(cells: Sequence["Cell"]) -> dict[str, tuple[str, Any]]:
+def _colours(cells: Sequence[Cell]) -> dict[str, tuple[str, Any]]:
     names = dict.fromkeys(cell.connection for cell in cells)
     return {
         name: (RUN_COLOURS[k % len(RUN_COLOURS)], DASHES[k // len(RUN_COLOURS)])

@@ -1,36 +1,33 @@
-"""What each connection survives: learning rates that rise until training fails.
+"""The largest learning rate that each connection survives: it rises until training fails.
 
     python recipes/stress/stress.py [size=cpu|gpu] [only=hc,mhc] [depths=8,24]
         [precisions=32-true] [rates=0.004,0.008] [output=FOLDER]
         [jobs=N | slurm.partition=NAME ...] [key=value ...]
 
 For every connection, depth (in blocks) and precision the learning rate rises through `rates` until
-a run fails; then one half way (in the logarithm) to the rate before is tried. What failing means is
-in outcome.py. Other settings go to every `fit`.
+a run fails; then one half way (in the logarithm) to the rate before is tried. outcome.py defines
+failing. Other settings go to every `fit`.
 """
 
-import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
+from cell import Cell
 from commands import shown
 from library_text import prepare_library
-from outcome import Outcome, judge
 from provenance import provenance, write_json
 from rate_pictures import draw_largest_stable, draw_loss_by_rate
 from recipe_words import chosen, of_size, read_words
-from sweep import Run, run_all
+from sweep import run_all
 
 from mhc_lightning.reporting.logged_runs import LoggedRun, read_runs
-from mhc_lightning.reporting.metric_series import Series
 
 HERE = Path(__file__).parent
 PAPERS = ("residual", "hc", "mhc")
-NO_SERIES = Series.of((), ())
 VARIANTS = (*PAPERS, "mhc_single_pass", "mhc_lite", "krom", "identity")
 VARIED = {
     "connection": "only=hc,mhc",
@@ -43,7 +40,7 @@ VARIED = {
 
 @dataclass(frozen=True)
 class Size:
-    """What is tried at one size.
+    """The grid of one size.
 
     Attributes:
         depths: In blocks of two sub-layers.
@@ -70,75 +67,8 @@ SIZES = {
 }
 
 
-@dataclass
-class Cell:
-    """One connection at one depth in one precision, and what became of its runs.
-
-    Attributes:
-        connection: Of the configurations' group.
-        depth: In blocks.
-        precision: Of the trainer.
-        outcomes: By learning rate.
-        gains: The largest finite composite gains of those runs, forward and backward.
-    """
-
-    connection: str
-    depth: int
-    precision: str
-    outcomes: dict[float, Outcome] = field(default_factory=dict)
-    gains: dict[float, tuple[float | None, ...]] = field(default_factory=dict)
-
-    @property
-    def failed(self) -> bool:
-        """Whether a learning rate was found that it does not survive."""
-        return any(not outcome.stable for outcome in self.outcomes.values())
-
-    @property
-    def largest_stable(self) -> float | None:
-        """The last learning rate before the first failure; None if the first one failed."""
-        last = None
-        for rate, outcome in sorted(self.outcomes.items()):
-            if not outcome.stable:
-                break
-            last = rate
-        return last
-
-    @property
-    def first_failure(self) -> float | None:
-        """The lowest learning rate that failed."""
-        return min((r for r, outcome in self.outcomes.items() if not outcome.stable), default=None)
-
-    @property
-    def half_way(self) -> float | None:
-        """The geometric mean of the largest stable learning rate and the first that failed."""
-        last, first = self.largest_stable, self.first_failure
-        return None if last is None or first is None else float(f"{math.sqrt(last * first):.3g}")
-
-    def run(self, rate: float, config: str, overrides: tuple[str, ...]) -> Run:
-        """Its run at a learning rate."""
-        own = (
-            f"connection={self.connection}",
-            f"model.num_layers={self.depth}",
-            f"trainer.precision={self.precision}",
-            f"optimizer.lr={rate:g}",
-        )
-        name = f"{self.connection}_{self.depth}_{self.precision}_{rate:g}"
-        return Run(name, config, (*own, *overrides))
-
-    def add(self, rate: float, found: LoggedRun | None, stopped: bool) -> None:
-        """Take in a run that has ended; None: before it logged anything."""
-        best = min((o.loss for r, o in self.outcomes.items() if r < rate), default=float("inf"))
-        logged = {} if found is None else found.scalars
-        self.outcomes[rate] = judge(logged.get("train/loss", NO_SERIES), stopped, best)
-        forward, backward = (
-            logged.get(f"amax_gain/composite/{side}", NO_SERIES).finite().values
-            for side in ("forward", "backward")
-        )
-        self.gains[rate] = tuple(float(v.max()) if len(v) else None for v in (forward, backward))
-
-
 def cells_of(size: Size, only: list[str], depths: list[int], precisions: list[str]) -> list[Cell]:
-    """All that is tried; what was asked for by name is tried in every precision asked for."""
+    """The cells of the grid; connections given by name are tried in every precision given."""
     return [
         Cell(connection, depth, precision)
         for precision in precisions or size.precisions
@@ -151,15 +81,15 @@ def numbers(name: str, value: str, kind: type[int] | type[float]) -> list[Any]:
     """Positive numbers, comma-separated, in rising order.
 
     Raises:
-        SystemExit: One is none.
+        SystemExit: One of them is not a positive number.
     """
     try:
-        found = [kind(part) for part in value.split(",") if part]
+        values = [kind(part) for part in value.split(",") if part]
     except ValueError:
-        found = [0]
-    if not all(0 < number < float("inf") for number in found):
+        values = [0]
+    if not all(0 < number < float("inf") for number in values):
         raise SystemExit(f"error: {name}={value} is not a list of positive numbers")
-    return sorted(set(found))
+    return sorted(set(values))
 
 
 def table(cells: list[Cell]) -> str:
@@ -204,7 +134,7 @@ def record(cells: list[Cell], runs: list[LoggedRun], words: list[str]) -> dict[s
 
 
 def main(words: list[str]) -> None:
-    """Prepare the text, raise learning rates, write what was found."""
+    """Prepare the text, raise learning rates, write the results."""
     defaults = dict.fromkeys(("only", "depths", "precisions", "rates", "output"), "")
     read = read_words(words, {"size": "cpu", **defaults}, VARIED)
     name = read.settings["size"]
@@ -216,7 +146,7 @@ def main(words: list[str]) -> None:
     cells = cells_of(size, only, depths, precisions)
     folder = Path(read.settings["output"] or f"runs/stress/{name}")
     prepare_library(config, read.overrides)
-    found: list[LoggedRun] = []
+    logged_runs: list[LoggedRun] = []
 
     def try_out(tried: list[tuple[Cell, float]]) -> None:
         runs = [cell.run(rate, config, read.overrides) for cell, rate in tried]
@@ -225,13 +155,13 @@ def main(words: list[str]) -> None:
             own = ended[one.name].folder
             logged = read_runs([str(own)]) if (own / "metrics.csv").is_file() else []
             cell.add(rate, next(iter(logged), None), ended[one.name].diverged)
-            found.extend(logged)
+            logged_runs.extend(logged)
 
     for rate in rates:
         try_out([(cell, rate) for cell in cells if not cell.failed])
     try_out([(cell, rate) for cell in cells if (rate := cell.half_way) is not None])
     results = folder / "results"
-    write_json(record(cells, found, words), results / "stress.json")
+    write_json(record(cells, logged_runs, words), results / "stress.json")
     draw_loss_by_rate(cells, results / "loss_by_learning_rate.png")
     draw_largest_stable(cells, results / "largest_stable_learning_rate.png")
     print(f"\n{table(cells)}\n\nwrote {results}")
