@@ -1,7 +1,7 @@
 """The error messages of the package, read from its source: what a user can meet, and where.
 
-A message is what a call such as `UserError(...)` is given. Parts that are known only when it is raised
-stand in angle brackets.
+A message is what a call such as `UserError(...)` is given. Parts that are known only when it is
+raised stand in angle brackets.
 """
 
 import ast
