@@ -118,7 +118,7 @@ def test_wheel_installs_elsewhere_and_trains(
     show_torch = "import torch; print(torch.__version__, torch.__file__)"
     before = run("python", "-c", show_torch)
 
-    sequence = commands_in("README.md", "Install it elsewhere")
+    sequence = commands_in("docs/start/install.md", "As a package")
     assert sequence[0] == "make wheel"
     for line in sequence:
         run("bash", "-c", line, cwd=copy_of_repository)

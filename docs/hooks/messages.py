@@ -5,8 +5,9 @@ raised stand in angle brackets.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,21 +39,24 @@ class Message:
         return sum(character.isalpha() for character in words) >= 8
 
 
+@cache
 def messages(package: Path = PACKAGE) -> list[Message]:
     """Every place in the package that makes an error for a user, by file and line."""
-    trees = {
-        file.relative_to(package).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
+    sources = {
+        file.relative_to(package).as_posix(): file.read_text(encoding="utf-8")
         for file in sorted(package.rglob("*.py"))
     }
+    trees = {file: ast.parse(text) for file, text in sources.items() if "Error" in text}
     errors = _error_classes(trees.values())
-    return [found for file, tree in trees.items() for found in _in_file(file, tree, errors)]
+    found = [found for file, tree in trees.items() for found in _in_file(file, tree, errors)]
+    return sorted(found, key=lambda message: (message.file, message.line))
 
 
-def _error_classes(trees: "Iterator[ast.Module] | object") -> set[str]:
+def _error_classes(trees: Iterable[ast.Module]) -> set[str]:
     """The errors for users, and the classes that are derived from them."""
     bases = {
         node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
-        for tree in trees  # type: ignore[attr-defined]
+        for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
     }
@@ -78,11 +82,12 @@ def _in_file(file: str, tree: ast.Module, errors: set[str]) -> Iterator[Message]
 
 def _own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a function, without those of the functions in it."""
-    for child in ast.iter_child_nodes(scope):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        yield child
-        yield from _own_nodes(child)
+    waiting = [scope]
+    while waiting:
+        for child in ast.iter_child_nodes(waiting.pop()):
+            if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child
+                waiting.append(child)
 
 
 def _assigned_texts(nodes: list[ast.AST]) -> dict[str, ast.expr]:

@@ -1,0 +1,67 @@
+"""Pages that list what there is in the code list all of it, and nothing else."""
+
+import re
+import signal
+
+from documents import DOCS, REPOSITORY
+
+from mhc_lightning.cli import main as entry
+from mhc_lightning.errors import RunFaultError
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_the_page_of_exit_codes_has_each_of_them():
+    listed = [
+        int(code) for code in re.findall(r"^\| (\d+) \|", page("reference/exit_codes.md"), re.M)
+    ]
+    codes = [
+        *(entry.OK, 1, entry.USER_ERROR, entry.NON_FINITE, RunFaultError.EXIT_CODE),
+        *(entry.INTERRUPTED, 128 + signal.SIGTERM),
+    ]
+    assert [int(code) for code in listed] == codes
+
+
+def test_the_page_on_configuration_names_each_choice_of_its_groups():
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page("train/configuration.md"), re.M)
+    named = {group: set(re.findall(r"`(\w+)`", values)) for group, values in rows}
+    choices = {
+        folder.name: {file.stem for file in folder.glob("*.yaml")}
+        for folder in (REPOSITORY / "configs").iterdir()
+        if folder.is_dir()
+    }
+    for group in ("optimizer", "callbacks", "logger", "strategy", "model"):
+        known = named[group] - {"metrics", "csv"} | (named[group] & choices[group])
+        assert known == choices[group], group
+    assert named["connection"] <= choices["connection"]
+
+
+def test_the_page_on_connections_names_each_of_them():
+    table = page("train/connections.md").split("\n| `residual`")[1].split("\n\n")[0]
+    named = {"residual", *re.findall(r"`(\w+)`", table)}
+    assert named == {file.stem for file in (REPOSITORY / "configs/connection").glob("*.yaml")}
+
+
+def test_the_page_on_the_command_line_names_each_environment_variable():
+    named = set(re.findall(r"^\| `(MHC_\w+)` \|", page("reference/command_line.md"), re.M))
+    source = "".join(
+        file.read_text(encoding="utf-8") for file in (REPOSITORY / "src").rglob("*.py")
+    )
+    internal = {"MHC_LIGHTNING_STARTED"}  # from a process to those that it starts
+    assert named == set(re.findall(r"MHC_LIGHTNING_[A-Z]+", source)) - internal
+
+
+def test_the_page_on_many_devices_names_each_schedule():
+    from mhc_lightning.planning.stages import SCHEDULES
+
+    text = page("train/many_devices.md")
+    assert all(f"`{schedule}`" in text for schedule in SCHEDULES)
+
+
+def test_the_page_of_tags_has_each_number_that_the_model_logs():
+    source = (REPOSITORY / "src/mhc_lightning/language_model.py").read_text(encoding="utf-8")
+    logged = set(re.findall(r'self\.log\(\s*"([\w/]+)"', source)) - {"step"}
+    text = page("reference/tags.md")
+    assert logged and all(f"`{tag}`" in text for tag in logged)
