@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +47,7 @@ class Followed:
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory, commands_in) -> Iterator[Followed]:
+def followed(tmp_path_factory, commands_in) -> Followed:
     everything = Followed(tmp_path_factory.mktemp("reader"))
     folder = everything.folder
     write_inputs(folder)
