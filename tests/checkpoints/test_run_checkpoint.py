@@ -1,15 +1,12 @@
-import contextlib
+"""Runs that are saved resume exactly, whatever ended them, and keep the right checkpoints."""
+
 import errno
 import os
-import random
-import resource
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
@@ -17,15 +14,11 @@ from noisy_run import Noisy, newest, run, sigterm_at
 from torch.utils.data import DataLoader
 
 from mhc_lightning.checkpoints import file_writing
-from mhc_lightning.checkpoints.file_writing import write_checkpoint
-from mhc_lightning.checkpoints.names import candidates_for_last, saved_steps
-from mhc_lightning.checkpoints.random_state import capture_random_state, restore_random_state
+from mhc_lightning.checkpoints.names import saved_steps
 from mhc_lightning.checkpoints.reading import load_checkpoint
 from mhc_lightning.checkpoints.refusals import fault_in
-from mhc_lightning.checkpoints.retention import remove_leftovers
 from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.errors import UserError
-from mhc_lightning.files.atomic import point_link
 
 
 @pytest.fixture(scope="module")
@@ -65,44 +58,64 @@ class Averages(WeightAveraging):
         return step_idx is not None
 
 
-@pytest.mark.parametrize("form", [{}, {"sharded": True}, {"asynchronous": True}])
-def test_sigterm_in_a_validation_of_other_weights_saves_those_of_the_training(tmp_path, form):
-    for name, hook in (("whole", None), ("stopped", sigterm_at("val", 5, 1))):
-        with contextlib.nullcontext() if hook is None else pytest.raises(SystemExit):
-            run(tmp_path / name, 9, hook, callbacks=[Averages()], **form)
-    assert saved_steps(tmp_path / "stopped/checkpoints") == [4, 5]
-    run(
-        tmp_path / "stopped", 9, resume=newest(tmp_path / "stopped"), callbacks=[Averages()], **form
-    )
-    rows, ends = zip(*(
-        ((tmp_path / name / "metrics.csv").read_text(),
-         load_checkpoint(newest(tmp_path / name), trusted=True)["state_dict"]["layer.weight"])
-        for name in ("whole", "stopped")
-    ), strict=True)  # fmt: skip
-    assert rows[0] == rows[1] and torch.equal(*ends)
+def end_of(folder):
+    """(metrics, weights) of a run."""
+    checkpoint = load_checkpoint(newest(folder), trusted=True)
+    return (folder / "metrics.csv").read_text(), checkpoint["state_dict"]["layer.weight"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64])
-def test_modules_of_any_dtype_are_saved(tmp_path, dtype):
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """(metrics, weights) of a run of 9 steps with averages that nothing stopped."""
+    folder = tmp_path_factory.mktemp("averaged")
+    run(folder, 9, callbacks=[Averages()])
+    return end_of(folder)
+
+
+@pytest.mark.parametrize("form", [{}, {"asynchronous": True}], ids=["file", "background"])
+def test_sigterm_in_a_validation_of_other_weights_saves_those_of_the_training(
+    tmp_path, averaged, form
+):
+    with pytest.raises(SystemExit):
+        run(tmp_path, 9, sigterm_at("val", 5, 1), callbacks=[Averages()], **form)
+    assert saved_steps(tmp_path / "checkpoints") == [4, 5]
+    run(tmp_path, 9, resume=newest(tmp_path), callbacks=[Averages()], **form)
+    metrics, weights = end_of(tmp_path)
+    assert metrics == averaged[0] and torch.equal(weights, averaged[1])
+
+
+def test_modules_of_any_dtype_are_saved(tmp_path):
     class Cast(pl.Callback):
         def setup(self, trainer, pl_module, stage):
-            pl_module.other = torch.nn.Parameter(torch.ones(3, dtype=dtype))
-            pl_module.empty = torch.nn.Parameter(torch.ones(0, dtype=dtype))
+            for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.complex64):
+                for size in (3, 0):
+                    parameter = torch.nn.Parameter(torch.ones(size, dtype=dtype))
+                    pl_module.register_parameter(f"{dtype}{size}".replace(".", "_"), parameter)
             pl_module.counts = torch.nn.Parameter(torch.ones(3).long(), requires_grad=False)
 
     run(tmp_path, 6, callbacks=[Cast()])
     assert saved_steps(tmp_path / "checkpoints") == [4, 6]
 
 
-@pytest.mark.parametrize("step", [4, 8, 10, 12])
-def test_every_periodic_checkpoint_resumes_bit_for_bit(tmp_path, uninterrupted, step):
+@pytest.fixture(scope="module")
+def every_second(tmp_path_factory):
+    """The folder of a run that saved every second step."""
+    folder = tmp_path_factory.mktemp("every second")
+    run(folder, every_n_steps=2, keep_last=None)
+    return folder
+
+
+@pytest.mark.parametrize(("step", "validations"), [(4, 6), (8, 3), (10, 0)])
+def test_every_periodic_checkpoint_resumes_bit_for_bit(
+    tmp_path, uninterrupted, every_second, step, validations
+):
     # 10 carries a validation: written after it, so the resumed run does not repeat it.
-    run(tmp_path, every_n_steps=2, keep_last=None)
+    shutil.copytree(every_second, tmp_path, symlinks=True, dirs_exist_ok=True)
     checkpoint = tmp_path / f"checkpoints/step_{step:08d}.ckpt"
     seen = []
     run(tmp_path, resume=checkpoint, hook=lambda *what: seen.append(what[0]))
     assert (tmp_path / "metrics.csv").read_text() == uninterrupted
-    assert seen.count("val") == {4: 6, 8: 3, 10: 0, 12: 0}[step]
+    assert seen.count("val") == validations
 
 
 def test_resuming_an_earlier_step_makes_it_the_last(tmp_path, uninterrupted):
@@ -126,13 +139,12 @@ def test_retention(tmp_path):
     assert os.readlink(link) == "step_00000011.ckpt" and link.resolve().is_file()
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_best_is_kept_by_the_monitored_metric(tmp_path, mode):
-    run(tmp_path, steps=20, every_n_steps=50, keep_last=1, keep_best=1, mode=mode)
+def test_best_is_kept_by_the_monitored_metric(tmp_path):
+    run(tmp_path, steps=20, every_n_steps=50, keep_last=1, keep_best=1, mode="max")
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     column = rows[0].index("val/loss")
     values = {int(row[0]): float(row[column]) for row in rows[1:] if row[column]}
-    best = (min if mode == "min" else max)(values, key=lambda step: values[step])
+    best = max(values, key=lambda step: values[step])
     assert os.readlink(tmp_path / "checkpoints/best") == f"step_{best:08d}.ckpt"
     assert saved_steps(tmp_path / "checkpoints") == sorted({best, 20})
 
@@ -179,8 +191,7 @@ def links(folder):
     return {p.name: os.readlink(p) for p in (folder / "checkpoints").iterdir() if p.is_symlink()}
 
 
-@pytest.mark.parametrize("form", [{}, {"sharded": True}])
-@pytest.mark.parametrize("keep_last", [1, None])
+@pytest.mark.parametrize(("form", "keep_last"), [({}, None), ({"sharded": True}, 1)])
 def test_best_is_of_the_branch_that_goes_on(tmp_path, form, keep_last):
     """Its later steps are worse than those of the branch that was given up, which they replace."""
     settings = {"every_n_steps": 5, "keep_best": 1, "monitor": "score", **form}
@@ -206,11 +217,10 @@ def test_there_is_no_best_where_a_branch_begins_without_one(tmp_path):
     assert saved_steps(tmp_path / "checkpoints") == [4, 5, 6]
 
 
-@pytest.mark.parametrize("change", [{"monitor": "accuracy"}, {"mode": "max"}])
-def test_scores_of_another_metric_are_not_compared(tmp_path, change):
+def test_scores_of_another_metric_are_not_compared(tmp_path):
     settings = {"every_n_steps": 5, "keep_best": 1, "keep_last": 1, "monitor": "score"}
     run(tmp_path, 5, callbacks=[Scored({5: 1.0})], **settings)
-    settings |= change
+    settings |= {"monitor": "accuracy"}
     with pytest.warns(UserWarning, match=r"chosen anew; those so far \(\[5\]\) are kept"):
         run(tmp_path, 10, resume=newest(tmp_path), callbacks=[Scored({10: 0.5})], **settings)
     assert links(tmp_path)["best"] == "step_00000010.ckpt"
@@ -219,8 +229,7 @@ def test_scores_of_another_metric_are_not_compared(tmp_path, change):
     assert saved_steps(tmp_path / "checkpoints") == [5, 10, 15], "5 is kept for good"
 
 
-@pytest.mark.parametrize("form", [{}, {"sharded": True}])
-@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize(("form", "name"), [({}, "last"), ({"sharded": True}, "best")])
 def test_copies_in_place_of_links_are_not_written_over(tmp_path, form, name):
     """As tools that follow links leave them."""
     run(tmp_path, 4, **form)
@@ -269,15 +278,18 @@ def test_the_end_of_a_run_of_epochs_is_saved(tmp_path, settings, step):
     assert trainer.global_step == step and saved_steps(tmp_path) == [step]
 
 
-@pytest.mark.parametrize("form", [{}, {"sharded": True}, {"asynchronous": True}])
-@pytest.mark.parametrize("end", [4, 5, 6])  # due, in a validation, neither
-def test_a_finished_run_is_made_longer_from_the_weights_of_its_training(tmp_path, form, end):
+@pytest.mark.parametrize(
+    ("end", "form"),
+    [(4, {"asynchronous": True}), (5, {"sharded": True}), (6, {})],
+    ids=["due", "with a validation", "neither"],
+)
+def test_a_finished_run_is_made_longer_from_the_weights_of_its_training(
+    tmp_path, averaged, end, form
+):
     """At the end of a run, averages take the place of the module's weights."""
-    run(tmp_path / "whole", 9, callbacks=[Averages()])
-    run(tmp_path / "longer", end, callbacks=[Averages()], **form)
-    run(tmp_path / "longer", 9, resume=newest(tmp_path / "longer"), callbacks=[Averages()], **form)
-    rows = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "longer")]
-    assert rows[0] == rows[1]
+    run(tmp_path, end, callbacks=[Averages()], **form)
+    run(tmp_path, 9, resume=newest(tmp_path), callbacks=[Averages()], **form)
+    assert (tmp_path / "metrics.csv").read_text() == averaged[0]
 
 
 def test_disk_full_is_survived_with_a_warning_per_failure(tmp_path, monkeypatch):
@@ -299,81 +311,6 @@ def test_disk_full_is_survived_with_a_warning_per_failure(tmp_path, monkeypatch)
     assert "step 6" in messages[0] and "No space left on device" in messages[0]
     assert saved_steps(tmp_path / "checkpoints") == [3, 11]
     assert not list((tmp_path / "checkpoints").glob(".aside*"))
-
-
-def test_a_file_that_cannot_grow_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "step_00000001.ckpt"
-    write_checkpoint({"state_dict": {"a": torch.zeros(3)}}, path)
-    before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(OSError, match="File too large"):
-            write_checkpoint({"state_dict": {"a": torch.zeros(100_000)}}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_faults_are_found_and_named(tmp_path):
-    path = tmp_path / "step_00000001.ckpt"
-    write_checkpoint({"state_dict": {"a": torch.randn(5000)}}, path)
-    assert fault_in(path) is None
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    assert "cut short" in fault_in(path)
-    path.write_bytes(b"")
-    assert "0 bytes" in fault_in(path)
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    path.write_bytes(flipped)
-    assert "checksum" in fault_in(path)
-
-
-def test_last_follows_the_link_and_falls_back_downwards(tmp_path):
-    for step in (10, 20, 30):
-        write_checkpoint({"state_dict": {}}, tmp_path / f"step_{step:08d}.ckpt")
-    assert [p.name[5:13] for p in candidates_for_last(tmp_path)] == [
-        "00000030",
-        "00000020",
-        "00000010",
-    ]
-    point_link(tmp_path / "last", "step_00000020.ckpt")
-    assert candidates_for_last(tmp_path)[0].name == "step_00000020.ckpt"
-    assert len(candidates_for_last(tmp_path)) == 2
-
-
-def test_leftovers_of_a_killed_run_are_removed(tmp_path):
-    (tmp_path / ".aside-step_00000010.ckpt").write_bytes(b"half")
-    (tmp_path / "step_00000005.ckpt").write_bytes(b"whole")
-    remove_leftovers(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["step_00000005.ckpt"]
-
-
-class Gadget:
-    pass
-
-
-def test_pickled_objects_are_rebuilt_only_from_trusted_files(tmp_path):
-    path = tmp_path / "step_00000001.ckpt"
-    write_checkpoint({"state_dict": {}, "callbacks": {"x": Gadget()}}, path)
-    with pytest.raises(UserError, match="pickled Python objects"):
-        load_checkpoint(path, trusted=False)
-    assert isinstance(load_checkpoint(path, trusted=True)["callbacks"]["x"], Gadget)
-
-
-def test_random_state_survives_a_checkpoint(tmp_path):
-    device = torch.device("cpu")
-    path = tmp_path / "x.ckpt"
-    write_checkpoint({"state_dict": {}, "random": capture_random_state(device)}, path)
-    draw = lambda: (random.random(), np.random.rand(), float(torch.rand(())))  # noqa: E731
-    first = draw()
-    assert draw() != first
-    restore_random_state(load_checkpoint(path, trusted=False)["random"], device)
-    assert draw() == first
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import pickle
-import shutil
 import threading
 
 import pytest
@@ -13,16 +11,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mhc_lightning.checkpoints import folder_writing
-from mhc_lightning.checkpoints.file_writing import write_checkpoint
-from mhc_lightning.checkpoints.folder_index import INDEX, RUN
 from mhc_lightning.checkpoints.folder_writing import save_folder
-from mhc_lightning.checkpoints.names import candidates_for_last, saved_steps
+from mhc_lightning.checkpoints.names import saved_steps
 from mhc_lightning.checkpoints.reading import load_checkpoint, load_whole_folder
-from mhc_lightning.checkpoints.refusals import fault_in
-from mhc_lightning.checkpoints.retention import remove_leftovers
-from mhc_lightning.checkpoints.saved_tensors import SavedTensors
-from mhc_lightning.errors import UserError
-from mhc_lightning.files.atomic import point_link
 
 FOLDERS = {"sharded": True}
 BACKGROUND = {"asynchronous": True}
@@ -71,7 +62,7 @@ def test_a_folder_holds_what_a_file_does_and_training_is_not_disturbed(
     assert names == {"step_00000008", "step_00000012", "last"}, "replaced, and nothing left aside"
 
 
-@pytest.mark.parametrize("forms", [(FOLDERS, FOLDERS), (FOLDERS, {}), ({}, BACKGROUND)])
+@pytest.mark.parametrize("forms", [(FOLDERS, {}), ({}, BACKGROUND)])
 def test_sigterm_resumes_bit_for_bit_from_either_form_to_either(tmp_path, uninterrupted, forms):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path, hook=sigterm_at("val", 5, 1), **forms[0])
@@ -95,9 +86,8 @@ def test_a_step_saved_again_in_the_other_form_is_there_once(tmp_path):
     assert names == {"step_00000004.ckpt", "step_00000005", "step_00000008", "last", "best"}
 
 
-@pytest.mark.parametrize("form", [FOLDERS, BACKGROUND], ids=["folder", "background"])
-def test_retention_and_links(tmp_path, form):
-    run(tmp_path, steps=11, every_n_steps=1, keep_last=2, keep_every=4, keep_best=1, **form)
+def test_retention_and_links(tmp_path):
+    run(tmp_path, 11, every_n_steps=1, keep_last=2, keep_every=4, keep_best=1, **BACKGROUND)
     folder = tmp_path / "checkpoints"
     best = int(os.readlink(folder / "best").removeprefix("step_"))
     assert best in (5, 10, 11)
@@ -164,54 +154,6 @@ def test_one_is_written_at_a_time_and_the_end_waits(tmp_path, monkeypatch):
         assert same(one, two), step
 
 
-# ---- without a run
-
-
-@pytest.fixture
-def saved(tmp_path):
-    path = tmp_path / "step_00000001"
-    tensors = {"state_dict": {"a": torch.randn(50, 20), "b": torch.randn(3)}}
-    save_folder(tensors, {"state_dict": {}}, path, lambda: None, group=None,
-                asynchronous=False).result()  # fmt: skip
-    return path
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda path: (path / SHARD).unlink(), f"{SHARD} is missing"),
-        (lambda path: os.truncate(path / SHARD, 3000), f"{SHARD} is cut short: 3000 of"),
-        (lambda path: flip(path / SHARD), f"in {SHARD} does not match its checksum"),
-        (lambda path: (path / INDEX).unlink(), f"{INDEX} is missing"),
-        (lambda path: os.truncate(path / INDEX, 100), f"{INDEX} cannot be read"),
-        (lambda path: (path / RUN).unlink(), f"{RUN} is missing"),
-        (lambda path: os.truncate(path / RUN, 100), f"{RUN} is not a complete"),
-        (lambda path: flip(path / RUN), f"{RUN} is damaged"),
-    ],
-)
-def test_faults_are_found_and_named(saved, damage, reason):
-    assert fault_in(saved) is None
-    damage(saved)
-    assert reason in fault_in(saved)
-
-
-def test_last_falls_back_over_both_forms(tmp_path, saved):
-    for step in (2, 3):
-        write_checkpoint({"state_dict": {}}, tmp_path / f"step_{step:08d}.ckpt")
-    shutil.copytree(saved, tmp_path / "step_00000003")
-    point_link(tmp_path / "last", "step_00000003")
-    names = [path.name for path in candidates_for_last(tmp_path)]
-    assert names == ["step_00000003", "step_00000003.ckpt", "step_00000002.ckpt", "step_00000001"]
-    point_link(tmp_path / "last", "step_00000002.ckpt")
-    assert len(candidates_for_last(tmp_path)) == 2
-
-
 def test_nothing_has_the_name_before_all_of_it_is_there(tmp_path, saved, monkeypatch):
     """And a write that fails leaves what had the name."""
     before = load_checkpoint(saved, trusted=False)["state_dict"]["a"]
@@ -230,53 +172,3 @@ def test_nothing_has_the_name_before_all_of_it_is_there(tmp_path, saved, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == [saved.name]
     assert torch.equal(load_checkpoint(saved, trusted=False)["state_dict"]["a"], before)
     assert real is FileSystemReader.read_metadata
-
-
-def test_leftovers_of_a_killed_run_are_removed(tmp_path, saved):
-    shutil.copytree(saved, tmp_path / f".aside-{saved.name}")
-    (tmp_path / ".aside-last").symlink_to(saved.name)
-    remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [saved.name]
-
-
-class Gadget:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("owned",)
-
-
-def test_no_code_of_an_untrusted_folder_runs(tmp_path, saved, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (saved / INDEX).write_bytes(pickle.dumps(Gadget()))
-    with pytest.raises(UserError, match="is no part of an index"):
-        load_checkpoint(saved, trusted=False)
-    assert "cannot be read" in fault_in(saved)
-    save_folder({"state_dict": {"a": Gadget()}}, {"state_dict": {}}, saved, lambda: None,
-                group=None, asynchronous=False).result()  # fmt: skip
-    with pytest.raises(UserError, match="no tensors"):
-        load_checkpoint(saved, trusted=False)
-    write_checkpoint({"state_dict": {}, "callbacks": Gadget()}, saved / RUN)
-    with pytest.raises(UserError, match="pickled Python objects"):
-        load_checkpoint(saved, trusted=False)
-    assert not (tmp_path / "owned").exists()
-
-
-def test_tensors_are_read_as_they_are_asked_for(saved, monkeypatch):
-    tensors = SavedTensors(saved, "state_dict.")
-    assert {name: tuple(t.shape) for name, t in tensors.on_meta.items()} == {
-        "a": (50, 20), "b": (3,)}  # fmt: skip
-    read: list[str] = []
-    real = FileSystemReader.read_data
-
-    def noted(self, plan, planner):
-        read.extend(i.dest_index.fqn for i in plan.items)
-        return real(self, plan, planner)
-
-    monkeypatch.setattr(FileSystemReader, "read_data", noted)
-    assert list(tensors) == ["a", "b"] and len(tensors) == 2 and not read
-    assert tensors["b"].shape == (3,) and read == ["state_dict.b"]
-    with pytest.raises(UserError, match=r"step_00000001 cannot be loaded: .*state_dict\.c"):
-        tensors.load_into({"c": torch.empty(3)})
-    with pytest.raises(UserError, match=r"(?i)size"):
-        tensors.load_into({"b": torch.empty(4)})
