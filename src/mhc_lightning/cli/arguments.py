@@ -1,27 +1,22 @@
-"""What was typed: the command, the configuration, options, and overrides."""
+"""A command line, read: the command, the configuration, options and overrides.
+
+By hand, as argparse has no word for Hydra's marks (`+key`, `~key`) or for values kept literally.
+"""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from mhc_lightning.cli.commands import COMMANDS, Command
 from mhc_lightning.errors import UserError
 
-COMMANDS = (
-    *("plan", "fit", "validate", "generate", "prepare", "export", "import", "evaluate"),
-    *("inspect", "report", "tune"),
-)
-_WITH_JSON = ("plan", "validate", "evaluate", "inspect", "report")
-# Commands whose arguments are folders, not settings of an experiment: the keys they have beside.
-_WITH_PATHS = {"report": ("output", "baseline")}
 _FLAGS = {"--print-config": "print_config", "--json": "json", "--help": "help", "-h": "help"}
 
-# Values of these are the characters typed, never Hydra's grammar or an interpolation.
-LITERAL_KEYS = frozenset(
-    {
-        *("prompt", "input", "output", "output_dir", "ckpt_path"),
-        *("data.path", "data.tokenizer", "data.cache_dir", "prepare.tokenizer"),
-        *("tasks", "include_path", "evaluate.tasks", "evaluate.include_path"),
-        *("picture", "times"),
-    }
+# Their values are the characters typed, never Hydra's grammar or an interpolation.
+LITERAL_KEYS = (
+    *("prompt", "input", "output", "output_dir", "ckpt_path", "picture", "times"),
+    *("data.path", "data.tokenizer", "data.cache_dir", "prepare.tokenizer"),
+    *("evaluate.tasks", "evaluate.include_path"),
 )
 
 
@@ -30,20 +25,20 @@ class Arguments:
     """A parsed command line.
 
     Attributes:
-        command: One of `COMMANDS`, or None.
+        command: The command, or None.
         config: Path or name of the experiment, or None.
-        literal: Values of `LITERAL_KEYS`, in the order given (a key may come several times); of a
-            command that takes folders, its keys.
+        literal: Values of `LITERAL_KEYS`, or of the command's `path_keys`, in the order given (a
+            key may come several times).
         overrides: The other overrides, for Hydra.
-        paths: Arguments that are no `key=value`: the folders of `report`, `inspect`'s checkpoint.
+        paths: The command's `paths`: the folders of `report`, the checkpoint of `inspect`.
         words: The command line itself.
-        print_config: Whether to show the composed configuration and stop.
-        json: Whether standard output is to be JSON.
-        help: Whether help was asked for.
-        version: Whether the version was asked for.
+        print_config: True to show the composed configuration and stop.
+        json: True to print JSON on standard output.
+        help: True if help is asked for.
+        version: True if the version is asked for.
     """
 
-    command: str | None = None
+    command: Command | None = None
     config: str | None = None
     literal: dict[str, list[str]] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
@@ -62,7 +57,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         UserError: an unknown command or option, or an argument that is not `key=value`.
     """
     words = iter(argv)
-    command: str | None = None
+    command: Command | None = None
     config: str | None = None
     literal: dict[str, list[str]] = {}
     overrides: list[str] = []
@@ -86,15 +81,15 @@ def parse_arguments(argv: list[str]) -> Arguments:
                     f"unknown command {word!r}{_nearest(word, COMMANDS)};"
                     f" commands: {', '.join(COMMANDS)}"
                 )
-            command = word
-        elif command in _WITH_PATHS:
-            if has_value and name in _WITH_PATHS[command]:
+            command = COMMANDS[word]
+        elif command.paths == "all":
+            if has_value and name in command.path_keys:
                 literal.setdefault(name, []).append(value)
             else:
                 paths.append(word)
-        elif command == "inspect" and not paths:  # whatever the word holds
+        elif command.paths == "first" and not paths:  # whatever the word holds
             paths.append(word)
-        elif has_value and (key := name.lstrip("+")) in LITERAL_KEYS:
+        elif has_value and _is_literal(key := name.lstrip("+"), command):
             literal.setdefault(key, []).append(value)
         elif has_value or word.startswith("~"):
             overrides.append(word)
@@ -103,11 +98,16 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 f"unexpected argument {word!r}: overrides are key=value, and a value with spaces"
                 ' needs quotes around it, as in prompt="Hello, world"'
             )
-    if flags["json"] and command not in _WITH_JSON and not flags["help"]:
-        raise UserError(f"--json belongs to {', '.join(_WITH_JSON)}")
+    if flags["json"] and not flags["help"] and (command is None or not command.json):
+        with_json = ", ".join(each.name for each in COMMANDS.values() if each.json)
+        raise UserError(f"--json belongs to {with_json}")
     return Arguments(command, config, literal, overrides, paths, list(argv), **flags)
 
 
-def _nearest(word: str, known: "list[str] | tuple[str, ...]") -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+def _is_literal(key: str, command: Command) -> bool:
+    return key in LITERAL_KEYS or f"{command.section}.{key}" in LITERAL_KEYS
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -32,8 +32,6 @@ from mhc_lightning.cli.run_folder import is_first_process
 from mhc_lightning.cli.value_types import check_overridden_values
 from mhc_lightning.errors import UserError
 
-# Sections whose settings a command takes without the section's name, too.
-_SECTIONS = {name: name for name in ("generate", "prepare", "export", "evaluate")}
 _NONE = ("", "null", "None")  # of ckpt_path
 _MISSING = "???"  # what OmegaConf takes for a value still to be given
 _RUN_KEYS = ("seed", "output_dir", "overwrite", "ckpt_path", "compile", "recompute")
@@ -108,7 +106,7 @@ def compose_experiment(arguments: Arguments) -> Experiment:
         with initialize_config_dir(str(file.parent), version_base="1.3", job_name="mhc_lightning"):
             plain = compose(config_name=file.stem, overrides=choices)
             keys = set(dotted_keys(OmegaConf.to_container(plain, resolve=False)))
-            section = _SECTIONS.get(arguments.command, "")
+            section = arguments.command.section
             settings = [with_known_key(word, keys, groups, section) for word in settings]
             settings = [with_readable_value(word, plain) for word in settings]
             overrides = choices + settings

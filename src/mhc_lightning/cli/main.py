@@ -4,10 +4,10 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mhc_lightning.cli.arguments import Arguments, parse_arguments
-from mhc_lightning.cli.help_text import command_help, overall_help
+from mhc_lightning.cli.help import command_help, overall_help
 from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words, no_room
 from mhc_lightning.exit_codes import ExitCode
 
@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        _drop_output()  # the reader has had enough, as `head` has
+        _drop_output()  # the reader has left, as `head` does
         return ExitCode.OK
     except OSError as error:
         if (text := no_room(error)) is not None:
-            _drop_output()  # that may be what found no room
+            _drop_output()  # standard output may be the file without room
             return _fail(RunFaultError(text), ExitCode.RUN_FAULT)
         if error.errno == errno.ENAMETOOLONG:
             return _fail(UserError(f"{error.strerror}: {error.filename}"), ExitCode.USER_ERROR)
@@ -43,29 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Arguments) -> int:
+    command = arguments.command
     if arguments.version:
         from mhc_lightning import __version__
 
         print(f"mhc-lightning {__version__}")
         return ExitCode.OK
-    if arguments.help or arguments.command is None:
-        command = arguments.command
+    if arguments.help or command is None:
         print(overall_help() if command is None else command_help(command))
         return ExitCode.OK if arguments.help else ExitCode.USER_ERROR
-    if arguments.command == "report":  # of runs, whose folders hold their settings
-        from mhc_lightning.cli.report import report
-
-        report(arguments)
-        return ExitCode.OK
-    if arguments.command == "inspect":
-        from mhc_lightning.cli.inspect import inspect
-
+    if not command.takes_experiment:
         signal.signal(signal.SIGTERM, _leave)
-        inspect(arguments)
+        command.load()(arguments)
         return ExitCode.OK
     if arguments.config is None:
         raise UserError(
-            f"{arguments.command} needs --config PATH_OR_NAME; `--help` lists the experiments"
+            f"{command.name} needs --config PATH_OR_NAME; `--help` lists the experiments"
         )
     from mhc_lightning.cli.composition import compose_experiment
 
@@ -76,41 +69,19 @@ def _run(arguments: Arguments) -> int:
         print(show_config(experiment), end="")
         return ExitCode.OK
     signal.signal(signal.SIGTERM, _leave)  # until a run has something to save
-    _command(arguments.command)(experiment, arguments)
+    command.load()(experiment, arguments)
     return ExitCode.OK
 
 
-def _command(name: str) -> Callable[..., None]:
-    if name == "plan":
-        from mhc_lightning.cli.plan import plan as command
-    elif name == "fit":
-        from mhc_lightning.cli.fit import fit as command
-    elif name == "validate":
-        from mhc_lightning.cli.validate import validate as command
-    elif name == "generate":
-        from mhc_lightning.cli.generate import generate as command
-    elif name == "evaluate":
-        from mhc_lightning.cli.evaluate import evaluate as command
-    elif name == "export":
-        from mhc_lightning.cli.export import export as command
-    elif name == "import":
-        from mhc_lightning.cli.import_model import import_model as command
-    elif name == "tune":
-        from mhc_lightning.cli.tune import tune as command
-    else:
-        from mhc_lightning.cli.prepare import prepare as command
-    return command
-
-
 def _open_closed_streams() -> None:
-    """Give streams that the caller has closed (``>&-``) a place to go to, and their numbers."""
+    """Open the null device for every standard stream that the caller has closed (`>&-`)."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _drop_output() -> None:
-    """Have Python not complain once more, at its exit, of output that cannot be written."""
+    """Send standard output to the null device: Python reports no second error at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
