@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 # Where the dependencies of an extra may be imported, beside those that are always there.
 EXTRAS = {
-    "src/mhc_lightning/data/hub.py": "datasets",
+    "src/mhc_lightning/data/hub_datasets.py": "datasets",
     "src/mhc_lightning/cli/evaluate.py": "evaluate",
     "src/mhc_lightning/evaluation": "evaluate",
     "recipes/shared/sweep.py": "slurm",

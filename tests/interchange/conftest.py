@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from mhc_lightning.interchange.exported_model import build_network
+from mhc_lightning.interchange.model_settings import build_network
 
 SETTINGS = {
     "_target_": "mhc_lightning.modules.Transformer",

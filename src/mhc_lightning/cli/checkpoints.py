@@ -21,10 +21,9 @@ from mhc_lightning.interchange.exported_model import (
     check_settings,
     is_exported,
     open_exported,
-    other_settings,
-    section_record,
 )
 from mhc_lightning.interchange.importing import weights_checkpoint
+from mhc_lightning.interchange.model_settings import differing_settings, section_record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,7 +145,7 @@ def _tell_other_settings(path: Path, experiment: Experiment) -> None:
     try:
         record = yaml.safe_load((path.parent.parent / CONFIG).read_text(encoding="utf-8"))
         saved = record["model"]
-        changes = other_settings(
+        changes = differing_settings(
             section_record(saved),
             section_record(saved["connection"]),
             experiment.values()["model"],

@@ -1,4 +1,4 @@
-"""`evaluate`: benchmarks of lm-evaluation-harness."""
+"""The command `evaluate`: benchmarks of lm-evaluation-harness."""
 
 import contextlib
 import importlib.util
@@ -19,8 +19,8 @@ def evaluate(experiment: Experiment, arguments: Arguments) -> None:
     """Run `tasks` on `ckpt_path`, print the results and write them below `output_dir`.
 
     Raises:
-        UserError: the harness is not installed, or the settings, the tasks, the tokenizer or the
-            checkpoint are no good.
+        UserError: The harness is not installed, or a setting, a task, the tokenizer or the
+            checkpoint is missing or wrong.
     """
     values = experiment.values()
     tasks = _names(values["evaluate"]["tasks"])
@@ -41,7 +41,7 @@ def evaluate(experiment: Experiment, arguments: Arguments) -> None:
 
 
 def measure(experiment: Experiment, tasks: list[str]) -> dict[str, Any]:
-    """The harness's results, with the checkpoint, the step and the settings they belong to."""
+    """The results of the harness, with the checkpoint, step and settings of the evaluation."""
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.components import build_model, build_trainer
     from mhc_lightning.cli.tokenizer import tokenizer_of
@@ -85,7 +85,7 @@ def measure(experiment: Experiment, tasks: list[str]) -> dict[str, Any]:
 
 
 def _names(tasks: Any) -> list[str]:
-    """Names from a list, or from text with commas, in brackets or not."""
+    """Task names from a list, or from text with commas, in brackets or not."""
     if isinstance(tasks, str):
         tasks = tasks.strip().removeprefix("[").removesuffix("]").split(",")
     return [name for task in tasks or [] if (name := str(task).strip())]

@@ -1,4 +1,4 @@
-"""`export`: a checkpoint's weights for other programs."""
+"""The command `export`: the weights of a checkpoint as safetensors."""
 
 import sys
 
@@ -11,7 +11,7 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     """Write `ckpt_path` as safetensors into the new folder `output`.
 
     Raises:
-        UserError: the settings, the checkpoint, the tokenizer or the folder are no good.
+        UserError: A setting, the checkpoint, the tokenizer or the folder is missing or wrong.
     """
     values = experiment.values()
     if "output" not in experiment.literal:

@@ -1,4 +1,4 @@
-"""`import`: an exported model as a checkpoint to start from."""
+"""The command `import`: an exported model as a checkpoint that training starts from."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ def import_model(experiment: Experiment, arguments: Arguments) -> None:
     """Make `output_dir` a run whose only checkpoint, of step 0, is the exported model `input`.
 
     Raises:
-        UserError: the settings, the exported model or the folder are no good.
+        UserError: A setting, the exported model or the folder is missing or wrong.
     """
     values = experiment.values()
     source = values["input"]

@@ -40,11 +40,11 @@ def read_checkpoint(path: Path, text: str | None, arguments: Arguments) -> Inspe
     Raises:
         UserError: it is no checkpoint, or the text or a setting does not fit it.
     """
-    from mhc_lightning.interchange.exported_model import holds_own_record
+    from mhc_lightning.interchange.exported_model import has_own_record
 
     if path.is_dir() and (path / CONFIG).is_file():
         return _look_at_run(path / CONFIG, "last", path, text, arguments)
-    if path.is_dir() and holds_own_record(path):
+    if path.is_dir() and has_own_record(path):
         return _look_at_exported(path, text, arguments)
     if path.suffix == ".safetensors" or any(path.glob("*.safetensors")):
         return _look_at_deepseek_v4(path, text, arguments)
@@ -73,11 +73,8 @@ def _look_at_run(
     from mhc_lightning.cli.composition import compose_experiment
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.inspection import mappings_on, static_mappings_of
-    from mhc_lightning.interchange.exported_model import (
-        bring_to_life,
-        build_network,
-        section_record,
-    )
+    from mhc_lightning.interchange.exported_model import materialize
+    from mhc_lightning.interchange.model_settings import build_network, section_record
 
     literal = {key: typed for key, typed in arguments.literal.items() if key not in LITERAL_KEYS}
     literal |= {"ckpt_path": [asked], "output_dir": [str(run)]}
@@ -97,7 +94,7 @@ def _look_at_run(
         return InspectedCheckpoint(path, [_without_prefix(layer) for layer in layers], step)
     tokenizer = tokenizer_of(experiment, checkpoint, path, network.vocab_size)
     tokens = _tokens(tokenizer, text, int(values["data"]["sequence_length"]))
-    bring_to_life(network, {name: saved[f"model.{name}"] for name in network.state_dict()})
+    materialize(network, {name: saved[f"model.{name}"] for name in network.state_dict()})
     layers = mappings_on(network, torch.tensor([tokens]))
     return InspectedCheckpoint(path, layers, step, len(tokens))
 

@@ -1,4 +1,4 @@
-"""`prepare`: text files to token chunks."""
+"""The command `prepare`: text files to token chunks."""
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
@@ -9,17 +9,17 @@ def prepare(experiment: Experiment, arguments: Arguments) -> None:
     """Tokenize `input` into `output` with the settings of the section `prepare`.
 
     Raises:
-        UserError: input, output or settings are no good.
+        UserError: `input`, `output` or a setting is missing or wrong.
     """
     values = experiment.values()
-    source, output = values["input"], values["output"]
-    if not source:
+    inputs, output = values["input"], values["output"]
+    if not inputs:
         raise UserError("prepare needs input=FILE_OR_FOLDER (several: give input=… several times)")
     if not isinstance(output, str):
         raise UserError("prepare needs output=FOLDER, as data.path is a mixture of several")
 
     from mhc_lightning.cli.value_types import check_arguments
-    from mhc_lightning.data import prepare as make
+    from mhc_lightning.data import prepare as prepare_folder
 
-    check_arguments("prepare", make, values["prepare"])
-    print(make(source, output, overwrite=values["overwrite"], **values["prepare"]))
+    check_arguments("prepare", prepare_folder, values["prepare"])
+    print(prepare_folder(inputs, output, overwrite=values["overwrite"], **values["prepare"]))

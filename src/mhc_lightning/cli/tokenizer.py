@@ -1,4 +1,4 @@
-"""The tokenizer that a checkpoint's tokens are of."""
+"""The tokenizer of a checkpoint, and the refusal of any other one."""
 
 from typing import Any
 
@@ -11,25 +11,25 @@ from mhc_lightning.interchange.exported_model import is_exported, open_exported
 def tokenizer_of(
     experiment: Experiment, checkpoint: dict[str, Any], path: Any, vocab_size: int
 ) -> Tokenizer:
-    """The tokenizer to use a checkpoint with.
+    """The tokenizer for a checkpoint.
 
-    It is the one in the exported folder, if the checkpoint is one; else what `data.tokenizer`
-    names; else that of the data at `data.path`.
+    It is the tokenizer that `data.tokenizer` names; else that of the exported model, if the
+    checkpoint is one; else that of the data at `data.path`.
 
     Args:
         experiment: The experiment.
-        checkpoint: What was loaded.
-        path: Where it was loaded from.
-        vocab_size: Ids that the model has.
+        checkpoint: The loaded checkpoint.
+        path: The file or folder of the checkpoint.
+        vocab_size: Number of ids of the model.
 
     Raises:
-        UserError: it is not the tokenizer that the checkpoint was trained with, or has more ids
+        UserError: The checkpoint was trained with another tokenizer, or the tokenizer has more ids
             than the model.
     """
     values = experiment.values()
-    told = values["data"]["tokenizer"]
-    if told is not None:
-        tokenizer = load_tokenizer(told, values["prepare"]["end_of_document"])
+    configured = values["data"]["tokenizer"]
+    if configured is not None:
+        tokenizer = load_tokenizer(configured, values["prepare"]["end_of_document"])
     elif is_exported(path):
         tokenizer = open_exported(path).tokenizer()
     else:
@@ -43,10 +43,10 @@ def tokenizer_of(
 def check_tokenizer(
     tokenizer: Tokenizer, checkpoint: dict[str, Any], path: Any, vocab_size: int
 ) -> None:
-    """Make sure that a tokenizer is the one that a checkpoint was trained with.
+    """Check that a checkpoint was trained with a tokenizer.
 
     Raises:
-        UserError: it is another one, or has more ids than the model.
+        UserError: It was trained with another one, or the tokenizer has more ids than the model.
     """
     recorded = checkpoint.get("tokenizer")
     if recorded is None:

@@ -1,1 +1,1 @@
-"""Benchmarks: a network under EleutherAI's lm-evaluation-harness (the extra `evaluate`)."""
+"""Benchmarks of EleutherAI's lm-evaluation-harness (the extra `evaluate`)."""

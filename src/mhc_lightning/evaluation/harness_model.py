@@ -1,4 +1,7 @@
-"""A network as the harness's language model: it scores and continues texts."""
+"""A network as a language model of the harness: it scores and continues texts.
+
+lm_eval's own `HFLM` needs a model of transformers, with its cache and its `generate`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,23 +18,23 @@ from mhc_lightning.evaluation.scoring import score_continuations
 from mhc_lightning.generation import Sampling, generate_together
 from mhc_lightning.modules import Transformer
 
-_DEFAULT_NEW_TOKENS = 256  # for tasks that don't say, as in the harness
+_DEFAULT_NEW_TOKENS = 256  # the harness's default, for tasks without a limit
 
 
 class HarnessModel(TemplateLM):
-    """Answers the harness's requests with a `Transformer` and its tokenizer.
+    """Answers the requests of the harness with a `Transformer` and its tokenizer.
 
-    Texts without a context are read after an end-of-document token, as documents are in training.
+    A text without a context follows an end-of-document token, like a document in training.
 
     Args:
-        model: The network, in evaluation mode, where it is to run.
-        tokenizer: The tokenizer that it was trained with.
+        model: The network, in evaluation mode, on its device.
+        tokenizer: The tokenizer of its training.
         batch_size: Sequences per forward pass.
-        max_length: Tokens that the network sees at once.
-        seed: Of what is sampled, where a task does not take the likeliest tokens.
+        max_length: Largest number of tokens in a sequence.
+        seed: Seed of the sampling, for tasks that do not take the likeliest tokens.
 
     Attributes:
-        shortened: Requests so far that lost the beginning of their context to `max_length`.
+        shortened: Number of requests whose context lost its beginning because of `max_length`.
     """
 
     def __init__(
@@ -90,8 +93,8 @@ class HarnessModel(TemplateLM):
     ) -> list[float]:
         """Log-likelihoods of whole texts, in nats.
 
-        A text longer than `max_length` is cut into windows; each token is predicted once, from
-        as much as fits before it in its window.
+        A text longer than `max_length` is cut into windows. Each token is predicted once, from the
+        tokens before it in its window.
         """
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
@@ -110,61 +113,60 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop text, the end of the document, or the task's limit.
 
-        Prompts of similar length are read and continued together; each gets the text that it would
-        get alone.
+        Prompts of similar length are continued in one batch. The batch does not change the texts.
 
         Raises:
             UserError: A task asks for more new tokens than `max_length` leaves room for.
         """
-        asked = [
+        continuations = [
             self._prepare(request.args[0], request.args[1], self.seed + number)
             for number, request in enumerate(requests)
         ]
-        order = sorted(range(len(asked)), key=lambda k: -len(asked[k].prompt))
-        with tqdm(total=len(asked), desc="generating", disable=disable_tqdm) as bar:
+        order = sorted(range(len(continuations)), key=lambda k: -len(continuations[k].prompt))
+        with tqdm(total=len(continuations), desc="generating", disable=disable_tqdm) as bar:
             for start in range(0, len(order), self.batch_size):
-                batch = [asked[k] for k in order[start : start + self.batch_size]]
+                batch = [continuations[k] for k in order[start : start + self.batch_size]]
                 self._continue(batch)
                 bar.update(len(batch))
-        return [continuation.text for continuation in asked]
+        return [continuation.text for continuation in continuations]
 
     def _prepare(self, context: str, settings: dict[str, Any], seed: int) -> "_Continuation":
-        wanted = dict(normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS))
-        new_tokens = wanted["max_gen_toks"]
+        options = dict(normalize_gen_kwargs(settings, _DEFAULT_NEW_TOKENS))
+        new_tokens = options["max_gen_toks"]
         room = self.max_length - new_tokens
         if room < 1:
             raise UserError(
-                f"a task asks for up to {new_tokens} new tokens, and the model is to see"
-                f" {self.max_length} at once; give evaluate.max_length={2 * new_tokens} or more"
+                f"a task asks for up to {new_tokens} new tokens, and evaluate.max_length is"
+                f" {self.max_length}; give evaluate.max_length={2 * new_tokens} or more"
             )
         tokens = self.tok_encode(context) or [self.eot_token_id]
         self.shortened += len(tokens) > room
         sampling = Sampling(
             new_tokens,
-            temperature=wanted.get("temperature", 1.0) if wanted["do_sample"] else 0.0,
-            top_k=wanted.get("top_k") or None,  # 0 stands for all
-            top_p=wanted.get("top_p"),
+            temperature=options.get("temperature", 1.0) if options["do_sample"] else 0.0,
+            top_k=options.get("top_k") or None,  # 0 stands for all
+            top_p=options.get("top_p"),
             seed=seed,
         )
-        stops = [stop for stop in wanted["until"] if stop]
+        stops = [stop for stop in options["until"] if stop]
         return _Continuation(tokens[-room:], sampling, stops, self.text.stream())
 
     def _continue(self, batch: "list[_Continuation]") -> None:
-        drawn = generate_together(
+        sampled = generate_together(
             self.model,
             [continuation.prompt for continuation in batch],
             [continuation.sampling for continuation in batch],
             end_token=self.eot_token_id,
             is_over=lambda k, token: batch[k].is_stopped,
         )
-        for k, token in drawn:
+        for k, token in sampled:
             batch[k].push(token)
         for continuation in batch:
             continuation.finish()
 
 
 class _Continuation:
-    """What is drawn after a prompt, as text that ends before the first of `stops`."""
+    """The text sampled after a prompt; it ends before the first of `stops`."""
 
     def __init__(
         self, prompt: list[int], sampling: Sampling, stops: list[str], stream: TextStream
@@ -177,15 +179,15 @@ class _Continuation:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop text has come."""
+        """True if the text contains a stop."""
         return any(stop in self.text for stop in self._stops)
 
     def push(self, token: int) -> None:
-        """Take one more token."""
+        """Add a sampled token."""
         self.text += self._stream.push(token)
 
     def finish(self) -> None:
-        """Take what the last token left incomplete, and cut the text where it stops."""
+        """Add the text still held back, and cut the text at the first stop."""
         self.text += self._stream.flush()
         places = [self.text.find(stop) for stop in self._stops if stop in self.text]
         self.text = self.text[: min(places, default=None)]

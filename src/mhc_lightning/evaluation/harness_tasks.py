@@ -1,4 +1,4 @@
-"""Running benchmarks: which tasks, with how many examples, and what comes out."""
+"""The tasks of the harness: loaded by name, and evaluated on a model."""
 
 import difflib
 import math
@@ -16,12 +16,12 @@ from mhc_lightning.evaluation.harness_model import HarnessModel
 TASKS = Path(__file__).parent / "tasks"
 _REPORTED = ("results", "groups", "group_subtasks", "n-shot", "n-samples", "versions",
              "higher_is_better")  # fmt: skip
-# What loading a task's files and data raises where one of them is no good or out of reach.
+# Exceptions of loading a task whose files or data are wrong or out of reach.
 _TASK_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 
 
 def task_manager(include_path: str | Path | None = None) -> TaskManager:
-    """The harness's tasks, this package's group `paper`, and those in a folder.
+    """The tasks of the harness, this package's group `paper`, and the tasks in a folder.
 
     Raises:
         UserError: The folder does not exist, or a file in it is no YAML.
@@ -70,15 +70,15 @@ def run_tasks(
 
     Args:
         model: The model.
-        loaded: What `load_tasks` gave.
-        num_fewshot: Examples before each question, for tasks that don't rule them out; None leaves
-            them as the tasks say.
-        limit: Documents per task at most.
-        seed: Names the choice of examples, where a task leaves it open.
+        loaded: The result of `load_tasks`.
+        num_fewshot: Examples before each question, for tasks that allow them; None for the number
+            of the task.
+        limit: Largest number of documents per task.
+        seed: Seed of the choice of examples.
 
     Returns:
-        The harness's results, as JSON can hold them (what is not a number is null), and
-        `shortened`, how many requests lost the beginning of their context.
+        The results of the harness as JSON can hold them (NaN and missing values are null), and
+        `shortened`, the number of requests whose context lost its beginning.
 
     Raises:
         UserError: A setting is out of range.
@@ -87,13 +87,13 @@ def run_tasks(
         if value is not None and value < least:
             raise UserError(f"evaluate.{name} must be at least {least}, not {value}")
     for task in loaded["tasks"].values():
-        given = task.get_config("num_fewshot")
-        if given is None or (num_fewshot is not None and given != 0):
+        own = task.get_config("num_fewshot")
+        if own is None or (num_fewshot is not None and own != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=seed)
-    found = evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=False)
-    assert found is not None  # it is, in processes other than the first
-    report = {name: _plain(found[name]) for name in _REPORTED if name in found}
+    results = evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=False)
+    assert results is not None  # None in other processes than the first
+    report = {name: _plain(results[name]) for name in _REPORTED if name in results}
     return {**report, "shortened": model.shortened}
 
 

@@ -11,15 +11,15 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.kernels.precision import widened
 from mhc_lightning.modules import Transformer
 
-_ROWS = 1024  # predictions whose logits exist at once
+_ROWS = 1024  # predictions whose logits are in memory at once
 
 
 class Score(NamedTuple):
-    """What a network thinks of a continuation.
+    """The score of a continuation.
 
     Attributes:
-        log_likelihood: Its log-probability after the context, in nats.
-        is_greedy: Whether every token of it is the likeliest one.
+        log_likelihood: Log-probability after the context, in nats.
+        is_greedy: True if every token is the likeliest one.
     """
 
     log_likelihood: float
@@ -37,14 +37,14 @@ def score_continuations(
 ) -> list[Score]:
     """Score continuations after their contexts.
 
-    Sequences are padded behind their end, which a causal network cannot see before it. Of a
-    sequence that is too long, the beginning of the context is left out.
+    Sequences are padded at their end, which does not affect the tokens before it in a causal
+    network. A sequence that is too long loses the beginning of its context.
 
     Args:
         model: The network, in evaluation mode.
         pairs: Tokens of contexts (at least one each) and of continuations.
         batch_size: Sequences per forward pass.
-        max_length: Tokens that the network sees at once.
+        max_length: Largest number of tokens in a sequence.
         on_batch: Called after each batch with the number of sequences in it.
 
     Returns:
@@ -56,12 +56,12 @@ def score_continuations(
     longest = max((len(continuation) for _, continuation in pairs), default=0)
     if longest > max_length:
         raise UserError(
-            f"a continuation to score has {longest} tokens, more than the model is to see at once"
-            f" ({max_length}); give evaluate.max_length={longest} or more"
+            f"a continuation to score has {longest} tokens, more than"
+            f" evaluate.max_length={max_length}; give evaluate.max_length={longest} or more"
         )
     if not all(context for context, _ in pairs):
         raise ValueError("a context has no token to predict from")
-    # Like lengths together, and what needs most memory first.
+    # Similar lengths together; the batch that needs the most memory comes first.
     order = sorted(range(len(pairs)), key=lambda k: -len(pairs[k][0]) - len(pairs[k][1]))
     scores: list[Score | None] = [None] * len(pairs)
     for start in range(0, len(order), batch_size):
@@ -83,11 +83,12 @@ def _score_batch(
     ]
     counts = [len(continuation) for _, continuation in pairs]
     spans = [(len(s) - n, len(s)) for s, n in zip(sequences, counts, strict=True)]
-    inputs = pad_sequence([sequence[:-1] for sequence in sequences], batch_first=True)
+    inputs = pad_sequence([sequence[:-1] for sequence in sequences], batch_first=True)  # [B, S]
     targets = torch.cat([s[a:b] for s, (a, b) in zip(sequences, spans, strict=True)]).to(device)
+    # Row and position in `inputs` that predict each target, [K] both.
     rows = torch.arange(len(pairs)).repeat_interleave(torch.tensor(counts)).to(device)
     predictors = torch.cat([torch.arange(a - 1, b - 1) for a, b in spans]).to(device)
-    hidden = model.read_out(*model.run_blocks(model.embed(inputs.to(device))))
+    hidden = model.read_out(*model.run_blocks(model.embed(inputs.to(device))))  # [B, S, C]
     log_likelihoods, greedy = _score_tokens(model, hidden[rows, predictors], targets)
     return [
         Score(float(part.double().sum()), bool(best.all()))
@@ -96,10 +97,10 @@ def _score_batch(
 
 
 def _score_tokens(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [K] of targets [K] after [K, C], and whether each is the best."""
+    """Log-probabilities [K] of targets [K] given hidden [K, C], and whether each is the largest."""
     log_likelihoods, greedy = [], []
-    for rows, wanted in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True):
-        logits = widened(model.output(rows))
-        log_likelihoods.append(logits.log_softmax(-1).gather(-1, wanted[:, None]).squeeze(-1))
-        greedy.append(logits.argmax(-1) == wanted)
+    for rows, ids in zip(hidden.split(_ROWS), targets.split(_ROWS), strict=True):
+        logits = widened(model.output(rows))  # [rows, V]
+        log_likelihoods.append(logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1))
+        greedy.append(logits.argmax(-1) == ids)
     return torch.cat(log_likelihoods).cpu(), torch.cat(greedy).cpu()

@@ -1,4 +1,4 @@
-"""Models out of this package and into it: safetensors folders, and DeepSeek-V4's layout."""
+"""Models exported and imported: safetensors folders, and the layout of DeepSeek-V4."""
 
 from mhc_lightning.interchange.exported_model import Exported, load_exported, open_exported
 from mhc_lightning.interchange.exporting import export_model

@@ -1,4 +1,4 @@
-"""Whether the tensors that are there are those that are wanted, and plain weights."""
+"""The checks that tensors fit a model: their names, shapes and types."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,30 +6,34 @@ from torch import Tensor
 
 from mhc_lightning.errors import UserError
 
-_SHOWN = 8  # of each kind; the rest is counted
+_SHOWN = 8  # names of each kind in a message; the others are counted
 
 
 def check_tensors(
-    found: Mapping[str, Iterable[int]], wanted: Mapping[str, Tensor], where: str, hint: str = ""
+    shapes: Mapping[str, Iterable[int]],
+    expected: Mapping[str, Tensor],
+    source: str,
+    hint: str = "",
 ) -> None:
-    """Compare names and shapes.
+    """Compare the names and shapes of tensors with those of a model.
 
     Args:
-        found: Shapes by name.
-        wanted: A state dict, on any device.
-        where: What holds them, for the message.
-        hint: How to mend it, for the message.
+        shapes: Shapes by name.
+        expected: The state dict of the model, on any device.
+        source: Name of the file, folder or model that holds the tensors, for the message.
+        hint: A way to fix the mismatch, for the message.
 
     Raises:
-        UserError: Names the tensors that are missing, left over or of another shape.
+        UserError: Names the tensors that are missing, unexpected or of another shape.
     """
-    missing = [f"{name} {list(tensor.shape)}" for name, tensor in wanted.items()
-               if name not in found]  # fmt: skip
-    extra = [f"{name} {list(shape)}" for name, shape in found.items() if name not in wanted]
+    missing = [
+        f"{name} {list(tensor.shape)}" for name, tensor in expected.items() if name not in shapes
+    ]
+    extra = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in expected]
     misshapen = [
-        f"{name} is {list(found[name])}, not {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and list(found[name]) != list(tensor.shape)
+        f"{name} is {list(shapes[name])}, not {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in shapes and list(shapes[name]) != list(tensor.shape)
     ]
     faults = [
         f"{kind}: {_listed(names)}"
@@ -42,17 +46,17 @@ def check_tensors(
     ]
     if faults:
         faults += [hint] if hint else []
-        raise UserError(f"the tensors of {where} are not those of the model; {'; '.join(faults)}")
+        raise UserError(f"the tensors of {source} are not those of the model; {'; '.join(faults)}")
 
 
 def is_weight(value: object) -> bool:
-    """Whether a value is a tensor of plain weights: numbers with a fraction, of 16 bits or more.
+    """True if a value is a tensor of plain weights: floating-point, with 16 bits or more.
 
-    Quantised weights are not: integers and floats of 8 bits, of which other tensors tell the scale.
+    Quantised weights are integers, or floats of 8 bits, whose scale is in other tensors.
     """
     return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize > 1
 
 
 def _listed(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

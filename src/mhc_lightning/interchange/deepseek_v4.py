@@ -1,19 +1,19 @@
-"""mHC connections in DeepSeek-V4's layout, and back.
+"""mHC connections converted to the layout of DeepSeek-V4, and back.
 
 For each connection V4 stores three float32 tensors: `fn` [n² + 2n, n·C], `base` [n² + 2n] and
-`scale` [3], in the order pre, post, comb. They are `phi` transposed, `bias` and `alpha`,
-but for one thing: `comb[j, k]` is what stream j gives to the new stream k, so it is the transpose
-of our residual matrix, and the n² coefficients of it change places accordingly.
+`scale` [3], in the order pre, post, comb. They are `phi` transposed, `bias` and `alpha`, with one
+difference: `comb[j, k]` is the weight of stream j in the new stream k. So `comb` is the transpose
+of our residual matrix, and its n² coefficients are permuted accordingly.
 
-V4 adds two epsilons. `norm_eps` (1e-6) stands inside the root of the RMS, as `eps` of a
-connection does: a model meant for V4's weights is configured with `connection.eps=1e-6`.
+V4 has two epsilons. `norm_eps` (1e-6) stands inside the root of the RMS, like `eps` of a
+connection: configure a model for V4's weights with `connection.eps=1e-6`.
 `hc_eps` (1e-6) is added to the pre mapping and, within the Sinkhorn iterations, to entries and to
-sums, which ours have no need of. For coefficients of a few units the mappings differ by less than
-1e-4 because of it (by 2e-3 for coefficients around 8, where tiny entries are made larger), and not
-at all where a V4 model is configured with `hc_eps=0`.
+sums; this package has no such epsilon. For coefficients of a few units, `hc_eps` changes the
+mappings by less than 1e-4 (by 2e-3 for coefficients around 8, where it enlarges tiny entries). With
+`hc_eps=0` in the V4 model, the mappings are equal.
 
-V4 reads its streams out with a mapping of its own (`hc_head`), this package with their mean. Out,
-the mean becomes a head of equal constant weights; in, a head that does anything else is refused.
+V4 reads its streams out by a mapping of its own (`hc_head`), this package by their mean. On export
+the mean becomes a head of equal constant weights. On import any other head is refused.
 """
 
 import math
@@ -45,7 +45,7 @@ _CONNECTION = re.compile(r"^layers\.\d+\.hc_(attn|ffn)_(fn|base|scale)$|^hc_head
 
 @dataclass(frozen=True)
 class DeepseekV4Settings:
-    """What V4's configuration says of its connections, under the names it has there.
+    """The settings of connections in V4's configuration, under their names there.
 
     Attributes:
         hc_mult: Streams n.
@@ -77,7 +77,7 @@ def connection_from_deepseek_v4(
     """Copy V4's `fn`, `base` and `scale` into a connection.
 
     Raises:
-        UserError: Names the tensors that are missing, left over or of another shape, or one that
+        UserError: Names the tensors that are missing, unexpected or of another shape, or one that
             is quantised or not finite.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -97,12 +97,12 @@ def to_deepseek_v4(
 
     Args:
         model: A network with mHC connections.
-        transformers_names: Whether to name the tensors as transformers' V4 model does, without
-            its leading `model.`; otherwise as DeepSeek's own files do.
+        transformers_names: True for the tensor names of transformers' V4 model, without the
+            leading `model.`; False for those of DeepSeek's own files.
 
     Returns:
-        The tensors by name, and the settings that a V4 model needs beside them. Its `hc_eps` is
-        0: with it V4's code computes our mappings.
+        The tensors by name, and the settings that a V4 model needs with them. `hc_eps` is 0: then
+        V4's code computes our mappings.
 
     Raises:
         UserError: The network has other connections, or several of different settings.
@@ -131,40 +131,40 @@ def from_deepseek_v4(
 
     Args:
         model: A network with mHC connections, as many as the V4 model has.
-        tensors: V4's tensors, under DeepSeek's or transformers' names; others than those of
-            connections are left alone.
-        settings: What V4's configuration says of its connections (by default, what the released
-            models say).
+        tensors: V4's tensors, under DeepSeek's or transformers' names; only those of connections
+            and of the head are read.
+        settings: The settings of connections in V4's configuration (by default, those of the
+            released models).
 
     Raises:
-        UserError: Names tensors that are missing, left over or of another shape, one that is
+        UserError: Names tensors that are missing, unexpected or of another shape, one that is
             quantised or not finite, settings that the network's connections do not have, or a head
-            that is not the streams' mean.
+            that is not the mean of the streams.
     """
     settings = settings or DeepseekV4Settings()
-    found = {}
+    weights = {}
     for name, tensor in tensors.items():
         if _CONNECTION.match(_deepseek_name(name)):
-            found[_deepseek_name(name)] = tensor
+            weights[_deepseek_name(name)] = tensor
     connections = _connections(model)
     first = connections[0, "attention"]
-    wanted, ours = to_deepseek_v4(model)
-    if not any(name.startswith("hc_head") for name in found):
-        wanted = {name: t for name, t in wanted.items() if not name.startswith("hc_head")}
-    shapes = {name: tensor.shape for name, tensor in found.items()}
-    check_tensors(shapes, wanted, "the DeepSeek-V4 model")
-    _check_values(found)
-    for key, own, theirs in (
-        ("sinkhorn_iterations", ours.hc_sinkhorn_iters, settings.hc_sinkhorn_iters),
-        ("eps", ours.rms_norm_eps, settings.rms_norm_eps),
+    expected, own_settings = to_deepseek_v4(model)
+    if not any(name.startswith("hc_head") for name in weights):
+        expected = {name: t for name, t in expected.items() if not name.startswith("hc_head")}
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    check_tensors(shapes, expected, "the DeepSeek-V4 model")
+    _check_values(weights)
+    for key, own, given in (
+        ("sinkhorn_iterations", own_settings.hc_sinkhorn_iters, settings.hc_sinkhorn_iters),
+        ("eps", own_settings.rms_norm_eps, settings.rms_norm_eps),
     ):
-        if own != theirs:
+        if own != given:
             raise UserError(
                 f"connection.{key} is {own}, but the DeepSeek-V4 weights were trained with"
-                f" {theirs}; build the model with connection.{key}={theirs}"
+                f" {given}; build the model with connection.{key}={given}"
             )
-    if "hc_head_fn" in found:
-        head = {name: found[f"hc_head_{name}"].float() for name in ("fn", "base", "scale")}
+    if "hc_head_fn" in weights:
+        head = {name: weights[f"hc_head_{name}"].float() for name in ("fn", "base", "scale")}
         dynamic = bool(head["fn"].any()) and bool(head["scale"].any())
         if dynamic or not torch.equal(head["base"], head["base"][:1].expand(first.num_streams)):
             raise UserError(
@@ -173,43 +173,45 @@ def from_deepseek_v4(
             )
     for (layer, part), connection in connections.items():
         name = _DEEPSEEK[part]
-        parts = {own: found[name.format(layer, own)] for own in ("fn", "base", "scale")}
-        connection_from_deepseek_v4(connection, parts)
+        own_weights = {key: weights[name.format(layer, key)] for key in ("fn", "base", "scale")}
+        connection_from_deepseek_v4(connection, own_weights)
 
 
 def connections_in(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """The connections of a V4 model, in the order of its sub-layers.
 
     Args:
-        names: Of all its tensors, as DeepSeek's files or transformers have them.
+        names: The names of all its tensors, in DeepSeek's files or in transformers.
 
     Returns:
-        By DeepSeek's name (`layers.0.hc_attn`) the names of its `fn`, `base` and `scale`,
-        as far as they are there.
+        For each connection, by DeepSeek's name (`layers.0.hc_attn`), the names of those of `fn`,
+        `base` and `scale` that exist.
     """
-    found: dict[tuple[int, str], dict[str, str]] = {}
+    connections: dict[tuple[int, str], dict[str, str]] = {}
     for name in names:
         match = _CONNECTION.match(_deepseek_name(name))
         if match and match.group(1):
             layer = int(match.group(0).split(".")[1])
-            found.setdefault((layer, match.group(1)), {})[match.group(2)] = name
-    return {f"layers.{layer}.hc_{part}": found[layer, part] for layer, part in sorted(found)}
+            connections.setdefault((layer, match.group(1)), {})[match.group(2)] = name
+    return {
+        f"layers.{layer}.hc_{part}": connections[layer, part] for layer, part in sorted(connections)
+    }
 
 
 def static_mappings(base: Tensor, settings: DeepseekV4Settings) -> StreamMappings:
     """The mappings of a V4 connection from its `base` alone, as V4's code computes them.
 
-    They are those of a token whose streams project to nothing.
+    They are the mappings of a token whose streams project to zero.
 
     Args:
         base: [n² + 2n].
-        settings: The Sinkhorn iterations and `hc_eps` are heeded.
+        settings: The Sinkhorn iterations and `hc_eps` are used.
 
     Returns:
         Float64 mappings [1, n], [1, n], [1, n, n], in the orientation of this package.
 
     Raises:
-        UserError: `base` has no such length.
+        UserError: `base` has another shape.
     """
     n = math.isqrt(base.numel() + 1) - 1
     if base.dim() != 1 or n < 1 or n * n + 2 * n != base.numel():
@@ -226,7 +228,7 @@ def static_mappings(base: Tensor, settings: DeepseekV4Settings) -> StreamMapping
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what would be copied as other numbers than were meant.
+    """Refuse tensors whose values cannot be copied as they are meant.
 
     Raises:
         UserError: A tensor is quantised or not finite.
@@ -266,7 +268,7 @@ def _connections(model: Transformer) -> dict[tuple[int, str], ManifoldHyperConne
     """Connections by (block, sub-layer).
 
     Raises:
-        UserError: One is no mHC connection, or differs in its settings from the first.
+        UserError: A connection is no mHC connection, or differs in its settings from the others.
     """
     connections = {}
     for layer, block in enumerate(model.blocks):

@@ -1,10 +1,8 @@
-"""An exported model: a folder of tensors, what is needed to build the network, its tokenizer."""
+"""An exported model, read back: a folder of tensors, the settings of the network, its tokenizer."""
 
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +13,26 @@ from mhc_lightning.data.tokenizers import Tokenizer, tokenizer_from_record
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import file_xxh3, json_sha256
 from mhc_lightning.interchange.compatibility import check_tensors
+from mhc_lightning.interchange.model_settings import build_network, differing_settings
 from mhc_lightning.interchange.safetensors_files import read_shapes, read_tensors
-from mhc_lightning.modules import Connection, Transformer
+from mhc_lightning.modules import Transformer
 
 CONFIG_FILE = "config.json"
 FORMAT = "mhc-lightning"
 FORMAT_VERSION = 1
-_OF_TRAINING = ("init_std", "bias_update_speed")  # a trained network computes the same with any
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported model, opened: its record is read, its tensors are not yet.
+    """An opened export: its record is read, its tensors are not yet.
 
     Attributes:
-        folder: Where it lies.
-        model: The network's class (dotted name, under `class`) and its arguments.
-        connection: The same of the connections.
-        tokenizer_record: What `tokenizer` is built from.
-        step: Optimizer steps that it was trained for.
-        files: XXH3 checksums of the tensors' files; empty in folders of earlier versions.
+        folder: The folder.
+        model: The class of the network (dotted name, under `class`) and its arguments.
+        connection: The class of the connections and their arguments.
+        tokenizer_record: The record of the tokenizer.
+        step: Optimizer steps of the training.
+        files: XXH3 checksums of the tensor files; empty in folders of earlier versions.
     """
 
     folder: Path
@@ -48,49 +46,49 @@ class Exported:
         """The tokenizer that the model was trained with.
 
         Raises:
-            UserError: Its file is missing or is not the one that was exported.
+            UserError: Its file is missing or was changed.
         """
         return tokenizer_from_record(self.tokenizer_record, self.folder)
 
     def build(self) -> Transformer:
-        """The network, on the device that is set; initialised, not loaded.
+        """The network, on the current default device, with initial weights.
 
         Raises:
             UserError: A class is unknown, or does not take the arguments.
         """
         return build_network(self.model, self.connection, str(self.folder / CONFIG_FILE))
 
-    def tensors(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors by name, in the order of those wanted, once they are known to be those.
+    def tensors(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by name, checked against those of a model and in their order.
 
         Args:
-            wanted: A state dict, on any device.
+            expected: The state dict of the model, on any device.
 
         Raises:
-            UserError: Names the tensors that are missing, left over or of another shape, or a file
-                that is not what `export` wrote, or not there.
+            UserError: Names the tensors that are missing, unexpected or of another shape, or a file
+                that is missing or was changed since `export` wrote it.
         """
-        check_tensors(read_shapes(self.folder), wanted, str(self.folder))
+        check_tensors(read_shapes(self.folder), expected, str(self.folder))
         for name, checksum in self.files.items():
             file = self.folder / name
             if not file.is_file() or file_xxh3(file) != checksum:
-                found = "is damaged, or was changed" if file.is_file() else "was removed"
+                fault = "is damaged, or was changed" if file.is_file() else "was removed"
                 raise UserError(
-                    f"{file} {found} since `export` wrote it (checksum); copy or export it again,"
+                    f"{file} {fault} since `export` wrote it (checksum); copy or export it again,"
                     f" or, if the change is meant, take {name} out of `files` and `checksum` out of"
                     f" {CONFIG_FILE}"
                 )
         tensors = read_tensors(self.folder)
-        return {name: tensors[name] for name in wanted}
+        return {name: tensors[name] for name in expected}
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether `folder` looks like what `export` writes."""
+    """True if `folder` has the record file of an exported model."""
     return (folder / CONFIG_FILE).is_file()
 
 
-def holds_own_record(folder: Path) -> bool:
-    """Whether the record in `folder` is of this package: other models have such files, too."""
+def has_own_record(folder: Path) -> bool:
+    """True if the record in `folder` is this package's: other models have such files too."""
     try:
         record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -102,7 +100,7 @@ def open_exported(folder: str | Path) -> Exported:
     """Read the record of an exported model.
 
     Raises:
-        UserError: The folder holds none, one that was changed, or one of a later format.
+        UserError: The folder has no record, or the record was changed or is of a later format.
     """
     folder = Path(folder)
     file = folder / CONFIG_FILE
@@ -146,100 +144,33 @@ def load_exported(folder: str | Path) -> Transformer:
     """The network of an exported model with its weights, on the CPU, in evaluation mode.
 
     Raises:
-        UserError: The folder holds no exported model, or its tensors are not those of the network.
+        UserError: The folder holds no exported model, or its tensors do not fit the network.
     """
     exported = open_exported(folder)
-    # A network draws the seed of its initial weights, which nothing asks for here.
+    # Building a network draws the seed of its initial weights, which are not used here.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = exported.build()
-    return bring_to_life(model, exported.tensors(model.state_dict()))
+    return materialize(model, exported.tensors(model.state_dict()))
 
 
-def bring_to_life(model: Transformer, tensors: Mapping[str, Tensor]) -> Transformer:
-    """Give a network on `meta` tensors, as they are, and make it ready to evaluate."""
-    model.load_state_dict(tensors, assign=True)  # in the dtypes of the file
+def materialize(model: Transformer, tensors: Mapping[str, Tensor]) -> Transformer:
+    """Replace the `meta` tensors of a network by real ones, and set evaluation mode."""
+    model.load_state_dict(tensors, assign=True)  # keeps the dtypes of the file
     return model.eval()
 
 
-def section_record(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of a configuration as a class and its plain arguments, without a connection."""
-    own = {k: v for k, v in section.items() if k != "connection" and not k.startswith("_")}
-    return {"class": section["_target_"], **own}
-
-
 def check_settings(exported: Exported, settings: Mapping[str, Any]) -> None:
-    """Compare the settings that an exported model was built with, which its tensors don't tell.
+    """Compare the settings of an exported model with configured ones; tensors do not show them.
 
     Args:
         exported: The exported model.
         settings: The section `model` of a configuration, `connection` within it.
 
     Raises:
-        UserError: Names those that differ.
+        UserError: Names the settings that differ.
     """
-    changes = other_settings(exported.model, exported.connection, settings)
+    changes = differing_settings(exported.model, exported.connection, settings)
     if changes:
         raise UserError(
             f"{exported.folder} is a model of other settings; give {', '.join(changes)}"
         )
-
-
-def other_settings(
-    model: Mapping[str, Any], connection: Mapping[str, Any], settings: Mapping[str, Any]
-) -> list[str]:
-    """What differs from the section `model` of a configuration, each as `key=value (not …)`.
-
-    Args:
-        model: The `section_record` to compare with.
-        connection: Its connection's.
-        settings: The section, `connection` within it.
-    """
-    sections = {
-        "model": (model, section_record(settings)),
-        "connection": (connection, section_record(settings["connection"])),
-    }
-    return [
-        f"{section}.{'_target_' if name == 'class' else name}={theirs[name]} (not {ours[name]})"
-        for section, (theirs, ours) in sections.items()
-        for name in theirs
-        if name in ours and name not in _OF_TRAINING and theirs[name] != ours[name]
-    ]
-
-
-def build_network(
-    model: Mapping[str, Any], connection: Mapping[str, Any], where: str
-) -> Transformer:
-    """A network from the two sections of a record.
-
-    Nothing but connections and Transformers is ever called, whatever the record names.
-
-    Raises:
-        UserError: A class is unknown, or does not take the arguments.
-    """
-    for name, section in (("model", model), ("connection", connection)):
-        if "class" not in section:
-            raise UserError(f"{where} is incomplete: {name} names no class")
-    connection_class = _class_named(connection["class"], Connection, where)
-    model_class = _class_named(model["class"], Transformer, where)
-    try:
-        return model_class(
-            connection=partial(connection_class, **_arguments(connection)), **_arguments(model)
-        )
-    except TypeError as error:
-        reason = str(error).partition("\n")[0]  # torch adds where in its own code
-        raise UserError(f"{where} does not fit this version: {reason}") from error
-
-
-def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name != "class"}
-
-
-def _class_named(name: str, base: type, where: str) -> Any:
-    module, _, attribute = str(name).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{where} names {name}, which cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise UserError(f"{where} names {name}, which is no {base.__name__}")
-    return found

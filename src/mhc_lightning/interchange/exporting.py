@@ -1,4 +1,4 @@
-"""Writing a model as a folder that others can read."""
+"""`export_model`: a model as a folder of safetensors, its settings and its tokenizer."""
 
 import json
 import shutil
@@ -22,10 +22,9 @@ from mhc_lightning.interchange.exported_model import (
     CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
-    build_network,
     is_exported,
-    section_record,
 )
+from mhc_lightning.interchange.model_settings import build_network, section_record
 from mhc_lightning.interchange.safetensors_files import write_tensors
 from mhc_lightning.modules import Transformer
 
@@ -44,21 +43,21 @@ def export_model(
 ) -> None:
     """Write a model as safetensors with a `config.json` and its tokenizer.
 
-    The folder appears when it is complete: everything is written aside and then takes its name.
+    The files are written aside; the folder appears under its name when it is complete.
 
     Args:
-        model: The network, or its state dict, whose tensors are read as they are written.
+        model: The network, or its state dict, whose tensors are looked up one file at a time.
         folder: The new folder.
         settings: The section `model` of the run's configuration, `connection` within it
             (`_target_` names a class).
-        tokenizer: The tokenizer that it was trained with.
-        step: Optimizer steps that it was trained for.
-        shard_bytes: How many bytes of tensors one file holds at most.
-        overwrite: Whether to replace an exported model that the folder already holds.
+        tokenizer: The tokenizer of its training.
+        step: Optimizer steps of its training.
+        shard_bytes: Largest number of bytes of tensors in one file.
+        overwrite: Replace an exported model that the folder already holds.
 
     Raises:
-        UserError: The settings are not those of this model, it is quantised, the tokenizer has more
-            ids than it, or the folder is taken or cannot be written.
+        UserError: The settings are not those of this model, the model is quantised, the tokenizer
+            has more ids than the model, or the folder is taken or cannot be written.
     """
     record: dict[str, Any] = {
         "format": FORMAT,
@@ -73,11 +72,11 @@ def export_model(
     with torch.device("meta"):
         rebuilt = build_network(record["model"], record["connection"], "the configuration")
     described = describe(tensors)
-    other = next((name for name, value in described.items() if not is_weight(value)), None)
-    if other is not None:
+    quantised = next((name for name, value in described.items() if not is_weight(value)), None)
+    if quantised is not None:
         raise UserError(
-            f"the model to export holds what is no plain weight, {other} (is it quantised?);"
-            " export the one it was made from"
+            f"the model to export holds a tensor that is no plain weight, {quantised} (is it"
+            " quantised?); export the model it was made from"
         )
     check_tensors(
         {name: tensor.shape for name, tensor in described.items()},
@@ -102,7 +101,7 @@ def export_model(
 
 @contextmanager
 def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder aside to fill, which takes the name of `folder` if all goes well.
+    """A folder to fill, which takes the name of `folder` at the end.
 
     Raises:
         UserError: The name is taken, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""Reading an exported model back, into a network or into a checkpoint to start from."""
+"""An exported model read into a network, or into a checkpoint that training starts from."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,31 +16,31 @@ def import_model(folder: str | Path, model: Transformer) -> Exported:
     """Copy the weights of an exported model into `model`.
 
     Raises:
-        UserError: Names the tensors that are missing, left over or of another shape.
+        UserError: Names the tensors that are missing, unexpected or of another shape.
     """
     exported = open_exported(folder)
     model.load_state_dict(exported.tensors(model.state_dict()))
     return exported
 
 
-def weights_checkpoint(exported: Exported, wanted: Mapping[str, Tensor]) -> dict[str, Any]:
+def weights_checkpoint(exported: Exported, expected: Mapping[str, Tensor]) -> dict[str, Any]:
     """An exported model as a checkpoint of weights alone.
 
-    It holds what the file holds, bit for bit, and nothing of a run: training that starts from it
-    starts at step 0, with a new optimizer and at the beginning of the data.
+    The tensors are those of the file, bit for bit. There is no state of a run: training starts at
+    step 0, with a new optimizer and at the beginning of the data.
 
     Args:
         exported: The exported model.
-        wanted: State dict of the LightningModule that is to load it, on any device.
+        expected: State dict of the LightningModule that will load it, on any device.
 
     Returns:
         `state_dict`, `global_step` (0), `tokenizer` (its fingerprint) and `trained_steps`
-        (those before the export).
+        (the steps before the export).
 
     Raises:
-        UserError: Names the tensors that are missing, left over or of another shape.
+        UserError: Names the tensors that are missing, unexpected or of another shape.
     """
-    network = {name.removeprefix(_PREFIX): tensor for name, tensor in wanted.items()}
+    network = {name.removeprefix(_PREFIX): tensor for name, tensor in expected.items()}
     tensors = exported.tensors(network)
     return {
         "state_dict": {f"{_PREFIX}{name}": tensor for name, tensor in tensors.items()},

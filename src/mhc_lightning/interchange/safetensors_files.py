@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: one file, or several with an index when it would be too large.
+"""Tensors in safetensors files: one file, or several shards with an index.
 
 File names and the index follow the convention of the Hugging Face libraries, which can read them:
 `model.safetensors`, or `model-00001-of-00003.safetensors` … and
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,10 +30,11 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
     """Write tensors to `folder`, in their order, as they are (dtype and bits).
 
     Args:
-        tensors: By name; of those that share memory, as tied weights do, each is written.
-        folder: Where the files go.
-        shard_bytes: How many bytes of tensors one file holds at most; a larger tensor gets a file
-            of its own.
+        tensors: By name. Tensors that share memory, as tied weights do, are each written:
+            `huggingface_hub.save_torch_state_dict` would drop all but one.
+        folder: Folder for the files.
+        shard_bytes: Largest number of bytes of tensors in one file; a larger tensor gets a file of
+            its own.
 
     Raises:
         UserError: `shard_bytes` is below 1.
@@ -40,27 +43,25 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
     if shard_bytes < 1:
         raise UserError(f"export.shard_bytes must be at least 1, not {shard_bytes}")
     described = describe(tensors)
-    sizes = {name: tensor.nbytes for name, tensor in described.items()}
-    shards = _shards(sizes, shard_bytes)
-    if len(shards) == 1:
-        _save(tensors, shards[0], folder / SINGLE_FILE)
-        return
-    files = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    sizes = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in described.items()
+    }
+    shards = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
+    for file, names in shards.filename_to_tensors.items():
         _save(tensors, names, folder / file)
-        files.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": sum(sizes.values())}}
-    text = json.dumps({**index, "weight_map": files}, indent=2)
-    (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        text = json.dumps(index, indent=2)
+        (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in `folder`, without reading the tensors.
 
     Raises:
-        UserError: A file is missing or damaged, a tensor is in two, or one holds no numbers of at
-            least 16 bits with a fraction, as quantised weights do.
+        UserError: A file is missing or damaged, a tensor is in two files, or a tensor is quantised:
+            it is not of a floating-point type of at least 16 bits.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in _files(folder):
@@ -92,29 +93,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
 def _save(tensors: Mapping[str, Tensor], names: list[str], file: Path) -> None:
     chosen: dict[str, Tensor] = {}
-    memory: set[int] = set()
+    storages: set[int] = set()
     for name in names:
         tensor = tensors[name].detach().cpu().contiguous()
-        own = tensor.untyped_storage().data_ptr()
-        chosen[name] = tensor.clone() if own in memory else tensor  # the format shares nothing
-        memory.add(own)
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory.
+        chosen[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     try:
         save_file(chosen, file, metadata=_METADATA)
-    except SafetensorError as error:  # its way to say that the disk is full
+    except SafetensorError as error:  # raised when the disk is full
         raise OSError(str(error)) from error
 
 
@@ -122,7 +112,7 @@ def _files(folder: Path) -> list[Path]:
     """The files that hold the tensors.
 
     Raises:
-        UserError: There are none, or one that the index names is missing.
+        UserError: There are no files, or a file of the index is missing.
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
@@ -149,7 +139,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a file or folder by name, each read when it is asked for (memory-mapped).
+    """The tensors of a file or folder by name, each read when it is looked up (memory-mapped).
 
     Args:
         path: One `.safetensors` file, or a folder as `write_tensors` and the Hugging Face
@@ -160,18 +150,18 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        self._places: dict[str, Path] = {}
+        self._files: dict[str, Path] = {}
         for file in _files(path) if path.is_dir() else [path]:
             with _opened(file) as content:
-                self._places.update(dict.fromkeys(content.keys(), file))
+                self._files.update(dict.fromkeys(content.keys(), file))
 
     def __getitem__(self, name: str) -> Tensor:
-        with _opened(self._places[name]) as content:
+        with _opened(self._files[name]) as content:
             tensor: Tensor = content.get_tensor(name)
             return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._files)
