@@ -210,7 +210,9 @@ def test_a_run_goes_on_with_the_settings_of_now(
         assert {name: group[name] for name in wanted} == wanted
     assert changed.logger.series("train/learning_rate")[4] == pytest.approx(2e-3)
     other = {AdamWRecipe: MuonRecipe, MuonRecipe: AdamWRecipe}[kind](lr=1e-2)
-    with pytest.raises(UserError, match=f"optimizer is {kind.__name__}, not "):
+    with pytest.raises(
+        UserError, match=f"optimizer is {kind.__name__.removesuffix('Recipe')}, not "
+    ):
         run(6, other, tmp_path / "4.ckpt")
 
 

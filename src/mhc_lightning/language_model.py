@@ -1,4 +1,4 @@
-"""The LightningModule: loss, optimizer, schedule and the numbers every run logs."""
+"""The LightningModule: its loss, optimizer, schedule, and the numbers that every run logs."""
 
 import math
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ from mhc_lightning.strategies.sharding import shard_by_mesh
 
 
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch [B, S + 1] as what is read and what is predicted, each [B, S].
+    """Split a batch [B, S + 1] into the tokens that are read and the targets, each [B, S].
 
-    Padding (-100) is read as token 0, which causal attention shows to nothing but more padding.
+    Padding (-100) is read as token 0; causal attention shows it to further padding only.
 
     Raises:
-        UserError: There is a token behind padding, which would read it.
+        UserError: A token follows padding, and would attend to it.
     """
     inputs, targets = batch[:, :-1], batch[:, 1:]
     padding = inputs == IGNORE_INDEX
@@ -44,26 +44,28 @@ def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LanguageModel(pl.LightningModule):
-    """Next-token prediction with a ``Transformer``.
+    """Next-token prediction with a `Transformer`.
 
-    A batch is int64 tokens [B, S + 1]. Shorter sequences are padded behind their end with -100
-    (``IGNORE_INDEX``); padding is not predicted, but experts count it in their load. The loss is
-    the mean over the predicted tokens of a micro-batch, and micro-batches and ranks weigh the same
-    in a step, however much of them is padding.
+    A batch is int64 tokens [B, S + 1]. Shorter sequences are padded at their end with -100
+    (`IGNORE_INDEX`); padding is not predicted, but experts count it in their load. The loss is the
+    mean over the predicted tokens of a micro-batch. All micro-batches and ranks have the same
+    weight in a step, whatever share of them is padding.
 
-    Logs ``train/loss`` (the mean over the micro-batches of an optimizer step), ``train/grad_norm``
-    (before clipping), ``train/learning_rate``, ``val/loss`` and ``val/perplexity`` (over all
-    predicted tokens of all ranks, each of which weighs the same; NaN where there are none), against
-    the number of optimizer steps completed, first 1; with experts, also
-    ``experts/max_violation`` and ``experts/mean_violation``, maximum and mean over layers of
-    (largest load / mean load - 1) in the global batch.
+    Logged against the number of completed optimizer steps, first 1:
+
+    - `train/loss`: the mean over the micro-batches of an optimizer step
+    - `train/grad_norm`, before clipping, and `train/learning_rate`
+    - `val/loss` and `val/perplexity`: over all predicted tokens of all ranks, each with the same
+      weight; NaN without any
+    - `experts/max_violation` and `experts/mean_violation`, with experts: maximum and mean over
+      layers of (largest load / mean load - 1) in the global batch
 
     Args:
         model: The network.
-        optimizer: The optimizer recipe, AdamW's or Muon's.
+        optimizer: The optimizer recipe: `AdamWRecipe` or `MuonRecipe`.
         compile: Whether to compile the network's sub-layers.
-        recompute: ``"auto"``, ``"off"`` (False or None), or the number of sub-layers per block in
-            which backward rebuilds streams.
+        recompute: `"auto"`, `"off"` (False or None), or the number of sub-layers per recompute
+            block, within which backward rebuilds streams.
     """
 
     def __init__(
@@ -79,8 +81,8 @@ class LanguageModel(pl.LightningModule):
         self.optimizer = optimizer
         self.compile_sublayers = compile
         self._configured = False
-        self._settings: list[dict[str, Any]] = []
-        self._weights: Mapping[str, Tensor] | None = None
+        self._optimizer_settings: list[dict[str, Any]] = []
+        self._pending_weights: Mapping[str, Tensor] | None = None
         self._step_losses: list[Tensor] = []
         self._step_of_losses = -1
 
@@ -97,26 +99,26 @@ class LanguageModel(pl.LightningModule):
             self.model.compile_sublayers()
         if self.device_mesh is not None:
             shard_by_mesh(self, self.model)
-            self._take_weights()
+            self._load_pending_weights()
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Take the weights of a whole state dict.
+        """Load the weights of a whole state dict.
 
-        A network on ``meta`` takes them when it is sharded, each process its part; keep the tensors
-        as they are until then.
+        A network on `meta` loads them when it is sharded, each process its part; the tensors must
+        not change until then.
         """
         if any(parameter.is_meta for parameter in self.parameters()):
-            self._weights = weights
+            self._pending_weights = weights
         else:
             load_weights(self, weights)
 
-    def _take_weights(self) -> None:
-        if self._weights is not None:
-            load_weights(self, self._weights)
-            self._weights = None
+    def _load_pending_weights(self) -> None:
+        if self._pending_weights is not None:
+            load_weights(self, self._pending_weights)
+            self._pending_weights = None
 
     def on_fit_start(self) -> None:
-        """Load given weights, now that every strategy has brought the network to life.
+        """Check the trainer's clipping; load pending weights, since no parameter is on meta now.
 
         Raises:
             UserError: The trainer would clip gradients wrongly.
@@ -129,18 +131,18 @@ class LanguageModel(pl.LightningModule):
                 f"trainer.precision={self.trainer.precision} is not supported (gradients would be"
                 " clipped at their scaled size); use bf16-mixed"
             )
-        self._take_weights()
+        self._load_pending_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with the state of another kind of optimizer.
+        """Refuse the state of another kind of optimizer when a fit resumes.
 
         Raises:
-            UserError: It is another one's.
+            UserError: The checkpoint's optimizer is Muon and the module's AdamW, or vice versa.
         """
         states = checkpoint.get("optimizer_states")
-        fits = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        ours = type(self).configure_optimizers is LanguageModel.configure_optimizers
-        if not (fits and ours and states):
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        from_recipe = type(self).configure_optimizers is LanguageModel.configure_optimizers
+        if not (fitting and from_recipe and states):
             return
         saved, now = "muon" in states[0]["param_groups"][0], isinstance(self.optimizer, MuonRecipe)
         if saved != now:
@@ -151,18 +153,20 @@ class LanguageModel(pl.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Let the settings of the optimizer be those of now, not those of the checkpoint."""
-        if self.trainer.ckpt_path is None or not self._settings:
+        """Keep the optimizer's present settings where a checkpoint has brought others."""
+        if self.trainer.ckpt_path is None or not self._optimizer_settings:
             return
         schedule: Any = self.lr_schedulers()
-        changed = keep_present_settings(self._settings, self.trainer.optimizers[0], schedule)
+        changed = keep_present_settings(
+            self._optimizer_settings, self.trainer.optimizers[0], schedule
+        )
         if changed:
             words = ", ".join(f"{k}={now} (saved: {saved})" for k, (saved, now) in changed.items())
-            rank_zero_warn(f"going on with other settings of the optimizer: {words}")
+            rank_zero_warn(f"the optimizer has other settings than in the checkpoint: {words}")
 
     def on_validation_start(self) -> None:
-        """Load given weights, now that every strategy has brought the network to life."""
-        self._take_weights()
+        """Load pending weights, since no parameter is on meta now."""
+        self._load_pending_weights()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one micro-batch."""
@@ -171,44 +175,44 @@ class LanguageModel(pl.LightningModule):
         if self._step_of_losses != step:
             self._step_losses, self._step_of_losses = [], step
         self._step_losses.append(loss.detach())
-        # Lightning logs what the last micro-batch of a step left: the mean over all of them.
+        # Lightning logs the value of a step's last micro-batch: the mean over all of them.
         mean = torch.stack(self._step_losses).mean()
         self.log("train/loss", mean, prog_bar=True, sync_dist=True)
         self.log("step", float(step + 1))
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to sum losses, and to count tokens, anew."""
-        # So wide that the order and size of batches do not show. Apple's GPUs have no float64.
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        self._validated = torch.zeros(2, dtype=wide, device=self.device)
+        """Reset the sums over validation tokens: of their losses, and of their number."""
+        # float64 hides the order and size of batches. Apple's GPUs have no float64.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self._validation_sums = torch.zeros(2, dtype=dtype, device=self.device)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Sum the losses of all tokens, and count them."""
+        """Add the losses of a batch's predicted tokens, and their number."""
         inputs, targets = inputs_and_targets(batch)
-        total = self.model.token_losses(inputs, targets).sum(dtype=self._validated.dtype)
-        self._validated += torch.stack([total, self.model.count_targets(targets)])
+        total = self.model.token_losses(inputs, targets).sum(dtype=self._validation_sums.dtype)
+        self._validation_sums += torch.stack([total, self.model.count_targets(targets)])
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss and perplexity of the whole validation set, in which every token weighs one."""
-        layout_of(self.trainer.strategy).sum_over_data_parallel(self._validated)
-        total, count = self._validated
+        """Log loss and perplexity of the whole validation set; all tokens have the same weight."""
+        layout_of(self.trainer.strategy).sum_over_data_parallel(self._validation_sums)
+        total, count = self._validation_sums
         self.log("val/loss", total / count, prog_bar=True, sync_dist=True)  # the same everywhere
         self.log("val/perplexity", (total / count).exp(), sync_dist=True)
         self.log("val/tokens", count, logger=False, sync_dist=True)
         self.log("step", float(self.trainer.global_step))
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule over ``trainer.max_steps`` steps.
+        """The recipe's optimizer, and its schedule over `trainer.max_steps` steps.
 
         Raises:
-            UserError: If the trainer has no ``max_steps``.
+            UserError: The trainer has no `max_steps`.
         """
         total_steps = self.trainer.max_steps
         if total_steps < 1:
             raise UserError(f"trainer.max_steps must be at least 1, not {total_steps}")
         optimizer, scheduler = self.optimizer.build(self, total_steps)
-        self._settings = group_settings(optimizer)
+        self._optimizer_settings = group_settings(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -220,26 +224,32 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the gradient norm, stop on a non-finite one, then clip.
+        """Measure the gradients, log, stop if anything is not finite, then clip.
+
+        All of this runs here, and not in `on_before_optimizer_step`: callbacks and subclasses may
+        change the gradients there, and the norm is that of the gradients that are clipped.
 
         Raises:
-            NonFiniteLossError: Before any weight is changed by the step.
+            NonFiniteLossError: Before the step changes any weight.
         """
         trained = [p for p in self.parameters() if p.grad is not None]
         norm = global_norm(trained, layout_of(self.trainer.strategy).pipeline_group)
-        self.log("train/grad_norm", norm)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+        self._log_optimizer_step(optimizer, norm)
         self._log_expert_loads()
-        self._check_finite(norm)
+        self._require_finite(norm)
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def _log_optimizer_step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        self.log("train/grad_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then rebalance the experts (here, so that no checkpoint falls between the two).
 
-        An update that was skipped, for which somebody took the gradients away, leaves them too.
+        A skipped update, whose gradients a callback has removed, does not rebalance them.
         """
         super().optimizer_step(*args, **kwargs)
         updated = any(parameter.grad is not None for parameter in self.parameters())
@@ -253,29 +263,30 @@ class LanguageModel(pl.LightningModule):
         return [module for module in self.modules() if isinstance(module, LoadBalance)]
 
     def _log_expert_loads(self) -> None:
-        """Sum the global batch's loads; log how far the fullest expert is above the mean."""
+        """Sum the loads over the global batch; log how far the fullest expert exceeds the mean."""
         layout, violations = layout_of(self.trainer.strategy), []
         for balance in self._balances():
             layout.sum_over_data_parallel(balance.load)
-            # float32 in a stage of any dtype: stages without experts do not know theirs.
+            # float32 in stages of any dtype: a stage without experts does not know their dtype.
             violation = balance.load.max() / balance.load.mean() - 1
-            violations.append(violation.float().nan_to_num(0))  # of no tokens at all
-        found = torch.stack(violations) if violations else torch.zeros(0, device=self.device)
-        worst = found.max() if violations else torch.full((), -math.inf, device=self.device)
-        total = torch.stack([found.sum(), torch.full_like(worst, len(violations))])
-        layout.max_over_pipeline(worst)
+            violations.append(violation.float().nan_to_num(0))  # NaN: no tokens at all
+        here = torch.stack(violations) if violations else torch.zeros(0, device=self.device)
+        largest = here.max() if violations else torch.full((), -math.inf, device=self.device)
+        total = torch.stack([here.sum(), torch.full_like(largest, len(violations))])
+        layout.max_over_pipeline(largest)
         layout.sum_over_pipeline(total)
         if violations or (layout.pipeline_group is not None and total[1] > 0):
-            self.log("experts/max_violation", worst)
+            self.log("experts/max_violation", largest)
             self.log("experts/mean_violation", total[0] / total[1])
 
-    def _check_finite(self, grad_norm: Tensor) -> None:
+    def _require_finite(self, grad_norm: Tensor) -> None:
+        """Raise NonFiniteLossError if a loss of the step, or the gradient norm, is not finite."""
         loss = torch.stack(self._step_losses).sum()
         if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
             return
-        what, value = ("loss", loss) if not bool(loss.isfinite()) else ("gradient", grad_norm)
+        subject, value = ("loss", loss) if not bool(loss.isfinite()) else ("gradient", grad_norm)
         raise NonFiniteLossError(
-            f"the {what} became {'NaN' if bool(value.isnan()) else 'infinite'}",
+            f"the {subject} became {'NaN' if bool(value.isnan()) else 'infinite'}",
             self.trainer.global_step + 1,
             last_gains(self.trainer),
         )
