@@ -1,6 +1,6 @@
 """Pipeline parallelism for a Lightning module that is not from this package.
 
-The network says what is cut (``blocks``) and what comes before and behind; the LightningModule is
+The network says what is cut (`blocks`) and what comes before and behind; the LightningModule is
 an ordinary one. From one process to two stages on two (CPU) devices only the Trainer changes:
 
     python examples/pipeline_your_own.py
@@ -49,7 +49,7 @@ class Network(nn.Module):
     def run_blocks(
         self, x: Tensor, carry: None = None, blocks: Sequence[nn.Module] = ()
     ) -> tuple[Tensor, None]:
-        """Some blocks after each other; nothing but ``x`` is handed on."""
+        """Some blocks after each other; nothing but `x` is handed on."""
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
         for block in blocks or self.blocks:
             x = block(x, src_mask=mask, is_causal=True)

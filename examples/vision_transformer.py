@@ -2,13 +2,13 @@
 
 The network and the LightningModule below are ordinary PyTorch and Lightning, and know nothing of
 language models. Three things make them Hyper-Connected: the patch embedding is copied into n
-streams, each residual sub-layer ``x + f(x)`` becomes ``connection(streams, f)``, and the streams
+streams, each residual sub-layer `x + f(x)` becomes `connection(streams, f)`, and the streams
 are averaged before the classifier. The callbacks find the connections by themselves.
 
 The task is made up on the spot: 16 x 16 images of a noisy grating, to be classified by its
 direction. In a few seconds on a CPU accuracy goes from an eighth (chance) to nearly one, and the
 gains stay near 1: forward exactly, backward up to what 20 Sinkhorn iterations leave. With
-``--connection hc`` nothing holds them there.
+`--connection hc` nothing holds them there.
 
     python examples/vision_transformer.py
     tensorboard --logdir outputs/vision_transformer       # page /#custom_scalars, and Images
@@ -125,7 +125,7 @@ def gratings(count: int, seed: int) -> TensorDataset:
 
 
 def main() -> None:
-    """Train, and write everything under ``--output``."""
+    """Train, and write everything under `--output`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,9 @@
 """Watch a model that is not ours: the Hyper-Connections inside transformers' DeepSeek-V4.
 
-`DeepseekV4HyperConnection` returns a tuple ``(post, comb, collapsed)``, not a `StreamMappings`, so
-the instruments are told how to read it, by one function, ``extract``. Two things in it are worth
-copying. ``comb`` is stored transposed (stream j to stream k is ``comb[j, k]``), so it is turned
-over to be H_res. And ``pre`` is used inside the module and not returned, so it is left unknown
+`DeepseekV4HyperConnection` returns a tuple `(post, comb, collapsed)`, not a `StreamMappings`, so
+the instruments are told how to read it, by one function, `extract`. Two things in it are worth
+copying. `comb` is stored transposed (stream j to stream k is `comb[j, k]`), so it is turned
+over to be H_res. And `pre` is used inside the module and not returned, so it is left unknown
 (NaN); the instruments read the residual mapping only.
 
 A tiny DeepSeek-V4 with random weights learns to continue arithmetic sequences. One sees the loss
@@ -104,7 +104,7 @@ def sequences(count: int, length: int) -> Tensor:
 
 
 def main() -> None:
-    """Train, and write everything under ``--output``."""
+    """Train, and write everything under `--output`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -17,14 +17,14 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
+import networks
 import numpy as np
 import pytest
 import torch
 
-from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+from mhc_lightning.modules import Transformer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -59,27 +59,7 @@ def _seeds() -> None:
 @pytest.fixture(scope="session")
 def tiny_transformer() -> Callable[..., Transformer]:
     """Returns a function: a network of two blocks, the second with experts, always the same."""
-
-    def build(**changes: Any) -> Transformer:
-        torch.manual_seed(0)
-        settings: dict[str, Any] = {
-            "connection": ManifoldHyperConnection,
-            "vocab_size": 40,
-            "dim": 16,
-            "num_layers": 2,
-            "num_heads": 2,
-            "ffn_dim": 20,
-            "head_dim": 8,
-            "rope_dim": 4,
-            "kv_rank": 8,
-            "init_std": 0.05,
-            "num_experts": 4,
-            "num_active_experts": 2,
-            "num_shared_experts": 1,
-        }
-        return Transformer(**{**settings, **changes})
-
-    return build
+    return networks.tiny_transformer
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ MOVED = {
     "finiteness": "optimizers.finiteness",
     "interchange.exported": "interchange.exported_model",
     "interchange.tensor_names": "interchange.compatibility",
+    "modules.plain": "modules.plain_projection",
     "modules.recompute_block": "modules.replay",
     "kernels.ends": "kernels.expand_mean",
     "kernels.reading": "kernels.read",

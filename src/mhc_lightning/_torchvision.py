@@ -1,8 +1,8 @@
-"""Say how to mend it where a torchvision that cannot load keeps Lightning from being imported.
+"""Explains the error of a torchvision that cannot load, which keeps Lightning from loading.
 
 litdata requires torchvision, and the build that a package index serves by default is linked
 against a CUDA torch. Beside a CPU torch, or beside a torch of another version, importing it fails
-somewhere inside with an error such as ``operator torchvision::nms does not exist``. torchmetrics
+somewhere inside with an error such as `operator torchvision::nms does not exist`. torchmetrics
 imports torchvision wherever it is installed, and Lightning imports torchmetrics, so the user meets
 this error, under the frames of four libraries, at the first use of this package.
 """
@@ -18,7 +18,7 @@ from mhc_lightning.errors import UserError
 
 
 class BrokenTorchvisionError(UserError, ImportError):
-    """An installed torchvision cannot be imported; the message says what to do about it."""
+    """An installed torchvision cannot be imported; the message says how to fix it."""
 
 
 def _named(distribution: str) -> str:
@@ -33,7 +33,7 @@ def _named(distribution: str) -> str:
 
 
 def _execute(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:
-    """Run torchvision's own ``__init__``.
+    """Run torchvision's own `__init__`.
 
     Raises:
         BrokenTorchvisionError: If that fails, from the error that it failed with.
@@ -66,9 +66,9 @@ class _TorchvisionFinder(MetaPathFinder):
 
 
 def explain_failures() -> None:
-    """Have a later ``import torchvision`` in this process say, if it fails, how to mend it.
+    """Make a failing `import torchvision` in this process say how to fix it.
 
-    Costs one entry in ``sys.meta_path``: torch and torchvision are not imported here, and a
+    Costs one entry in `sys.meta_path`: torch and torchvision are not imported here, and a
     torchvision that loads, or is absent, behaves exactly as it would otherwise. Calling it again
     changes nothing.
     """

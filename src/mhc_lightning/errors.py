@@ -1,4 +1,4 @@
-"""Errors that the command line turns into one clear line and an exit code of their own."""
+"""Errors for which the command line prints one line, each with its own exit code."""
 
 import errno
 from collections.abc import Mapping
@@ -54,17 +54,17 @@ class NonFiniteLossError(Exception):
         )
 
 
-def last_words(error: BaseException) -> str:
-    """An exception's message in one line, without the traceback that a loading process adds."""
+def one_line_message(error: BaseException) -> str:
+    """An exception's message in one line, without the traceback of a data-loading process."""
     text = str(error)
     if text.startswith("Caught ") and "Original Traceback" in text:
         text = text.rstrip().splitlines()[-1].partition(": ")[2] or text
     return " ".join(text.split())
 
 
-def no_room(error: BaseException) -> str | None:
-    """What to do about a full disk, if that is what an exception stands for."""
+def full_disk_message(error: BaseException) -> str | None:
+    """The message and its remedy if an exception means a full disk or quota, else None."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return None
     where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror}{where}; make room there, and a run goes on with ckpt_path=last"
+    return f"{error.strerror}{where}; make room there, and resume with ckpt_path=last"

@@ -17,20 +17,20 @@ _SEEDS = 2**64  # those that torch's generators tell apart
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a prompt is continued.
+    """The settings of a prompt's continuation.
 
-    The settings act in the order in which they stand here, each on what the one before left, its
-    probabilities summing to one, as in transformers and vLLM.
+    Temperature, `top_k` and `top_p` act in this order, each on the renormalised result of the
+    preceding one, as in transformers and vLLM.
 
     Args:
-        max_new_tokens: When to stop at the latest.
+        max_new_tokens: The largest number of new tokens.
         temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Keep the k likeliest tokens, and those as likely as the last of them.
+        top_k: Keep the k likeliest tokens, and all that are as likely as the k-th.
         top_p: Keep the likeliest tokens whose probabilities add up to at least p.
         seed: Makes the draw repeatable; at least 0 and below 2**64.
 
     Raises:
-        UserError: If an argument is out of range.
+        UserError: An argument is out of range.
     """
 
     max_new_tokens: int
@@ -70,15 +70,15 @@ def generate(
     Args:
         model: The network, in evaluation mode.
         prompt: At least one token.
-        max_new_tokens: When to stop at the latest; see ``Sampling`` for the rest.
+        max_new_tokens: The largest number of new tokens; for the other settings see `Sampling`.
         temperature: Divides the logits.
-        top_k: How many of the likeliest tokens are kept.
-        top_p: How much probability is kept.
-        seed: Of the draw.
+        top_k: The number of likeliest tokens to keep.
+        top_p: The probability to keep.
+        seed: The seed of the draw.
         end_token: Stop when it is drawn; it is not yielded.
 
     Raises:
-        UserError: If an argument is out of range.
+        UserError: An argument is out of range.
     """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     for _, token in generate_together(model, [prompt], [sampling], end_token=end_token):
@@ -94,18 +94,18 @@ def generate_together(
     end_token: int | None = None,
     is_over: Callable[[int, int], bool] = lambda prompt, token: False,
 ) -> Iterator[tuple[int, int]]:
-    """Continue several prompts at once, of any lengths, each as it would be on its own.
+    """Continue several prompts of any lengths at once, each as it would be on its own.
 
-    Each prompt is read once; a new token then costs one token's work and attention to those before
-    it (see ``Transformer.forward_cached``). A prompt whose continuation ended takes no more part.
+    Each prompt is read once. A new token then costs the computation of one token, and attention to
+    all preceding ones (see `Transformer.forward_cached`). Finished prompts leave the batch.
 
     Args:
         model: The network, in evaluation mode.
         prompts: At least one token each.
-        samplings: How each of them is continued.
+        samplings: The settings of each prompt.
         end_token: Ends a continuation when it is drawn; it is not yielded.
-        is_over: Called with a prompt's index and a token after it was yielded; whether that was
-            the continuation's last.
+        is_over: Called with a prompt's index and a token that was yielded; True if that token ends
+            the continuation.
 
     Yields:
         (index of the prompt, token), each prompt's tokens in their order.
@@ -115,35 +115,35 @@ def generate_together(
     """
     if not all(prompts):
         raise UserError('the prompt is empty: give at least one character, prompt="…"')
-    # Those without a continuation to draw would only be read.
+    # Prompts without any token to draw are not read.
     running = [k for k, sampling in enumerate(samplings) if sampling.max_new_tokens > 0]
     if not running:
         return
     device = next(model.parameters()).device
     generators = {k: _generator(samplings[k], device) for k in running}
-    left = {k: samplings[k].max_new_tokens for k in running}
+    remaining = {k: samplings[k].max_new_tokens for k in running}
     tokens = pad_sequence([torch.tensor(list(prompts[k])) for k in running], batch_first=True)
     counts = torch.tensor([len(prompts[k]) for k in running], device=device)
-    caches = model.new_caches(len(running), max(len(prompts[k]) + left[k] for k in running))
+    caches = model.new_caches(len(running), max(len(prompts[k]) + remaining[k] for k in running))
     logits = widened(model.forward_cached(tokens.to(device), caches, counts))
     while True:
         drawn = _draw(logits, [samplings[k] for k in running], [generators[k] for k in running])
-        going_on = []
+        unfinished = []
         for row, (k, token) in enumerate(zip(running, drawn, strict=True)):
             if token == end_token:
                 continue
             yield k, token
-            left[k] -= 1
-            if left[k] and not is_over(k, token):
-                going_on.append(row)
-        if not going_on:
+            remaining[k] -= 1
+            if remaining[k] and not is_over(k, token):
+                unfinished.append(row)
+        if not unfinished:
             return
-        if len(going_on) < len(running):
-            kept = torch.tensor(going_on, device=device)
+        if len(unfinished) < len(running):
+            rows = torch.tensor(unfinished, device=device)
             for cache in caches:
-                cache.keep(kept)
-        running = [running[row] for row in going_on]
-        last = torch.tensor([[drawn[row]] for row in going_on], device=device)
+                cache.keep(rows)
+        running = [running[row] for row in unfinished]
+        last = torch.tensor([[drawn[row]] for row in unfinished], device=device)
         logits = widened(model.forward_cached(last, caches))
 
 
@@ -177,14 +177,14 @@ def _draw(
 
 
 def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """A token drawn from the distribution that logits [V] and the settings make."""
+    """A token drawn from the distribution of logits [V] under the settings."""
     probabilities, tokens = _distribution(logits, sampling)
     return tokens[torch.multinomial(probabilities, 1, generator=generator)].squeeze()
 
 
 def _distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """What to draw from, likeliest first: weights [V] and the tokens [V] they belong to."""
-    # The largest becomes zero first: no temperature, however low, makes them overflow.
+    """The distribution to draw from, likeliest first: weights [V] and their tokens [V]."""
+    # The largest logit becomes zero first, so that no low temperature makes logits overflow.
     temperature = max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     scaled, tokens = ((logits - logits.max()) / temperature).sort(descending=True, stable=True)
     if sampling.top_k is not None and sampling.top_k < len(scaled):

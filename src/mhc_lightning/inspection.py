@@ -1,4 +1,4 @@
-"""What the residual mappings of a network are: gains, sums and matrices, by sub-layer."""
+"""Measures of a network's mappings, by sub-layer: gains, sums and matrices."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,20 +24,20 @@ class SublayerMappings(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """Numbers and matrices of a network's sub-layers, L of them.
+    """Numbers and matrices of a network's L sub-layers.
 
     Attributes:
-        names: Of the sub-layers [L].
+        names: Names of the sub-layers [L].
         gains: Amax gains by tag (`GAIN_TAGS`), each [L], averaged over tokens.
-        row_error: The largest ``|row sum - 1|`` of any token [L].
-        column_error: The largest ``|column sum - 1|`` of any token [L]: for mHC, what the finitely
-            many Sinkhorn iterations leave.
+        row_error: The largest `|row sum - 1|` of any token [L].
+        column_error: The largest `|column sum - 1|` of any token [L]: for mHC, the error that the
+            finitely many Sinkhorn iterations leave.
         diagonal: Mean of the matrix's diagonal [L].
         read: Mean pre mapping of each sub-layer, [n].
-        write: Mean post mapping, [n].
-        matrices: Residual matrix averaged over tokens, [n, n].
-        composites: Over each stretch of sub-layers of one shape, their product (multiplied token by
-            token, then averaged), [n, n].
+        write: Mean post mapping of each sub-layer, [n].
+        matrices: Mixing matrix of each sub-layer, averaged over tokens, [n, n].
+        composites: For each run of consecutive sub-layers with equal n, the product of their
+            matrices (multiplied token by token, then averaged), [n, n].
     """
 
     names: list[str]
@@ -52,7 +52,7 @@ class Inspection:
 
 
 def inspect_mappings(layers: Sequence[SublayerMappings]) -> Inspection:
-    """Measure mappings, given in the order in which they are applied."""
+    """Measure the mappings of sub-layers, in the order in which they are applied."""
     residuals = [layer.mappings.residual for layer in layers]
     gains = amax_gains(residuals).tolist()
     errors = torch.stack([sum_residuals(residual) for residual in residuals])
@@ -84,15 +84,14 @@ def connections_of(network: nn.Module) -> dict[str, Connection]:
 def static_mappings_of(
     network: nn.Module, tensors: Mapping[str, Tensor]
 ) -> Iterator[SublayerMappings]:
-    """The mappings of a network from its biases alone, one sub-layer after the other.
+    """The static mappings of a network (of its biases only), one sub-layer after the other.
 
-    They are those of a token whose streams are all zero: whatever depends on the token is then
-    nothing.
+    They are the mappings of a token whose streams are zero, where the dynamic part vanishes.
 
     Args:
-        network: On ``meta``, or anywhere.
-        tensors: Its state dict; only the tensors of connections are asked for, each once, and
-            those of a connection are let go before the next one's.
+        network: The network, on any device, `meta` included.
+        tensors: Its state dict. Only tensors of connections are read, each once; those of one
+            connection are released before the next.
     """
     carry = None
     for name, connection in connections_of(network).items():
@@ -104,21 +103,21 @@ def static_mappings_of(
 def _static_mappings(
     connection: Connection, name: str, tensors: Mapping[str, Tensor], carry: Tensor | None
 ) -> tuple[StreamMappings, Tensor | None]:
-    """A connection's mappings as observers see them, and what it hands to the next one."""
-    one = copy.deepcopy(connection)
-    own = {key: tensors[f"{name}.{key}"] for key in one.state_dict()}
-    one.load_state_dict(own, assign=True)
+    """A connection's mappings as observers see them, and its carry."""
+    connection = copy.deepcopy(connection)
+    values = {key: tensors[f"{name}.{key}"] for key in connection.state_dict()}
+    connection.load_state_dict(values, assign=True)
     seen: list[StreamMappings] = []
-    one.window.register_forward_hook(lambda _module, _args, mappings: seen.append(mappings))
-    streams = torch.zeros(1, one.num_streams, one.dim)
-    aggregated, state = one.read(streams, carry)
-    _, carry = one.write(streams, torch.zeros_like(aggregated), state)
+    connection.window.register_forward_hook(lambda _module, _args, mappings: seen.append(mappings))
+    streams = torch.zeros(1, connection.num_streams, connection.dim)
+    aggregated, state = connection.read(streams, carry)
+    _, carry = connection.write(streams, torch.zeros_like(aggregated), state)
     return StreamMappings(*(mapping.clone() for mapping in seen[0])), carry
 
 
 @torch.no_grad()
 def mappings_on(network: Transformer, tokens: Tensor) -> list[SublayerMappings]:
-    """The mappings of a network at tokens [B, S], in the order of its sub-layers."""
+    """The mappings of a network for tokens [B, S], in the order of its sub-layers."""
     watcher = StreamWatcher()
     watcher.open(network)
     try:

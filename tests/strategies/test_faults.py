@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from mhc_lightning.errors import NonFiniteLossError, UserError, last_words
+from mhc_lightning.errors import NonFiniteLossError, UserError, one_line_message
 from mhc_lightning.strategies.fault_watch import FaultWatch
 from mhc_lightning.strategies.faults import fault_of, how_it_ended, machine_fault
 from mhc_lightning.strategies.main_thread import ThreadView
@@ -70,7 +70,7 @@ def test_how_a_process_ended() -> None:
 def test_what_fails_in_a_loading_process_is_printed_without_its_traceback() -> None:
     error = failure_of(Broken(ends=False))
     assert isinstance(error, UserError) and "Traceback" in str(error)
-    assert last_words(error) == "chunk 3 is damaged: prepare again"
+    assert one_line_message(error) == "chunk 3 is damaged: prepare again"
     assert machine_fault(error) is None
 
 

@@ -4,7 +4,7 @@ What it logs is compared with what it logs without; and once with gains worked o
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -39,7 +39,9 @@ def assert_gains(found: dict[str, float], expected: dict[str, float], rel: float
     assert found == pytest.approx(expected, rel=rel)
 
 
+@cache
 def plain() -> dict[str, float]:
+    """The gains without any feature."""
     return gains_of(Watched(watched_network()))
 
 

@@ -6,43 +6,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from networks import CONNECTIONS, scrambled, tiny_transformer
 from torch import Tensor, nn
 
 from mhc_lightning.callbacks import AmaxGain
-from mhc_lightning.modules import (
-    Connection,
-    HyperConnection,
-    IdentityHyperConnection,
-    KroneckerHyperConnection,
-    ManifoldHyperConnection,
-    PermutationHyperConnection,
-    ResidualConnection,
-    SinglePassHyperConnection,
-    Transformer,
-)
+from mhc_lightning.modules import Connection, Transformer
 
 DIM, STREAMS, VOCABULARY = 8, 4, 17
 
-CONNECTIONS: dict[str, Callable[..., Connection]] = {
-    "residual": ResidualConnection,
-    "hc": HyperConnection,
-    "hc_linear": partial(HyperConnection, tanh=False),
-    "hc_static": partial(HyperConnection, dynamic=False),
-    "mhc": ManifoldHyperConnection,
-    "mhc_single_pass": SinglePassHyperConnection,
-    "mhc_lite": PermutationHyperConnection,
-    "krom": KroneckerHyperConnection,
-    "identity": IdentityHyperConnection,
-}
 
-
-def stirred(module: nn.Module, seed: int = 1) -> nn.Module:
+def stirred(module: nn.Module, seed: int = 1) -> Any:
     """The module with its parameters moved a little, so that no gradient is zero by symmetry."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return module
+    return scrambled(module, 0.1, seed)
 
 
 class Layer(nn.Module):
@@ -66,30 +41,36 @@ def layers() -> Iterable[tuple[str, Layer, Tensor]]:
         yield name, layer, torch.randn(2, 5, layer.connection.num_streams, DIM)
 
 
+class EveryLayer(nn.Module):
+    """All of `layers` in one module: [B, S, STREAMS, C] -> their results beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: layer for name, layer, _ in layers()})
+
+    def forward(self, streams: Tensor) -> Tensor:
+        results = [
+            layer(streams[:, :, : layer.connection.num_streams]) for layer in self.layers.values()
+        ]
+        return torch.cat(results, dim=-2)
+
+
 def fresh_network(**changes: Any) -> Transformer:
     """Two blocks, the second with experts, as they are initialised."""
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "connection": ManifoldHyperConnection,
+    sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "dim": DIM,
-        "num_layers": 2,
-        "num_heads": 2,
         "ffn_dim": 12,
         "head_dim": 4,
-        "rope_dim": 4,
         "kv_rank": 4,
         "init_std": 0.3,
-        "num_experts": 4,
-        "num_active_experts": 2,
-        "num_shared_experts": 1,
     }
-    return Transformer(**{**settings, **changes})
+    return tiny_transformer(**{**sizes, **changes})
 
 
 def network(**changes: Any) -> Transformer:
     """The same network whose parameters were moved a little; always the same."""
-    return stirred(fresh_network(**changes))  # type: ignore[return-value]
+    return stirred(fresh_network(**changes))
 
 
 def tokens(seed: int = 2) -> tuple[Tensor, Tensor]:

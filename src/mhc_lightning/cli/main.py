@@ -8,7 +8,13 @@ from collections.abc import Sequence
 
 from mhc_lightning.cli.arguments import Arguments, parse_arguments
 from mhc_lightning.cli.help import command_help, overall_help
-from mhc_lightning.errors import NonFiniteLossError, RunFaultError, UserError, last_words, no_room
+from mhc_lightning.errors import (
+    NonFiniteLossError,
+    RunFaultError,
+    UserError,
+    full_disk_message,
+    one_line_message,
+)
 from mhc_lightning.exit_codes import ExitCode
 
 
@@ -34,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()  # the reader has left, as `head` does
         return ExitCode.OK
     except OSError as error:
-        if (text := no_room(error)) is not None:
+        if (text := full_disk_message(error)) is not None:
             _drop_output()  # standard output may be the file without room
             return _fail(RunFaultError(text), ExitCode.RUN_FAULT)
         if error.errno == errno.ENAMETOOLONG:
@@ -87,7 +93,7 @@ def _drop_output() -> None:
 
 def _fail(error: Exception, code: int) -> int:
     sys.stdout.flush()
-    print(f"error: {last_words(error)}", file=sys.stderr, flush=True)
+    print(f"error: {one_line_message(error)}", file=sys.stderr, flush=True)
     return code
 
 

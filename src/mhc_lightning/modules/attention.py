@@ -10,24 +10,24 @@ from torch import Tensor, nn
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels.precision import compute_dtype, widened
 from mhc_lightning.modules.norm import RMSNorm
-from mhc_lightning.modules.plain import plain_weight
+from mhc_lightning.modules.plain_projection import plain_weight
 from mhc_lightning.modules.rotary import rotary_angles, rotate
 
 
 class LatentCache:
-    """What attention remembers of the tokens it has read: a latent and a rotary key each.
+    """The latent and the rotary key of every earlier token.
 
-    Rows may be of different lengths. New tokens are first written behind what a row remembers;
-    ``advance`` then says how many of them are remembered, and what is behind those (padding) is
-    never looked at and written over by the next.
+    Rows may have different lengths. `write` puts new tokens at the end of each row; `advance` then
+    sets how many of them count. The others are padding: no token attends to them, and the next
+    `write` overwrites them.
 
     Args:
-        latents: Room for normalised latents [B, max_length, kv_rank], finite.
-        rope_keys: Room for rotated keys [B, max_length, rope_dim], finite.
+        latents: Memory for normalised latents [B, max_length, kv_rank], finite.
+        rope_keys: Memory for rotated keys [B, max_length, rope_dim], finite.
 
     Attributes:
-        lengths: Tokens that each row remembers [B], int64.
-        longest: What no row exceeds.
+        lengths: Number of tokens in each row [B], int64.
+        longest: An upper bound of `lengths`.
     """
 
     def __init__(self, latents: Tensor, rope_keys: Tensor) -> None:
@@ -37,19 +37,19 @@ class LatentCache:
         self.longest = 0
 
     def positions(self, count: int) -> Tensor:
-        """Where the next ``count`` tokens of each row stand [B, count]."""
+        """The positions [B, count] of the next `count` tokens of each row."""
         steps = torch.arange(count, device=self.lengths.device)
         return self.lengths[:, None] + steps
 
     def write(self, latents: Tensor, rope_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Write S tokens behind what each row remembers.
+        """Write S tokens at the end of each row.
 
         Returns:
-            [B, T, kv_rank] and [B, T, rope_dim] with room for the longest row; in the others,
-            what is behind the new tokens means nothing.
+            Latents [B, T, kv_rank] and keys [B, T, rope_dim], as long as the longest row; values
+            after a shorter row's new tokens have no meaning.
 
         Raises:
-            UserError: If there is no room left.
+            UserError: There is no room left.
         """
         end = self.longest + latents.shape[1]
         if end > self._latents.shape[1]:
@@ -60,16 +60,16 @@ class LatentCache:
         rows = torch.arange(len(places), device=places.device)[:, None]
         self._latents[rows, places] = latents.to(self._latents.dtype)
         self._rope_keys[rows, places] = rope_keys.to(self._rope_keys.dtype)
-        known = self._latents[:, :end], self._rope_keys[:, :end]
-        return known[0].to(latents.dtype), known[1].to(rope_keys.dtype)
+        all_latents, all_rope_keys = self._latents[:, :end], self._rope_keys[:, :end]
+        return all_latents.to(latents.dtype), all_rope_keys.to(rope_keys.dtype)
 
     def advance(self, counts: Tensor, most: int) -> None:
-        """Remember the first of the tokens just written: ``counts`` [B], ``most`` at most."""
+        """Count the first `counts` [B] of the tokens just written, each at most `most`."""
         self.lengths = self.lengths + counts
         self.longest += most
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows [K] alone, and forget the others."""
+        """Keep the given rows [K] only."""
         self._latents = self._latents[rows]
         self._rope_keys = self._rope_keys[rows]
         self.lengths = self.lengths[rows]
@@ -79,7 +79,7 @@ class LatentCache:
 class LatentAttention(nn.Module):
     """Causal attention whose keys and values come from one low-rank latent per token.
 
-    Each head's query and key have ``head_dim`` values without and ``rope_dim`` with rotary
+    Each head's query and key have `head_dim` values without and `rope_dim` with rotary
     position; the rotary key is shared by the heads.
 
     Args:
@@ -87,12 +87,12 @@ class LatentAttention(nn.Module):
         num_heads: Number of heads.
         head_dim: Width of a head's content query, content key and value.
         rope_dim: Width of the rotary part, even.
-        kv_rank: Width of the latent that keys and values are made of.
+        kv_rank: Width of the latent from which keys and values are projected.
         rope_theta: Base of the rotary frequencies.
         norm_eps: Epsilon of the latent's RMSNorm.
 
     Raises:
-        UserError: If ``rope_dim`` is odd.
+        UserError: `rope_dim` is odd.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class LatentAttention(nn.Module):
         self.output = nn.Linear(num_heads * head_dim, dim, bias=False)
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype) -> LatentCache:
-        """An empty cache for ``max_length`` tokens of each of ``batch_size`` sequences."""
+        """An empty cache for `max_length` tokens of each of `batch_size` sequences."""
         device = next(self.parameters()).device
         return LatentCache(
             torch.zeros(batch_size, max_length, self.kv_rank, dtype=dtype, device=device),
@@ -130,8 +130,8 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, cache: LatentCache | None = None) -> Tensor:
         """Attend causally: [B, S, C] -> [B, S, C].
 
-        With a cache, ``x`` continues the tokens that it remembers, and is written to it. Padding
-        stands behind the tokens of a row, where no token sees it.
+        With a cache, `x` continues its tokens and is written to it. Padding follows the tokens of
+        a row, so no token attends to it.
         """
         batch, length, _ = x.shape
         if cache is None:
@@ -148,17 +148,17 @@ class LatentAttention(nn.Module):
         latents, rope_keys = self.latent(x).split([self.kv_rank, self.rope_dim], dim=-1)
         latents = self.latent_norm(latents)
         rope_keys = rotate(rope_keys.unsqueeze(1), cos, sin).squeeze(1)
-        known = None if cache is None else cache.write(latents, rope_keys)
-        if cache is None or known is None or cache.longest == 0:
+        cached = None if cache is None else cache.write(latents, rope_keys)
+        if cache is None or cached is None or cache.longest == 0:
             mixed = self._attend_all(query, rope_query, latents, rope_keys)
         else:
-            # A query sees the keys up to its own position: [B, 1, S, T].
-            seen = torch.arange(known[0].shape[1], device=x.device) <= positions.unsqueeze(-1)
+            # A query attends to keys up to its own position: [B, 1, S, T].
+            visible = torch.arange(cached[0].shape[1], device=x.device) <= positions.unsqueeze(-1)
             weight = plain_weight(self.key_value)
             if weight is None:
-                mixed = self._attend_all(query, rope_query, *known, seen)
+                mixed = self._attend_all(query, rope_query, *cached, visible)
             else:
-                mixed = self._attend_latents(query, rope_query, *known, seen, weight)
+                mixed = self._attend_latents(query, rope_query, *cached, visible, weight)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _attend_all(
@@ -167,23 +167,23 @@ class LatentAttention(nn.Module):
         rope_query: Tensor,
         latents: Tensor,
         rope_keys: Tensor,
-        seen: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
-        """Attention, [B, H, S, head_dim], for which all keys and values are built.
+        """Attention [B, H, S, head_dim] that builds all keys and values.
 
-        Over the sequence itself, or over those of T tokens that are ``seen`` [B, 1, S, T].
+        Attends causally to the sequence itself, or to the `visible` [B, 1, S, T] of T tokens.
         """
         per_head = (self.num_heads, 2 * self.head_dim)
         key_value = self.key_value(latents).unflatten(-1, per_head).transpose(1, 2)
         key, value = key_value.chunk(2, dim=-1)
         shared = rope_keys[:, None].expand(-1, self.num_heads, -1, -1)
-        # Fused attention wants equal widths: the values' zero padding is cut off again.
+        # Fused attention needs equal widths: values are padded with zeros, cut off below.
         mixed = F.scaled_dot_product_attention(
             torch.cat([query, rope_query], dim=-1),
             torch.cat([key, shared], dim=-1),
             F.pad(value, (0, self.rope_dim)),
-            attn_mask=seen,
-            is_causal=seen is None,
+            attn_mask=visible,
+            is_causal=visible is None,
         )
         return mixed[..., : self.head_dim]
 
@@ -193,13 +193,13 @@ class LatentAttention(nn.Module):
         rope_query: Tensor,
         latents: Tensor,
         rope_keys: Tensor,
-        seen: Tensor,
+        visible: Tensor,
         weight: Tensor,
     ) -> Tensor:
-        """The same for few new tokens and many old ones, without building their keys and values.
+        """Attention [B, H, S, head_dim] for few new tokens and many cached ones.
 
-        The projection of keys moves to the query and that of values behind the mixture, so the old
-        tokens are touched by the attention products alone. ``weight`` is that of both.
+        It builds no keys and values of cached tokens. The projection of keys moves to the query,
+        and that of values behind the weighted sum. `weight` holds both projections.
         """
         weight = weight.view(self.num_heads, 2, self.head_dim, self.kv_rank)
         key_weight, value_weight = weight.to(query.dtype).unbind(1)
@@ -207,6 +207,6 @@ class LatentAttention(nn.Module):
         scores = torch.einsum("bhsr,btr->bhst", latent_query, latents)
         scores = scores + torch.einsum("bhsd,btd->bhst", rope_query, rope_keys)
         scores = widened(scores) / (self.head_dim + self.rope_dim) ** 0.5
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(query.dtype)
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(query.dtype)
         mixed = torch.einsum("bhst,btr->bhsr", weights, latents)
         return torch.einsum("bhsr,hdr->bhsd", mixed, value_weight)

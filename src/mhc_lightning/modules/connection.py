@@ -1,4 +1,4 @@
-"""What every residual connection is: a way to read from n streams and a way to write to them."""
+"""The base of all residual connections: reading from n streams, and writing to them."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -16,25 +16,25 @@ Merged = tuple[Tensor, Tensor | None]  # streams [..., n, C] and the carry for t
 
 
 class MappingsWindow(nn.Module):
-    """The one window for observers: an identity through which every record of mappings passes.
+    """The one window for observers: an identity through which all mappings pass.
 
-    Put a forward hook on it to see them. Any module that returns a ``StreamMappings`` serves the
-    same observers, so other projects can use this class, or their own.
+    A forward hook on it sees them. Observers accept any module that returns a `StreamMappings`, so
+    other projects can use this class or their own.
     """
 
     def forward(self, streams: Tensor, mappings: StreamMappings) -> StreamMappings:
-        """Return ``mappings``; ``streams`` [..., n, C] are what they act on."""
+        """Return `mappings`, which act on `streams` [..., n, C]."""
         return mappings
 
 
 class Unmerged(NamedTuple):
-    """A sub-layer's output before it is merged: the next connection may merge while it reads.
+    """A sub-layer's output before it is merged: the next connection can merge while it reads.
 
     Attributes:
-        connection: The connection whose ``write`` is due.
-        streams: [..., n, C], as they were read.
+        connection: The connection whose `write` is due.
+        streams: The streams [..., n, C] that were read.
         output: The sub-layer's output [..., C].
-        state: What ``read`` returned for ``write``.
+        state: The state that `read` returned for `write`.
     """
 
     connection: "Connection"
@@ -43,39 +43,40 @@ class Unmerged(NamedTuple):
     state: Any
 
     def merge(self) -> Merged:
-        """The new streams, and the carry for the next ``read``."""
+        """The new streams, and the carry for the next `read`."""
         return self.connection.write(self.streams, self.output, self.state)
 
 
 class Connection(KeepsFloat32):
-    """Base of all connections: ``streams = connection(streams, sublayer)``.
+    """Base of all connections: `streams = connection(streams, sublayer)`.
 
-    A new variant implements ``mappings``, and ``read``, ``write`` or ``follow`` where it does more
-    in one step, or does it differently. With the gates of mHC it derives from
-    ``GatedHyperConnection`` and implements ``mix`` alone.
-    Within a ``Transformer`` it is not called but read and written: hooks belong on its ``window``.
-    Its parameters stay float32 when a model is cast to a lower precision, and become float64 with
-    ``.double()``.
+    A new variant implements `mappings`; it overrides `read`, `write` or `follow` if it fuses steps
+    or reads and writes differently. A variant with the gates of mHC derives from
+    `GatedHyperConnection` and implements `mix` alone.
+
+    A `Transformer` does not call a connection, but its `run`: hooks belong on its `window`.
+    Parameters stay float32 when a model is cast to a lower precision, and become float64 with
+    `.double()`.
 
     Args:
         dim: Width C of one stream.
         num_streams: Number of streams n, at least 1.
-        layer_index: Which sub-layer of the network this connects, from 0.
+        layer_index: The number of the sub-layer in the network, from 0.
 
     Attributes:
-        replays: Whether ``aggregate_streams`` and ``merge_streams`` with the record that is second
-            in ``read``'s state repeat what this connection reads and writes. Recomputation then
-            rebuilds its streams; it keeps those of other connections. Not inherited by a class
-            that reads or writes in its own way.
+        replays: True if `aggregate_streams` and `merge_streams`, with the mappings that are second
+            in `read`'s state, repeat this connection's `read` and `write`. Recomputation then
+            rebuilds its streams; it keeps those of other connections. A class that overrides
+            `read`, `write` or `follow` does not inherit it.
 
     Raises:
-        UserError: If an argument is out of range.
+        UserError: An argument is out of range.
     """
 
     replays: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A read or write of its own may not be what is replayed, unless the class says so."""
+        """Clear `replays` in a class with its own `read`, `write` or `follow`, unless it is set."""
         super().__init_subclass__(**kwargs)
         if not vars(cls).keys().isdisjoint({"read", "write", "follow"}):
             cls.replays = vars(cls).get("replays", False)
@@ -89,10 +90,10 @@ class Connection(KeepsFloat32):
         self.window = MappingsWindow()
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters, as they are in `whole_parameters`; without any, do nothing.
+        """Initialise the parameters, within `whole_parameters`; without parameters, do nothing.
 
         Raises:
-            TypeError: There are parameters, and the class does not say how they start.
+            TypeError: There are parameters, and the class does not initialise them.
         """
         if next(self.parameters(recurse=False), None) is not None:
             raise TypeError(f"{type(self).__name__} does not implement reset_parameters()")
@@ -106,13 +107,13 @@ class Connection(KeepsFloat32):
 
         Args:
             streams: [..., n, C].
-            carry: What the previous sub-layer's ``write`` handed on.
+            carry: The carry that the preceding sub-layer's `write` returned.
 
         Returns:
-            The sub-layer's input [..., C], and the state that ``write`` needs.
+            The sub-layer's input [..., C], and the state that `write` needs.
         """
         mappings = self.mappings(streams)
-        # Whatever leaves the window, the streams were read with this.
+        # A hook may change what leaves the window, but the streams were read with this `pre`.
         shown = self.window(streams, mappings)._replace(pre=mappings.pre)
         return aggregate_streams(streams, mappings.pre), (streams, shown)
 
@@ -120,40 +121,40 @@ class Connection(KeepsFloat32):
         """Merge a sub-layer's output [..., C] into the streams [..., n, C].
 
         Returns:
-            The new streams, and the carry for the next sub-layer's ``read``.
+            The new streams, and the carry for the next sub-layer's `read`.
         """
-        kept, mappings = state
-        return merge_streams(kept, output, mappings.residual, mappings.post), None
+        read_streams, mappings = state
+        return merge_streams(read_streams, output, mappings.residual, mappings.post), None
 
     def carry_like(self, streams: Tensor) -> Tensor | None:
-        """An uninitialised carry as ``write`` returns it beside streams [..., n, C], or None."""
+        """An uninitialised carry as `write` returns it beside streams [..., n, C], or None."""
         return None
 
-    def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
-        """Merge what the sub-layer before left and read, across the seam of the two.
+    def follow(self, unmerged: Unmerged) -> tuple[Tensor, Tensor, Any]:
+        """Merge the preceding sub-layer's output, then read; a variant may fuse the two.
 
         Returns:
             The merged streams [..., n, C], this sub-layer's input [..., C], and the state that
-            ``write`` needs.
+            `write` needs.
         """
-        streams, carry = before.merge()
+        streams, carry = unmerged.merge()
         u, state = self.read(streams, carry)
         return streams, u, state
 
     def run(
-        self, before: Tensor | Unmerged, sublayer: Sublayer, carry: Tensor | None = None
+        self, source: Tensor | Unmerged, sublayer: Sublayer, carry: Tensor | None = None
     ) -> Unmerged:
-        """Read and apply a sub-layer; its output is still to be merged.
+        """Read and apply a sub-layer, and leave its output unmerged.
 
         Args:
-            before: Streams [..., n, C], or what the sub-layer before left unmerged.
+            source: Streams [..., n, C], or the unmerged output of the preceding sub-layer.
             sublayer: [..., C] -> [..., C], its pre-norm included.
-            carry: What the ``write`` of the sub-layer before handed on, beside streams.
+            carry: Beside streams, the carry that the preceding sub-layer's `write` returned.
         """
-        if isinstance(before, Unmerged):
-            streams, u, state = self.follow(before)
+        if isinstance(source, Unmerged):
+            streams, u, state = self.follow(source)
         else:
-            streams = before
+            streams = source
             u, state = self.read(streams, carry)
         note_read(streams, u, state[1] if self.replays else None)
         output = sublayer(u)
@@ -161,11 +162,11 @@ class Connection(KeepsFloat32):
         return Unmerged(self, streams, output, state)
 
     def forward(self, streams: Tensor, sublayer: Sublayer) -> Tensor:
-        """Read, apply ``sublayer`` ([..., C] -> [..., C], its pre-norm included), write."""
+        """Read, apply `sublayer` ([..., C] -> [..., C], its pre-norm included), write."""
         return self.run(streams, sublayer).merge()[0]
 
     def extra_repr(self) -> str:
-        """Show what distinguishes this connection in a printed model."""
+        """The sizes, for a printed model."""
         return f"dim={self.dim}, num_streams={self.num_streams}, layer_index={self.layer_index}"
 
     def _coefficient_parameter(self, *shape: int) -> nn.Parameter:

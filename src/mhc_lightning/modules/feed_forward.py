@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) · up(x))`` (arXiv 2002.05202), without biases.
+    """`down(silu(gate(x)) · up(x))` (arXiv 2002.05202), without biases.
 
     Args:
         dim: Width C of input and output.

@@ -1,4 +1,4 @@
-"""What mHC and its variants share: gates to read and to write, from a projection of all streams."""
+"""The base of mHC and its variants: gates to read and write, projected from all streams."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,25 +16,27 @@ from mhc_lightning.kernels import (
 from mhc_lightning.modules.connection import Connection, Unmerged
 from mhc_lightning.modules.initialisation import whole_parameters
 
-# The mHC paper gives no initialisation but alpha's. This logit is the package's choice, and that of
-# mHC-lite's code: sub-layer k prefers to read stream k mod n, which breaks their symmetry.
+# The mHC paper gives an initialisation of alpha only. This logit is the choice of this package, and
+# of mHC-lite's code: sub-layer k prefers to read stream k mod n, which breaks their symmetry.
 _READ_LOGIT = 1.0
 
 
 class GatedHyperConnection(Connection):
-    """n streams read through σ, written through 2σ, and mixed by what a variant makes of logits.
+    """n streams, read through σ, written through 2σ, and mixed by a variant's function of logits.
 
-    A variant implements ``mix``; the stream-sized operations are the kernels of mHC. If its
-    matrices are doubly stochastic, it starts as the pre-norm residual network: ``phi`` is zero, so
-    the mappings are static; every stream is written with weight one; and since streams start as
-    copies, which such a matrix leaves equal, only the scale of a read differs, and the sub-layer's
-    norm removes that.
+    A variant implements `mix`; the stream-sized operations are the kernels of mHC. A variant with
+    doubly stochastic matrices starts as the pre-norm residual network:
+
+    - `phi` is zero, so the mappings are static.
+    - Every stream is written with weight one.
+    - Streams start as copies, which a doubly stochastic matrix leaves equal. So a read differs in
+      scale only, and the sub-layer's norm removes the scale.
 
     Args:
         dim: Width C of one stream.
         num_streams: Number of streams n, at least 1.
-        layer_index: Which sub-layer this connects, from 0.
-        mix_bias: The logits [m] that ``mix`` starts with; m may be any number.
+        layer_index: The number of the sub-layer in the network, from 0.
+        mix_bias: The logits [m] that `mix` starts with; m may be any number.
         eps: Added to the mean square of the n·C values of a token, inside the square root.
 
     Attributes:
@@ -79,14 +81,14 @@ class GatedHyperConnection(Connection):
         return self.layer_index
 
     def mix(self, logits: Tensor) -> Tensor:
-        """Make mixing matrices [..., n, n] of logits [..., m], each token's of its own.
+        """Mixing matrices [..., n, n] of logits [..., m], token by token.
 
         Differentiable and in the logits' dtype, float32 or float64; without parameters.
         """
         raise TypeError(f"{type(self).__name__} does not implement mix()")
 
     def _rule(self) -> dict[str, Any]:
-        """What the kernels are told beside the parameters."""
+        """The arguments of the kernels that are no parameters."""
         return {"mix": self.mix, "eps": self.eps}
 
     def mappings(self, streams: Tensor) -> StreamMappings:
@@ -96,17 +98,19 @@ class GatedHyperConnection(Connection):
     def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
         """Compute mappings and the aggregated streams together."""
         kept, u, mappings = read_streams(streams, self.phi, self.alpha, self.bias, **self._rule())
-        # Whatever leaves the window, the streams were read with this.
+        # A hook may change what leaves the window, but the streams were read with this `pre`.
         return u, (kept, self.window(streams, mappings)._replace(pre=mappings.pre))
 
-    def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
-        """One step across the seam where both sides are alike and the kernels can fuse it."""
-        if type(before.connection) is not type(self) or not fuses_seams(before.streams, self.phi):
-            return super().follow(before)
-        kept, mappings = before.state
+    def follow(self, unmerged: Unmerged) -> tuple[Tensor, Tensor, Any]:
+        """Merge and read in one step where both connections are alike and kernels fuse it."""
+        if type(unmerged.connection) is not type(self) or not fuses_seams(
+            unmerged.streams, self.phi
+        ):
+            return super().follow(unmerged)
+        kept, mappings = unmerged.state
         streams, u, following = merge_and_read(
             kept,
-            before.output,
+            unmerged.output,
             mappings.residual,
             mappings.post,
             *(self.phi, self.alpha, self.bias),

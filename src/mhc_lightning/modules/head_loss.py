@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mhc_lightning.kernels import linear_cross_entropy, token_losses
 from mhc_lightning.kernels.cross_entropy import check_targets
 from mhc_lightning.kernels.precision import widened
-from mhc_lightning.modules.plain import plain_weight
+from mhc_lightning.modules.plain_projection import plain_weight
 
 
 def count_targets(targets: Tensor, ignore_index: int) -> Tensor:

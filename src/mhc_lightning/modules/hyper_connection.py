@@ -17,14 +17,14 @@ from mhc_lightning.modules.initialisation import whole_parameters
 class HyperConnection(Connection):
     """n streams mixed by learned, unconstrained mappings.
 
-    Initialised as its authors do: sub-layer k reads stream k mod n, writes to all streams with
-    weight one and mixes none of them, so that the network is at first exactly the pre-norm
-    residual network. With n = 1 it is a learned scaling of the residual and of the output.
+    The initialisation is the authors': sub-layer k reads stream k mod n, writes to all streams with
+    weight one and mixes none of them, so that the network starts exactly as the pre-norm residual
+    network. With n = 1 it is a learned scaling of the residual and of the output.
 
     Args:
         dim: Width C of one stream.
         num_streams: Number of streams n, at least 1.
-        layer_index: Which sub-layer this connects, from 0.
+        layer_index: The number of the sub-layer in the network, from 0.
         dynamic: Whether the mappings depend on the token.
         tanh: Whether the dynamic part is bounded by tanh.
         eps: Added to the mean square of a stream, inside the square root.
@@ -89,5 +89,5 @@ class HyperConnection(Connection):
         kept, u, mappings = read_hyper_streams(
             streams, self.phi, self.alpha, self.bias, self.tanh, self.eps
         )
-        # Whatever leaves the window, the streams were read with this.
+        # A hook may change what leaves the window, but the streams were read with this `pre`.
         return u, (kept, self.window(streams, mappings)._replace(pre=mappings.pre))

@@ -7,16 +7,16 @@ from mhc_lightning.modules.gated_hyper_connection import GatedHyperConnection
 
 
 class IdentityHyperConnection(GatedHyperConnection):
-    """n streams, the mixing matrix the identity: what is learned is where to read and to write.
+    """n streams with the identity as mixing matrix: only the gates to read and write are learned.
 
     Every gain of the residual path is exactly one, at any depth. There are 2n coefficients per
-    token. Reading and writing start as with ``ManifoldHyperConnection`` (our choice: of the models
-    trained with it, only a read near 1/n and a write near 1 are known).
+    token. Reading and writing start as in `ManifoldHyperConnection`. That is our choice: of models
+    trained with it, only a read near 1/n and a write near 1 are published.
 
     Args:
         dim: Width C of one stream.
         num_streams: Number of streams n, at least 1.
-        layer_index: Which sub-layer this connects, from 0.
+        layer_index: The number of the sub-layer in the network, from 0.
         eps: Added to the mean square of the n·C values of a token, inside the square root.
     """
 

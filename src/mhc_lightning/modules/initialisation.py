@@ -1,7 +1,7 @@
-"""Initial values, the same however a network comes to life and is spread over devices.
+"""Initial values that do not depend on how a network is materialised and sharded.
 
-Every module fills its own parameters in ``reset_parameters()``, sharded or not. That is torch's
-convention: whatever gives a network on ``meta`` memory calls it, for all modules or one by one.
+Every module fills its own parameters in `reset_parameters()`, sharded or not. That is torch's
+convention: the code that materialises a network from `meta` calls it on the modules.
 """
 
 import math
@@ -20,16 +20,15 @@ _GROUP = 2**16  # values that one generator draws, unless a single row has more
 
 
 class NormalMatrices:
-    """The ``reset_parameters`` of a module whose matrices are drawn from a normal distribution.
+    """The `reset_parameters` of a module whose matrices are drawn from a normal distribution.
 
-    Rows (along the first dimension) are drawn in groups, each from a generator of its own, on the
-    CPU and in float32. So a device that holds some rows of a matrix draws those alone, and they
-    are the rows that a device with the whole matrix has. A bias, and the row of an embedding that
-    stands for padding, become zero.
+    Rows (along the first dimension) are drawn in groups, each from its own generator, on the CPU
+    and in float32. So a device that holds some rows of a matrix draws only those, and they equal
+    the rows of the whole matrix. A bias, and an embedding's padding row, become zero.
 
     Args:
-        module: Whose matrices.
-        names: Which of its parameters.
+        module: The module.
+        names: The names of its matrices.
         seed: At least 0; group k of the module is drawn with seed + k.
         std: The standard deviation.
     """
@@ -39,16 +38,16 @@ class NormalMatrices:
 
     @property
     def next_seed(self) -> int:
-        """The first that is not drawn with."""
+        """The first seed that the module does not use."""
         shapes = [getattr(self._module, name).shape for name in self._names]
         return self._seed + sum(_groups(shape)[1] for shape in shapes)
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Fill what this process holds; on ``meta`` that is nothing.
+        """Fill the rows that this process holds; none on `meta`.
 
         Raises:
-            UserError: The module's weights are not its own: parametrized, or packed integers.
+            UserError: The module's weights are parametrized or quantised.
         """
         module, seed = self._module, self._seed
         for name in self._names:
@@ -69,10 +68,11 @@ class NormalMatrices:
 
 
 def plan_normal(network: nn.Module, seed: int, std: float) -> list[NormalMatrices]:
-    """Have the matrices of all linear maps, embeddings and experts of a network drawn.
+    """Make the draws of all linear maps, embeddings and experts of a network.
 
-    Each gets seeds of its own, in the order of ``network.modules()``, so they can be drawn in any
-    order. Experts are modules that name their ``matrices``.
+    Each module's `reset_parameters` becomes its draw. Each has its own seeds, in the order of
+    `network.modules()`, so that modules can be drawn in any order. Experts are modules with
+    `matrices`.
     """
     planned = []
     for module in network.modules():
@@ -80,7 +80,7 @@ def plan_normal(network: nn.Module, seed: int, std: float) -> list[NormalMatrice
         names = ("weight",) if linear else getattr(module, "matrices", ())
         if names:
             draw = NormalMatrices(module, names, seed, std)
-            # On the instance: to be taken for torch's own, its class has to stay what it is.
+            # On the instance: the module keeps its class, which other code tests for.
             module.reset_parameters = draw  # type: ignore[assignment]
             seed = draw.next_seed
             planned.append(draw)
@@ -88,10 +88,10 @@ def plan_normal(network: nn.Module, seed: int, std: float) -> list[NormalMatrice
 
 
 def reset_modules(network: nn.Module) -> None:
-    """Have every module below one give the parameters and buffers that it owns initial values.
+    """Reset the parameters and buffers of every module below `network`.
 
     Raises:
-        UserError: A module has some, and no ``reset_parameters()``.
+        UserError: A module owns some, and has no `reset_parameters()`.
     """
     for name, module in network.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -100,10 +100,10 @@ def reset_modules(network: nn.Module) -> None:
 
 
 def reset_module(module: nn.Module, name: str) -> None:
-    """``module.reset_parameters()``, also where it does not know that parameters can be sharded.
+    """Call `module.reset_parameters()`, with whole parameters if it cannot fill sharded ones.
 
     Raises:
-        UserError: There is none.
+        UserError: The module has no such method.
     """
     reset = getattr(module, "reset_parameters", None)
     if not callable(reset):
@@ -120,9 +120,9 @@ def reset_module(module: nn.Module, name: str) -> None:
 
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Within, a module's own sharded parameters are whole and ordinary, on the CPU, to be filled.
+    """Within, a module's own sharded parameters are whole, ordinary, and on the CPU.
 
-    What is then in them goes to the shards; what the shards held before is not there to be read.
+    They are uninitialised, to be filled; at the exit their values go to the shards.
     """
     own = module._parameters
     sharded: dict[str, Any] = {name: p for name, p in own.items() if isinstance(p, DTensor)}
@@ -143,7 +143,7 @@ def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows of a tensor that this process holds, in place, and the number of the first.
 
     Raises:
-        UserError: It is sharded in another way than by rows, over one dimension of a mesh.
+        UserError: The tensor is not sharded by rows over one dimension of a mesh.
     """
     if not isinstance(tensor, DTensor):
         return tensor, 0
@@ -153,8 +153,8 @@ def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
     (dimension, place), *more = split
     if more or type(place) is not Shard or place.dim != 0:
         raise UserError(
-            f"a tensor is sharded as {tensor.placements}, of which no process knows its rows; shard"
-            " dimension 0 over one dimension of the mesh"
+            f"a tensor is sharded as {tensor.placements}, which does not give every process some of"
+            " its rows; shard dimension 0 over one dimension of the mesh"
         )
     # FSDP2 gives every process but the last ones equally many rows, as torch.chunk does.
     each = -(-tensor.shape[0] // tensor.device_mesh.size(dimension))
@@ -163,20 +163,20 @@ def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def _groups(shape: torch.Size) -> tuple[int, int]:
-    """Rows in a group, and groups."""
+    """The number of rows in a group, and of groups."""
     per_group = max(1, _GROUP // max(1, math.prod(shape[1:])))
     return per_group, math.ceil(shape[0] / per_group)
 
 
 def fill_normal(part: Tensor, first_row: int, shape: torch.Size, std: float, seed: int) -> None:
-    """Fill ``part``, which holds rows from ``first_row`` on of a matrix of ``shape``.
+    """Fill `part`, the rows of a matrix from `first_row` on.
 
     Args:
-        part: [rows, ...]; on ``meta`` it is left alone.
+        part: [rows, ...]; unchanged on `meta`.
         first_row: The number of its first row.
-        shape: Of the whole matrix.
+        shape: The shape of the whole matrix.
         std: The standard deviation.
-        seed: Of the matrix's first group.
+        seed: The seed of the matrix's first group.
     """
     if part.is_meta or part.numel() == 0:
         return

@@ -18,19 +18,19 @@ class KroneckerHyperConnection(GatedHyperConnection):
     token: 12 for n = 4, where mHC has 24 and mHC-lite 32.
 
     Mixing starts as in its authors' code, with logit 0 for the identity and -8 for the others;
-    reading and writing start as with ``ManifoldHyperConnection``.
+    reading and writing start as in `ManifoldHyperConnection`.
 
     Args:
         dim: Width C of one stream.
         num_streams: Number of streams n, a product of 2s and 3s, or 1.
-        layer_index: Which sub-layer this connects, from 0.
+        layer_index: The number of the sub-layer in the network, from 0.
         eps: Added to the mean square of the n·C values of a token, inside the square root.
 
     Attributes:
         factors: The prime factors of n, in ascending order, outermost first.
 
     Raises:
-        UserError: If an argument is out of range.
+        UserError: An argument is out of range.
     """
 
     def __init__(

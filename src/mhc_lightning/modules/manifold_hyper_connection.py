@@ -5,20 +5,20 @@ from typing import Any
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules.gated_hyper_connection import GatedHyperConnection
 
-# This package's choice too: mixing starts close to the identity, yet far enough from it for every
-# entry to receive a gradient.
+# This package's choice: mixing starts close to the identity, yet far enough from it that every
+# entry gets a gradient.
 _MIX_LOGIT = -6.0
 
 
 class ManifoldHyperConnection(GatedHyperConnection):
     """n streams mixed by doubly stochastic matrices, projected by Sinkhorn-Knopp on chip.
 
-    Rows sum to one to rounding, columns as far as the iterations have converged.
+    Rows sum to one to rounding; columns do as far as the iterations have converged.
 
     Args:
         dim: Width C of one stream.
         num_streams: Number of streams n, at least 1; with n = 1 the mixing matrix is 1.
-        layer_index: Which sub-layer this connects, from 0.
+        layer_index: The number of the sub-layer in the network, from 0.
         sinkhorn_iterations: Column-then-row normalisations, at least 1.
         eps: Added to the mean square of the n·C values of a token, inside the square root.
 

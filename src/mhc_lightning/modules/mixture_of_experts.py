@@ -15,15 +15,15 @@ from mhc_lightning.modules.precision import KeepsFloat32
 
 
 class LoadBalance(KeepsFloat32):
-    """Routing biases that even out the experts' loads, without a loss of their own.
+    """Routing biases that even out the experts' loads, without an auxiliary loss.
 
     Args:
         num_experts: Routed experts.
-        update_speed: How far one ``update`` moves a bias.
+        update_speed: Step of a bias in one `update`.
 
     Attributes:
-        bias: Added to the affinities for the choice of experts only [num_experts], float32.
-        load: Tokens that chose each expert [num_experts] since the last ``update``.
+        bias: [num_experts], float32; added to the affinities for the choice of experts only.
+        load: [num_experts]; tokens routed to each expert since the last `update`.
     """
 
     bias: Tensor
@@ -38,14 +38,14 @@ class LoadBalance(KeepsFloat32):
         )
 
     def reset_parameters(self) -> None:
-        """No bias, no load."""
+        """Set bias and load to zero."""
         self.bias.zero_()
         self.load.zero_()
 
     def count(self, tokens: Tensor) -> None:
-        """Add to the load: ``tokens`` [num_experts].
+        """Add to the load: `tokens` [num_experts].
 
-        Within a transform of ``torch.func``, which may change no tensor from outside, do nothing.
+        Does nothing within a transform of `torch.func`, which may change no outside tensor.
         """
         if transforming():
             return
@@ -53,7 +53,7 @@ class LoadBalance(KeepsFloat32):
         self.load += tokens
 
     def _follow_bias(self) -> None:
-        """Have a load where the bias is: what gives a network on meta its tensors has none."""
+        """Put the load on the bias's device: loaders of a meta network do not know the load."""
         if self.load.is_meta and not self.bias.is_meta:
             self.load = torch.zeros_like(self.bias)
 
@@ -64,7 +64,7 @@ class LoadBalance(KeepsFloat32):
     def update(self) -> None:
         """Raise the bias of underloaded experts and lower that of overloaded ones; reset the load.
 
-        Call it once per optimizer step, with ``load`` summed over data-parallel ranks.
+        Called once per optimizer step, with `load` summed over data-parallel ranks.
         """
         self._follow_bias()
         self.bias += self.update_speed * (self.load.mean() - self.load).sign()
@@ -72,7 +72,7 @@ class LoadBalance(KeepsFloat32):
 
 
 class Router(nn.Linear):
-    """A projection in float32, or float64 for float64, whatever the precision of the rest."""
+    """A projection in float32 (float64 for float64), whatever the network's precision."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., C] -> [..., num_experts]."""
@@ -83,25 +83,25 @@ class Router(nn.Linear):
 
 
 class MixtureOfExperts(nn.Module):
-    """Shared experts for every token, and the ``num_active_experts`` best of many routed ones.
+    """Shared experts for every token, and the `num_active_experts` best of many routed ones.
 
-    A token's affinity to an expert is ``s = σ(u · e)``. The experts are chosen by ``s + bias`` and
-    weighted by ``s`` over the sum of the chosen ``s``. No token is dropped. The bias is no
-    parameter: ``balance.update`` moves it against the load of the steps since its last call.
+    A token's affinity to an expert is `s = σ(u · e)`. Experts are chosen by `s + bias` and weighted
+    by `s` over the sum of the chosen `s`. No token is dropped. The bias is no parameter:
+    `balance.update` moves it against the load since its last call.
 
     Args:
         dim: Width C of input and output.
         expert_dim: Width between an expert's projections.
         num_experts: Routed experts.
         num_active_experts: Routed experts per token.
-        num_shared_experts: Experts that every token passes, as one SwiGLU of their joint width.
-        bias_update_speed: How far one update moves a bias.
+        num_shared_experts: Experts for every token, as one SwiGLU of their joint width.
+        bias_update_speed: Step of a bias in one update.
 
     Attributes:
-        matrices: Names of the routed experts' own parameters.
+        matrices: Names of the parameters that hold the routed experts.
 
     Raises:
-        UserError: If more experts are to be active than there are.
+        UserError: More experts are active than exist.
     """
 
     matrices: ClassVar = ("gate_up", "down")
@@ -133,7 +133,7 @@ class MixtureOfExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the experts as ``nn.Linear`` draws; a Transformer draws them in its own way."""
+        """Draw the experts as `nn.Linear` does; a Transformer draws them in its own way."""
         with torch.no_grad():
             for matrix in (self.gate_up, self.down):
                 bound = matrix.shape[1] ** -0.5
@@ -160,11 +160,11 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             self.balance.count(_count(experts, self.num_experts))
         gates = scores.gather(1, experts)
-        # As in the reference code: the sum of affinities may be too small for float32.
+        # 1e-20, as in the reference code: the sum of affinities may vanish in float32.
         return gates / (gates.sum(1, keepdim=True) + 1e-20), experts
 
     def _apply_experts(self, tokens: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
-        """Sort token copies by expert, run each expert on its run of rows, and sort back."""
+        """Sort token copies by expert, apply each expert to its rows, and sort back."""
         chosen = experts.flatten()
         order = chosen.argsort(stable=True)
         ends = _count(experts, self.num_experts).cumsum(0).int()
@@ -176,6 +176,6 @@ class MixtureOfExperts(nn.Module):
 
 
 def _count(experts: Tensor, num_experts: int) -> Tensor:
-    """How many entries name each expert [num_experts], int64, without asking the host."""
+    """The number of entries of each expert [num_experts], int64, without a device sync."""
     chosen = experts.flatten()
     return chosen.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))

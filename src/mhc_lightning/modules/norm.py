@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, with the weight taken to the input's dtype.
+    """torch's RMSNorm, with the weight cast to the input's dtype.
 
-    Under autocast the input is of lower precision than the weight; without this the fused kernel
-    is not used and the output is float32.
+    Under autocast the input has a lower precision than the weight. Without the cast torch would not
+    use its fused kernel, and the output would be float32.
     """
 
     def reset_parameters(self) -> None:
-        """Weights of one, also where ``torch.nn.init`` is told to do nothing."""
+        """Fill the weights with one, also while `torch.nn.init` is disabled."""
         with torch.no_grad():
             self.weight.fill_(1)
 

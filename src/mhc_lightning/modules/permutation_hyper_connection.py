@@ -11,20 +11,20 @@ class PermutationHyperConnection(GatedHyperConnection):
     """n streams mixed by convex combinations of all n! permutations.
 
     Rows and columns sum to one to rounding, without iterations. There are n! + 2n coefficients per
-    token, and between them and the matrix n²·n! numbers for a moment.
+    token; n²·n! temporary values turn them into the matrix.
 
-    Mixing starts as in its authors' code, with logit 0 for the identity and -8 for the others;
-    reading and writing start as with ``ManifoldHyperConnection`` (theirs writes with unequal
-    weights, so that their network is at first not the residual one).
+    Mixing starts as in its authors' code, with logit 0 for the identity and -8 for the others.
+    Reading and writing start as in `ManifoldHyperConnection`: their code writes with unequal
+    weights, so that their network does not start as the residual one.
 
     Args:
         dim: Width C of one stream.
         num_streams: Number of streams n, from 1 to 4.
-        layer_index: Which sub-layer this connects, from 0.
+        layer_index: The number of the sub-layer in the network, from 0.
         eps: Added to the mean square of the n·C values of a token, inside the square root.
 
     Raises:
-        UserError: If an argument is out of range.
+        UserError: An argument is out of range.
     """
 
     def __init__(

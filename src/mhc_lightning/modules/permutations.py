@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mhc_lightning.kernels.transforms import ordinary
 
-# Of at most 4 things: 24 permutations, where 5 have 120 and 6 have 720.
+# 4 streams have 24 permutations, 5 have 120 and 6 have 720.
 MOST_PERMUTED = 4
-# As in the code of mHC-lite and KromHC: weights near e^-8, and so a matrix near the identity.
+# As in the code of mHC-lite and KromHC: weights near e^-8 make a matrix near the identity.
 _OTHERS = -8.0
 
 
@@ -20,16 +20,16 @@ def starting_logits(size: int) -> list[float]:
 
 
 def mixed_permutations(logits: Tensor, size: int) -> Tensor:
-    """Permutation matrices, weighted by a softmax.
+    """The mean of all permutation matrices, weighted by a softmax of the logits.
 
-    Exactly doubly stochastic, to the rounding of as many sums.
+    Doubly stochastic up to the rounding of the sums.
 
     Args:
         logits: [..., size!], in the lexicographic order of permutations.
         size: Rows and columns.
 
     Returns:
-        [..., size, size], where entry (i, j) sums the weights of all that take j to i.
+        [..., size, size]; entry (i, j) is the sum of the weights of permutations that take j to i.
     """
     matrices = _permutation_matrices(size, logits)
     # No matrix product: TF32 would round the weights, and the sums would not be one.
@@ -37,19 +37,19 @@ def mixed_permutations(logits: Tensor, size: int) -> Tensor:
 
 
 def _permutation_matrices(size: int, logits: Tensor) -> Tensor:
-    """[size!, size, size]; kept, since copying them to a GPU would have it wait."""
+    """[size!, size, size]; cached, since copying them to a GPU would wait for it."""
     if not ordinary(logits):
-        return _made_permutation_matrices(size, logits.dtype, logits.device)
+        return _new_permutation_matrices(size, logits.dtype, logits.device)
     key = (size, logits.dtype, logits.device)
-    if key not in _kept:
+    if key not in _cached:
         with torch.inference_mode(False):
-            _kept[key] = _made_permutation_matrices(*key)
-    return _kept[key]
+            _cached[key] = _new_permutation_matrices(*key)
+    return _cached[key]
 
 
-_kept: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+_cached: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 
-def _made_permutation_matrices(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _new_permutation_matrices(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     order = torch.tensor(list(permutations(range(size))), device=device)
     return (order[..., None] == torch.arange(size, device=device)).to(dtype)

@@ -1,4 +1,4 @@
-"""Which precision computations run in, and what no cast may take below float32."""
+"""Autocast's dtype, and modules that no cast takes below float32."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast takes operands on this device to; None where it is off, as always on meta."""
+    """Autocast's dtype on a tensor's device; None where it is off, as always on meta."""
     device = x.device.type
     enabled = not x.is_meta and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled else None
 
 
 class KeepsFloat32(nn.Module):
-    """A module whose own tensors stay float32 under ``.half()`` and ``.bfloat16()``.
+    """A module whose own tensors stay float32 under `.half()` and `.bfloat16()`.
 
-    ``.double()`` makes them float64, and devices change as usual. Precision plugins cast through
-    the same door.
+    `.double()` makes them float64, and devices change as usual. Precision plugins cast in the same
+    way.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -33,7 +33,7 @@ class KeepsFloat32(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Tensors that are assigned, not copied, are taken to float32 too."""
+        """Cast tensors that are assigned, not copied, to float32 too."""
         for name in (*self._parameters, *self._buffers):
             tensor = state_dict.get(prefix + name)
             if isinstance(tensor, Tensor) and tensor.is_floating_point():

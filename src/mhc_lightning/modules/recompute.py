@@ -1,12 +1,13 @@
 """Recomputing streams in backward, a block of sub-layers at a time (arXiv 2512.24880, section 4.3).
 
-What autograd keeps of a sub-layer's streams, of its input and of the normalised input is replaced
-by a handle. The first handle that backward opens redoes the stream operations of its block from
-the streams that entered it, the outputs of its sub-layers and their mappings, which are kept
-anyway. Attention and feed-forward are not run again, nor are projections and Sinkhorn-Knopp.
+Forward: a handle replaces each tensor that autograd saves of a sub-layer's streams, input and
+normalised input. Backward: the first handle that is opened repeats the stream operations of its
+block. They need the streams that entered the block, the outputs of its sub-layers and their
+mappings, which are kept anyway. Attention and feed-forward do not run again, and neither do
+projections and Sinkhorn-Knopp. `replay.py` has the rebuilding, this file the recording.
 
-Autograd asks the innermost saved-tensor hooks alone, so what is kept is passed on to those that
-were there before. Handles know tensors by their storage: views cost nothing.
+Autograd calls the innermost saved-tensor hooks only, so tensors that are kept go through the hooks
+that surround `recomputing`. Handles identify tensors by their storage: views cost nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,12 +36,12 @@ from mhc_lightning.modules.replay import (
 
 @contextmanager
 def recomputing(size: int) -> Iterator[None]:
-    """Keep streams only every ``size`` sub-layers within, where gradients are recorded.
+    """Within, keep streams only every `size` sub-layers, where gradients are recorded.
 
-    Transforms of ``torch.func`` have no use for saved-tensor hooks: under them everything is kept.
+    Transforms of `torch.func` do not call saved-tensor hooks: under them everything is kept.
 
     Args:
-        size: Sub-layers per block; 0 keeps everything. A block never reaches beyond the context.
+        size: Sub-layers per block; 0 keeps everything. No block reaches beyond the context.
     """
     if size == 0 or not torch.is_grad_enabled() or transforming():
         yield
@@ -60,13 +61,13 @@ def recomputing(size: int) -> Iterator[None]:
 
 
 def note_read(streams: Tensor, read: Tensor, mappings: StreamMappings | None) -> None:
-    """Tell a surrounding `recomputing` what a sub-layer read.
+    """Report to a surrounding `recomputing` what a sub-layer has read.
 
     Args:
-        streams: [..., n, C], merged in full.
+        streams: [..., n, C], merged.
         read: The sub-layer's input [..., C].
-        mappings: What ``aggregate_streams`` and ``merge_streams`` redo this sub-layer with; None if
-            they cannot, and its streams have to be kept.
+        mappings: The mappings with which `aggregate_streams` and `merge_streams` repeat this
+            sub-layer; None if they cannot, and its streams have to be kept.
     """
     recording = _recording()
     if recording is not None:
@@ -74,14 +75,14 @@ def note_read(streams: Tensor, read: Tensor, mappings: StreamMappings | None) ->
 
 
 def note_output(output: Tensor) -> None:
-    """Tell a surrounding `recomputing` what the sub-layer returned, before it is merged."""
+    """Report to a surrounding `recomputing` the output of a sub-layer, before it is merged."""
     recording = _recording()
     if recording is not None:
-        recording.ran(output)
+        recording.returned(output)
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(x)``; within `recomputing`, what it keeps and returns is rebuilt if ``x`` is."""
+    """`norm(x)`; within `recomputing`, its saved tensors and output are rebuilt if `x` is."""
     if torch.compiler.is_compiling():
         return norm(x)
     recording = _active.get()
@@ -89,7 +90,7 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Pending:
-    """A tensor of which it is not known yet whether it can be rebuilt."""
+    """A saved tensor, as long as it is unknown whether it can be rebuilt."""
 
     __slots__ = ("content",)
 
@@ -98,7 +99,7 @@ class _Pending:
 
 
 class _Kept(NamedTuple):
-    """A tensor that cannot be rebuilt. Where there are hooks, autograd watches over none itself."""
+    """A tensor that cannot be rebuilt; as its own hook, autograd does not check its version."""
 
     tensor: Tensor
     version: int
@@ -131,7 +132,7 @@ class _Known(NamedTuple):
 
 
 class _Recording:
-    """One forward pass through a number of sub-layers."""
+    """The saved tensors of one forward pass through consecutive sub-layers."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -139,14 +140,15 @@ class _Recording:
         self._block: ReplayBlock | None = None
         self._known: dict[int, _Known] = {}
         self._pending: list[_Pending] = []
-        self._reading = True  # or else a sub-layer is at work
+        self._reading = True  # or else a sub-layer is running
         self._output: Tensor | None = None
-        self._norm: tuple[ReplayBlock, int, int] | None = None  # at work, on how many elements
+        # The norm that is running: its block, its sub-layer, and the elements of its input.
+        self._norm: tuple[ReplayBlock, int, int] | None = None
         self._norm_packs = 0
 
     def pack(self, tensor: Tensor) -> Any:
-        """What autograd is to keep in place of a tensor."""
-        # An operator's own output would hold the operator, which holds it.
+        """The object that autograd keeps in place of a tensor."""
+        # An operator's output holds the operator, which would hold the output: a cycle.
         tensor = tensor.detach()
         number = self._norm_packs
         self._norm_packs += 1
@@ -159,14 +161,14 @@ class _Recording:
                 block.count((index, NORMED))
                 return NormHandle(block, (index, NORMED), number)
         if self._reading:
-            # Merging and reading may be one operator: its streams are known when it has returned.
+            # Merge and read may be one operator: its streams are known once it has returned.
             pending = _Pending(tensor)
             self._pending.append(pending)
             return pending
         return self._keep(tensor)
 
     def read(self, streams: Tensor, read: Tensor, mappings: StreamMappings | None) -> None:
-        """A sub-layer has read: its streams and its input are known now."""
+        """Record what a sub-layer has read: its streams and its input can be rebuilt."""
         streams, before = streams.detach(), self._known
         if mappings is None:
             self._block, self._known = None, {}
@@ -184,25 +186,25 @@ class _Recording:
         self.settle()
         self._known, self._reading = now, False
 
-    def ran(self, output: Tensor) -> None:
-        """The sub-layer has returned: only its streams are still to be seen, in the merge."""
+    def returned(self, output: Tensor) -> None:
+        """Record a sub-layer's output; of its tensors, the merge will save the streams only."""
         self._output, self._reading = output, True
         self._known = {at: known for at, known in self._known.items() if known.key[1] == STREAMS}
 
     def normalise(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """``norm(x)``, to be rebuilt if ``x`` is the input of the sub-layer at work."""
+        """`norm(x)`, to be rebuilt if `x` is the input of the running sub-layer."""
         known = self._known.get(_address(x))
         if known is None or known.key[1] != READ or not _same(x, known):
             return norm(x)
         block, (index, _) = known.block, known.key
-        # What is within a norm, such as an adapter, may be random, or have hooks of its own.
+        # Modules within a norm, such as an adapter, may be random or have hooks of their own.
         if block.has_norm(index) or norm._forward_pre_hooks or any(norm.children()):
             return norm(x)
         returned: list[Any] = []
 
         def note(_module: nn.Module, _args: Any, output: Any) -> None:
             returned.append(output)
-            self._norm = None  # what other hooks keep is theirs
+            self._norm = None  # other hooks may save tensors that no norm rebuilds
 
         first = norm.register_forward_hook(note, prepend=True)
         self._norm, self._norm_packs = (block, index, x.numel()), 0
@@ -212,19 +214,19 @@ class _Recording:
             self._norm = None
             first.remove()
         block.add_norm(index, NormReplay(norm.forward, x.requires_grad, autocast_dtype(x)))
-        if output is returned[0]:  # and not what somebody's hook made of it
+        if output is returned[0]:  # no hook has replaced it
             self._know(output.detach(), block, (index, NORMED))
         return output
 
     def settle(self) -> None:
-        """Decide about the tensors that autograd has kept so far."""
+        """Replace the pending tensors that can be rebuilt by handles, and keep the others."""
         for pending in self._pending:
             tensor = pending.content
             pending.content = self._handle(tensor) or self._keep(tensor)
         self._pending.clear()
 
     def forget(self) -> None:
-        """Let go of everything; what autograd keeps lives on by itself."""
+        """Drop all references; autograd holds the objects that it keeps."""
         self._block = self._output = None
         self._known.clear()
         self._pending.clear()
@@ -240,7 +242,7 @@ class _Recording:
         if known is None or known.tensor.dtype != tensor.dtype:
             return None
         if known.version != tensor._version:
-            return None  # it was changed in place: no replay gives that
+            return None  # changed in place: no replay gives that value
         known.block.count(known.key)
         size, stride, offset = tensor.size(), tensor.stride(), int(tensor.storage_offset())
         return Handle(known.block, known.key, size, stride, offset)
@@ -253,7 +255,7 @@ class _Recording:
 
 
 _active: ContextVar[_Recording | None] = ContextVar("recording", default=None)
-# Of all threads. A compiler cannot look into a context variable, but it can into this.
+# The number of recordings in all threads: a compiler can read it, but no context variable.
 _recordings = 0
 
 
@@ -266,7 +268,7 @@ def _unpack(packed: Any) -> Tensor:
 
 
 def _same(tensor: Tensor, known: _Known) -> bool:
-    """Whether a tensor of the same storage is the same tensor."""
+    """True if a tensor of the same storage is the same tensor, unchanged."""
     like = known.tensor
     return (
         (tensor.dtype, tensor.shape, tensor.stride()) == (like.dtype, like.shape, like.stride())
@@ -276,5 +278,5 @@ def _same(tensor: Tensor, known: _Known) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    # Of the storage, not of its memory: on meta there is none.
+    # The address of the storage object, not of its memory: meta tensors have no memory.
     return tensor.untyped_storage()._cdata

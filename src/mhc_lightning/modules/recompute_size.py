@@ -1,4 +1,4 @@
-"""How many sub-layers a recompute block has."""
+"""The number of sub-layers in a recompute block."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from mhc_lightning.errors import UserError
 
 
 def best_recompute_size(num_sublayers: int | Sequence[int], num_streams: int) -> int:
-    """The L_r that keeps least (arXiv 2512.24880, eq. 20), the smallest if several do.
+    """The L_r that keeps the fewest values (arXiv 2512.24880, eq. 20); the smallest of equals.
 
-    Minimises ``n·Σ⌈L_s / L_r⌉ + (n + 2)·L_r`` over pipeline stages of L_s sub-layers, which no
+    Minimises `n·Σ⌈L_s / L_r⌉ + (n + 2)·L_r` over pipeline stages of L_s sub-layers, which no
     block straddles.
 
     Args:
@@ -26,10 +26,10 @@ def best_recompute_size(num_sublayers: int | Sequence[int], num_streams: int) ->
 def resolve_recompute(
     setting: str | int | None, num_sublayers: int | Sequence[int], num_streams: int
 ) -> int:
-    """What ``recompute=auto|off|<L_r>`` means for a network.
+    """The number of sub-layers per recompute block for `recompute=auto|off|<L_r>`.
 
     Args:
-        setting: ``"auto"``, ``"off"`` (False and None are the same), or sub-layers per block.
+        setting: `"auto"`, `"off"` (False and None are the same), or sub-layers per block.
         num_sublayers: Of the network, or of each pipeline stage.
         num_streams: n.
 
@@ -37,7 +37,7 @@ def resolve_recompute(
         Sub-layers per recompute block; 0 for none.
 
     Raises:
-        UserError: If the setting is something else.
+        UserError: The setting is none of these.
     """
     if setting is None or setting is False or setting == "off":
         return 0
@@ -46,5 +46,5 @@ def resolve_recompute(
     if isinstance(setting, int) and not isinstance(setting, bool) and setting >= 1:
         return setting
     raise UserError(
-        f"recompute={setting}: it is auto, off, or the number of sub-layers per block, at least 1"
+        f"recompute={setting}: use auto, off, or the number of sub-layers per block, at least 1"
     )

@@ -1,4 +1,4 @@
-"""What recomputation keeps of a block of sub-layers, and how backward gets the rest again."""
+"""The kept tensors of a recompute block, and how backward rebuilds the others from them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,25 +13,25 @@ from mhc_lightning.kernels import StreamMappings, replay_streams
 STREAMS, READ, NORMED = "streams", "read", "normed"
 
 Key = tuple[int, str]
-"""A sub-layer of the block, from 0, and which of its tensors."""
+"""The number of a sub-layer in its block, from 0, and the kind of tensor."""
 
 
 class NormReplay(NamedTuple):
-    """How to normalise a sub-layer's input again."""
+    """Repeats the norm of a sub-layer's input."""
 
     forward: Callable[[Tensor], Tensor]
     requires_grad: bool
     autocast: torch.dtype | None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The output, and what autograd kept of it, in order."""
+        """The output, and the tensors that autograd saves for it, in order."""
         kept: list[Tensor] = []
 
         def pack(tensor: Tensor) -> None:
             kept.append(tensor.detach())
 
         x = x.detach().requires_grad_(self.requires_grad)
-        # Autograd's thread may be in another mode than the forward pass was.
+        # Autograd's thread may be in another autocast mode than the forward pass was.
         autocast = nullcontext() if x.is_meta else _autocast(x.device.type, self.autocast)
         with torch.enable_grad(), autocast, saved_tensors_hooks(pack, _discarded):
             return self.forward(x).detach(), kept
@@ -39,9 +39,9 @@ class NormReplay(NamedTuple):
 
 @contextmanager
 def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """``torch.autocast``, or none, that leaves alone the copies of weights it finds.
+    """`torch.autocast`, or none, that does not clear the cache of cast weights.
 
-    At its exit from autograd's thread torch's would drop those that forward passes still share.
+    At its exit from autograd's thread, torch's own would drop copies that forward passes share.
     """
     enabled, before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, dtype is not None)
@@ -54,14 +54,14 @@ def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class ReplayBlock:
-    """A recompute block: what is kept of it, and what was rebuilt and is still needed."""
+    """A recompute block: its kept tensors, and rebuilt ones that backward still needs."""
 
     def __init__(self, entry: Tensor) -> None:
         self._entry = entry
         self._mappings: list[StreamMappings] = []
         self._outputs: list[Tensor] = []
         self._norms: dict[int, NormReplay] = {}
-        # By (sub-layer in the block, kind): handles there are, and how many were opened.
+        # For each key, the number of handles, and of handles that were opened.
         self._handles: dict[Key, int] = {}
         self._opened: dict[Key, int] = {}
         self._rebuilt: dict[Key, Any] = {}
@@ -70,40 +70,40 @@ class ReplayBlock:
         return len(self._mappings)
 
     def add(self, mappings: StreamMappings, output_before: Tensor | None) -> None:
-        """A further sub-layer, and the output of the one before it in this block."""
+        """Add a sub-layer, and the output of the sub-layer that precedes it in this block."""
         if output_before is not None:
             self._outputs.append(output_before.detach())
         self._mappings.append(StreamMappings(*(mapping.detach() for mapping in mappings)))
 
     def add_norm(self, index: int, norm: NormReplay) -> None:
-        """How a sub-layer normalises its input."""
+        """Add the norm of a sub-layer's input."""
         self._norms[index] = norm
 
     def has_norm(self, index: int) -> bool:
-        """Whether a sub-layer has normalised its input already."""
+        """True if the norm of a sub-layer's input has been added."""
         return index in self._norms
 
     def count(self, key: Key) -> None:
-        """One more handle for a tensor."""
+        """Count a further handle of a tensor."""
         self._handles[key] = self._handles.get(key, 0) + 1
 
     def open(self, key: Key) -> Any:
-        """The tensor of a handle; the last one to be opened lets it go."""
+        """The tensor of a handle; opening the last handle drops the block's reference."""
         if key not in self._rebuilt:
             self._rebuild(key)
-        found = self._rebuilt[key]
+        tensor = self._rebuilt[key]
         opened = self._opened.get(key, 0) + 1
         if opened >= self._handles[key]:
-            # A graph that is retained may come again: its streams are then rebuilt again.
+            # A retained graph may run backward again, and then rebuilds its streams again.
             del self._rebuilt[key]
             opened = 0
         self._opened[key] = opened
-        return found
+        return tensor
 
     def _rebuild(self, key: Key) -> None:
         index, kind = key
         if kind == NORMED:
-            # One at a time: sharded parameters are there only while their own layer is at work.
+            # One norm at a time: sharded parameters are gathered while their own layer runs.
             read = (index, READ)
             if read not in self._rebuilt:
                 self._replay(also=read)
@@ -114,7 +114,7 @@ class ReplayBlock:
             self._replay(also=key)
 
     def _replay(self, also: Key) -> None:
-        # Backward starts at the last sub-layer: what lies behind a missing tensor was used up.
+        # Backward starts at the last sub-layer: tensors after a missing one were used before.
         until = also[0] if self._rebuilt else len(self)
 
         def wanted(kind: str) -> list[bool]:
@@ -130,7 +130,7 @@ class ReplayBlock:
                     self._rebuilt[index, kind] = tensor
 
     def _waits_for(self, key: Key) -> bool:
-        """Whether a replay should rebuild a tensor for what backward will ask next."""
+        """True if backward will need a tensor that a replay can rebuild along the way."""
         index, kind = key
         for_norm = kind == READ and (index, NORMED) in self._handles
         return key not in self._rebuilt and (key in self._handles or for_norm)
@@ -140,11 +140,11 @@ class Handle(NamedTuple):
     """Stands for a view of a tensor that can be rebuilt.
 
     Attributes:
-        block: What rebuilds it.
-        key: Which of the block's tensors.
-        size: Of the view.
-        stride: Of the view.
-        offset: Of the view, in elements.
+        block: The block that rebuilds the tensor.
+        key: The tensor's key in the block.
+        size: The view's size.
+        stride: The view's stride.
+        offset: The view's offset, in elements.
     """
 
     block: ReplayBlock
@@ -161,12 +161,12 @@ class Handle(NamedTuple):
 
 
 class NormHandle(NamedTuple):
-    """Stands for one of the tensors that a norm keeps.
+    """Stands for one of the tensors that autograd saves for a norm.
 
     Attributes:
-        block: What rebuilds it.
-        key: The norm's output, with which it is rebuilt.
-        number: Its place among what the norm keeps.
+        block: The block that rebuilds it.
+        key: The key of the norm's output, with which it is rebuilt.
+        number: Its position among the norm's saved tensors.
     """
 
     block: ReplayBlock

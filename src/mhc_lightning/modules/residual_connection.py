@@ -9,12 +9,12 @@ from mhc_lightning.modules.connection import Connection
 
 
 class ResidualConnection(Connection):
-    """``x + F(x)``: one stream, all mappings one, no parameters.
+    """`x + F(x)`: one stream, all mappings one, no parameters.
 
     Args:
         dim: Width C.
-        num_streams: Taken so that all connections are built alike; it is always 1 here.
-        layer_index: Which sub-layer this connects, from 0.
+        num_streams: Ignored, always 1; accepted so that all connections are built alike.
+        layer_index: The number of the sub-layer in the network, from 0.
     """
 
     def __init__(self, dim: int, num_streams: int = 1, layer_index: int = 0) -> None:
@@ -24,7 +24,7 @@ class ResidualConnection(Connection):
         """Ones, as views of a single number.
 
         Raises:
-            ValueError: If there is more than one stream.
+            ValueError: There is more than one stream.
         """
         if streams.shape[-2] != 1:
             raise ValueError(

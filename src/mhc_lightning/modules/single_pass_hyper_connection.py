@@ -1,4 +1,4 @@
-"""Single-pass mHC (arXiv 2609.19969): streams are read with what the sub-layer before computed."""
+"""Single-pass mHC (arXiv 2609.19969): the preceding sub-layer computes the pre mapping."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from mhc_lightning.modules.manifold_hyper_connection import ManifoldHyperConnect
 class SinglePassHyperConnection(ManifoldHyperConnection):
     """mHC whose pre mapping is for the next sub-layer, so that one pass merges and reads.
 
-    ``new = residual · streams + post · F(carry · streams)``, where ``carry`` is the pre mapping of
-    the connection before; the first sub-layer reads stream 0, and the network is read out with the
-    pre mapping of its last connection. The carry travels with the streams, so call ``read`` and
-    ``write`` (or ``follow``) in order; only the first connection can be called by itself.
+    `new = residual · streams + post · F(carry · streams)`, where `carry` is the pre mapping of
+    the preceding connection. The first sub-layer reads stream 0, and the network is read out with
+    the pre mapping of its last connection. The carry travels with the streams: call `read` and
+    `write` (or `follow`) in order. Only the first connection can be called by itself.
 
-    At initialisation the network is the pre-norm residual network, as with
-    ``ManifoldHyperConnection``, of which the arguments are those.
+    The arguments, and the start as the pre-norm residual network, are those of
+    `ManifoldHyperConnection`.
     """
 
     replays = True
@@ -29,10 +29,10 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         return self.layer_index + 1
 
     def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Aggregate with ``carry`` [..., n] and compute the mappings.
+        """Aggregate with `carry` [..., n] and compute the mappings.
 
         Raises:
-            ValueError: If there is no carry behind the first sub-layer.
+            ValueError: A sub-layer other than the first gets no carry.
         """
         if carry is None:
             carry = self._first_carry(streams)
@@ -47,18 +47,20 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         return u, (kept, shown, mappings.pre)
 
     def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
-        """Merge, and hand the pre mapping on."""
+        """Merge, and return the pre mapping as the carry."""
         kept, mappings, carry = state
         return merge_streams(kept, output, mappings.residual, mappings.post), carry
 
-    def follow(self, before: Unmerged) -> tuple[Tensor, Tensor, Any]:
-        """One pass across the seam where both sides are single-pass and the kernels can fuse it."""
-        if type(before.connection) is not type(self) or not fuses_seams(before.streams, self.phi):
-            return super(GatedHyperConnection, self).follow(before)
-        kept, mappings, carry = before.state
+    def follow(self, unmerged: Unmerged) -> tuple[Tensor, Tensor, Any]:
+        """Merge and read in one pass if both connections are alike and the kernels can fuse it."""
+        if type(unmerged.connection) is not type(self) or not fuses_seams(
+            unmerged.streams, self.phi
+        ):
+            return super(GatedHyperConnection, self).follow(unmerged)
+        kept, mappings, carry = unmerged.state
         streams, u, following = merge_and_read(
             kept,
-            before.output,
+            unmerged.output,
             mappings.residual,
             mappings.post,
             *(self.phi, self.alpha, self.bias),
@@ -77,7 +79,7 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         if self.layer_index > 0:
             raise ValueError(
                 f"sub-layer {self.layer_index} of a single-pass network needs the carry that the "
-                "write of the one before returned"
+                "preceding sub-layer's write returned"
             )
         carry = self.carry_like(streams).zero_()
         carry[..., 0] = 1

@@ -1,4 +1,4 @@
-"""A decoder-only language model whose residual connection is a part one chooses.
+"""A decoder-only language model whose residual connection is a parameter.
 
 Shapes: B batch, S sequence, n streams, C width, V vocabulary.
 """
@@ -35,25 +35,25 @@ from mhc_lightning.modules.recompute_size import resolve_recompute
 class Transformer(nn.Module):
     """Embedding, blocks and head (DeepSeek-V3 style: latent attention, SwiGLU or experts).
 
-    Streams are expanded once, as copies of the embedding, and read out once, as their mean,
-    before the final norm (which makes mean and sum the same).
+    Streams are expanded once, as copies of the embedding, and read out once before the final norm,
+    as their mean (or sum: the norm removes the factor).
 
     Args:
-        connection: Builds a connection from ``dim``, ``num_streams`` and ``layer_index``.
+        connection: Builds a connection from `dim`, `num_streams` and `layer_index`.
         vocab_size: V.
         dim: C.
         num_layers: Blocks; each has two sub-layers.
         num_heads: Attention heads.
         ffn_dim: Width of the feed-forward network, or of one expert if there are experts. Dense
             blocks of a model with experts are as wide as a token's active and shared experts.
-        num_streams: n, for connections that have a choice.
+        num_streams: n; a residual connection always has 1.
         head_dim: Width of a head's content query, content key and value.
         rope_dim: Width of a head's rotary query and key, even.
         kv_rank: Width of the key-value latent.
         rope_theta: Base of the rotary frequencies.
         num_experts: Routed experts per block; 0 makes every block dense.
         num_active_experts: Routed experts per token.
-        num_shared_experts: Experts that every token passes.
+        num_shared_experts: Experts that process every token.
         num_dense_layers: Leading blocks without experts.
         bias_update_speed: Speed of the loss-free balancing.
         norm_eps: Epsilon of every RMSNorm.
@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         recompute_block_size: Sub-layers per recompute block; 0 (the default) keeps all streams.
 
     Raises:
-        UserError: If a size is out of range.
+        UserError: A size is out of range.
     """
 
     parts_before_blocks: ClassVar = ("embedding",)
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
             norm_eps=(norm_eps, 0),
             init_std=(init_std, 0),
         )
-        # Drawn before the layers draw, which on meta they do not: both builds get the same seed.
+        # Before the layers draw, which they do not on meta: both builds get the same seed.
         with unset_fake_temporarily():
             self.init_seed = int(torch.randint(2**32, (), device="cpu"))
         self.vocab_size = vocab_size
@@ -154,14 +154,13 @@ class Transformer(nn.Module):
             draw()
 
     def reset_parameters(self) -> None:
-        """Draw every weight matrix from a normal distribution; all else starts over.
+        """Draw every weight matrix from a normal distribution, and reset all other parameters.
 
-        The draw depends on ``init_seed`` alone: it is the same each time, and the same for a
-        network that is spread over any number of devices. Submodules that are reset one by one
-        get these values too.
+        The draw depends on `init_seed` only: it is the same each time, and on any number of
+        devices. Submodules that are reset one by one get the same values.
 
         Raises:
-            UserError: A submodule has parameters and no ``reset_parameters()``.
+            UserError: A submodule has parameters and no `reset_parameters()`.
         """
         plan_normal(self, self.init_seed, self.init_std)
         reset_modules(self)
@@ -175,12 +174,12 @@ class Transformer(nn.Module):
         return expand_streams(x.to(autocast_dtype(x) or x.dtype), self.num_streams)
 
     def carry_like(self, streams: Tensor) -> Tensor | None:
-        """An uninitialised carry as blocks hand it on beside streams [B, S, n, C], or None."""
+        """An uninitialised carry, as blocks return beside streams [B, S, n, C], or None."""
         first = next(m for m in self.blocks.modules() if isinstance(m, Connection))
         return first.carry_like(streams)
 
     def read_out(self, streams: Tensor, carry: Tensor | None = None) -> Tensor:
-        """Streams [..., n, C] -> their normalised mean, or sum weighted by ``carry``, [..., C]."""
+        """Streams [..., n, C] -> normalised mean, or sum weighted by `carry`, [..., C]."""
         if carry is not None:
             return self.norm(aggregate_streams(streams, carry))
         return self.norm(mean_streams(streams))
@@ -247,7 +246,7 @@ class Transformer(nn.Module):
         return count_targets(targets, ignore_index)
 
     def new_caches(self, batch_size: int, max_length: int) -> list[LatentCache]:
-        """An empty cache for every block, for ``forward_cached``."""
+        """An empty cache for every block, for `forward_cached`."""
         dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
         return [
             module.new_cache(batch_size, max_length, dtype)
@@ -258,12 +257,12 @@ class Transformer(nn.Module):
     def forward_cached(
         self, tokens: Tensor, caches: list[LatentCache], counts: Tensor | None = None
     ) -> Tensor:
-        """Continue the sequences that ``caches`` remember by tokens [B, S].
+        """Continue the sequences in `caches` by tokens [B, S].
 
         Args:
-            tokens: New tokens; a row that has fewer than S is padded behind them, with any token.
+            tokens: New tokens; a row with fewer than S ends with padding, any token.
             caches: One per block.
-            counts: New tokens of each row [B], at least 1 and S at most; S where left out.
+            counts: Number of new tokens of each row [B], from 1 to S; S by default.
 
         Returns:
             Logits [B, V] for the token after the last of each row.
@@ -286,19 +285,19 @@ class Transformer(nn.Module):
         return self.head(streams[last], None if carry is None else carry[last])
 
     def set_recompute(self, setting: str | int | None, blocks_per_stage: Sequence[int] = ()) -> int:
-        """Have backward rebuild streams from what enters each recompute block, or keep them all.
+        """Choose whether backward rebuilds streams from the start of each recompute block.
 
         Args:
-            setting: ``"auto"`` for the best size, ``"off"`` (False or None), or sub-layers per
+            setting: `"auto"` for the best size, `"off"` (False or None), or sub-layers per
                 block.
-            blocks_per_stage: Blocks of each pipeline stage; all of them in one by default.
+            blocks_per_stage: Blocks of each pipeline stage; by default one stage with all blocks.
 
         Returns:
             Sub-layers per recompute block; 0 if nothing is recomputed, as with connections that
-            cannot be replayed (an ordinary residual has nothing to win).
+            cannot be replayed (an ordinary residual has nothing to gain).
 
         Raises:
-            UserError: If the setting is none of these.
+            UserError: The setting is none of these.
         """
         stages = [2 * blocks for blocks in blocks_per_stage or [len(self.blocks)]]
         size = resolve_recompute(setting, stages, self.num_streams)
@@ -310,8 +309,8 @@ class Transformer(nn.Module):
     def compile_sublayers(self) -> None:
         """Compile attention and feed-forward in place, one region each.
 
-        The connections stay in Python: their arithmetic is a few fused operators already, and the
-        observers' window stays open at no cost.
+        Connections stay in Python: their arithmetic is a few fused operators already, and hooks on
+        their windows stay visible.
         """
         for module in self.modules():
             if isinstance(module, PreNorm):

@@ -1,4 +1,4 @@
-"""Whether a run's parameters and its optimizers' state are finite, and what is not."""
+"""A check that a run's parameters and optimizer state are finite, before they are saved."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class NonFinite(NamedTuple):
-    """A tensor of which this process holds values that are not finite.
+    """A tensor with non-finite values on this process.
 
     Attributes:
-        name: ``parameter <name>``, or ``the optimizer's <entry> of <name>``.
-        nan: How many are NaN.
-        infinite: How many are infinite.
-        values: How many this process holds.
+        name: `parameter <name>`, or `the optimizer's <entry> of <name>`.
+        nan: The number of NaN values.
+        infinite: The number of infinite values.
+        values: The number of values on this process.
     """
 
     name: str
@@ -32,29 +32,29 @@ class NonFinite(NamedTuple):
     values: int
 
     def __str__(self) -> str:
-        """For people: ``parameter layer.bias is NaN in 2 of 8 values``."""
+        """For messages: `parameter layer.bias is NaN in 2 of 8 values`."""
         counts = (("NaN", self.nan), ("infinite", self.infinite))
-        found = " and ".join(f"{kind} in {count}" for kind, count in counts if count)
-        return f"{self.name} is {found} of {self.values} values"
+        kinds = " and ".join(f"{kind} in {count}" for kind, count in counts if count)
+        return f"{self.name} is {kinds} of {self.values} values"
 
 
 def require_finite(trainer: pl.Trainer) -> None:
-    """Stop all processes if any holds something of the training's state that is not finite.
+    """Stop all processes if a trained parameter or an optimizer's state is not finite.
 
-    Every process must call it. Trained parameters and the state of their optimizers count; frozen
-    parameters and buffers (masks, say) may hold what they like. Waits for the device once.
+    Every process must call it. Frozen parameters and buffers may hold any value: a mask may hold
+    infinities, say. Waits for the device once.
 
     Raises:
-        NonFiniteLossError: On every process alike; names the first tensor, and who holds it.
+        NonFiniteLossError: On every process; names the first tensor, and the ranks that hold it.
     """
     module, optimizers = trainer.lightning_module, trainer.strategy.optimizers
     if trainer.strategy.reduce_boolean_decision(_is_finite(module, optimizers)):
         return
-    found = non_finite(module, optimizers)
-    by_rank: list[list[NonFinite]] = [found]
+    here = non_finite(module, optimizers)
+    by_rank: list[list[NonFinite]] = [here]
     if trainer.world_size > 1:
         by_rank = [[] for _ in range(trainer.world_size)]
-        dist.all_gather_object(by_rank, found)
+        dist.all_gather_object(by_rank, here)
     first = next(tensor for tensors in by_rank for tensor in tensors)
     ranks = [str(rank) for rank, tensors in enumerate(by_rank) if first in tensors]
     names = {tensor.name for tensors in by_rank for tensor in tensors}
@@ -73,17 +73,17 @@ def require_finite(trainer: pl.Trainer) -> None:
 
 
 def non_finite(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[NonFinite]:
-    """What this process holds that is not finite, parameters first."""
-    found = []
+    """The tensors with non-finite values on this process, parameters first."""
+    tensors = []
     for name, values in _state(module, optimizers):
         nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
         if nan or infinite:
-            found.append(NonFinite(name, nan, infinite, values.numel()))
-    return found
+            tensors.append(NonFinite(name, nan, infinite, values.numel()))
+    return tensors
 
 
 def last_gains(trainer: pl.Trainer) -> dict[str, float]:
-    """The composite gains that were measured last, by tag."""
+    """The composite gains of the last measurement, by tag."""
     return {
         tag: float(gain)
         for tag, gain in trainer.callback_metrics.items()
@@ -92,7 +92,7 @@ def last_gains(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def _is_finite(module: nn.Module, optimizers: Iterable[Optimizer]) -> bool:
-    """Whether all of this process's state is, asking each device once."""
+    """True if all values on this process are finite; waits for each device once."""
     flags: dict[torch.device, list[Tensor]] = {}
     for _, values in _state(module, optimizers):
         flags.setdefault(values.device, []).append(values.isfinite().all())
@@ -100,7 +100,7 @@ def _is_finite(module: nn.Module, optimizers: Iterable[Optimizer]) -> bool:
 
 
 def _state(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """What is to be finite, of sharded tensors this process's part."""
+    """The tensors to check, by name; of sharded tensors, this process's part."""
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     named: list[tuple[str, Any]] = [
         (f"parameter {name}", parameter)
@@ -114,5 +114,5 @@ def _state(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple
                 named += [(f"the optimizer's {key} of {name}", v) for key, v in entries.items()]
     for name, value in named:
         if isinstance(value, Tensor) and value.dtype in _CHECKED and not value.is_meta:
-            held = value.detach()
-            yield name, held.to_local() if isinstance(held, DTensor) else held
+            values = value.detach()
+            yield name, values.to_local() if isinstance(values, DTensor) else values

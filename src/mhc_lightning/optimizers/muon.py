@@ -1,8 +1,8 @@
-"""Muon for matrices, AdamW for the rest, as one optimizer.
+"""Muon for matrices and AdamW for all other parameters, as one optimizer.
 
-torch's own Muon takes two-dimensional parameters only; the experts of a layer are one
-three-dimensional parameter, and with FSDP2 parameters are sharded. Both are handled here, with the
-hybrid Newton-Schulz iteration of DeepSeek-V4 (arXiv 2606.19348).
+torch's own Muon takes two-dimensional parameters only. Here the experts of a layer are one
+three-dimensional parameter, and with FSDP2 parameters are sharded. The Newton-Schulz iteration is
+the hybrid one of DeepSeek-V4 (arXiv 2606.19348).
 """
 
 import math
@@ -14,46 +14,46 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.adamw import adamw
 
-# Eight steps that drive all singular values near one, and two that settle them there.
+# Eight steps that drive all singular values near one, and two that converge to one.
 _NEWTON_SCHULZ = 8 * [(3.4445, -4.7750, 2.0315)] + 2 * [(2.0, -1.5, 0.5)]
 
-# Where an update fades: far below the norms of gradients that training lives on (1e-5 of a clipped
-# one is common), so that a direction which has died away, or is but rounding, moves nothing.
+# The norm at which an update is halved. It is far below norms that matter in training (1e-5 of a
+# clipped gradient's is common), so that a decayed direction, or pure rounding, moves nothing.
 _FADES_AT = 1e-7
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Orthogonalised momentum for groups with ``muon=True``, torch's AdamW for the others.
+    """Orthogonalised momentum for groups with `muon=True`, torch's AdamW for the others.
 
-    A Muon step is, for each matrix, a single one or one of a stack, by itself (arXiv 2502.16982)::
+    A Muon step treats each matrix, also each matrix of a stack, by itself (arXiv 2502.16982):
 
         momentum ← β · momentum + (1 - β) · grad
         look_ahead = β · momentum + (1 - β) · grad
         matrix ← (1 - lr · weight_decay) · matrix
                  - lr · update_rms · sqrt(max(m, n)) · orthogonalise(look_ahead)
 
-    A matrix whose gradient is zero, as that of an expert without tokens, goes on by its momentum,
-    as in other implementations, until that has decayed: see `orthogonalise`.
+    A matrix whose gradient is zero (an expert without tokens) follows its momentum, as in other
+    implementations, until the momentum has decayed: see `orthogonalise`.
 
-    Schedulers that cycle the momentum, such as ``OneCycleLR``, cycle AdamW's first beta and leave
+    Schedulers that cycle the momentum, such as `OneCycleLR`, cycle AdamW's first beta and leave
     Muon's momentum.
 
     Args:
-        groups: Parameter groups: dicts with ``params``, ``muon``, and what differs from the values
-            below. The parameters of a Muon group are matrices [m, n] or stacks [..., m, n]. One
-            that is added later and has no ``muon`` is AdamW's.
+        groups: Parameter groups: dicts with `params`, `muon`, and values that differ from those
+            below. The parameters of a Muon group are matrices [m, n] or stacks [..., m, n]. A
+            group that is added later without `muon` is AdamW's.
         lr: Learning rate of both.
         momentum: β of Muon.
-        update_rms: Root mean square of a Muon update before the learning rate. About that of
+        update_rms: Root mean square of a Muon update before the learning rate: about that of
             AdamW's updates, so that both can share a learning rate.
-        betas: Of AdamW.
-        eps: Of AdamW.
-        weight_decay: Of both, times the learning rate.
+        betas: AdamW's betas.
+        eps: AdamW's epsilon.
+        weight_decay: Of both; multiplied by the learning rate.
         fused: Whether AdamW runs as one kernel.
 
     Raises:
-        ValueError: No group says whether it is Muon's, or a parameter is complex, or one of a Muon
-            group is no matrix.
+        ValueError: No group has `muon`, a parameter is complex, or a parameter of a Muon group is
+            no matrix.
         RuntimeError: A gradient is sparse; nothing has been updated.
     """
 
@@ -87,7 +87,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a loaded or copied state, in which groups may lack what came later."""
+        """Load a saved or copied state; groups of older versions may lack some settings."""
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -170,7 +170,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _orthogonal_like(matrices: Tensor) -> Tensor:
-    """``orthogonalise``, also for sharded matrices: whole experts stay put, others are gathered."""
+    """`orthogonalise` for sharded matrices too: experts stay local, others are gathered."""
     if not isinstance(matrices, DTensor):
         return orthogonalise(matrices)
     mesh, placements = matrices.device_mesh, matrices.placements
@@ -183,16 +183,16 @@ def _orthogonal_like(matrices: Tensor) -> Tensor:
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearly orthogonal factor of matrices [..., m, n]: singular values driven to one.
+    """The nearly orthogonal factor of matrices [..., m, n]: their singular values become one.
 
-    Right for norms of any size that the dtype has. One that is not well above 1e-7 is taken for
-    the remains of a momentum, or for rounding: the factor is multiplied by norm / (norm + 1e-7),
+    Accurate for all norms that the dtype can hold. A norm not well above 1e-7 is treated as the
+    rest of a decayed momentum, or as rounding: the factor is multiplied by norm / (norm + 1e-7),
     with the Frobenius norm of each matrix. Zeros give zeros.
 
     Iterates in bfloat16 on a GPU and in float32 elsewhere, for float64 matrices in float64.
 
     Returns:
-        As ``matrices``, in their dtype.
+        The factors [..., m, n], in the dtype of `matrices`.
     """
     if matrices.numel() == 0:
         return matrices.clone()
@@ -200,12 +200,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     x = matrices.mT if wide else matrices
     precise = torch.promote_types(x.dtype, torch.float32)
     x = x.to(precise)
-    # Squares of what is below 1e-23 or above 1e19 are no float32 numbers any more.
+    # float32 cannot hold the squares of values below 1e-23 or above 1e19.
     largest = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
     x = x / torch.where(largest > 0, largest, 1)
     x = x.to(torch.bfloat16 if x.is_cuda and precise == torch.float32 else precise)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=precise)
-    x = x / norm.clamp(min=1).to(x.dtype)  # it is at least 1, unless all is zero
+    x = x / norm.clamp(min=1).to(x.dtype)  # at least 1, unless the matrix is zero
     for a, b, c in _NEWTON_SCHULZ:
         gram = x.mT @ x
         x = a * x + x @ (b * gram + c * (gram @ gram))

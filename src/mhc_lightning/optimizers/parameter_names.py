@@ -1,8 +1,8 @@
-"""Which parameters an optimizer's saved state belongs to, by name.
+"""The names of the parameters that an optimizer's saved state belongs to.
 
-torch keeps state by the numbers of parameters. Where a parameter has been frozen, or trained, in
-between, the numbers mean others: moments go to the wrong parameter, or, of another shape, are read
-beyond their end.
+torch saves state by the positions of parameters. If a resumed run freezes or trains other
+parameters, the positions shift: moments would go to the wrong parameter or, with another shape, be
+read beyond their end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,36 +13,38 @@ from torch.optim import Optimizer
 
 from mhc_lightning.errors import UserError
 
-NAMES = "names"  # of a saved group's parameters
+NAMES = "names"  # key of a saved group: the names of its parameters
 _SHOWN = 4  # names in a message
 
 
 def keep_names(optimizer: Optimizer, module: nn.Module) -> Optimizer:
-    """Have an optimizer save the names of its parameters, and load what was saved for these alone.
+    """Make an optimizer save the names of its parameters, and load state for the same names only.
 
-    State that was saved without names is loaded if its groups and shapes fit. Loading raises
-    UserError otherwise, before anything is changed.
+    State that was saved without names is loaded if its groups and shapes fit. Otherwise loading
+    raises UserError, before anything changes.
 
     Args:
-        optimizer: Of parameters of ``module``.
-        module: What names them.
+        optimizer: An optimizer of `module`'s parameters.
+        module: The module that names them.
 
     Returns:
-        ``optimizer``. A copy of it (``deepcopy``, pickle) does as torch's own again.
+        `optimizer`. A copy of it (`deepcopy`, pickle) has torch's own behaviour.
     """
 
-    def names(own: Optimizer) -> list[list[str]]:
-        known = {parameter: name for name, parameter in module.named_parameters()}
-        return [[known.get(p, "?") for p in group["params"]] for group in own.param_groups]
+    def names(target: Optimizer) -> list[list[str]]:
+        by_parameter = {parameter: name for name, parameter in module.named_parameters()}
+        return [
+            [by_parameter.get(p, "?") for p in group["params"]] for group in target.param_groups
+        ]
 
-    def add(own: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        groups = zip(state["param_groups"], names(own), strict=True)
+    def add(target: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = zip(state["param_groups"], names(target), strict=True)
         return {**state, "param_groups": [{**group, NAMES: listed} for group, listed in groups]}
 
-    def check(own: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        present, groups = names(own), state["param_groups"]
+    def check(target: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        present, groups = names(target), state["param_groups"]
         check_names([group.get(NAMES) for group in groups], present)
-        _check_shapes(own, state, present)
+        _check_shapes(target, state, present)
         plain = [{k: v for k, v in group.items() if k != NAMES} for group in groups]
         return {**state, "param_groups": plain}
 
@@ -51,22 +53,22 @@ def keep_names(optimizer: Optimizer, module: nn.Module) -> Optimizer:
     return optimizer
 
 
-def check_names(saved: Sequence[Sequence[str] | None], own: Sequence[Sequence[str]]) -> None:
-    """Compare the parameters that a state was saved for with those that it is loaded for.
+def check_names(saved: Sequence[Sequence[str] | None], present: Sequence[Sequence[str]]) -> None:
+    """Compare the parameters of a saved state with the parameters that load it.
 
     Args:
-        saved: Names by group; None where they were not saved.
-        own: Names by group.
+        saved: Names by group; None for a group saved without names.
+        present: Names by group.
 
     Raises:
-        UserError: They differ; says which.
+        UserError: They differ; the message names the differences.
     """
     if any(group is None for group in saved) or [list(group or ()) for group in saved] == [
-        list(group) for group in own
+        list(group) for group in present
     ]:
         return
     before = {name for group in saved for name in group or ()}
-    now = {name for group in own for name in group}
+    now = {name for group in present for name in group}
     gone, new = sorted(before - now), sorted(now - before)
     faults = [f"{_listed(gone)}, which this run does not train"] if gone else []
     faults += [f"not {_listed(new)}, which this run trains"] if new else []
@@ -95,10 +97,10 @@ def _check_shapes(
                     )
 
 
-def _refusal(what: str) -> UserError:
+def _refusal(difference: str) -> UserError:
     return UserError(
-        f"the checkpoint's optimizer is of other parameters: {what}; train the same ones, or begin"
-        " at step 0 with its weights: export it and give ckpt_path=FOLDER"
+        f"the checkpoint's optimizer is of other parameters: {difference}; train the same ones, or"
+        " begin at step 0 with its weights: export it and give ckpt_path=FOLDER"
     )
 
 

@@ -130,10 +130,10 @@ class AdamWRecipe(OptimizerRecipe):
 class MuonRecipe(OptimizerRecipe):
     """Muon for matrices, AdamW for the rest, with the same schedule (arXiv 2606.19348).
 
-    AdamW takes the embedding and the output projection, whatever module stands in their place (an
-    adapter and what it wraps, say), all vectors (norm weights, biases, the connections' gates), and
-    the tables and kernels of further ``nn.Embedding``, ``nn.EmbeddingBag`` and convolutions. Muon
-    takes everything else, the connections' ``phi`` included.
+    AdamW trains the embedding and the output projection (also an adapter in their place, with the
+    module that it wraps), all vectors (norm weights, biases, the connections' gates), and the
+    weights of further `nn.Embedding`, `nn.EmbeddingBag` and convolutions. Muon trains all other
+    parameters, the connections' `phi` included.
 
     Attributes:
         momentum: Decay of Muon's momentum, with Nesterov's look-ahead.
@@ -144,7 +144,7 @@ class MuonRecipe(OptimizerRecipe):
     update_rms: float = 0.18
 
     def __post_init__(self) -> None:
-        """Raise UserError for values that cannot be meant."""
+        """Check the ranges."""
         super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise UserError(f"optimizer.momentum must be from 0 to below 1, not {self.momentum}")
@@ -154,7 +154,7 @@ class MuonRecipe(OptimizerRecipe):
             )
 
     def build_optimizer(self, module: nn.Module) -> Optimizer:
-        """The optimizer over the parameters of ``module`` that are trained."""
+        """The optimizer of the trained parameters of `module`."""
         trained, tables = [p for p in module.parameters() if p.requires_grad], _tables(module)
         matrices = [p for p in trained if p.dim() > 1 and p not in tables]
         others = [p for p in trained if p.dim() > 1 and p in tables]
@@ -173,23 +173,23 @@ class MuonRecipe(OptimizerRecipe):
         )
 
     def state_per_value(self, module: nn.Module, parameter: nn.Parameter) -> int:
-        """Numbers kept for each value of one of ``module``'s parameters: a momentum, or AdamW's."""
+        """One momentum for each value of a Muon parameter, two moments for others."""
         return 1 if parameter.dim() > 1 and parameter not in _tables(module) else 2
 
 
 def _tables(module: nn.Module) -> set[nn.Parameter]:
-    """Parameters that are no linear map from one hidden vector to another, as far as is known."""
-    found: list[nn.Module] = []
+    """Parameters of embeddings, output projection and convolutions: Muon does not train them."""
+    modules: list[nn.Module] = []
     for part in module.modules():
         if isinstance(part, Transformer):
-            found += [part.embedding, part.output]
+            modules += [part.embedding, part.output]
         elif isinstance(part, nn.Embedding | nn.EmbeddingBag | _ConvNd):
-            found.append(part)
-    return {parameter for part in found for parameter in part.parameters()}
+            modules.append(part)
+    return {parameter for part in modules for parameter in part.parameters()}
 
 
 def _check_precision(module: nn.Module) -> None:
-    """Refuse parameters that are too narrow for their moments, or warn of updates that are lost.
+    """Refuse float16 parameters, whose moments vanish; warn of narrow ones, which lose updates.
 
     Raises:
         UserError: Trained parameters are float16.
@@ -197,7 +197,7 @@ def _check_precision(module: nn.Module) -> None:
     trained = [p for p in module.parameters() if p.requires_grad]
     narrow = sum(p.dtype == torch.float16 for p in trained)
     if narrow:
-        # Second moments vanish there, and an eps beside them: 0 / 0.
+        # In float16 second moments and eps vanish: 0 / 0.
         raise UserError(
             f"{narrow} of {len(trained)} trained parameters are float16, which does not hold the"
             " square of a gradient below 0.0002: AdamW would divide by zero; train with"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from mhc_lightning.errors import NonFiniteLossError, UserError, last_words, no_room
+from mhc_lightning.errors import NonFiniteLossError, UserError, full_disk_message, one_line_message
 from mhc_lightning.exit_codes import ExitCode
 
 _KILLED = " (SIGKILL: often the kernel, when memory runs out)"
@@ -34,7 +34,7 @@ def fault_of(who: str, doing: str, error: BaseException) -> Fault:
         doing: The activity in which it was raised.
         error: The exception.
     """
-    message = last_words(error)
+    message = one_line_message(error)
     if isinstance(error, UserError):
         return Fault(f"{who}, at {doing}: {message}", error.exit_code)
     if isinstance(error, NonFiniteLossError):
@@ -51,7 +51,7 @@ def fault_of(who: str, doing: str, error: BaseException) -> Fault:
 
 def machine_fault(error: BaseException) -> str | None:
     """The machine's fault behind an exception, with advice; None if it is not the machine's."""
-    message = last_words(error)
+    message = one_line_message(error)
     if (
         isinstance(error, torch.OutOfMemoryError | MemoryError)
         or "can't allocate memory" in message
@@ -65,7 +65,7 @@ def machine_fault(error: BaseException) -> str | None:
             f"a process that loads data ended ({message.rstrip('.')}), often killed by the kernel"
             " when memory runs out; go on with ckpt_path=last, perhaps with fewer data.num_workers"
         )
-    return no_room(error)
+    return full_disk_message(error)
 
 
 def how_it_ended(returncode: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from mhc_lightning.modules import MixtureOfExperts, Transformer
-from mhc_lightning.modules.plain import plain_weight
+from mhc_lightning.modules.plain_projection import plain_weight
 
 TOKENS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(1))
 TARGETS = TOKENS.flip(1)
