@@ -49,9 +49,10 @@ class EveryLayer(nn.Module):
         self.layers = nn.ModuleDict({name: layer for name, layer, _ in layers()})
 
     def forward(self, streams: Tensor) -> Tensor:
-        results = [
-            layer(streams[:, :, : layer.connection.num_streams]) for layer in self.layers.values()
-        ]
+        results = []
+        for layer in self.layers.values():
+            assert isinstance(layer, Layer)
+            results.append(layer(streams[:, :, : layer.connection.num_streams]))
         return torch.cat(results, dim=-2)
 
 

@@ -111,10 +111,10 @@ def _gather_around_calls(connection: Connection) -> None:
     """
     plain_read, plain_follow = connection.read, connection.follow
 
-    def follow(before: Unmerged) -> Any:
+    def follow(unmerged: Unmerged) -> Any:
         connection.read = plain_read  # type: ignore[method-assign]
         try:
-            return plain_follow(before)
+            return plain_follow(unmerged)
         finally:
             connection.read = gathering_read  # type: ignore[method-assign]
 
