@@ -1,8 +1,10 @@
 """Sampling, by way of the callbacks that do it."""
 
 import math
+import re
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from mhc_lightning.callbacks import AmaxGain, StreamDiversity, StreamMatrixHeatmap, Throughput
+from mhc_lightning.callbacks import (
+    AmaxGain,
+    StreamDiversity,
+    StreamMatrixHeatmap,
+    StreamSampler,
+    Throughput,
+)
 from mhc_lightning.callbacks.gains import amax_gains
 from mhc_lightning.errors import UserError
 
@@ -219,7 +227,13 @@ import sys, torch, lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger
 sys.path.insert(0, sys.argv[1])
 from conftest import Foreign
-from mhc_lightning.callbacks import AmaxGain, StreamDiversity, StreamMatrixHeatmap, Throughput
+from mhc_lightning.callbacks import (
+    AmaxGain,
+    StreamDiversity,
+    StreamMatrixHeatmap,
+    StreamSampler,
+    Throughput,
+)
 torch.set_num_threads(1)
 torch.manual_seed(0)
 vectors = [torch.randn(5, 4) * (1 + i % 2) for i in range(32)]
@@ -253,3 +267,21 @@ def test_two_ranks_sample_each_their_own_and_log_rank_zero(tmp_path: Path, csv_r
     assert [row["step"] for row in rows] == ["2", "4"]
     assert float(rows[-1]["amax_gain/composite/backward"]) == pytest.approx(values[0], rel=1e-6)
     assert {tokens for _, tokens in ranks} == {str(4 * 2 * 10)}  # steps · ranks · tokens
+
+
+def test_an_instrument_needs_reduce_alone(foreign: Any, fit: Any, events: Any) -> None:
+    """The example in the docstring of `StreamSampler`, run as it stands there."""
+    assert StreamSampler.__doc__ is not None
+    (example,) = re.findall(r"```python\n(.*?)```", StreamSampler.__doc__, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(example), names)
+    instrument = names["LargestEntry"](every_n_steps=1)
+    trainer = fit(foreign.Module(layers=3), instrument, max_steps=2)
+    by_layer = [instrument.last[f"largest_entry/layer_{k}"] for k in range(3)]
+    assert instrument.last == {
+        "largest_entry/max": max(by_layer), "step": 2,
+        **{f"largest_entry/layer_{k}": value for k, value in enumerate(by_layer)},
+    }  # fmt: skip
+    assert sampled_steps(events, "largest_entry/max") == [1, 2]
+    assert trainer.callback_metrics["largest_entry/max"].item() == pytest.approx(max(by_layer))
+    assert "largest_entry/layer_0" not in trainer.callback_metrics

@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from mhc_lightning.errors import UserError
 from mhc_lightning.loggers import MetricsCSV, TensorBoard, metrics_csv
 
 
@@ -191,3 +192,11 @@ def test_lightnings_checkpoints_lie_beside_the_table(tmp_path):
     data: Any = torch.ones(2, 2)
     trainer.fit(Module(), DataLoader(data))
     assert [path.suffix for path in (tmp_path / "checkpoints").iterdir()] == [".ckpt"]
+
+
+def test_a_table_without_steps_is_a_user_error(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,loss\n1,2.0\n")
+    for use in (lambda log: log.resume_from(1), lambda log: log.log_metrics({"loss": 1.0}, 2)):
+        with pytest.raises(UserError, match=r"metrics\.csv has no column 'step'.*move"):
+            use(MetricsCSV(tmp_path))
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,loss\n1,2.0\n"

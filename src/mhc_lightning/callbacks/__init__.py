@@ -1,4 +1,4 @@
-"""For any LightningModule: instruments (gains, matrices, diversity, speed), progress, an alarm."""
+"""Callbacks for any LightningModule: instruments, speed, memory, progress, and an alarm."""
 
 from mhc_lightning.callbacks.alarm import StabilityAlarm
 from mhc_lightning.callbacks.amax_gain import AmaxGain, Peak
@@ -10,9 +10,11 @@ from mhc_lightning.callbacks.stream_diversity import StreamDiversity
 from mhc_lightning.callbacks.stream_matrix_heatmap import StreamMatrixHeatmap
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
 from mhc_lightning.callbacks.throughput import Throughput
+from mhc_lightning.callbacks.watching.observations import Observation
 
 __all__ = [
     "AmaxGain",
+    "Observation",
     "Peak",
     "PeakMemory",
     "ProgressBar",

@@ -9,14 +9,14 @@ from torch import Tensor
 from mhc_lightning.callbacks.every_n_steps import EveryNSteps
 from mhc_lightning.callbacks.gains import GAIN_TAGS, amax_gains
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
-from mhc_lightning.callbacks.watching.observations import Observation, links
+from mhc_lightning.callbacks.watching.observations import Observation, predecessors
 from mhc_lightning.callbacks.watching.stream_watcher import Extract
 from mhc_lightning.loggers.trainer_loggers import log_image, log_scalars, takes_images
 from mhc_lightning.plotting.gain_profile import gain_profile
 
 
 class Peak(NamedTuple):
-    """The largest value of a gain so far: what, at which sub-layer (from 0), in which step."""
+    """The largest value of a gain so far, its sub-layer (from 0) and its step."""
 
     value: float
     layer: int
@@ -37,27 +37,27 @@ class AmaxGain(StreamSampler[_Gains]):
     sampled micro-batch. Composites are taken along the streams: each forward pass of a step, of one
     network or of several, is a chain of its own (see `StreamSampler`).
 
-    Tags: ``amax_gain/{single,composite}/{forward,backward}``, each the largest over sub-layers (of
-    all chains), beside it ``…/layer_<k>`` for every sub-layer (k from 0 in the order of the calls,
+    Tags: `amax_gain/{single,composite}/{forward,backward}`, each the largest over sub-layers (of
+    all chains), beside it `…/layer_<k>` for every sub-layer (k from 0 in the order of the calls,
     through all chains; of a sub-layer whose streams go to several, the largest), and the image
-    ``amax_gain/profile``. The four largest are in ``trainer.callback_metrics`` too.
+    `amax_gain/profile`. The four largest are in `trainer.callback_metrics` too.
 
-    Works in any LightningModule: it watches every module whose output is a `StreamMappings`, or
-    what `extract` makes of a foreign one. Where sub-layers differ in the number of streams or of
-    tokens, composites are taken within each stretch of equal shape.
+    Works in any LightningModule: it watches every module whose output is a `StreamMappings`, and
+    foreign modules from which `extract` makes one. Where sub-layers differ in the number of streams
+    or of tokens, composites are taken within each stretch of equal shape.
 
     Args:
         every_n_steps: Optimizer steps between samples; None takes the trainer's
-            ``log_every_n_steps``.
-        extract: ``(module, args, output) -> StreamMappings | None`` for foreign modules.
+            `log_every_n_steps`.
+        extract: `(module, args, output) -> StreamMappings | None` for foreign modules.
         token_mean: True takes the gain of the token-averaged matrix instead (composites: of the
             token-averaged product). It is never larger; the paper leaves open which it plots.
         profile_every_n_steps: Optimizer steps between pictures of the gain by sub-layer, drawn
-            where a sample is taken; None takes 50 times the trainer's ``log_every_n_steps``, and
-            the first sample. The last step of a run (``max_steps``) is drawn if it is a sample.
+            where a sample is taken; None takes 50 times the trainer's `log_every_n_steps`, and
+            the first sample. The last step of a run (`max_steps`) is drawn if it is a sample.
 
     Attributes:
-        last: The last sample by tag, and ``step``.
+        last: The last sample by tag, and `step`.
         peaks: The largest of each of the four gains in this run, by tag, as `Peak`.
 
     Raises:
@@ -88,7 +88,7 @@ class AmaxGain(StreamSampler[_Gains]):
     def reduce(self, observations: list[Observation]) -> _Gains:
         """The gains, still on the device."""
         residuals = [observation.mappings.residual for observation in observations]
-        values = amax_gains(residuals, links(observations), token_mean=self.token_mean)
+        values = amax_gains(residuals, predecessors(observations), token_mean=self.token_mean)
         return _Gains([observation.layer for observation in observations], values)
 
     def report(
@@ -98,11 +98,11 @@ class AmaxGain(StreamSampler[_Gains]):
         gains = dict(zip(GAIN_TAGS, reduced.values.tolist(), strict=True))  # the one transfer
         values: dict[str, float] = {}
         for tag, by_layer in gains.items():
-            place = 0
+            largest = 0
             for k, value in enumerate(by_layer):
-                place = k if _exceeds(value, by_layer[place]) else place
-            values[tag] = by_layer[place]
-            layer = reduced.layers[place]
+                largest = k if _exceeds(value, by_layer[largest]) else largest
+            values[tag] = by_layer[largest]
+            layer = reduced.layers[largest]
             for k, value in zip(reduced.layers, by_layer, strict=True):
                 values[f"{tag}/layer_{k}"] = value
             peak = self.peaks.get(tag)
@@ -115,5 +115,5 @@ class AmaxGain(StreamSampler[_Gains]):
 
 
 def _exceeds(value: float, other: float) -> bool:
-    """Whether a gain is larger than another; NaN is larger than every number."""
+    """True if a gain is larger than another; NaN is larger than every number."""
     return not math.isnan(other) and (math.isnan(value) or value > other)

@@ -1,4 +1,4 @@
-"""When a callback samples: on which optimizer steps, counted as completed and first 1."""
+"""The optimizer steps at which a callback acts: every n-th, counted as completed, first 1."""
 
 import lightning.pytorch as pl
 
@@ -6,20 +6,20 @@ from mhc_lightning.errors import UserError
 
 
 class EveryNSteps:
-    """Every n-th optimizer step, seen from the first micro-batch of that step.
+    """Every n-th optimizer step, known from the first micro-batch of that step on.
 
-    Steps are `trainer.global_step` as it will be once the step is done, so the first is 1 and a
-    step is due where Lightning's own ``log_every_n_steps`` would log it. Gradient accumulation
-    (Lightning's, or a manual optimization that steps now and then) does not make a step due twice,
-    and where one batch completes several optimizer steps the next batch makes up for a multiple
-    of n that was jumped over.
+    A step's number is `trainer.global_step` once the step is done, so the first is 1, and a step
+    is due where Lightning's own `log_every_n_steps` logs it. Gradient accumulation (Lightning's, or
+    a manual optimization that steps now and then) does not make a step due twice. Where one batch
+    completes several optimizer steps, a multiple of n that was jumped over is due at the next
+    batch.
 
     Args:
         every_n_steps: The interval in optimizer steps; None takes `log_intervals` times the
-            trainer's ``log_every_n_steps``.
-        owner: Who asks, for error messages.
-        log_intervals: The default interval in units of ``log_every_n_steps``.
-        ends: Whether the run's last step (``max_steps``) is due as well and, at the default
+            trainer's `log_every_n_steps`.
+        owner: Name of the callback, for error messages.
+        log_intervals: The default interval in units of `log_every_n_steps`.
+        ends: True makes the run's last step (`max_steps`) due as well and, at the default
             interval, the first step that Lightning logs.
 
     Raises:
@@ -34,8 +34,8 @@ class EveryNSteps:
         log_intervals: int = 1,
         ends: bool = False,
     ) -> None:
-        whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
-        if every_n_steps is not None and not (whole and every_n_steps >= 1):
+        is_integer = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
+        if every_n_steps is not None and not (is_integer and every_n_steps >= 1):
             raise UserError(
                 f"{owner}: every_n_steps is {every_n_steps!r}; give a positive number of optimizer"
                 " steps, or None to follow trainer.log_every_n_steps"
@@ -43,36 +43,29 @@ class EveryNSteps:
         self.every_n_steps = every_n_steps
         self.log_intervals = log_intervals
         self.ends = ends
-        self._seen = 0
-        self._waiting_for_first = ends and every_n_steps is None
-
-    def interval(self, trainer: pl.Trainer) -> int:
-        """The interval in optimizer steps; 0 where the trainer logs nothing."""
-        if self.every_n_steps is not None:
-            return self.every_n_steps
-        return self.log_intervals * _logging_interval(trainer)
+        self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Begin (or resume) after `step` completed optimizer steps."""
-        self._seen = step
-        self._waiting_for_first = self.ends and self.every_n_steps is None
+        """Begin, or resume, after `step` completed optimizer steps."""
+        self._last_asked = step
+        self._waits_for_first = self.ends and self.every_n_steps is None
 
     def is_due(self, trainer: pl.Trainer, step: int) -> bool:
-        """Whether `step` is due; True only the first time it is asked about."""
-        n, seen = self.interval(trainer), self._seen
-        self._seen = max(step, seen)
-        if n == 0 or step <= seen:
+        """True if `step` is due and is asked about for the first time."""
+        last, self._last_asked = self._last_asked, max(step, self._last_asked)
+        logging_interval = int(getattr(trainer, "log_every_n_steps", 0) or 0)
+        interval = self.every_n_steps or self.log_intervals * logging_interval
+        if interval == 0 or step <= last:  # 0: the trainer logs nothing
             return False
-        due = step // n > seen // n or (self.ends and step == trainer.max_steps)
-        if self._waiting_for_first:
-            unit = _logging_interval(trainer)
-            due = due or step // unit > seen // unit
-            self._waiting_for_first = not due
+        due = step // interval > last // interval or (self.ends and step == trainer.max_steps)
+        if self._waits_for_first:
+            due = due or step // logging_interval > last // logging_interval
+            self._waits_for_first = not due
         return due
 
 
 def refuse_twice(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """See that a trainer has a callback once: called twice a step, it would measure wrongly.
+    """Refuse a trainer that has a callback twice: called twice a step, it would measure wrongly.
 
     Raises:
         UserError: The same object is there twice.
@@ -80,7 +73,3 @@ def refuse_twice(trainer: pl.Trainer, callback: pl.Callback) -> None:
     if sum(other is callback for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
         name = type(callback).__name__
         raise UserError(f"{name}: the trainer has the same callback twice; give it once")
-
-
-def _logging_interval(trainer: pl.Trainer) -> int:
-    return int(getattr(trainer, "log_every_n_steps", 0) or 0)

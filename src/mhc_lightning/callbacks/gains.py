@@ -2,8 +2,8 @@
 
 arXiv 2512.24880, section 3 and figure 3. The forward gain of a matrix is its largest absolute row
 sum, the backward gain its largest absolute column sum (the absolute value of the signed sum).
-``new = H @ streams`` gives output stream i the sum of row i when all streams are alike, and hands
-back to input stream j the sum of column j. The composite gain at sub-layer l takes, forward, the
+`new = H @ streams` gives output stream i the sum of row i when all streams are alike, and returns
+to input stream j the sum of column j. The composite gain at sub-layer l takes, forward, the
 product H_l ··· H_1 and, backward, H_L ··· H_l. Row sums of a product follow from matrix times
 vector alone: v_l = H_l v_{l-1} from a vector of ones, and backward wᵀ_l = wᵀ_{l+1} H_l.
 """
@@ -24,7 +24,7 @@ GAIN_TAGS = (
 def chains(
     residuals: Sequence[Tensor], after: Sequence[int | None] | None = None
 ) -> list[list[int]]:
-    """The runs of sub-layers whose matrices can be multiplied, each from its first to its last.
+    """The chains of sub-layers whose matrices can be multiplied, each from its first to its last.
 
     A model may change its number of streams, or of tokens, from stage to stage; products exist
     only within a stage. Where the streams of one sub-layer go to several, as from a trunk to two
@@ -32,7 +32,7 @@ def chains(
 
     Args:
         residuals: Per sub-layer its matrices [..., n, n].
-        after: Per sub-layer the place, in `residuals`, of the one whose output it reads; None for
+        after: Per sub-layer the index, in `residuals`, of the one whose output it reads; None for
             one that begins a chain. By default each comes after the one before it.
     """
     if after is None:
@@ -41,15 +41,15 @@ def chains(
         j if j is not None and residuals[j].shape == r.shape else None
         for j, r in zip(after, residuals, strict=True)
     ]
-    found = []
+    all_chains = []
     for last in sorted(set(range(len(residuals))) - set(before)):
         chain: list[int] = []
         k: int | None = last
         while k is not None:
             chain.append(k)
             k = before[k]
-        found.append(chain[::-1])
-    return sorted(found)
+        all_chains.append(chain[::-1])
+    return sorted(all_chains)
 
 
 def tokens_last(residual: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ def amax_gains(
     Args:
         residuals: Per sub-layer, in the order of the calls, its matrices [..., n, n], of one token
             or more.
-        after: What each comes after, as in `chains`; composites are taken along chains. Of a
-            sub-layer that is in several, the largest.
+        after: The index of the one before each, as in `chains`; composites are taken along chains,
+            and of a sub-layer that is in several the largest counts.
         token_mean: False takes the gain of each token's matrix and averages over tokens, True
             the gain of the matrix averaged over tokens.
 
@@ -96,8 +96,8 @@ def amax_gains(
             backward = (matrix * backward.unsqueeze(1)).sum(0)  # Σ_i w[i] H[i, j]
             rows[3].insert(0, gain(backward))
         for k, *four in zip(chain, *rows, strict=True):
-            own = torch.stack(four)
-            gains[k] = torch.maximum(gains[k], own) if k in gains else own
+            in_chain = torch.stack(four)
+            gains[k] = torch.maximum(gains[k], in_chain) if k in gains else in_chain
     return torch.stack([gains[k] for k in range(len(residuals))], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Logs the most memory that a run has needed so far."""
+"""The peak memory of a run so far, logged."""
 
 import contextlib
 import sys
@@ -15,17 +15,17 @@ PEAK_MEMORY = "train/peak_memory_bytes"
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The largest number of bytes that this process has held at once; None where nothing tells.
+    """The largest number of bytes that this process has held at once; None if it is not known.
 
-    On CUDA what torch had allocated on `device` (the caching allocator's reserve left out), on a
-    CPU the process's resident memory, with everything that it has loaded.
+    On CUDA the memory that torch had allocated on `device` (without the caching allocator's
+    reserve), on a CPU the process's resident memory, with everything that it has loaded.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return _most_resident() if device.type == "cpu" else None
+    return _peak_resident() if device.type == "cpu" else None
 
 
-def _most_resident() -> int | None:
+def _peak_resident() -> int | None:
     # Linux's ru_maxrss also counts the program that started this one.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -35,27 +35,27 @@ def _most_resident() -> int | None:
         import resource
     except ImportError:  # not a POSIX system
         return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class PeakMemory(pl.Callback):
-    """Logs ``train/peak_memory_bytes``: see `peak_memory`; of the first process and its device.
+    """Logs `train/peak_memory_bytes` of the first process and its device; see `peak_memory`.
 
     Args:
         every_n_steps: Optimizer steps between values; None takes the trainer's
-            ``log_every_n_steps``.
+            `log_every_n_steps`.
 
     Raises:
         UserError: The interval is not a positive integer.
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        self.schedule = EveryNSteps(every_n_steps, "PeakMemory")
+        self.due_steps = EveryNSteps(every_n_steps, "PeakMemory")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from where the run starts, or resumes."""
-        self.schedule.restart(trainer.global_step)
+        self.due_steps.restart(trainer.global_step)
 
     def on_train_batch_end(
         self,
@@ -67,7 +67,7 @@ class PeakMemory(pl.Callback):
     ) -> None:
         """Log where a step is due."""
         step = trainer.global_step
-        if not self.schedule.is_due(trainer, step):
+        if not self.due_steps.is_due(trainer, step):
             return
         peak = peak_memory(trainer.strategy.root_device)
         if peak is not None:

@@ -1,4 +1,8 @@
-"""Shows how training goes: a bar on a terminal, plain lines anywhere else."""
+"""The progress of training: a bar on a terminal, plain lines anywhere else.
+
+Lightning's `TQDMProgressBar` counts batches instead of optimizer steps, reads metrics from the
+device at every refresh, and writes control characters into files; so this is one of its own.
+"""
 
 import math
 import sys
@@ -27,12 +31,12 @@ class ProgressBar(LightningProgressBar):
 
         step 50/200  loss 2.871  val loss 2.901  8,412 tokens/s  gain 1.02  00:31<01:33
 
-    Speed and gain come from the `Throughput` and `AmaxGain` callbacks, if the trainer has them;
-    numbers are read on logging steps only, so that the device is not kept waiting in between.
+    Speed and gain come from the `Throughput` and `AmaxGain` callbacks, if the trainer has them.
+    Numbers are read on logging steps only, so that nothing waits for the device in between.
 
     Args:
         every_n_steps: Optimizer steps between updates of the numbers; None takes the trainer's
-            ``log_every_n_steps``.
+            `log_every_n_steps`.
 
     Raises:
         UserError: The interval is not a positive integer.
@@ -40,13 +44,12 @@ class ProgressBar(LightningProgressBar):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()
-        self.schedule = EveryNSteps(every_n_steps, "ProgressBar", ends=True)
+        self.due_steps = EveryNSteps(every_n_steps, "ProgressBar", ends=True)
         self._enabled = True
         self._bar: tqdm | None = None
         self._validation_bar: tqdm | None = None
         self._started = 0.0
         self._first_step = 0
-        self._pending: tuple[int, Any] | None = None
 
     def disable(self) -> None:
         """Show nothing."""
@@ -65,7 +68,7 @@ class ProgressBar(LightningProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar at the step the run starts or resumes from."""
-        self.schedule.restart(trainer.global_step)
+        self.due_steps.restart(trainer.global_step)
         self._started, self._first_step = time.monotonic(), trainer.global_step
         if self._enabled and _is_terminal():
             total = total_steps(trainer)
@@ -92,7 +95,7 @@ class ProgressBar(LightningProgressBar):
         step = trainer.global_step
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-        if self.schedule.is_due(trainer, step):
+        if self.due_steps.is_due(trainer, step):
             self._show(trainer, step, outputs)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,7 +121,7 @@ class ProgressBar(LightningProgressBar):
             self._validation_bar.update(1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the validation's bar, and say what came of it."""
+        """Close the validation's bar, and show the validation loss."""
         if self._validation_bar is not None:
             self._validation_bar.close()
             self._validation_bar = None
@@ -128,8 +131,8 @@ class ProgressBar(LightningProgressBar):
         if self._bar is not None:
             self._bar.set_postfix_str(self._numbers(trainer, None))
         else:
-            place = f"step {trainer.global_step}  " if trainer.state.fn == "fit" else ""
-            print(f"{place}validation loss {loss:.4f}", flush=True)
+            step = f"step {trainer.global_step}  " if trainer.state.fn == "fit" else ""
+            print(f"{step}validation loss {loss:.4f}", flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the bar."""
@@ -138,7 +141,7 @@ class ProgressBar(LightningProgressBar):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Close the bars, so that what is printed next starts on a line of its own."""
+        """Close the bars, so that the next output starts on a line of its own."""
         self._close()
 
     def _close(self) -> None:
@@ -154,12 +157,12 @@ class ProgressBar(LightningProgressBar):
             return
         total = total_steps(trainer)
         elapsed = time.monotonic() - self._started
-        place = f"step {step}" if total is None else f"step {step}/{total}"
+        progress = f"step {step}" if total is None else f"step {step}/{total}"
         clock = tqdm.format_interval(elapsed)
         if total is not None and step > self._first_step:
-            left = elapsed * (total - step) / (step - self._first_step)
-            clock += f"<{tqdm.format_interval(left)}"
-        print("  ".join(filter(None, [place, numbers, clock])), flush=True)
+            remaining = elapsed * (total - step) / (step - self._first_step)
+            clock += f"<{tqdm.format_interval(remaining)}"
+        print("  ".join(filter(None, [progress, numbers, clock])), flush=True)
 
     def _numbers(self, trainer: pl.Trainer, outputs: Any) -> str:
         parts = []
@@ -187,7 +190,7 @@ def worst_composite_gain(last: dict[str, float]) -> float:
 
 
 def total_steps(trainer: pl.Trainer) -> int | None:
-    """The optimizer step at which training ends, or None if that cannot be told."""
+    """The optimizer step at which training ends, or None if it is not known."""
     limits: list[float] = [trainer.max_steps] if trainer.max_steps > 0 else []
     per_epoch = trainer.num_training_batches
     # Not trainer.estimated_stepping_batches: reading that loses a stateful loader's state.

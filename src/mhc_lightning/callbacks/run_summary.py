@@ -1,4 +1,4 @@
-"""Prints what a run came to, when it is over."""
+"""The summary of a run, printed when it ends."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ class RunSummary(pl.Callback):
     """Prints final losses, the largest gains, tokens, time, and where the files are.
 
     Printed on rank zero at the end of a fit that ended by itself, in plain text. Losses and
-    perplexity are ``train/loss``, ``val/loss`` and ``val/perplexity``, where the module logs them;
+    perplexity are `train/loss`, `val/loss` and `val/perplexity`, where the module logs them;
     gains and tokens come from the `AmaxGain` and `Throughput` callbacks, where the trainer has
     them, and are those of this process: a resumed run counts from where it resumed.
     """
@@ -26,7 +26,7 @@ class RunSummary(pl.Callback):
         self._first_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember when, and from which step."""
+        """Remember the time and the step."""
         self._started, self._first_step = time.monotonic(), trainer.global_step
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

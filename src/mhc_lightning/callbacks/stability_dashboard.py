@@ -1,4 +1,4 @@
-"""Lays out TensorBoard's Custom Scalars page as a stability dashboard."""
+"""The stability dashboard: a layout of TensorBoard's Custom Scalars page."""
 
 import lightning.pytorch as pl
 
@@ -38,7 +38,7 @@ LAYOUT = {
 class StabilityDashboard(pl.Callback):
     """Writes the dashboard's layout to every TensorBoard logger as training starts.
 
-    It is TensorBoard's *Custom Scalars* page (``http://localhost:6006/#custom_scalars``): loss,
+    It is TensorBoard's *Custom Scalars* page (`http://localhost:6006/#custom_scalars`): loss,
     composite and single-layer gain forward and backward, gradient norm, stream diversity and
     Sinkhorn residual on one page, then the same by sub-layer, speed and learning rate. A chart
     whose tags a run does not log stays empty.

@@ -1,9 +1,8 @@
-"""Logs how different a model's residual streams are, and how doubly stochastic their mixing is."""
+"""The diversity of a model's residual streams, and how doubly stochastic their mixing is."""
 
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -12,14 +11,13 @@ from mhc_lightning.callbacks.watching.lineage import streams_in_arguments
 from mhc_lightning.callbacks.watching.observations import Observation
 from mhc_lightning.callbacks.watching.stream_watcher import Extract
 from mhc_lightning.kernels import StreamMappings
-from mhc_lightning.loggers.trainer_loggers import log_scalars
 
 ExtractStreams = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
-"""(module, arguments, output) of one module call to the streams [..., n, C] that entered it."""
+"""From (module, arguments, output) of one module call to the streams [..., n, C] it read."""
 
 
 def relative_diversity(streams: Tensor) -> Tensor:
-    """How far streams lie from their mean, relative to their size; averaged over tokens.
+    """The distance of streams from their mean, relative to their size; averaged over tokens.
 
     Per token, with the mean stream x̄ = (1/n) Σ_i x_i:
     d = sqrt( Σ_i ‖x_i − x̄‖² / Σ_i ‖x_i‖² ), between 0 (all streams equal) and 1 (they cancel);
@@ -33,7 +31,7 @@ def relative_diversity(streams: Tensor) -> Tensor:
     """
     x = streams.to(torch.promote_types(streams.dtype, torch.float32))
     tiny = torch.finfo(x.dtype).tiny
-    # Squares of what is very large or small are out of range: relative to the largest they are not.
+    # Squares of very large or small values leave the range; relative to the largest they do not.
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
     total = x.sum(-2, keepdim=True)
     spread = torch.sub(x, total, alpha=1 / x.shape[-2])  # x − x̄ in one pass
@@ -57,24 +55,22 @@ class StreamDiversity(StreamSampler[dict[str, Tensor]]):
     stochastic that finitely many iterations leave (for an unconstrained connection simply that
     distance).
 
-    Tags: ``stream_diversity/{mean,min}`` and ``stream_diversity/layer_<k>`` (k from 0 in the order
+    Tags: `stream_diversity/{mean,min}` and `stream_diversity/layer_<k>` (k from 0 in the order
     of the calls; mean and min leave out the first sub-layer of every forward pass, whose streams
-    are copies of one embedding, if there are others), ``sinkhorn_residual/{row,column}`` (the
-    largest over sub-layers) and ``sinkhorn_residual/{row,column}/layer_<k>``.
+    are copies of one embedding, if there are others), `sinkhorn_residual/{row,column}` (the
+    largest over sub-layers) and `sinkhorn_residual/{row,column}/layer_<k>`.
 
     Args:
         every_n_steps: Optimizer steps between samples; None takes the trainer's
-            ``log_every_n_steps``.
-        extract: ``(module, args, output) -> StreamMappings | None`` for foreign modules.
-        extract_streams: ``(module, args, output) -> Tensor | None``, the streams [..., n, C] that
+            `log_every_n_steps`.
+        extract: `(module, args, output) -> StreamMappings | None` for foreign modules.
+        extract_streams: `(module, args, output) -> Tensor | None`, the streams [..., n, C] that
             entered that module; None takes the first argument of that shape. Where there is none,
             that sub-layer has no diversity.
 
     Raises:
         UserError: The interval is not a positive integer.
     """
-
-    takes_notes = True
 
     def __init__(
         self,
@@ -96,31 +92,18 @@ class StreamDiversity(StreamSampler[dict[str, Tensor]]):
         return None if streams is None else relative_diversity(streams)
 
     def reduce(self, observations: list[Observation]) -> dict[str, Tensor]:
-        """The numbers by tag, still on the device."""
+        """The numbers by tag."""
         values: dict[str, Tensor] = {}
-        seen = [o for o in observations if o.note is not None]
-        if seen:
-            later = [o.note for o in seen if o.after is not None] or [o.note for o in seen]
+        measured = [o for o in observations if o.note is not None]
+        if measured:
+            later = [o.note for o in measured if o.after is not None]
+            later = later or [o.note for o in measured]
             values["stream_diversity/mean"] = torch.stack(later).mean()
             values["stream_diversity/min"] = torch.stack(later).amin()
-            values.update({f"stream_diversity/layer_{o.layer}": o.note for o in seen})
+            values.update({f"stream_diversity/layer_{o.layer}": o.note for o in measured})
         sums = torch.stack([sum_residuals(o.mappings.residual) for o in observations])  # [L, 2]
         for side, by_layer in zip(("row", "column"), sums.unbind(1), strict=True):
             values[f"sinkhorn_residual/{side}"] = by_layer.amax()
             for observation, value in zip(observations, by_layer.unbind(), strict=True):
                 values[f"sinkhorn_residual/{side}/layer_{observation.layer}"] = value
-        return values
-
-    def report(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        step: int,
-        reduced: dict[str, Tensor],
-    ) -> dict[str, float]:
-        """Log the numbers of one sample."""
-        numbers = torch.stack([value.float() for value in reduced.values()]).tolist()
-        values = dict(zip(reduced, numbers, strict=True))
-        largest = [tag for tag in values if "/layer_" not in tag]
-        log_scalars(trainer, pl_module, values, step, monitored=largest)
         return values

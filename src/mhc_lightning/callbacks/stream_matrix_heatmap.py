@@ -1,4 +1,4 @@
-"""Draws a model's residual mappings, and their products over depth, while it trains."""
+"""Heat maps of a model's residual mappings, and of their products over depth, in training."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mhc_lightning.callbacks.gains import chains, mean_products
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
-from mhc_lightning.callbacks.watching.observations import Observation, links
+from mhc_lightning.callbacks.watching.observations import Observation, predecessors
 from mhc_lightning.callbacks.watching.stream_watcher import Extract
 from mhc_lightning.errors import UserError
 from mhc_lightning.loggers.trainer_loggers import log_image, takes_images
@@ -28,21 +28,21 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
     One picture for each chosen sub-layer, and for the products over the first half, the second
     half and the whole of the stack (multiplied token by token, then averaged), with row sums on
     the right, column sums below, and colours that are centred on zero. Tags:
-    ``stream_matrices/layer_<k>`` and ``stream_matrices/composite_<first>_to_<last>``, sub-layers
+    `stream_matrices/layer_<k>` and `stream_matrices/composite_<first>_to_<last>`, sub-layers
     counted from 0 in the order of the calls. Products are taken along the streams: each forward
     pass of a step is a chain of its own (see `StreamSampler`), and where the number of streams or
     tokens changes, each stretch of equal shape.
 
-    Pictures go to TensorBoard and to every logger with a ``log_image`` method; with neither,
+    Pictures go to TensorBoard and to every logger with a `log_image` method; with neither,
     nothing is sampled.
 
     Args:
         layers: Sub-layers to draw, negative ones counted from the end; None takes the first, the
             middle and the last.
         every_n_steps: Optimizer steps between samples; None takes 50 times the trainer's
-            ``log_every_n_steps`` (drawing takes longer than measuring), and the first step it
-            logs. The last step of a run (``max_steps``) is drawn in any case.
-        extract: ``(module, args, output) -> StreamMappings | None`` for foreign modules.
+            `log_every_n_steps` (drawing takes longer than measuring), and the first step it
+            logs. The last step of a run (`max_steps`) is drawn in any case.
+        extract: `(module, args, output) -> StreamMappings | None` for foreign modules.
 
     Raises:
         UserError: The interval is not a positive integer or, at the first sample, a layer is out
@@ -60,12 +60,12 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
         self._checked = False
 
     def reduce(self, observations: list[Observation]) -> _Matrices:
-        """Average the chosen matrices and products over tokens, on the device."""
+        """Average the chosen matrices and products over tokens."""
         residuals = [observation.mappings.residual for observation in observations]
         layers = [observation.layer for observation in observations]
-        chosen = self._chosen(self.depth)
-        spans = [[place] for place, layer in enumerate(layers) if layer in chosen]
-        for chain in chains(residuals, links(observations)):
+        chosen = self._chosen_layers(self.depth)
+        spans = [[k] for k, layer in enumerate(layers) if layer in chosen]
+        for chain in chains(residuals, predecessors(observations)):
             middle = len(chain) // 2
             parts = (chain[:middle], chain[middle:], chain)
             # Chains that branch off one trunk may begin alike.
@@ -92,7 +92,7 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
                 )
         return {}
 
-    def _chosen(self, depth: int) -> list[int]:
+    def _chosen_layers(self, depth: int) -> list[int]:
         if self.layers is None:
             return sorted({0, depth // 2, depth - 1})
         wrong = [k for k in self.layers if not -depth <= k < depth]

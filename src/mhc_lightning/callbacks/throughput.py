@@ -1,4 +1,9 @@
-"""Logs training speed: tokens per second, and the share of the devices' peak they amount to."""
+"""The speed of training: tokens per second, and the share of the devices' peak FLOP/s.
+
+Lightning's `ThroughputMonitor` waits for the device after every batch, multiplies by all ranks
+(the stages of a pipeline share one batch), and counts the time of saving checkpoints; so this is
+one of its own.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +21,21 @@ from mhc_lightning.strategies.layout import layout_of
 
 
 def count_batch_tokens(batch: Any) -> int:
-    """Tokens trained on in one batch, those that pad it included: they take their time too.
+    """The tokens of one batch, padding included, since padding takes its time too.
 
-    An integer tensor [B, S + 1] holds B·S of them (inputs and targets overlap). In a mapping
-    ``input_ids`` counts whole, and in a sequence its first element.
+    An integer tensor [B, S + 1] holds B·S tokens (inputs and targets overlap). In a mapping all of
+    `input_ids` counts, and in a sequence all of its first element.
 
     Raises:
         UserError: The batch is none of these.
     """
     if _is_token_tensor(batch):
         return int(batch.shape[0] * (batch.shape[1] - 1))
-    inside = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if isinstance(batch, Sequence) and len(batch) > 0:
-        inside = batch[0]
-    if isinstance(inside, Tensor) and _is_token_tensor(inside):
-        return inside.numel()
+        tokens = batch[0]
+    if isinstance(tokens, Tensor) and _is_token_tensor(tokens):
+        return tokens.numel()
     raise UserError(
         f"Throughput cannot count the tokens of a batch of type {type(batch).__name__};"
         " give it count_tokens=..., a function from a batch to their number"
@@ -40,8 +45,8 @@ def count_batch_tokens(batch: Any) -> int:
 def peak_device_flops(trainer: pl.Trainer) -> float | None:
     """Peak FLOP/s of one device at the trainer's precision.
 
-    On CUDA the vendor's figure; on a CPU, where there is none, what a large matrix product
-    reaches in a short measurement. None for other devices.
+    On CUDA the vendor's figure; on a CPU, where there is none, the speed of a large matrix product
+    in a short measurement. None for other devices.
     """
     dtype = _compute_dtype(str(trainer.precision))
     device = trainer.strategy.root_device
@@ -51,25 +56,25 @@ def peak_device_flops(trainer: pl.Trainer) -> float | None:
 
 
 class Throughput(pl.Callback):
-    """Logs ``train/tokens_per_second`` and, for models that count their FLOPs, ``train/mfu``.
+    """Logs `train/tokens_per_second` and, for models that count their FLOPs, `train/mfu`.
 
-    Tokens are those of all data-parallel ranks. Time runs while training: waiting for data
-    included; validation, saving checkpoints and the first step of a run (compilation, warm-up)
-    left out. Values are averages since the previous one; none is logged where no token was
+    Tokens are those of all data-parallel ranks. The time is that of training, waiting for data
+    included; validation, saving checkpoints and the first step of a run (compilation, warm-up) are
+    left out. A value is the average since the previous one; none is logged where no token was
     trained on.
 
-    Model-FLOPs utilisation is ``tokens/s · FLOPs per token / (devices · peak FLOP/s)``, with
-    ``pl_module.model.flops_per_token(sequence_length)`` if it exists. On a CPU the peak is that of
+    Model-FLOPs utilisation is `tokens/s · FLOPs per token / (devices · peak FLOP/s)`, with
+    `pl_module.model.flops_per_token(sequence_length)` if it exists. On a CPU the peak is that of
     a matrix product measured once at the start.
 
     Args:
         every_n_steps: Optimizer steps between values; None takes the trainer's
-            ``log_every_n_steps``.
+            `log_every_n_steps`.
         count_tokens: Tokens in one batch; None takes `count_batch_tokens`.
         peak_flops: Peak FLOP/s of one device; None looks it up.
 
     Attributes:
-        last: The last values by tag, and ``step``.
+        last: The last values by tag, and `step`.
         total_tokens: Tokens trained on in this run, over all ranks.
 
     Raises:
@@ -84,7 +89,7 @@ class Throughput(pl.Callback):
         count_tokens: Callable[[Any], int] | None = None,
         peak_flops: float | None = None,
     ) -> None:
-        self.schedule = EveryNSteps(every_n_steps, "Throughput")
+        self.due_steps = EveryNSteps(every_n_steps, "Throughput")
         self.count_tokens = count_tokens or count_batch_tokens
         self.peak_flops = peak_flops
         self.last: dict[str, float] = {}
@@ -95,12 +100,12 @@ class Throughput(pl.Callback):
         self._warm = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See that nothing is counted twice."""
+        """Refuse a trainer that has this callback twice."""
         refuse_twice(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start counting; look up what the devices could do."""
-        self.schedule.restart(trainer.global_step)
+        """Start counting, and look up the peak of the devices."""
+        self.due_steps.restart(trainer.global_step)
         self.total_tokens = self._tokens = 0
         self._first_step, self._warm = trainer.global_step + 1, False
         self._clock = _Clock()
@@ -110,7 +115,7 @@ class Throughput(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Training goes on."""
+        """Let the clock run again after a pause."""
         self._clock.run()
 
     def on_train_batch_end(
@@ -127,7 +132,7 @@ class Throughput(pl.Callback):
         step = trainer.global_step
         self.total_tokens += tokens
         self._tokens += tokens
-        due = self.schedule.is_due(trainer, step)
+        due = self.due_steps.is_due(trainer, step)
         if not self._warm:
             self._warm = step >= self._first_step
             self._restart(trainer)
@@ -136,13 +141,13 @@ class Throughput(pl.Callback):
             self._restart(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validation is not training."""
+        """Pause: validation is not training."""
         self._pause(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Neither is saving; nothing tells when it is done, so until the next batch."""
+        """Pause until the next batch: saving is not training, and no hook follows it."""
         self._pause(trainer)
 
     def _log(
@@ -150,7 +155,7 @@ class Throughput(pl.Callback):
     ) -> None:
         _synchronize(trainer)
         seconds = self._clock.seconds()
-        if seconds <= 0:  # of a clock that does not tell such short times
+        if seconds <= 0:  # too short for the clock
             return
         speed = self._tokens / seconds
         values = {"train/tokens_per_second": speed}

@@ -1,4 +1,4 @@
-"""What a run logs, and where: `metrics.csv` and TensorBoard; both resume exactly."""
+"""The loggers of a run, `metrics.csv` and TensorBoard: resuming leaves each step once."""
 
 from mhc_lightning.loggers.metrics_csv import MetricsCSV
 from mhc_lightning.loggers.tensorboard import TensorBoard

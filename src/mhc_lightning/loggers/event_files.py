@@ -1,4 +1,8 @@
-"""TensorBoard's event files: written in whole records, cut back to a step on resuming."""
+"""TensorBoard's event files: written in whole records, cut back to a step on resuming.
+
+`SummaryWriter(purge_step=...)` would only mark the restart: the points after it stay in the files,
+which most readers then show twice, and its thread dies on a full disk.
+"""
 
 import io
 from pathlib import Path
@@ -8,18 +12,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhc_lightning.files.atomic import replacing
 
-_MOST_WAITING = 1 << 20  # bytes of records that wait for a flush
-_MOST_UNSAVED = 1 << 24  # bytes kept while they cannot be written
+_MAX_WAITING = 1 << 20  # bytes of records that wait for a flush
+_MAX_UNSAVED = 1 << 24  # bytes kept while they cannot be written
 
 
 class EventFile:
     """Appends records to an event file, in place of TensorBoard's own writer.
 
-    That one writes from a thread which dies at the first error and then blocks or fails the
-    training. This one keeps what it cannot write, up to 16 MiB, and tries again at the next flush.
+    TensorBoard's writer has a thread that dies at the first error and then blocks or fails the
+    training. This one keeps the records that it cannot write, up to 16 MiB, and tries again at the
+    next flush.
 
     Args:
-        path: An event file that exists.
+        path: An existing event file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,11 +37,11 @@ class EventFile:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         RecordWriter(self._waiting).write(event.SerializeToString())
-        if self._waiting.tell() > _MOST_WAITING and not self._failing:
+        if self._waiting.tell() > _MAX_WAITING and not self._failing:
             self.flush()
 
     def flush(self) -> None:
-        """Append what waits to the file, all of it or nothing."""
+        """Append the waiting records to the file, all of them or none."""
         records = self._waiting.getvalue()
         if not records:
             return
@@ -56,18 +61,18 @@ class EventFile:
                     category=RuntimeWarning,
                 )
             self._failing = True
-            if len(records) > _MOST_UNSAVED:
+            if len(records) > _MAX_UNSAVED:
                 self._waiting = io.BytesIO()
             return
         self._waiting, self._failing = io.BytesIO(), False
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write the waiting records."""
         self.flush()
 
 
 def drop_events_after(step: int, file: Path) -> None:
-    """Rewrite an event file without the events of later steps, and without a cut last one."""
+    """Rewrite an event file without the events of later steps, and without a cut last event."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -84,7 +89,7 @@ def drop_events_after(step: int, file: Path) -> None:
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
-    """Write everything; a full disk may first take a part without an error."""
+    """Write all bytes; a full disk may first take a part without an error."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]

@@ -1,4 +1,4 @@
-"""The logger of `metrics.csv`: every scalar of a run in one table, which resumes exactly."""
+"""The logger of `metrics.csv`: one table of all scalars; resuming leaves each step once."""
 
 import csv
 import io
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
+from mhc_lightning.errors import UserError
 from mhc_lightning.files.atomic import write_text_atomically
 
 STEP = "step"
@@ -20,25 +21,25 @@ STEP = "step"
 class MetricsCSV(Logger):
     """Writes every scalar to one table: a row per optimizer step, a column per tag.
 
-    Values that arrive for the same step (training, then validation) share its row. Numbers keep
-    their full precision: reading them back gives the same bits. The file is complete after every
-    call; a process killed in between leaves at worst a cut last line, which
-    `resume_from` removes. A tag seen for the first time adds a column, at the end of the header.
+    Values of the same step (training, then validation) share its row. Numbers keep their full
+    precision: reading them back gives the same bits. The file is complete after every call; a
+    process killed in between leaves at worst a cut last line, which `resume_from` removes. A new
+    tag adds a column, at the end of the header.
 
     Args:
-        folder: Where `metrics.csv` goes.
+        folder: The folder of `metrics.csv`.
         name: The file's name.
     """
 
     def __init__(self, folder: str | Path, name: str = "metrics.csv") -> None:
         super().__init__()
         self.path = Path(folder) / name
-        self._columns: list[str] | None = None  # None: the file has not been looked at
-        # The row being filled, after those before it that could not be written yet.
+        self._columns: list[str] | None = None  # None: the file has not been read
+        # The row being filled, after rows before it that could not be written yet.
         self._tail: list[dict[str, str]] = []
-        self._tail_start = 0  # where these begin in the file, in bytes
-        self._stale = False  # the file as a whole is to be replaced
-        self._failing = False
+        self._tail_start = 0  # the byte of the file where these rows begin
+        self._stale = False  # the whole file has to be replaced
+        self._failing = False  # the last write failed
 
     @property
     def name(self) -> str:
@@ -64,7 +65,7 @@ class MetricsCSV(Logger):
         """Add scalars to the row of `step`.
 
         Args:
-            metrics: Values by tag; what is not a single number is left out.
+            metrics: Values by tag; a value that is not a single number is left out.
             step: Optimizer steps completed; None means the row being filled.
         """
         columns = self._open()
@@ -90,24 +91,37 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def resume_from(self, step: int) -> None:
-        """Drop the rows after `step`, and a line that a killed process left cut."""
+        """Drop the rows after `step`, and a line that a killed process left cut.
+
+        Raises:
+            UserError: The file has no column `step`.
+        """
         self._columns, self._tail = None, []
         if self.path.exists():
             self._open()
             self._rewrite([row for row in self._rows() if int(row[STEP]) <= step])
 
     def _open(self) -> list[str]:
-        """The columns, after mending or making the file the first time."""
+        """The columns; the first call makes the file, or removes its cut last line.
+
+        Raises:
+            UserError: The file has no column `step`.
+        """
         if self._columns is not None:
             return self._columns
-        self._columns = [STEP]
         if self.path.exists():
             with open(self.path, encoding="utf-8", errors="replace", newline="") as file:
-                self._columns = next(csv.reader(file), [STEP])
-            rows = list(self._rows())
-            self._rewrite(rows)  # without a cut last line
+                columns = next(csv.reader(file), [STEP])
+            if STEP not in columns:
+                raise UserError(
+                    f"{self.path} has no column {STEP!r}, so its rows cannot be continued; move the"
+                    " file away, or choose another folder"
+                )
+            self._columns = columns
+            self._rewrite(self._rows())  # without a cut last line
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._columns = [STEP]
             self._rewrite([])
         return self._columns
 
@@ -159,7 +173,7 @@ class MetricsCSV(Logger):
         self._keep_last_row()
 
     def _keep_last_row(self) -> None:
-        """All is written: only the last row may still grow."""
+        """After a write: only the last row may still grow."""
         self._tail_start += sum(len(self._line(row)) for row in self._tail[:-1])
         self._tail = self._tail[-1:]
 

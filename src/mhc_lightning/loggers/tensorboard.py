@@ -1,4 +1,4 @@
-"""The logger of TensorBoard event files, which resume exactly."""
+"""The logger of TensorBoard event files: resuming leaves each step once."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from mhc_lightning.loggers.event_files import EventFile, drop_events_after
 class TensorBoard(TensorBoardLogger):
     """TensorBoard event files straight in the run folder.
 
-    Resuming removes the points after the checkpoint from the files themselves, so no reader sees
-    a step twice, and marks the restart for a TensorBoard that is watching.
+    Resuming removes the points after the checkpoint from the files themselves, so that no reader
+    sees a step twice, and marks the restart for a TensorBoard that is running.
 
     Args:
         folder: Where the event files go.

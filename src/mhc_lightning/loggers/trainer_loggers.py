@@ -1,4 +1,4 @@
-"""Hands numbers and images to whatever loggers a trainer has, against optimizer steps."""
+"""Numbers and images to all loggers of a trainer, against optimizer steps."""
 
 from collections.abc import Iterable, Mapping
 from typing import TypeGuard
@@ -17,16 +17,16 @@ def log_scalars(
 ) -> None:
     """Log scalars to every logger at `step`; must be called inside a callback hook.
 
-    The loggers get the step explicitly, because Lightning's own count (batches that stepped, from
-    0) applies to modules that do not log a ``step`` of their own. Loggers write on rank zero only,
-    so these are rank zero's numbers, and no rank waits for another.
+    The step is given to the loggers explicitly, because Lightning counts batches that stepped,
+    from 0, for modules that log no `step` of their own. Loggers write on rank zero only, so these
+    are rank zero's numbers, and no rank waits for another.
 
     Args:
         trainer: The running trainer.
         pl_module: The module being trained.
         values: Numbers by tag.
         step: Optimizer steps completed, first 1.
-        monitored: Those tags of `values` that also become ``trainer.callback_metrics``, for
+        monitored: The tags of `values` that also become `trainer.callback_metrics`, for
             checkpoints and early stopping to monitor.
     """
     for logger in trainer.loggers:
@@ -39,7 +39,7 @@ def log_scalars(
 def log_image(trainer: pl.Trainer, tag: str, image: np.ndarray, step: int) -> None:
     """Log one uint8 image [height, width, 3] to every logger that takes images.
 
-    TensorBoard's does, and so does any logger with a ``log_image(key, images, step)`` method.
+    TensorBoard's does, and so does any logger with a `log_image(key, images, step)` method.
     """
     for logger in trainer.loggers:
         if is_tensorboard(logger):
@@ -49,7 +49,7 @@ def log_image(trainer: pl.Trainer, tag: str, image: np.ndarray, step: int) -> No
 
 
 def takes_images(trainer: pl.Trainer) -> bool:
-    """Whether drawing is worth the time: on rank zero, with a logger that takes images."""
+    """True on rank zero with a logger that takes images: only then is drawing worth the time."""
     return trainer.is_global_zero and any(
         is_tensorboard(logger) or hasattr(logger, "log_image") for logger in trainer.loggers
     )

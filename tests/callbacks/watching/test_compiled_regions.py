@@ -9,7 +9,7 @@ import torch
 
 from mhc_lightning.callbacks import AmaxGain, StreamDiversity, StreamMatrixHeatmap
 from mhc_lightning.callbacks.watching.compiled_regions import modules_in_compiled_regions
-from mhc_lightning.callbacks.watching.observations import links
+from mhc_lightning.callbacks.watching.observations import predecessors
 from mhc_lightning.callbacks.watching.stream_watcher import StreamWatcher
 from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.language_model import LanguageModel
@@ -153,7 +153,7 @@ def test_chains_through_compiled_programs(foreign: Any, compiled: Any, mode: str
             ):
                 watcher.open(module)
                 call()
-                assert links(watcher.close()) == expected
+                assert predecessors(watcher.close()) == expected
     finally:
         watcher.release()
 
@@ -177,7 +177,7 @@ def test_a_module_met_again_within_one_program_begins_a_chain_and_is_told(foreig
             root[0](torch.randn(2, 5, 4))
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                assert links(watcher.close()) == [None, 0, None, 2]
+                assert predecessors(watcher.close()) == [None, 0, None, 2]
             told = ["more than once in one compiled program" in str(w.message) for w in caught]
             assert any(told) == warned
     finally:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhc_lightning.callbacks.gains import amax_gains
-from mhc_lightning.callbacks.watching.observations import links
+from mhc_lightning.callbacks.watching.observations import predecessors
 from mhc_lightning.callbacks.watching.stream_watcher import StreamWatcher
 from mhc_lightning.kernels import StreamMappings, merge_observers
 from mhc_lightning.modules import (
@@ -59,7 +59,7 @@ def watched(root: nn.Module, call: Callable[[], Any], **options: Any) -> list[An
 
 
 def after(root: nn.Module, call: Callable[[], Any], **options: Any) -> list[int | None]:
-    return links(watched(root, call, **options))
+    return predecessors(watched(root, call, **options))
 
 
 def run(net: Transformer, mode: str, tokens: Tensor = TOKENS) -> Tensor:
@@ -122,7 +122,7 @@ def test_gains_are_those_of_each_network_alone() -> None:
 
     def gains(*passes: int) -> Tensor:
         seen = watched(nets, lambda: [nets[k](TOKENS) for k in passes])
-        return amax_gains([o.mappings.residual for o in seen], links(seen))
+        return amax_gains([o.mappings.residual for o in seen], predecessors(seen))
 
     alone = [gains(0), gains(1)]
     for together in ((0, 1), (1, 0, 1), (0, 0)):
@@ -256,7 +256,7 @@ def test_no_streams_are_kept_alive() -> None:
     gc.collect()
     assert len(alive) == 4
     assert not [1 for reference in alive if reference() is not None]
-    assert links(watcher.close()) == ONE
+    assert predecessors(watcher.close()) == ONE
 
 
 def test_marks_of_one_step_mean_nothing_in_the_next() -> None:
@@ -270,7 +270,7 @@ def test_marks_of_one_step_mean_nothing_in_the_next() -> None:
     for call in (first, lambda: net.run_blocks(kept[0])):
         watcher.open(net)
         call()
-        assert links(watcher.close()) == ONE
+        assert predecessors(watcher.close()) == ONE
 
 
 def test_passes_within_autocast_and_with_shared_embeddings() -> None:

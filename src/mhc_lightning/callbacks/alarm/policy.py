@@ -1,4 +1,4 @@
-"""What an alarm does about which values: bands, repetition and pauses, without a trainer."""
+"""The policy of an alarm: which values lead to which actions, without a trainer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ ACTIONS = ("warn", "checkpoint", "skip_update", "lower_lr")
 
 
 class Decision(NamedTuple):
-    """What to do in a step.
+    """The actions to take in a step.
 
     Attributes:
-        breaches: The values to show, if anything is to be said.
-        skip: Whether to leave the update out.
-        checkpoint: Whether to save.
-        lower: Whether to lower the learning rate.
+        breaches: The values to report.
+        skip: True leaves out the update.
+        checkpoint: True saves the state.
+        lower: True lowers the learning rate.
     """
 
     breaches: list[Breach]
@@ -26,15 +26,15 @@ class Decision(NamedTuple):
 
 
 class AlarmPolicy:
-    """Decides by the values of each step; the same values lead to the same decisions anywhere.
+    """Decides by the values of each step; equal values lead to equal decisions in every process.
 
     Args:
-        actions: Those that may be taken, of `ACTIONS`.
-        bands: The metrics' bands.
-        patience: Values in a row out of a band before more than a skip is done.
-        cooldown: Steps in which a metric is not reported again after a report, and in which there
-            is no other checkpoint or lowering after one.
-        max_skips: Updates skipped in a row at most.
+        actions: The actions that may be taken, of `ACTIONS`.
+        bands: The bands of the metrics.
+        patience: Values in a row out of a band before any action but a skip is taken.
+        cooldown: Steps after a report in which the same metric is not reported again, and after a
+            checkpoint or lowering in which there is no other.
+        max_skips: The largest number of updates skipped in a row.
 
     Raises:
         UserError: A setting is out of range.
@@ -72,20 +72,20 @@ class AlarmPolicy:
         """Forget every value."""
         for band in self.bands.values():
             band.values.clear()
-        self._in_row = dict.fromkeys(self.bands, 0)  # values out of the band
-        self._quiet_until = dict.fromkeys(self.bands, 0)  # steps
-        self._at_rest_until = 0  # the step of the next checkpoint or lowering
-        self._breached_steps = 0  # in a row
+        self._in_row = dict.fromkeys(self.bands, 0)  # values in a row out of the band
+        self._quiet_until = dict.fromkeys(self.bands, 0)  # first step of the next report
+        self._at_rest_until = 0  # first step of the next checkpoint or lowering
+        self._breached_steps = 0  # steps in a row
 
     def decide(
         self, step: int, values: Mapping[str, float], *, before_update: bool
     ) -> Decision | None:
-        """Judge the values of a step, let them join their bands, and say what to do, if anything.
+        """Judge the values of a step, add them to their bands, and decide; None takes no action.
 
         Args:
             step: The optimizer step, first 1.
-            values: By tag; each a tag of a band.
-            before_update: Whether the step's update is still to come, so that it can be skipped.
+            values: By tag; each the tag of a band.
+            before_update: True while the step's update can still be skipped.
         """
         breaches = []
         for tag, value in values.items():
@@ -95,9 +95,9 @@ class AlarmPolicy:
                 breaches.append(breach)
         skip = False
         if before_update:
-            left = self._breached_steps < self.max_skips
+            may_skip = self._breached_steps < self.max_skips
             self._breached_steps = self._breached_steps + 1 if breaches else 0
-            skip = "skip_update" in self.actions and bool(breaches) and left
+            skip = "skip_update" in self.actions and bool(breaches) and may_skip
         lasting = [
             breach
             for breach in breaches
@@ -124,7 +124,7 @@ class AlarmPolicy:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; metrics that are new begin anew."""
+        """Restore what `state_dict` gave; metrics that it lacks begin anew."""
         self.reset()
         for tag in self.bands.keys() & state["bands"].keys():
             self.bands[tag].values.extend(state["bands"][tag])

@@ -1,4 +1,4 @@
-"""Whether a series leaves the band of its recent values: median and median deviation."""
+"""The band of a series' recent values: their median and median absolute deviation."""
 
 import math
 import statistics
@@ -12,16 +12,16 @@ _NORMAL = 1.4826
 
 
 class Breach(NamedTuple):
-    """A value out of its band, and what the band was.
+    """A value out of its band, with the band.
 
     Attributes:
-        tag: Whose value it is.
+        tag: The metric.
         value: The value; may be NaN or infinite.
-        bound: The largest value that would have been let pass; None if there was none yet, which
-            only a value that is not finite or above `limit` can breach.
-        median: Of the values before it; None if there are too few.
+        bound: The largest ordinary value; None if there was no bound yet, where only a value that
+            is not finite is a breach.
+        median: The median of the values before; None if there are too few, or the limit decided.
         deviation: Their median absolute deviation, as a standard deviation; None as above.
-        seen: How many values before it were looked at.
+        seen: The number of values before.
     """
 
     tag: str
@@ -32,7 +32,7 @@ class Breach(NamedTuple):
     seen: int
 
     def __str__(self) -> str:
-        """What happened, for people: ``train/loss 9.31 above 3.9 (median 2.1 of 128, …)``."""
+        """For people: `train/loss 9.31 above 3.9 (the last 128: median 2.1, deviation 0.2)`."""
         if not math.isfinite(self.value) or self.bound is None:
             return f"{self.tag} {self.value:.4g} is not finite"
         if self.median is None:
@@ -49,17 +49,17 @@ class RobustBand:
     A value is out of the band if it is not finite, above `limit`, or above
     median + max(`deviations` · σ, `rise` · |median|), with σ = 1.4826 · median(|value − median|)
     over the last `window` values. Medians do not follow single outliers, so every finite value
-    enters the window; a level that lasts becomes the band after half a window. `rise` keeps a
-    series that hardly moves from tripping over rounding, and a heavy-tailed one over its tail.
-    Only rising is judged: falling losses, norms and gains are no explosion.
+    enters the window; a lasting level becomes the band after half a window. `rise` keeps a nearly
+    constant series from breaching by rounding, and a heavy-tailed one by its tail. Only rising
+    values breach: falling losses, norms and gains are no explosion.
 
     Args:
-        tag: Name of the series, for the evidence.
-        window: Values that the band is taken from.
-        least: Values that there must be before the band judges.
-        deviations: How many σ above the median are ordinary.
-        rise: What part of |median| above it is ordinary in any case.
-        limit: An absolute bound, heeded from the first value on; None sets none.
+        tag: Name of the series.
+        window: The number of values from which the band is computed.
+        least: The number of values before the band judges.
+        deviations: Robust standard deviations above the median that are ordinary.
+        rise: The share of |median| above it that is ordinary in any case.
+        limit: An absolute bound from the first value on; None sets none.
 
     Attributes:
         values: The window, oldest first.
@@ -94,7 +94,7 @@ class RobustBand:
         self.values: deque[float] = deque(maxlen=window)
 
     def judge(self, value: float) -> Breach | None:
-        """Judge a value by those before it, and let it join them if it is finite."""
+        """Judge a value by those before it, and add it to the window if it is finite."""
         bound = median = deviation = None
         if len(self.values) >= self.least:
             median = statistics.median(self.values)

@@ -1,4 +1,4 @@
-"""Acts when a run leaves its band: warns, saves, skips the update, lowers the learning rate."""
+"""The stability alarm: warns, saves, skips the update or lowers the learning rate."""
 
 import math
 import sys
@@ -24,67 +24,69 @@ from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.loggers.trainer_loggers import log_scalars
 from mhc_lightning.optimizers.finiteness import require_finite
 
-_LEAST_SAMPLES = 8  # of a gain, which is seen on logging steps only
+_MIN_GAIN_SAMPLES = 8  # gains are sampled on logging steps only
 
 
 class StabilityAlarm(pl.Callback):
     """Watches loss, gradient norm and composite gains, and acts when one of them shoots up.
 
-    Each is judged by its own last `window` values (see `RobustBand`): out of its band is what is
-    not finite, above its limit, or above median + max(`deviations` · σ, rise · |median|). Loss and
-    gradient norm are judged in every optimizer step, between clipping and the update, from a
-    quarter of a window on; gains when they are sampled, from the eighth sample on.
+    Each metric is judged by its own last `window` values (see `RobustBand`): a value is out of its
+    band if it is not finite, above its limit, or above
+    median + max(`deviations` · σ, rise · |median|). Loss and gradient norm are judged in every
+    optimizer step, between clipping and the update, after a quarter of a window; gains when they
+    are sampled, after eight samples.
 
     The actions:
 
-    - ``warn``: say so. Whatever else is done is said as well: one line on standard error with the
-      value, the band, the sub-layers (of a gain) or the largest gradient, and what was done; and,
-      to the loggers, ``alarm/<tag>``, ``alarm/<tag>/bound``, ``alarm/skipped_updates`` (so far)
-      and ``alarm/lr_scale``.
-    - ``checkpoint``: save the state at the end of this step. `RunCheckpoint` keeps it and the one
-      before it for good; without that callback, ``alarm_step_<n>.ckpt`` is written. Neither saves a
+    - `warn`: report it: one line on standard error with the value, the band, the sub-layers (of a
+      gain) or the largest gradient, and the actions taken; and, to the loggers, `alarm/<tag>`,
+      `alarm/<tag>/bound`, `alarm/skipped_updates` (so far) and `alarm/lr_scale`. Every other
+      action is reported in the same way.
+    - `checkpoint`: save the state at the end of this step. `RunCheckpoint` keeps it and the one
+      before it for good; without that callback, `alarm_step_<n>.ckpt` is written. Neither saves a
       state that is not finite: the run ends with `NonFiniteLossError`.
-    - ``skip_update``: leave out the update of this step, if loss or gradient norm is out of its
-      band. Weights and the optimizer's moments stay as they are; otherwise the step counts: the
-      schedule goes on, and its batch is not seen again. After `max_skips` in a row updates are
-      made again (where they are not finite, the module's own check ends the run), since what
-      lasts is no bad batch. A gain is no reason to skip: it tells of the weights that a skip keeps.
-    - ``lower_lr``: multiply the learning rate by `lr_factor` from the next update on, on top of the
-      schedule (at most down to a tenth); it comes back linearly within `lr_recovery_steps`.
+    - `skip_update`: leave out the update of this step, if loss or gradient norm is out of its
+      band. Weights and the optimizer's moments stay as they are. The step counts nevertheless: the
+      schedule goes on, and its batch is not seen again. After `max_skips` skips in a row updates
+      are made again, since a lasting breach is no bad batch (where they are not finite, the
+      module's own check ends the run). A gain is no reason to skip: it comes from the weights,
+      which a skip keeps.
+    - `lower_lr`: multiply the learning rate by `lr_factor` from the next update on, on top of the
+      schedule (at most down to a tenth); it rises back linearly within `lr_recovery_steps`.
 
     Loss and gradient norm are metrics that the module has logged by the update: in its
-    ``training_step``, ``on_before_optimizer_step`` or ``configure_gradient_clipping``. Gains are
+    `training_step`, `on_before_optimizer_step` or `configure_gradient_clipping`. Gains are
     tags in the samples of `AmaxGain` or another `StreamSampler`. The first process's values are
-    judged, so that every process does the same. They are read from the device in every step, at
-    the place where `LanguageModel` has just waited for them.
+    judged, so that every process acts alike. They are read from the device in every step, where
+    `LanguageModel` has just waited for them.
 
-    Windows, pauses and the lowered learning rate are in the checkpoint. A module that optimizes by
-    hand is watched after its steps, and can only have ``warn`` and ``checkpoint``.
+    Windows, pauses and the lowered learning rate are in the checkpoint. A module with manual
+    optimization is watched after its steps, and can only have `warn` and `checkpoint`.
 
     Args:
-        actions: What to do, of ``warn``, ``checkpoint``, ``skip_update`` and ``lower_lr``.
+        actions: The actions to take, of `warn`, `checkpoint`, `skip_update` and `lower_lr`.
         loss: Tag of the loss; None does not watch it.
         grad_norm: Tag of the gradient norm; None does not watch it.
         gains: Tags of gains.
-        window: Values that a band is taken from.
+        window: The number of values from which a band is computed.
         deviations: Robust standard deviations above the median that are ordinary.
-        loss_rise: What part of its median above it is ordinary for a loss in any case.
+        loss_rise: The share of its median by which a loss may exceed it in any case.
         grad_norm_rise: The same for the gradient norm. It is large because the norms of small
             batches have heavy tails: 6 medians in healthy runs on a few hundred tokens per step.
         gain_rise: The same for gains.
         loss_limit: A bound that holds from the first step on; None sets none.
         grad_norm_limit: The same for the gradient norm.
         gain_limit: The same for gains.
-        patience: Values in a row that are out of the band before more than a skip is done.
+        patience: Values in a row out of the band before any action but a skip is taken.
         cooldown: Optimizer steps after a report in which the same metric is not reported again, and
             after a checkpoint or lowering in which there is no other.
         max_skips: Updates that may be skipped in a row.
-        lr_factor: What to multiply the learning rate by.
-        lr_recovery_steps: Optimizer steps in which it comes back; None leaves it down.
+        lr_factor: The factor on the learning rate.
+        lr_recovery_steps: Optimizer steps within which it rises back; None leaves it down.
 
     Attributes:
-        interventions: Steps in which something was said, with the text, in this process.
-        skipped_updates: How many updates the run has skipped.
+        interventions: Steps of reports, with their texts, in this process.
+        skipped_updates: The number of updates that the run has skipped.
 
     Raises:
         UserError: A setting is out of range or, as a fit starts, does not suit the module.
@@ -114,7 +116,7 @@ class StabilityAlarm(pl.Callback):
         self._step_tags = [tag for tag in (loss, grad_norm) if tag is not None]
         self._gain_tags = list(gains)
         quarter = window // 4
-        samples = min(quarter, _LEAST_SAMPLES)
+        samples = min(quarter, _MIN_GAIN_SAMPLES)
 
         def band(tag: str, least: int, rise: float, limit: float | None) -> RobustBand:
             return RobustBand(tag, window, least, deviations, rise, limit)
@@ -134,20 +136,18 @@ class StabilityAlarm(pl.Callback):
         self._rate.reset()
         self.skipped_updates = 0
         self.interventions: list[tuple[int, str]] = []
-        self._seen: dict[str, float] = {}  # steps of the samples that were judged
-        self._step_seen = 0
-        self._missed: set[str] = set()
-        self._save = False
-
-    # ---- the life of a run
+        self._judged_samples: dict[str, float] = {}  # by tag, the step of the last sample judged
+        self._judged_step = 0
+        self._missing: set[str] = set()
+        self._save_is_due = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew; what a checkpoint holds is loaded after this."""
+        """Begin anew; the state in a checkpoint is loaded after this."""
         if stage == "fit":
             self._begin()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Come between the module's gradients and the update."""
+        """Install the guard between the module's gradients and the update."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._trainer = trainer
         if pl_module.automatic_optimization:
@@ -161,9 +161,9 @@ class StabilityAlarm(pl.Callback):
             rank_zero_warn("StabilityAlarm watches no gains: the trainer has no AmaxGain")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Samples and steps from before are none of this fit's."""
-        self._seen = {tag: sample["step"] for tag, sample in self._samples().items()}
-        self._step_seen = trainer.global_step
+        """Ignore samples and steps from before this fit."""
+        self._judged_samples = {tag: sample["step"] for tag, sample in self._samples().items()}
+        self._judged_step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -173,35 +173,35 @@ class StabilityAlarm(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Judge the gains sampled in this step, and save what is to be saved."""
+        """Judge the gains sampled in this step, and save if that was decided."""
         step = trainer.global_step
-        if not pl_module.automatic_optimization and step > self._step_seen:
-            self._step_seen = step
+        if not pl_module.automatic_optimization and step > self._judged_step:
+            self._judged_step = step
             values, _ = first_process_values(trainer, self._logged())
             self._judge(step, values, before_update=False)
         samples = {
             tag: sample
             for tag, sample in self._samples().items()
-            if sample["step"] != self._seen.get(tag)
+            if sample["step"] != self._judged_samples.get(tag)
         }
         if samples:
-            self._seen |= {tag: sample["step"] for tag, sample in samples.items()}
+            self._judged_samples |= {tag: sample["step"] for tag, sample in samples.items()}
             values, _ = first_process_values(
                 trainer, {tag: sample[tag] for tag, sample in samples.items()}
             )
             self._judge(step, values, before_update=False, samples=samples)
-        if self._save:
-            self._save = False
+        if self._save_is_due:
+            self._save_is_due = False
             _save_step(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Leave the module as it was."""
+        """Restore the module's methods."""
         self._guard.remove()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
+        """Restore the module's methods."""
         self._guard.remove()
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,21 +213,19 @@ class StabilityAlarm(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as the saved run would have."""
+        """Restore what `state_dict` gave."""
         self._policy.load_state_dict(state_dict["policy"])
         self._rate.load_state_dict(state_dict["rate"])
         self.skipped_updates = state_dict["skipped_updates"]
-
-    # ---- judging
 
     def _scale_of_update(self) -> float:
         return self._rate.scale(self._trainer.global_step + 1)
 
     def _before_update(self, failure: NonFiniteLossError | None) -> bool:
-        """Whether to skip the update; `failure` is what this process's module found."""
+        """True skips the update; `failure` is the error that this process's module raised."""
         values, failed = first_process_values(self._trainer, self._logged(), failure is not None)
         if failed and self._step_tags and all(map(math.isfinite, values.values())):
-            values[self._step_tags[0]] = math.nan  # another process's is
+            values[self._step_tags[0]] = math.nan  # another process's is not finite
         return self._judge(self._trainer.global_step + 1, values, before_update=True)
 
     def _judge(
@@ -238,50 +236,49 @@ class StabilityAlarm(pl.Callback):
         before_update: bool,
         samples: Mapping[str, Mapping[str, float]] | None = None,
     ) -> bool:
-        """Do what the policy says; whether to skip the update."""
+        """Take the actions that the policy decides on; True if the update is to be skipped."""
         decision = self._policy.decide(step, values, before_update=before_update)
         if decision is None:
             return False
-        done = []
+        actions = []
         if decision.skip:
             self.skipped_updates += 1
-            done.append("update skipped")
+            actions.append("update skipped")
         if decision.lower:
             self._rate.lower(step)
-            done.append(str(self._rate))
+            actions.append(str(self._rate))
         if decision.checkpoint:
-            self._save = True
-            done.append("checkpoint at the end of the step")
-        shown = []
+            self._save_is_due = True
+            actions.append("checkpoint at the end of the step")
+        evidence = []
         for breach in decision.breaches:
             sample = (samples or {}).get(breach.tag, {})
             layers = sub_layers_above(sample, breach.tag, breach.bound)
-            shown.append(f"{breach}, sub-layers {spans(layers)}" if layers else str(breach))
+            evidence.append(f"{breach}, sub-layers {spans(layers)}" if layers else str(breach))
         gradient = largest_gradient(self._trainer) if before_update else None
-        shown += [gradient] if gradient else []
-        self._report(step, decision, f"{'; '.join(shown)}: {', '.join(done) or 'nothing done'}")
+        evidence += [gradient] if gradient else []
+        text = f"{'; '.join(evidence)}: {', '.join(actions) or 'nothing done'}"
+        self._report(step, decision, text)
         return decision.skip
 
     def _report(self, step: int, decision: Decision, text: str) -> None:
         self.interventions.append((step, text))
         if self._trainer.is_global_zero:
             tqdm.write(f"alarm: step {step}: {text}", file=sys.stderr)
-        rows = {"alarm/skipped_updates": float(self.skipped_updates)}
-        rows["alarm/lr_scale"] = self._rate.scale(step + 1)
+        scalars = {"alarm/skipped_updates": float(self.skipped_updates)}
+        scalars["alarm/lr_scale"] = self._rate.scale(step + 1)
         for breach in decision.breaches:
-            rows[f"alarm/{breach.tag}"] = breach.value
+            scalars[f"alarm/{breach.tag}"] = breach.value
             if breach.bound is not None:
-                rows[f"alarm/{breach.tag}/bound"] = breach.bound
-        log_scalars(self._trainer, self._trainer.lightning_module, rows, step)
-
-    # ---- reading
+                scalars[f"alarm/{breach.tag}/bound"] = breach.bound
+        log_scalars(self._trainer, self._trainer.lightning_module, scalars, step)
 
     def _logged(self) -> dict[str, Any]:
-        """What the module has logged of the metrics of a step."""
+        """The watched metrics that the module has logged in this step."""
         metrics = self._trainer.callback_metrics
         for tag in self._step_tags:
-            if tag not in metrics and tag not in self._missed:
-                self._missed.add(tag)
+            if tag not in metrics and tag not in self._missing:
+                self._missing.add(tag)
                 rank_zero_warn(
                     f"StabilityAlarm cannot watch {tag}: it was not logged by the first update"
                     f" (there were: {', '.join(sorted(metrics)) or 'none'})"

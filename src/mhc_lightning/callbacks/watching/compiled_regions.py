@@ -1,9 +1,9 @@
-"""Forward hooks inside what ``torch.compile`` has compiled.
+"""Forward hooks inside what `torch.compile` has compiled.
 
-A module that is called in eager code runs its hooks whatever its neighbours do. Inside a compiled
+A module that is called in eager code runs its hooks, whatever its neighbours do. Inside a compiled
 region hooks are part of the traced program: they are ignored if they come after the compilation,
 unless dynamo guards on them, and then every new hook would compile the region anew. So the modules
-worth watching in there are given one hook that keeps its key in the module's table of hooks: two
+to watch in such a region get one hook that keeps its key in the module's table of hooks: two
 programs exist, with and without it, and are switched between without further compilation.
 """
 
@@ -21,8 +21,8 @@ from mhc_lightning.kernels import StreamMappings
 def modules_in_compiled_regions(root: nn.Module) -> set[nn.Module]:
     """All modules below `root` that run inside a compiled program.
 
-    Recognised are modules wrapped by ``torch.compile(module)``, those compiled in place by
-    ``module.compile()``, and a LightningModule that was compiled as a whole.
+    These are modules wrapped by `torch.compile(module)`, those compiled in place by
+    `module.compile()`, and a LightningModule that was compiled as a whole.
     """
     inside: set[nn.Module] = set()
     if getattr(root, "_compiler_ctx", None) is not None:  # Lightning's from_compiled
@@ -36,13 +36,13 @@ def modules_in_compiled_regions(root: nn.Module) -> set[nn.Module]:
 
 
 def declares_mappings(module: nn.Module) -> bool:
-    """Whether the module's ``forward`` is annotated to return `StreamMappings`."""
+    """True if the module's `forward` is annotated to return `StreamMappings`."""
     declared = getattr(type(module).forward, "__annotations__", {}).get("return")
     return declared is StreamMappings or "StreamMappings" in str(declared)
 
 
 class HookGuards:
-    """Makes dynamo notice hooks that are added to compiled modules, for as long as a fit lasts."""
+    """Makes dynamo notice hooks that are added to compiled modules, as long as a fit lasts."""
 
     def __init__(self) -> None:
         self._previous: bool | None = None
@@ -56,14 +56,14 @@ class HookGuards:
             torch.compiler.reset()
 
     def restore(self) -> None:
-        """Leave dynamo's setting as it was found."""
+        """Restore dynamo's setting."""
         if self._previous is not None:
             torch._dynamo.config.skip_nnmodule_hook_guards = self._previous
             self._previous = None
 
 
 class SwitchableHook:
-    """One forward hook on one module that can be taken out and put back under the same key."""
+    """One forward hook on one module that can be removed and put back under the same key."""
 
     def __init__(self, module: nn.Module, hook: object) -> None:
         self._module, self._hook = module, hook
@@ -75,25 +75,25 @@ class SwitchableHook:
         self._module._forward_hooks_with_kwargs[self._handle.id] = True
 
     def remove(self) -> None:
-        """Take the hook out; the module's hook tables are then as if it had never been there."""
+        """Remove the hook; the module's tables of hooks are then as before."""
         self._handle.remove()
 
 
 class ProgramCalls:
-    """Tells a `Lineage` what goes into compiled programs and what comes out, from outside of them.
+    """Watches the calls of compiled programs from outside, and tells a `Lineage` of them.
 
     Args:
-        lineage: Whom to tell.
-        clock: How many sub-layers were seen so far, in compiled code as well.
+        lineage: Learns the inputs and outputs of programs.
+        clock: The number of sub-layers seen so far, in compiled code too.
     """
 
     def __init__(self, lineage: Lineage, clock: Tensor) -> None:
         self._lineage, self._clock = lineage, clock
         self._wrapped: dict[nn.Module, tuple[str, Any]] = {}
-        self._after: dict[int, int | None] = {}
+        self._starts: dict[int, int | None] = {}
 
     def open(self, root: nn.Module) -> None:
-        """Stand before every compiled program that modules below `root` call."""
+        """Wrap every compiled program that modules below `root` call."""
         inside: set[nn.Module] = set()
         for name, module in root.named_modules():
             call, attribute = _program(module)
@@ -103,16 +103,17 @@ class ProgramCalls:
                 module.__dict__[attribute] = partial(self._call, name, call)
 
     def close(self) -> dict[int, int | None]:
-        """Step aside.
+        """Unwrap the programs.
 
         Returns:
-            For the number of the first sub-layer in every call of a program, what it comes after.
+            By the number of the first sub-layer in each call of a program, the number of the
+            sub-layer that it comes after, or None.
         """
         for module, (attribute, call) in self._wrapped.items():
             module.__dict__[attribute] = call
         self._wrapped.clear()
-        after, self._after = self._after, {}
-        return after
+        starts, self._starts = self._starts, {}
+        return starts
 
     def _call(self, name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
@@ -121,15 +122,15 @@ class ProgramCalls:
         first = int(self._clock)
         after = self._lineage.find(floating_tensors(arguments[:1]))
         output = call(*args, **kwargs)
-        behind = int(self._clock)
-        if behind > first:
-            self._after[first] = after
-            self._lineage.leave_program(behind - 1, name, arguments, output)
+        end = int(self._clock)
+        if end > first:
+            self._starts[first] = after
+            self._lineage.leave_program(end - 1, name, arguments, output)
         return output
 
 
 def _program(module: nn.Module) -> tuple[Any, str]:
-    """What calls a module's compiled program, if it has one, and the attribute that holds it."""
+    """The callable of a module's compiled program, or None, and the attribute that holds it."""
     if isinstance(module, OptimizedModule):
         return module.__dict__.get("forward"), "forward"
     return getattr(module, "_compiled_call_impl", None), "_compiled_call_impl"

@@ -1,4 +1,4 @@
-"""Whose output a sub-layer reads: told by the tensors themselves, without keeping any of them."""
+"""The lineage of streams: which sub-layer's output a sub-layer reads, found without keeping it."""
 
 import math
 from collections import deque
@@ -14,32 +14,35 @@ from torch.utils._pytree import tree_leaves
 from mhc_lightning.kernels import StreamMappings, merge_observers
 
 
-class _End(NamedTuple):
-    """Streams that a sub-layer left. While the reference lives, no other storage is where it is."""
+class _Output(NamedTuple):
+    """Streams that a sub-layer has returned.
+
+    While the weak reference lives, no other storage has its address.
+    """
 
     storage: StorageWeakRef
     elements: int
     number: int
 
 
-class _Seen(NamedTuple):
+class _SubLayer(NamedTuple):
     name: str
     after: int | None
-    grad: bool  # whether gradients were recorded
-    traced: bool  # whether the residual mapping is in autograd's graph
+    grad_enabled: bool  # whether gradients were recorded
+    in_graph: bool  # whether the residual mapping is in autograd's graph
     elements: int  # of its streams, 0 if they are not known
 
 
 class Lineage:
-    """Links the sub-layers that are seen in a step into chains, between `open` and `close`.
+    """Links the sub-layers of a step into chains, between `open` and `close`.
 
-    A sub-layer continues the one whose streams it reads: the very tensor that was left, a view of
-    all of it or, where gradients are recorded, what autograd's graph leads back from without a
-    broadcast in between (a copy on another device or in another dtype, a slice, a norm). Streams
-    that are expanded anew, from whatever network's output, begin a new chain.
+    A sub-layer continues the one whose streams it reads: the very tensor that was returned, a view
+    of all of it or, where gradients are recorded, a tensor from which autograd's graph leads back
+    to it without a broadcast in between (a copy on another device or in another dtype, a slice, a
+    norm). Streams that are expanded anew, from whatever network's output, begin a new chain.
 
-    Nothing is kept alive: storages are held weakly, and nodes of autograd's graph carry their
-    marks themselves.
+    No tensor is kept alive: storages are held weakly, and the marks on nodes of autograd's graph
+    are held by the nodes.
     """
 
     def __init__(self) -> None:
@@ -47,19 +50,19 @@ class Lineage:
 
     def _forget(self) -> None:
         self._key = object()  # of the marks on autograd's nodes
-        self._seen: dict[int, _Seen] = {}
-        self._ends: dict[int, _End] = {}
-        self._read: dict[int, StorageWeakRef] = {}
-        self._by_residual: dict[int, int] = {}
-        self._left: set[int] = set()  # sub-layers whose merged streams were seen
+        self._sub_layers: dict[int, _SubLayer] = {}  # by number
+        self._outputs: dict[int, _Output] = {}  # by the address of their storage
+        self._inputs: dict[int, StorageWeakRef] = {}  # by their address
+        self._by_residual: dict[int, int] = {}  # numbers, by the id of the residual mapping
+        self._output_known: set[int] = set()  # numbers of sub-layers whose merged streams were seen
 
     def open(self) -> None:
-        """Begin, and listen to merges."""
+        """Begin, and listen to merges of the kernels."""
         self.close()
         merge_observers.append(self._merge)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Stop, and forget everything."""
         if self._merge in merge_observers:
             merge_observers.remove(self._merge)
         self._forget()
@@ -67,47 +70,61 @@ class Lineage:
     def arrive(
         self, number: int, name: str, args: tuple[Any, ...], mappings: StreamMappings
     ) -> int | None:
-        """A sub-layer has read.
+        """Add a sub-layer that has read its streams.
 
         Args:
-            number: Its own, larger than those before.
-            name: Of the module that yielded its record.
+            number: The sub-layer's number, larger than those before.
+            name: Name of the module that yielded the record.
             args: That module's arguments.
             mappings: The record, which the caller keeps until `close`.
 
         Returns:
-            The number of the sub-layer whose output it reads, or None.
+            The number of the sub-layer whose output this one reads, or None.
         """
         streams = streams_in_arguments(mappings, args)
         tensors = floating_tensors(args[:1]) if streams is None else [streams]
         after = self.find(tensors)
         if after is None:
             after = self._guess(name, streams, mappings)
-        self._note_read(tensors)
+        self._note_inputs(tensors)
         self._by_residual[id(mappings.residual)] = number
-        self._enter(number, name, after, [mappings], 0 if streams is None else streams.numel())
+        self._add(number, name, after, [mappings], 0 if streams is None else streams.numel())
         return after
 
     def leave(self, name: str, output: Any) -> None:
-        """A module has returned; if it holds the last sub-layer, that may be its streams."""
-        last = next(reversed(self._seen), None)
+        """Note the output of a module; if it holds the last sub-layer, that may be its streams."""
+        last = next(reversed(self._sub_layers), None)
         if last is None:
             return
-        inside = self._seen[last].name
-        if name in ("", inside) or inside.startswith(f"{name}."):
-            self._note_left(output, last)
+        inner = self._sub_layers[last].name
+        if name in ("", inner) or inner.startswith(f"{name}."):
+            self._note_output(output, last)
 
     def leave_program(self, number: int, name: str, args: tuple[Any, ...], output: Any) -> None:
-        """A compiled program has returned, whose last sub-layer is `number`."""
+        """Note the output of a compiled program, whose last sub-layer is `number`."""
         leaves = tree_leaves(output, is_leaf=_is_record)
         records = [leaf for leaf in leaves if isinstance(leaf, StreamMappings)]
-        self._note_read(floating_tensors(args))
-        self._enter(number, name, None, records)
-        self._note_left(output, number)
+        self._note_inputs(floating_tensors(args))
+        self._add(number, name, None, records)
+        self._note_output(output, number)
         if not records:
-            self._left.add(number)  # where else should they be?
+            self._output_known.add(number)  # nothing else than streams can be returned
 
-    def _enter(
+    def find(self, tensors: Iterable[Tensor]) -> int | None:
+        """The sub-layer that returned one of these tensors, if that can be found out."""
+        tensors = list(tensors)
+        for tensor in tensors:
+            reference = _reference(tensor)
+            output = None if reference is None else self._outputs.get(reference.cdata)
+            if output is not None and output.elements == tensor.numel() and not _repeats(tensor):
+                return output.number
+        for tensor in tensors:
+            number = self._find_in_graph(tensor)
+            if number is not None:
+                return number
+        return None
+
+    def _add(
         self,
         number: int,
         name: str,
@@ -115,101 +132,90 @@ class Lineage:
         records: list[StreamMappings],
         elements: int = 0,
     ) -> None:
-        traced = any(record.residual.grad_fn is not None for record in records)
-        self._seen[number] = _Seen(name, after, torch.is_grad_enabled(), traced, elements)
+        in_graph = any(record.residual.grad_fn is not None for record in records)
+        self._sub_layers[number] = _SubLayer(
+            name, after, torch.is_grad_enabled(), in_graph, elements
+        )
         for record in records:
             self._mark(record.residual, number)
             self._mark(record.post, number)
 
-    def _note_read(self, tensors: list[Tensor]) -> None:
+    def _note_inputs(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             reference = _reference(tensor)
             if reference is not None:
-                self._read[reference.cdata] = reference
+                self._inputs[reference.cdata] = reference
 
-    def _note_left(self, output: Any, number: int) -> None:
+    def _note_output(self, output: Any, number: int) -> None:
         for tensor in floating_tensors(output):
             reference = _reference(tensor)
-            if reference is not None and reference.cdata not in self._read:
-                self._ends[reference.cdata] = _End(reference, tensor.numel(), number)
+            if reference is not None and reference.cdata not in self._inputs:
+                self._outputs[reference.cdata] = _Output(reference, tensor.numel(), number)
                 self._mark(tensor, number)
-                if tensor.numel() == self._seen[number].elements:
-                    self._left.add(number)
-
-    def find(self, tensors: Iterable[Tensor]) -> int | None:
-        """The sub-layer that left one of these tensors, if that can be told."""
-        tensors = list(tensors)
-        for tensor in tensors:
-            reference = _reference(tensor)
-            end = None if reference is None else self._ends.get(reference.cdata)
-            if end is not None and end.elements == tensor.numel() and not _repeats(tensor):
-                return end.number
-        for tensor in tensors:
-            number = self._find_in_graph(tensor)
-            if number is not None:
-                return number
-        return None
+                if tensor.numel() == self._sub_layers[number].elements:
+                    self._output_known.add(number)
 
     def _merge(self, residual: Tensor, merged: Tensor) -> None:
+        """Note the output of a merge by the kernels; called as one of `merge_observers`."""
         number = self._by_residual.get(id(residual))
         reference = _reference(merged)
         if number is not None and reference is not None:
-            self._ends[reference.cdata] = _End(reference, merged.numel(), number)
-            self._left.add(number)
+            self._outputs[reference.cdata] = _Output(reference, merged.numel(), number)
+            self._output_known.add(number)
 
     def _mark(self, tensor: Tensor, number: int) -> None:
         if tensor.grad_fn is not None:
-            marks = _notes_on(tensor.grad_fn).setdefault(self._key, {})
+            marks = _metadata(tensor.grad_fn).setdefault(self._key, {})
             marks[tensor.output_nr] = number
 
     def _find_in_graph(self, tensor: Tensor) -> int | None:
-        """The nearest mark behind a tensor that is not beyond a broadcast."""
-        ahead: deque[tuple[Node | None, int]] = deque([(tensor.grad_fn, tensor.output_nr)])
+        """The nearest mark in the graph behind a tensor that is not beyond a broadcast."""
+        queue: deque[tuple[Node | None, int]] = deque([(tensor.grad_fn, tensor.output_nr)])
         visited: set[tuple[Node, int]] = set()
-        while ahead:
-            node, output = ahead.popleft()
+        while queue:
+            node, output = queue.popleft()
             if node is None or (node, output) in visited:
                 continue
             visited.add((node, output))
-            number = _notes_on(node).get(self._key, {}).get(output)
+            number = _metadata(node).get(self._key, {}).get(output)
             if number is not None:
                 return number
             if not _broadcasts(node, output):
-                ahead.extend(node.next_functions)
+                queue.extend(node.next_functions)
         return None
 
     def _guess(self, name: str, streams: Tensor | None, mappings: StreamMappings) -> int | None:
-        """For a module of which tensors do not tell: the last, unless it was met in that chain."""
-        last = next(reversed(self._seen), None)
-        if last is None or last in self._left:
+        """The last sub-layer, where no tensor can show the link; None if `name` is in its chain."""
+        last = next(reversed(self._sub_layers), None)
+        if last is None or last in self._output_known:
             return None
-        seen = self._seen[last]
-        if seen.grad != torch.is_grad_enabled():
+        sub_layer = self._sub_layers[last]
+        if sub_layer.grad_enabled != torch.is_grad_enabled():
             return None
-        if streams is not None and seen.traced:
-            tells = streams.grad_fn is not None
-            if tells or not mappings.residual.requires_grad:
+        if streams is not None and sub_layer.in_graph:
+            graph_would_show = streams.grad_fn is not None
+            if graph_would_show or not mappings.residual.requires_grad:
                 return None
         chain: int | None = last
         while chain is not None:
-            if self._seen[chain].name == name:
+            if self._sub_layers[chain].name == name:
                 return None
-            chain = self._seen[chain].after
+            chain = self._sub_layers[chain].after
         return last
 
 
 def streams_in_arguments(mappings: StreamMappings, args: tuple[Any, ...]) -> Tensor | None:
     """The first argument that has the shape [..., n, C] of streams with these mappings."""
-    wanted = mappings.residual.shape[:-1]
+    stream_shape = mappings.residual.shape[:-1]  # [..., n]
     for argument in args:
         floating = isinstance(argument, Tensor) and argument.is_floating_point()
-        if floating and argument.dim() >= 2 and argument.shape[:-1] == wanted:
+        if floating and argument.dim() >= 2 and argument.shape[:-1] == stream_shape:
             return argument
     return None
 
 
 def floating_tensors(value: Any) -> list[Tensor]:
-    """The floating-point tensors in nested arguments or outputs, those of records left out."""
+    """The floating-point tensors in nested arguments or outputs, without those of records."""
     leaves = tree_leaves(value, is_leaf=_is_record)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -226,30 +232,30 @@ def _reference(tensor: Tensor) -> StorageWeakRef | None:
 
 
 def _repeats(tensor: Tensor) -> bool:
-    """Whether elements stand for several, as in an expanded tensor."""
+    """True if one element in memory stands for several, as in an expanded tensor."""
     return any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 
-def _notes_on(node: Node) -> dict[Any, dict[int, int]]:
+def _metadata(node: Node) -> dict[Any, dict[int, int]]:
     """A dictionary that lives as long as the node."""
     return node.metadata  # type: ignore[return-value]  # a property, declared as a method
 
 
 def _broadcasts(node: Node, output: int) -> bool:
-    """Whether an output has more elements than all that it was made of, parameters left out."""
-    whole, made_of = _elements(node, output), 0
+    """True if an output has more elements than all its inputs together, parameters left out."""
+    output_elements, input_elements = _elements(node, output), 0
     for source, number in set(node.next_functions):
         size = _elements(source, number)
-        if source is None or size is None or whole is None:
+        if source is None or size is None or output_elements is None:
             return False
-        made_of += 0 if _is_parameter(source) else size
-    return whole is not None and made_of < whole
+        input_elements += 0 if _is_parameter(source) else size
+    return output_elements is not None and input_elements < output_elements
 
 
 def _is_parameter(node: Node) -> bool:
-    """Whether a node stands for a parameter, or for one that is transposed (a linear layer's)."""
+    """True if a node stands for a parameter, or for a transposed one (of a linear layer)."""
     source: Node | None = node
     if node.name() == "TBackward0":
         source = node.next_functions[0][0]
@@ -257,7 +263,7 @@ def _is_parameter(node: Node) -> bool:
 
 
 def _elements(node: Node | None, output: int) -> int | None:
-    """How many elements an output of a node has; None if nothing tells."""
+    """The number of elements of a node's output; None if it is not recorded."""
     try:
         return None if node is None else math.prod(node._input_metadata[output].shape)
     except (AttributeError, IndexError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What was seen at the residual sub-layers of a step: in order, and what comes after what."""
+"""Observations: the sub-layers of one step in the order of their calls, linked into chains."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,15 +10,15 @@ from mhc_lightning.kernels import StreamMappings
 
 
 class Observation(NamedTuple):
-    """What was seen at one residual sub-layer.
+    """One residual sub-layer as it was called.
 
     Attributes:
         name: Qualified name of the module that yielded the record.
-        mappings: The record, detached.
-        note: What the watcher's `note` function made of the call, or None.
-        stage: The pipeline stage that the sub-layer is on; 0 without a pipeline.
-        layer: Its number, from 0 in the order of the calls.
-        after: The number of the sub-layer whose output it reads; None if it begins a chain.
+        mappings: The record, detached: pre [..., n], post [..., n], residual [..., n, n].
+        note: The result of the watcher's `note` function, or None.
+        stage: The pipeline stage of the sub-layer; 0 without a pipeline.
+        layer: The sub-layer's number, from 0 in the order of the calls.
+        after: The number of the sub-layer whose output this one reads; None if it begins a chain.
     """
 
     name: str
@@ -29,23 +29,26 @@ class Observation(NamedTuple):
     after: int | None = None
 
 
-def links(observations: Sequence[Observation]) -> list[int | None]:
-    """What each comes after, as a place among these observations; None if that is not there."""
-    places = {observation.layer: place for place, observation in enumerate(observations)}
-    return [None if o.after is None else places.get(o.after) for o in observations]
+def predecessors(observations: Sequence[Observation]) -> list[int | None]:
+    """For each observation the index, in this list, of the one it comes after.
+
+    None where it begins a chain, or where the one before it is not in the list.
+    """
+    index = {observation.layer: k for k, observation in enumerate(observations)}
+    return [None if o.after is None else index.get(o.after) for o in observations]
 
 
 class Sighting(NamedTuple):
-    """One record as it was found, before records that are only handed on are left out.
+    """One record as a hook met it; records that are only passed on are still among them.
 
     Attributes:
-        order: Larger than that of earlier ones.
+        order: Larger than that of earlier sightings.
         name: As in `Observation`.
-        mappings: What `extract` returned.
+        mappings: The result of `extract`.
         note: As in `Observation`.
         stage: As in `Observation`.
-        after: The order of the one whose output it reads.
-        compiled: Whether it is from a compiled program, so that `after` is still to be found.
+        after: The order of the sighting whose output this one reads.
+        compiled: True if it comes from a compiled program, so that `after` is not known yet.
     """
 
     order: int
@@ -58,75 +61,86 @@ class Sighting(NamedTuple):
 
 
 def in_order(
-    sightings: Sequence[Sighting], programs: Mapping[int, int | None]
+    sightings: Sequence[Sighting], program_starts: Mapping[int, int | None]
 ) -> tuple[list[Observation], str | None]:
     """The sub-layers in the order of their calls, each once.
 
     Args:
         sightings: In any order.
-        programs: For the first sighting in each call of a compiled program, by its order, the order
-            of the one that it comes after.
+        program_starts: By the order of the first sighting in each call of a compiled program, the
+            order of the sighting that it comes after.
 
     Returns:
         The observations, and the name of a module that was met again within one call of a compiled
         program, if there is one.
 
     Raises:
-        UserError: A record is none, or not of square matrices.
+        UserError: A record is not a `StreamMappings`, or not of square matrices.
     """
     sightings = sorted(sightings, key=lambda sighting: sighting.order)
-    after, unclear = _in_programs(sightings, programs)
-    layers: dict[int, int] = {}  # by order
+    after, met_again = _link_programs(sightings, program_starts)
+    layer_of: dict[int, int] = {}  # by order
     by_record: dict[int, list[Sighting]] = {}
     observations: list[Observation] = []
     for s in sightings:
-        alike = by_record.setdefault(id(getattr(s.mappings, "residual", s)), [])
-        inside = next((other for other in alike if _holds(s.name, other.name)), None)
-        alike.append(s)
-        if inside is not None:  # the module only handed on what one inside it had returned
-            layers[s.order] = layers[inside.order]
+        same_record = by_record.setdefault(id(getattr(s.mappings, "residual", s)), [])
+        source = next((other for other in same_record if _contains(s.name, other.name)), None)
+        same_record.append(s)
+        if source is not None:  # the module only passed on the record of a module inside it
+            layer_of[s.order] = layer_of[source.order]
             continue
-        layers[s.order] = layer = len(observations)
+        layer_of[s.order] = layer = len(observations)
         before = after[s.order]
-        place = None if before is None else layers.get(before)
-        observations.append(Observation(s.name, _checked(s), s.note, s.stage, layer, place))
-    return observations, unclear
+        before_layer = None if before is None else layer_of.get(before)
+        record = _checked(s)
+        observations.append(Observation(s.name, record, s.note, s.stage, layer, before_layer))
+    return observations, met_again
 
 
 def is_record(mappings: Any) -> bool:
-    """Whether this is a record of three tensors."""
+    """True for a `StreamMappings` of three tensors."""
     return isinstance(mappings, StreamMappings) and all(isinstance(m, Tensor) for m in mappings)
 
 
-def _in_programs(
-    sightings: Sequence[Sighting], programs: Mapping[int, int | None]
+def _link_programs(
+    sightings: Sequence[Sighting], program_starts: Mapping[int, int | None]
 ) -> tuple[dict[int, int | None], str | None]:
-    """What each comes after, those in compiled programs too, and a module that was met again."""
+    """By order, what each sighting comes after; and a module that one program called again.
+
+    Inside a compiled program sub-layers follow one another until a module is met again, which
+    begins a new chain.
+    """
     after = {sighting.order: sighting.after for sighting in sightings}
-    chain: set[str] = set()  # modules of the program's chain that is being followed
-    unclear = None
+    chain: set[str] = set()  # modules in the current chain of the program
+    met_again = None
     for previous, sighting in zip([None, *sightings], sightings, strict=False):
         if not sighting.compiled:
             continue
         name = sighting.name
-        if sighting.order in programs:
-            after[sighting.order] = programs[sighting.order]
+        if sighting.order in program_starts:
+            after[sighting.order] = program_starts[sighting.order]
             chain = set()
         elif previous is None or not previous.compiled:
             chain = set()
         elif name in chain:
-            unclear, chain = name, set()
+            met_again, chain = name, set()
         else:
             after[sighting.order] = previous.order
         chain.add(name)
-    return after, unclear
+    return after, met_again
 
 
-def _holds(name: str, inner: str) -> bool:
+def _contains(name: str, inner: str) -> bool:
+    """True if the module `inner` is inside the module `name`."""
     return name == "" or inner.startswith(f"{name}.")
 
 
 def _checked(sighting: Sighting) -> StreamMappings:
+    """The record, detached.
+
+    Raises:
+        UserError: It is not a `StreamMappings`, or not of square matrices.
+    """
     mappings = sighting.mappings
     if not isinstance(mappings, StreamMappings):
         raise UserError(

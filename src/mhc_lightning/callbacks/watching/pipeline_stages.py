@@ -1,4 +1,4 @@
-"""Brings what was seen on the stages of a pipeline together, in the order of the sub-layers."""
+"""The observations of all stages of a pipeline, in the order of the sub-layers."""
 
 from typing import Any
 
@@ -15,23 +15,23 @@ def across_stages(
 ) -> list[Observation]:
     """The observations of all stages, on every process of the pipeline.
 
-    Every one gets them all, so that whatever acts on a callback's numbers acts alike everywhere.
-    Without a pipeline they are returned as they are. With one, every process must call this.
+    Every process gets all of them, so that actions on a callback's numbers are the same everywhere.
+    Without a pipeline the observations are returned unchanged. With one, every process must call
+    this.
 
     Args:
         trainer: The running trainer.
         observations: Those of this process's stages.
-        device: Where the tensors of the result are to be.
+        device: The device of the tensors in the result.
     """
     layout = layout_of(trainer.strategy)
     if layout.pipeline_group is None:
         return observations
 
-    def moved(value: Any, to: torch.device | str) -> Any:
+    def move(value: Any, to: torch.device | str) -> Any:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(to), value)
 
-    stages = layout.gather_over_pipeline(moved(observations, "cpu"))
-    everything = [observation for stage in stages for observation in stage]
-    ordered = sorted(everything, key=lambda observation: observation.stage)
+    stages = layout.gather_over_pipeline(move(observations, "cpu"))
+    ordered = sorted((o for stage in stages for o in stage), key=lambda o: o.stage)
     chain = [o._replace(layer=k, after=k - 1 if k else None) for k, o in enumerate(ordered)]
-    return moved(chain, device)
+    return move(chain, device)

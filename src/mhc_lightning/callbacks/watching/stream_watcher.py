@@ -1,4 +1,4 @@
-"""Collects the records of mappings that pass through a model during one forward pass."""
+"""The watcher: collects the records of mappings in a model's forward passes, by hooks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ from mhc_lightning.callbacks.watching.observations import Observation, Sighting,
 from mhc_lightning.kernels import StreamMappings
 
 Extract = Callable[[nn.Module, tuple[Any, ...], Any], StreamMappings | None]
-"""(module, arguments, output) of one module call to its record, or None if it is not of interest.
+"""From (module, arguments, output) of one call to its record, or None for other modules.
 
 The arguments are the positional ones followed by the values of the keyword ones.
 """
@@ -40,7 +40,7 @@ def _in_backward() -> bool:
 
 
 def _in_transform() -> bool:
-    # Within grad, vmap and their like tensors are stand-ins, which mean nothing once they are left.
+    # Within grad, vmap and the like, tensors are stand-ins that mean nothing outside.
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -48,21 +48,21 @@ class StreamWatcher:
     """Watches one model, between `open` and `close`, by forward hooks.
 
     Nothing is installed outside that time. Calls are listed in the order in which they happen, in
-    eager and in compiled code. A module that hands on the record of a module inside it adds
+    eager and in compiled code. A module that passes on the record of a module inside it adds
     nothing; a module called twice counts twice. Forward passes that autograd replays (activation
-    checkpointing) are left out, and so are those that ``torch.func`` transforms.
+    checkpointing) are left out, and so are those that `torch.func` transforms.
 
-    What each sub-layer comes after is told by the streams (see `Lineage`), so that independent
-    forward passes are chains of their own. Inside one compiled program nothing is told of streams:
-    sub-layers follow one another there, and a module that is met again begins a new chain, with a
-    warning. The stages of a pipeline are one chain, which `across_stages` makes.
+    The streams show what each sub-layer comes after (see `Lineage`), so that independent forward
+    passes are chains of their own. Inside one compiled program no streams are seen: sub-layers
+    follow one another there, and a module that is met again begins a new chain, with a warning.
+    The stages of a pipeline are one chain, which `across_stages` makes.
 
     Args:
-        extract: How to get a record out of a module call; None takes every output that is a
+        extract: Gets a record out of a module call; None takes every output that is a
             `StreamMappings`.
-        note: Called in the forward pass, without gradients, as ``note(module, args, output,
-            mappings)``; what it returns is kept with the record. It is for what is too large to
-            keep, such as the streams.
+        note: Called in the forward pass, without gradients, as `note(module, args, output,
+            mappings)`; its result is kept with the record. It serves what is too large to keep,
+            such as the streams.
     """
 
     def __init__(
@@ -89,15 +89,15 @@ class StreamWatcher:
 
     @property
     def is_open(self) -> bool:
-        """Whether hooks are installed."""
+        """True if hooks are installed."""
         return self._open
 
     def prepare(self, root: nn.Module) -> None:
-        """Before the first forward pass: have compiled regions heed hooks, if any is to be watched.
+        """Before the first forward pass: let compiled regions notice hooks, where that is needed.
 
         Only a compiled region that holds a module of interest is touched: with the default
-        extraction one whose ``forward`` is annotated ``-> StreamMappings``, with an `extract` of
-        the user's every module.
+        extraction one whose `forward` is annotated `-> StreamMappings`, with a user's `extract`
+        every module.
         """
         if self._candidates(root, modules_in_compiled_regions(root)):
             self._guards.enable()
@@ -108,9 +108,9 @@ class StreamWatcher:
         """Install the hooks on every module of `root`.
 
         Args:
-            root: What to watch.
-            place: Tells (stage, micro-batch) of the forward pass that is running, under a pipeline.
-                Only the first micro-batch of each stage is watched then, and no compiled code.
+            root: The model to watch.
+            place: Gives (stage, micro-batch) of the forward pass that is running, under a pipeline.
+                Then only the first micro-batch of each stage is watched, and no compiled code.
         """
         self.close()
         self._open = True
@@ -135,7 +135,7 @@ class StreamWatcher:
             self._programs.open(root)
 
     def close(self) -> list[Observation]:
-        """Remove the hooks and return what was seen, in the order of the calls.
+        """Remove the hooks and return the sub-layers seen, in the order of the calls.
 
         Raises:
             UserError: `extract` returned something that is not a record of square matrices.
@@ -147,7 +147,7 @@ class StreamWatcher:
             handle.remove()
         self._handles.clear()
         self._lineage.close()
-        programs = self._programs.close()
+        program_starts = self._programs.close()
         for module, name in self._compiled.items():
             self._switches[module].remove()
             for order, mappings, note in getattr(module, self._slot):
@@ -155,18 +155,18 @@ class StreamWatcher:
                 self._sightings.append(sighting)
             delattr(module, self._slot)
         sightings, self._sightings = self._sightings, []
-        observations, unclear = in_order(sightings, programs)
-        if unclear and not self._warned:
+        observations, met_again = in_order(sightings, program_starts)
+        if met_again and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"{unclear} is called more than once in one compiled program, where it cannot be"
-                " seen whose streams it reads: composite gains and products begin anew with each"
-                " call. Compile what is called, instead of its caller, to have them told apart."
+                f"{met_again} is called more than once in one compiled program, where the streams"
+                " that it reads are not seen: composite gains and products begin anew with each"
+                " call. Compile the called module, instead of its caller, to link the calls."
             )
         return observations
 
     def release(self) -> None:
-        """Remove everything, and put dynamo's setting back."""
+        """Remove all hooks, and restore dynamo's setting."""
         self.close()
         self._switches.clear()
         self._guards.restore()
@@ -206,7 +206,7 @@ class StreamWatcher:
     def _see_compiled(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        # Traced once for all modules of a kind: nothing here may depend on which one it is.
+        # Traced once for all modules of a kind: nothing here may depend on the single module.
         if not torch.compiler.is_compiling() and _in_backward():
             return
         args = (*args, *kwargs.values())
