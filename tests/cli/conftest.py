@@ -119,9 +119,15 @@ class Command:
         return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+@pytest.fixture(scope="session")
+def command_in(prepared):
+    """Gives a command for a folder, for fixtures that several tests share."""
+    return lambda folder: Command(folder, prepared)
+
+
 @pytest.fixture
-def command(tmp_path, prepared):
-    command = Command(tmp_path, prepared)
+def command(tmp_path, command_in):
+    command = command_in(tmp_path)
     yield command
     command.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -11,13 +12,21 @@ COMMON = ("callbacks=minimal", "model.num_experts=4", "model.num_active_experts=
 SHARDED = "checkpoint.sharded=true"
 
 
-@pytest.fixture
-def runs(command):
-    """Runs named as the forms that they were saved in."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, command_in):
+    """Runs named as the forms that they were saved in; to be read only."""
+    command = command_in(tmp_path_factory.mktemp("saved"))
     for name, words in (("file", ()), ("folder", (SHARDED,))):
         assert command.inside("fit", *COMMON, *words, f"output_dir={name}") == 0
     names = sorted(path.name for path in (command.folder / "folder/checkpoints").iterdir())
     assert names == ["last", "step_00000002", "step_00000004"]
+    return command
+
+
+@pytest.fixture
+def runs(command, saved):
+    """Copies of these runs."""
+    shutil.copytree(saved.folder, command.folder, symlinks=True, dirs_exist_ok=True)
     return command
 
 

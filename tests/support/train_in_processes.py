@@ -1,4 +1,4 @@
-"""Trains a tiny model under a strategy and writes what it saw; started by torchrun."""
+"""Trains a tiny model under some strategies and records each run; started by torchrun."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ from mhc_lightning.modules import (
 from mhc_lightning.optimizers.recipes import AdamWRecipe
 from mhc_lightning.strategies import FullyShardedStrategy
 
-STRATEGIES = {
+STRATEGIES: dict[str, Any] = {
     "single": lambda: SingleDeviceStrategy(torch.device("cpu")),
     "ddp": DDPStrategy,
     "fsdp": FullyShardedStrategy,
@@ -74,7 +74,14 @@ class Watched(LanguageModel):
         self.rows.append({tag: float(metrics[tag]) for tag in ("train/loss", "train/grad_norm")})
 
 
-def main(strategy: str, precision: Any, init: str, output: str) -> None:
+def train(strategy: str, precision: Any = "32-true", init: str = "whole") -> dict[str, Any]:
+    """What this process sees of a run: metrics, dtypes, allocations, and rank zero's weights.
+
+    Args:
+        strategy: One of `STRATEGIES`.
+        precision: The trainer's.
+        init: ``meta`` to build the network there.
+    """
     pl.seed_everything(0, verbose=False)
     initialisation._GROUP = 100  # values: some groups lie in both processes' parts
     with torch.device("meta" if init == "meta" else "cpu"), Allocations() as built:
@@ -116,25 +123,32 @@ def main(strategy: str, precision: Any, init: str, output: str) -> None:
     share = tokens.unflatten(1, (world, -1))[:, rank].flatten(0, 1)
     trainer.fit(model, DataLoader(share, batch_size=8 // world))
     state = trainer.strategy.lightning_module_state_dict()
-    if rank == 0:
-        connections = [m for m in network.modules() if isinstance(m, Connection)]
-        record = {
-            "rows": model.rows,
-            "dtypes": {name: sorted(kinds) for name, kinds in model.dtypes.items()},
-            "connection_parameters": sorted(
-                {str(p.dtype) for c in connections for p in c.parameters()}
-            ),
-            "largest_allocation": max(built.largest, model.allocations.largest),
-            "largest_parameter": max(p.numel() for p in network.parameters()),
-            "sharded": all(isinstance(p, DTensor) for p in network.parameters()),
-            "bias_of_experts": network.blocks[1].feed_forward.body.balance.bias.tolist(),
-            "parameters": {
-                name: float(value.double().norm())
-                for name, value in sorted(state.items())
-                if value.is_floating_point() and value.dim() > 1
-            },
-        }
-        Path(output).write_text(json.dumps(record))
+    blocks: Any = network.blocks
+    experts = blocks[1].feed_forward.body
+    connections = [m for m in network.modules() if isinstance(m, Connection)]
+    return {
+        "rows": model.rows,
+        "dtypes": {name: sorted(kinds) for name, kinds in model.dtypes.items()},
+        "connection_parameters": sorted(
+            {str(p.dtype) for c in connections for p in c.parameters()}
+        ),
+        "largest_allocation": max(built.largest, model.allocations.largest),
+        "largest_parameter": max(p.numel() for p in network.parameters()),
+        "sharded": all(isinstance(p, DTensor) for p in network.parameters()),
+        "bias_of_experts": experts.balance.bias.tolist(),
+        "parameters": {
+            name: float(value.double().norm())
+            for name, value in sorted(state.items())
+            if value.is_floating_point() and value.dim() > 1
+        },
+    }
+
+
+def main(cases: str, output: str) -> None:
+    """Train case after case in one group of processes."""
+    records = [train(*case) for case in json.loads(cases)]
+    if torch.distributed.get_rank() == 0:
+        Path(output).write_text(json.dumps(records))
 
 
 if __name__ == "__main__":
