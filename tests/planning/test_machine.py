@@ -1,3 +1,5 @@
+"""Machines: their names, and the memory that a process can get on this one."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Files of measured times: what is read, and what is refused."""
+
 import json
 
 import pytest

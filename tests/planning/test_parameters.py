@@ -1,3 +1,5 @@
+"""Parameter counts, against those of real modules."""
+
 from mhc_lightning.planning.parameters import count_parameters
 
 

@@ -1,3 +1,5 @@
+"""Recompute blocks: their size, and the bytes that are kept and rebuilt."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,3 +1,5 @@
+"""Settings that make a run fit."""
+
 from dataclasses import replace
 
 import pytest

@@ -1,3 +1,5 @@
+"""The time of a step: what it grows with."""
+
 from dataclasses import replace
 
 import pytest

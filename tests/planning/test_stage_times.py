@@ -1,3 +1,5 @@
+"""The times of a pipeline's stages, against the roofline of a whole step."""
+
 from dataclasses import replace
 
 import pytest

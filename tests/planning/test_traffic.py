@@ -1,3 +1,5 @@
+"""Bytes that stream operations move, against the counts of the paper."""
+
 import pytest
 
 from mhc_lightning.planning.precision import precision_of
