@@ -47,7 +47,7 @@ REGISTER_LIMIT = {"sm_80": 65_536, "sm_90": 65_536, "sm_100": 65_536, "gfx942": 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses.
+    """The resources of a compiled kernel.
 
     Attributes:
         kernel: The kernel's name.
@@ -194,7 +194,7 @@ def _tool(name: str, *arguments: str) -> str:
 def compiled_workloads(
     n: int, width: int, dtype: torch.dtype, target: str, only: str = ""
 ) -> Iterator[tuple[str, Workload, Resources]]:
-    """What every launch of every workload uses at one shape, with its name.
+    """The resources of every launch of every workload at one shape, by name.
 
     Args:
         n: Number of streams.

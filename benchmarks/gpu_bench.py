@@ -1,4 +1,4 @@
-"""Where and how the GPU suite measures: on a GPU with its clock, or at toy size without any."""
+"""The GPU suite's device and clock: a GPU with its events, or toy sizes without one."""
 
 import gc
 import os
@@ -32,7 +32,7 @@ class Bench:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether the time is up."""
+        """True when the time is up."""
         return self.seconds_left < 0
 
     @property
@@ -86,7 +86,7 @@ def kernels(choice: str) -> Iterator[None]:
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a measurement yields, or ``{"error": …}``: one failure does not end the others."""
+    """The result of a measurement, or `{"error": …}`: one failure does not end the others."""
     try:
         return measure()
     except Exception as error:  # whatever a peer or a compiler raises is a result here

@@ -156,7 +156,7 @@ def _beyond_32_bits() -> dict[str, Any]:
 
 
 def _sanitizer(tool: str, seconds: float) -> dict[str, Any]:
-    """What compute-sanitizer says of a few cases; nothing if it is not on the PATH."""
+    """The verdict of compute-sanitizer on a few cases; empty if it is not on the PATH."""
     if shutil.which("compute-sanitizer") is None:
         return {"passed": None, "note": "compute-sanitizer is not on the PATH"}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]

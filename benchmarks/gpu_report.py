@@ -178,7 +178,7 @@ def memory_table(record: Record | None) -> str:
 
 
 def published_table() -> str:
-    """What others published, on their hardware."""
+    """Figures that others published, on their hardware."""
     lines = [
         (
             *(p.operation, p.who, p.hardware, p.shape, f"{p.bandwidth / 1e12:.2f}"),

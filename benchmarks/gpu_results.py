@@ -52,7 +52,7 @@ class Results:
         return self._record["rows"]
 
     def wants(self, **key: Any) -> bool:
-        """Whether a row is still to be measured, and there is time for it."""
+        """True if a row is still to be measured and there is time for it."""
         if any(all(row.get(name) == value for name, value in key.items()) for row in self.rows):
             return False
         if self.bench.out_of_time:

@@ -1,4 +1,4 @@
-"""What the kernels do on a GPU: right results first, then times, in ten minutes at most.
+"""Runs the kernels on a GPU: checks results first, then measures times, in ten minutes at most.
 
     python benchmarks/gpu_suite.py
     python benchmarks/gpu_suite.py --resume
@@ -48,7 +48,7 @@ def main() -> int:
         results = Results(part, bench, args.output, args.resume, args.commit)
         try:
             passed = _run(part, bench, results, args) and passed
-        except Exception:  # the other parts can still tell something
+        except Exception:  # the other parts may still succeed
             traceback.print_exc()
             passed = False
         print(f"\nwritten: {results.path}", flush=True)
@@ -98,7 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.5, help="begin nothing new after these")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--resume", action="store_true", help="keep rows measured earlier")
-    parser.add_argument("--commit", default="", help="of the source, if git cannot tell")
+    parser.add_argument("--commit", default="", help="of the source, if git does not know it")
     parser.add_argument("--toy", action="store_true", help="tiny, on the CPU, without times")
     args = parser.parse_args()
     if args.toy and args.output == parser.get_default("output"):

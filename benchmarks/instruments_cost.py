@@ -1,4 +1,4 @@
-"""What the instruments cost: seconds per sample, and their share of training at default intervals.
+"""The cost of the instruments: seconds per sample, and their share of training time.
 
 Trains the language model of `training_step.py` (six blocks, 8 x 256 tokens, n = 4), sampling every
 second step, so that sampled and plain steps alternate in one process. Two measures of the same:

@@ -44,7 +44,7 @@ def least_of_a_connection(n: int) -> int:
 
 @dataclass
 class Moved:
-    """What one piece of work moved, in bytes per token.
+    """The bytes per token that one piece of work moved.
 
     Attributes:
         name: Of the work.
@@ -66,7 +66,7 @@ class Moved:
 
     @property
     def ratio(self) -> float:
-        """What counts over the ideal."""
+        """The ratio of counted bytes to the ideal."""
         return (self.streams + self.other) / self.ideal if self.ideal else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""What recomputing streams costs in time and saves in memory: a training step, by recompute block.
+"""Time and memory of a training step by recompute block.
 
 Whole steps of an mHC model of the paper's shape, interleaved in one process. Bytes are those of all
 storages that are alive between forward and backward, told by weak references: of the model, and of

@@ -85,7 +85,7 @@ def _commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command says, or "unknown" if there is no such command or it fails."""
+    """The output of a command, or "unknown" if there is no such command or it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

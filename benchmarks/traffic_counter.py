@@ -40,7 +40,7 @@ _OVERWRITING = ("copy_", "fill_", "zero_", "normal_", "uniform_")
 
 @dataclass
 class Row:
-    """What one kernel (or operation of torch) moved of one argument, in bytes.
+    """The bytes of one argument that one kernel (or operation of torch) moved.
 
     Attributes:
         where: The kernel's or the operation's name.

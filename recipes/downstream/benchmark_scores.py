@@ -1,4 +1,4 @@
-"""What models scored on benchmarks: rows of a table, beside what the paper has."""
+"""Benchmark scores of models: the rows of a table, beside the paper's."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -192,7 +192,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def as_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The same for JSON."""
+    """The scores as plain values, for JSON."""
     return [
         {
             "benchmark": row.label,

@@ -65,7 +65,7 @@ class Model:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What tells these weights from others."""
+        """The identity of these weights."""
         inside = self.weights.rglob("*") if self.weights.is_dir() else [self.weights]
         found = [file.stat() for file in inside if file.is_file()]
         return {
@@ -137,7 +137,7 @@ def common_length(models: Sequence[Model], given: str) -> str:
 
 
 def evaluated(model: Model, settings: list[str], folder: Path) -> dict[str, Any] | None:
-    """What was written about a model, or None if it was not evaluated yet.
+    """The results written for a model, or None if it was not evaluated yet.
 
     Raises:
         SystemExit: It is about another model, or with other settings.
@@ -279,7 +279,7 @@ def compare(records: dict[str, dict[str, Any]], folder: Path, words: list[str]) 
 
 
 def about(settings: dict[str, Any]) -> str:
-    """Which questions were asked, in a line."""
+    """The questions that were asked, in a line."""
     limit = settings["limit"]
     part = "all documents" if limit is None else f"only the first {limit} documents of each task"
     return f"{', '.join(settings['tasks'])}: {part}"

@@ -1,4 +1,4 @@
-"""How mHC's streams come to differ: initialisations, compared over depth and time.
+"""Compares initialisations by the diversity of mHC's streams, over depth and time.
 
     python recipes/initialisation/initialisation.py [size=cpu|gpu] [only=default,symmetric]
         [seeds=1,2,3] [output=FOLDER] [jobs=N | slurm.partition=NAME ...] [key=value ...]

@@ -1,4 +1,4 @@
-"""How the pictures of recipes look: as those of `report`, several to a figure."""
+"""The look of recipes' figures: that of `report`, with several panels."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

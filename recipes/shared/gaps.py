@@ -20,7 +20,7 @@ BASELINE = "residual"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         losses: Validation loss (nats per token) by optimizer steps completed; the finite ones.
@@ -89,7 +89,7 @@ class Estimate:
     high: float | None
 
     def map(self, function: Callable[[float], float]) -> "Estimate":
-        """The same in another unit; a falling function swaps the ends."""
+        """The interval in another unit; a falling function swaps its ends."""
         mean = function(self.mean)
         if self.low is None or self.high is None:
             return Estimate(mean, None, None)
@@ -108,7 +108,7 @@ def estimate(values: Iterable[float]) -> Estimate | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What `plan` says of a model.
+    """The figures of `plan` for a model.
 
     Attributes:
         parameters: Their number by kind (``total``, ``active``, …).

@@ -1,4 +1,4 @@
-"""Where a recipe's numbers come from, and how they are written."""
+"""The provenance of a recipe's numbers, and the writing of its JSON."""
 
 import json
 import shlex

@@ -10,7 +10,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Words:
-    """What a recipe was called with.
+    """The words of a recipe's command line.
 
     Attributes:
         settings: The recipe's own, by name.
@@ -78,7 +78,7 @@ def chosen(name: str, value: str, among: Iterable[str]) -> list[str]:
 
 
 def of_size(size: str, known: Mapping[str, _Value]) -> _Value:
-    """What is run at a size.
+    """The configuration of a size.
 
     Raises:
         SystemExit: There is no such size.

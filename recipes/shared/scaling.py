@@ -1,4 +1,4 @@
-"""What the scaling recipes do alike: their words, runs and costs."""
+"""The common part of the scaling recipes: command-line words, runs and costs."""
 
 import json
 from collections.abc import Sequence

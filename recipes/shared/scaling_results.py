@@ -1,4 +1,4 @@
-"""What the scaling recipes write and print: points and fits as JSON, a table, the figure."""
+"""Writes and prints the results of scaling recipes: JSON of points and fits, a table, a figure."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -46,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         folder: What it wrote.
@@ -151,7 +151,7 @@ def execute(
 
 
 def recorded(run: Run, folder: Path) -> Outcome | None:
-    """How a run ended, or None if it has not.
+    """The end of a run, or None while it has not ended.
 
     Raises:
         SystemExit: The folder holds a run with other settings.
@@ -216,7 +216,7 @@ def _alone_with(
 
 
 def _is_first_task() -> bool:
-    """Whether this is the one of a SLURM job's tasks that writes; outside SLURM it is."""
+    """True in the task of a SLURM job that writes, and outside SLURM."""
     return os.environ.get("SLURM_PROCID", "0") == "0"
 
 

@@ -14,7 +14,7 @@ TRAINED, NOT_FINITE, FORGOT, STALLED = "trained", "not finite", "forgot", "stall
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The outcome of a run.
 
     Attributes:
         state: `trained`; `not finite`: the loss stopped being a number; `forgot`: it ended
