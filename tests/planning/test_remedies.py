@@ -70,6 +70,20 @@ def test_a_model_larger_than_a_device_is_to_be_sharded(run, build):
     assert make_plan(model, applied(run, sharding), machine).fits
 
 
+def test_devices_among_which_the_batch_does_not_divide_are_not_proposed(run, build):
+    model = build("mhc", vocab_size=2000, dim=256, num_layers=4, ffn_dim=1024)
+    run = replace(run, batch_size=16, micro_batch_size=1, sequence_length=32)
+    eight = replace(run, replicas=DataParallel(8, sharded=True))
+    machine = with_memory(make_plan(model, eight, machine_of("h100")).memory.total)
+
+    def sharding(batch_size):
+        texts = remedies(model, replace(run, batch_size=batch_size), machine)
+        return [text for text in texts if text.startswith("strategy=fsdp")]
+
+    assert sharding(16) == ["strategy=fsdp trainer.devices=8"]
+    assert sharding(12) == []
+
+
 def test_several_nodes_are_spelled_out_and_the_hopeless_is_said_to_be(run, build):
     model = build("mhc", vocab_size=2000, dim=256, num_layers=40, ffn_dim=1024)
     run = replace(run, batch_size=1024, micro_batch_size=1, sequence_length=32)
