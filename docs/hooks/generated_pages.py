@@ -48,8 +48,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def command_line() -> str:
     """The texts of `--help`, of the program and of each command."""
-    from mhc_lightning.cli.arguments import COMMANDS
     from mhc_lightning.cli.help_text import command_help, overall_help
+
+    from mhc_lightning.cli.arguments import COMMANDS
 
     parts = ["## All commands", _block(overall_help())]
     for command in COMMANDS:

@@ -1,3 +1,5 @@
+"""Bits per byte from losses."""
+
 import math
 import os
 

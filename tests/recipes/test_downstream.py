@@ -1,3 +1,5 @@
+"""The recipe downstream: models evaluated on benchmarks, beside the paper."""
+
 import contextlib
 import io
 import json

@@ -1,3 +1,5 @@
+"""Python's own library as text to train on."""
+
 import library_text
 import pytest
 

@@ -1,3 +1,5 @@
+"""The quickstart: its commands, and what it prints."""
+
 import json
 import subprocess
 import sys

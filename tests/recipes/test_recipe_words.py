@@ -1,3 +1,5 @@
+"""A recipe's words: settings, overrides, and mistakes."""
+
 import pytest
 from recipe_words import chosen, of_size, read_words, seeds_of
 

@@ -1,3 +1,5 @@
+"""The recipe stability: every connection in the same run."""
+
 from pathlib import Path
 
 import library_text

@@ -1,3 +1,5 @@
+"""The recipe stress: rates that rise until a run fails, and the judgement of runs."""
+
 import json
 
 import library_text

@@ -1,3 +1,5 @@
+"""The trigram model that the quickstart compares with."""
+
 import math
 from collections import Counter
 
