@@ -1,11 +1,16 @@
+"""`evaluate` on a checkpoint and on its export, and its refusals."""
+
 import importlib.util
 import json
+from functools import partial
 
 import pytest
 import torch
 import yaml
+from lm_eval.tasks import TaskManager
 
 from mhc_lightning.data.tokenizers import ByteTokenizer
+from mhc_lightning.evaluation import harness_tasks
 
 LAST = ("output_dir=run", "ckpt_path=last")
 CHOICES = [["the gain", "layer"], ["stream", "of the"], ["x", "y z"]]
@@ -44,6 +49,12 @@ def tasks(tmp_path_factory):
     return folder, docs
 
 
+@pytest.fixture(autouse=True)
+def few_tasks(monkeypatch):
+    """Leaves out the thousands of tasks of the harness itself, which take long to list."""
+    monkeypatch.setattr(harness_tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
 @pytest.fixture
 def words(tasks):
     return (*LAST, "tasks=local_choice", f"include_path={tasks[0]}")
@@ -66,7 +77,8 @@ def direct_accuracy(model, docs):
 def test_a_local_task_on_a_checkpoint_and_on_its_export(trained, words, tasks, capfd, tmp_path):
     from mhc_lightning.interchange import load_exported
 
-    output, errors = trained("evaluate", *words, "batch_size=2", "--json")
+    assert trained.inside("evaluate", *words, "batch_size=2", "--json") == 0
+    output, errors = capfd.readouterr()
     report = json.loads(output)
     assert "Traceback" not in errors
     assert trained.inside("export", *LAST, f"output={tmp_path / 'out'}") == 0

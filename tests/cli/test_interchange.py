@@ -1,3 +1,7 @@
+"""`export` and `import`: weights out and in again, and their refusals."""
+
+import contextlib
+import io
 import json
 import os
 
@@ -21,9 +25,11 @@ def identical(a, b):
 
 @pytest.fixture(scope="module")
 def exported(trained):
-    """A folder that the real command exported; its last run's weights."""
-    output, errors = trained("export", *LAST, "output=my model, = {1}")
-    assert output == "" and "wrote my model, = {1}" in errors
+    """A folder that the command exported; the weights of its last run."""
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        assert trained.inside("export", *LAST, "output=my model, = {1}") == 0
+    assert output.getvalue() == "" and "wrote my model, = {1}" in errors.getvalue()
     return trained.folder / "my model, = {1}"
 
 

@@ -1,3 +1,5 @@
+"""A small network over bytes, and tasks on local data."""
+
 from functools import partial
 
 import pytest

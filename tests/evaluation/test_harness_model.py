@@ -1,3 +1,5 @@
+"""The harness's requests are answered as a direct computation answers them."""
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance

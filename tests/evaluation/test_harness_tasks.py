@@ -1,14 +1,24 @@
-import math
+"""Tasks are loaded by name, and give the numbers of a direct computation."""
 
+import math
+from functools import partial
+from pathlib import Path
+
+import lm_eval.tasks
 import pytest
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks import _factory
+from lm_eval.tasks import TaskManager, _factory
 
 from mhc_lightning.data.tokenizers import ByteTokenizer
 from mhc_lightning.errors import UserError
+from mhc_lightning.evaluation import harness_tasks
 from mhc_lightning.evaluation.harness_model import HarnessModel
 from mhc_lightning.evaluation.harness_tasks import load_tasks, run_tasks, task_manager
 
+# Folders of the harness with the tasks of the group `paper`; to list all of them takes long.
+PAPER_FOLDERS = (
+    "bbh", "drop", "gsm8k", "hellaswag", "hendrycks_math", "mmlu", "piqa", "triviaqa",
+)  # fmt: skip
 LOCAL = ["local_choice", "local_continuation", "local_text"]
 
 
@@ -17,9 +27,15 @@ def prompt(examples, doc):
     return "".join(shots) + f"Q: {doc['question']}\nA:"
 
 
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Leaves out the thousands of tasks of the harness itself, which take long to list."""
+    monkeypatch.setattr(harness_tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
 @pytest.fixture(scope="module")
 def manager(local_tasks):
-    return task_manager(local_tasks[0])
+    return TaskManager(include_path=[harness_tasks.TASKS, local_tasks[0]], include_defaults=False)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +102,7 @@ def test_examples_and_documents_can_be_fewer(network, manager):
             run_tasks(model, loaded, **settings)
 
 
-def test_the_papers_group_has_its_eight_tasks_and_numbers_of_examples(manager, monkeypatch):
+def test_the_papers_group_has_its_eight_tasks_and_numbers_of_examples(monkeypatch):
     class Recorded(ConfigurableTask):  # which would fetch its data
         task_name = config = None
 
@@ -94,6 +110,11 @@ def test_the_papers_group_has_its_eight_tasks_and_numbers_of_examples(manager, m
             self.task_name, self.config = config["task"], config
 
     monkeypatch.setattr(_factory, "ConfigurableTask", Recorded)
+    harness = Path(lm_eval.tasks.__file__).parent
+    manager = TaskManager(
+        include_path=[harness_tasks.TASKS, *(harness / folder for folder in PAPER_FOLDERS)],
+        include_defaults=False,
+    )
     loaded = load_tasks(manager, ["paper"])
     shots: dict[str, list[int]] = {}
     for name, task in loaded["tasks"].items():
@@ -121,7 +142,7 @@ def test_the_papers_group_has_its_eight_tasks_and_numbers_of_examples(manager, m
     assert loaded["groups"]["mmlu"].has_aggregation
 
 
-def test_unknown_tasks_and_data_out_of_reach_are_named(manager, local_tasks, tmp_path):
+def test_unknown_tasks_and_data_out_of_reach_are_named(manager, few_tasks, local_tasks, tmp_path):
     with pytest.raises(UserError, match=r"no task 'local_choise'; did you mean 'local_choice'\?"):
         load_tasks(manager, ["local_choise"])
     with pytest.raises(UserError, match="nowhere is no folder"):

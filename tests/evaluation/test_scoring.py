@@ -1,3 +1,5 @@
+"""Batches of unequal lengths score like one sequence at a time."""
+
 import random
 
 import pytest

@@ -1,3 +1,5 @@
+"""A small network with random weights, and its settings."""
+
 import copy
 
 import pytest

@@ -1,3 +1,5 @@
+"""Connections in DeepSeek-V4's layout compute what transformers' model computes."""
+
 import pytest
 import torch
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config

@@ -1,3 +1,5 @@
+"""An exported model comes back bit for bit, or is refused by name."""
+
 import json
 import os
 
