@@ -42,8 +42,9 @@ _SUBJECTS = {
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in the marked places of a page."""
-    return _MARK.sub(lambda found: _PARTS[found[1]](), markdown)
+    """Fill in the marked places of a page, and colour commands, which stand without a prompt."""
+    markdown = _MARK.sub(lambda found: _PARTS[found[1]](), markdown)
+    return re.sub(r"^( *```)console$", r"\1bash", markdown, flags=re.MULTILINE)
 
 
 def command_line() -> str:

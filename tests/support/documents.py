@@ -31,14 +31,14 @@ START_ANEW = ("README.md", "docs/start/first_run.md")
 LAYOUTS = ["docs/train/many_devices.md", "docs/train/slurm_and_torchrun.md"]
 
 
-def blocks(document: str, language: str) -> list[str]:
-    """The blocks of code of a document in one language."""
+def blocks(document: str, info: str) -> list[str]:
+    """The blocks of code of a document that begin with ``` and this."""
     text = (REPOSITORY / document).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{re.escape(info)}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def write_inputs(folder: Path) -> None:
-    """Write what the pages' commands read: texts, a table, a tokenizer, a task, `mine.yaml`."""
+    """Write what the pages' commands read: texts, a table, a tokenizer, a task, experiments."""
     (folder / "my_texts" / "drafts").mkdir(parents=True)
     for number in range(40):
         text = f"Once upon a time there were {number} streams.\n" * 40
@@ -50,8 +50,9 @@ def write_inputs(folder: Path) -> None:
         (folder / "my_tables" / f"{number}.csv").write_text(f"stream,gain\n{rows}")
     _write_tokenizer(folder / "my_tokenizer" / "tokenizer.json")
     _write_task(folder)
-    (experiment,) = blocks("docs/train/configuration.md", "yaml")
-    (folder / "mine.yaml").write_text(experiment)
+    for page, name in (("data", "mixed.yaml"), ("configuration", "mine.yaml")):
+        (experiment,) = blocks(f"docs/train/{page}.md", f'yaml title="{name}"')
+        (folder / name).write_text(experiment)
 
 
 def _write_tokenizer(path: Path) -> None:
