@@ -49,13 +49,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def command_line() -> str:
     """The texts of `--help`, of the program and of each command."""
-    from mhc_lightning.cli.help_text import command_help, overall_help
-
-    from mhc_lightning.cli.arguments import COMMANDS
+    from mhc_lightning.cli.commands import COMMANDS
+    from mhc_lightning.cli.help import command_help, overall_help
 
     parts = ["## All commands", _block(overall_help())]
-    for command in COMMANDS:
-        parts += [f"## {command}", _block(command_help(command))]
+    for command in COMMANDS.values():
+        parts += [f"## {command.name}", _block(command_help(command))]
     return "\n\n".join(parts)
 
 
@@ -73,8 +72,9 @@ def settings_tables() -> str:
             parts.append(f"### {group}={Path(file).stem}")
         lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
         for row in rows:
-            cells = (f"`{row.key}`", row.type, _code(row.default), row.meaning)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            meaning = re.sub(r"[*<|]", r"\\\g<0>", row.meaning)
+            default = row.default.replace("|", "\\|")
+            lines.append(f"| `{row.key}` | {row.type} | `{default}` | {meaning} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -127,10 +127,6 @@ def _rank(file: str) -> int:
 
 def _block(text: str) -> str:
     return f"```text\n{text.rstrip()}\n```"
-
-
-def _code(text: str) -> str:
-    return f"`{text}`" if text else ""
 
 
 _PARTS: dict[str, Callable[[], str]] = {

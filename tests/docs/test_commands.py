@@ -13,7 +13,8 @@ import pytest
 from documents import DOCUMENTS, IN_ORDER, LAYOUTS, write_inputs
 from in_process import run_main
 
-from mhc_lightning.cli.arguments import COMMANDS, parse_arguments
+from mhc_lightning.cli.arguments import parse_arguments
+from mhc_lightning.cli.commands import COMMANDS
 from mhc_lightning.cli.composition import compose_experiment
 
 # Pages whose own tests follow them word by word.
@@ -69,7 +70,7 @@ def test_each_experiment_and_setting_exists(commands_in, tmp_path, monkeypatch):
     assert len(lines) > 25
     for line in sorted(lines):
         arguments = parse_arguments(words_of(line))
-        if arguments.config is not None and arguments.command != "plan":  # run below
+        if arguments.config is not None:
             compose_experiment(arguments)
 
 
@@ -86,20 +87,6 @@ def test_links_lead_somewhere(document, repository):
     prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
         assert (repository / document).parent.joinpath(target).exists(), target
-
-
-def test_plans_are_printed(commands_in, tmp_path):
-    """That of a pipeline is printed by test_numbers.py."""
-    plans = {
-        line
-        for document in ("README.md", "docs/train/paper_models.md", "docs/train/plan.md")
-        for line in commands_in(document)
-        if f"{PROGRAM} plan" in line and "picture=" not in line
-    }
-    assert len(plans) == 2
-    for line in sorted(plans):
-        printed, _ = run_main(*words_of(line), folder=tmp_path)
-        assert "tokens/s" in printed or json.loads(printed)["parameters"]["total"] == 2972931976
 
 
 def test_the_layouts_for_many_devices_fit(commands_in):

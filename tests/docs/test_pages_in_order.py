@@ -51,9 +51,10 @@ def followed(tmp_path_factory, commands_in) -> Followed:
     everything = Followed(tmp_path_factory.mktemp("reader"))
     folder = everything.folder
     write_inputs(folder)
-    fits = 0
+    steps: dict[str, int] = {}  # by run
     for page in IN_ORDER:
         if page in START_ANEW:
+            steps.clear()
             for name in ("runs", "data", "report"):
                 shutil.rmtree(folder / name, ignore_errors=True)
         for line in commands_in(page):
@@ -67,12 +68,11 @@ def followed(tmp_path_factory, commands_in) -> Followed:
                 continue
             words = words[2:]
             command = words[0]
-            if command == "plan":  # run by test_commands.py
-                continue
             more = list(OVERRIDES.get(command, []))
             if command == "fit" and "--print-config" not in words:
-                fits += 1
-                more.append(f"trainer.max_steps={2 * fits}")
+                run = next((word for word in words if word.startswith("output_dir=")), "")
+                steps[run] = steps.get(run, 0) + 2  # a run that goes on has more to do
+                more.append(f"trainer.max_steps={steps[run]}")
             given = {word.partition("=")[0] for word in more}
             kept = [word for word in words if word.partition("=")[0] not in given]
             output, _ = run_main(*kept, *more, folder=folder)
@@ -92,6 +92,13 @@ def test_each_command_does_what_its_page_says(followed):
     assert last == "step_00000000.ckpt"
 
 
+def test_plans_are_printed(followed):
+    assert "tokens/s" in followed.printed_by("README.md", "plan")
+    plans = dict(followed.printed["docs/train/paper_models.md"])
+    (printed,) = (text for line, text in plans.items() if "--json" in line)
+    assert json.loads(printed)["parameters"]["total"] == 2972931976
+
+
 def test_the_page_on_configuration_makes_an_experiment_of_a_file(followed):
     config = (followed.folder / "runs/from_file/config.yaml").read_text()
     assert "HyperConnection" in config and "ManifoldHyperConnection" not in config
@@ -108,7 +115,7 @@ def test_python_of_the_page_on_exchange(followed):
     with chdir(followed.folder):
         for block in blocks("docs/train/exchange.md", "python"):
             exec(block, names)
-    assert names["settings"]["hc_mult"] == 4 and "hc_head_base" in names["tensors"]
+    assert names["settings"].hc_mult == 4 and "hc_head_base" in names["tensors"]
 
 
 def tags_on_the_page() -> set[str]:

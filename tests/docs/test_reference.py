@@ -59,3 +59,24 @@ def test_the_page_of_tags_has_each_number_that_the_model_logs():
     logged = set(re.findall(r'self\.log\(\s*"([\w/]+)"', source)) - {"step"}
     text = page("reference/tags.md")
     assert logged and all(f"`{tag}`" in text for tag in logged)
+
+
+def test_the_page_of_settings_has_each_key_with_its_meaning():
+    import generated_pages
+
+    from mhc_lightning.cli.settings_reference import settings
+
+    assert "<!-- generated: settings -->" in page("reference/settings.md")
+    tables = generated_pages.settings_tables()
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+) \| `.*` \| (.+) \|$", tables, re.M)
+    assert [key for key, _, _ in rows] == [setting.key for setting in settings()]
+
+
+def test_the_page_on_the_command_line_has_the_help_of_each_command():
+    import generated_pages
+
+    from mhc_lightning.cli.commands import COMMANDS
+
+    assert "<!-- generated: command_line -->" in page("reference/command_line.md")
+    headings = re.findall(r"^## (\w+)$", generated_pages.command_line(), re.M)
+    assert headings == list(COMMANDS)

@@ -25,6 +25,7 @@ IN_ORDER = [
     "docs/train/watch.md",
     "docs/train/report.md",
     "docs/train/exchange.md",
+    "docs/train/paper_models.md",
 ]
 START_ANEW = ("README.md", "docs/start/first_run.md")
 # Commands for more devices than there are: their layouts are built.
