@@ -76,7 +76,7 @@ def settings_tables() -> str:
             default = row.default.replace("|", "\\|")
             lines.append(f"| `{row.key}` | {row.type} | `{default}` | {meaning} |")
         parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    return '<div class="settings" markdown>\n\n' + "\n\n".join(parts) + "\n\n</div>"
 
 
 def error_messages() -> str:

@@ -4,6 +4,7 @@ import re
 
 from documents import DOCS, REPOSITORY
 
+from mhc_lightning.cli.arguments import LITERAL_KEYS
 from mhc_lightning.exit_codes import ExitCode
 
 
@@ -30,6 +31,11 @@ def test_the_page_on_configuration_names_each_choice_of_its_groups():
         known = named[group] - {"metrics", "csv"} | (named[group] & choices[group])
         assert known == choices[group], group
     assert named["connection"] <= choices["connection"]
+
+
+def test_the_page_on_configuration_names_each_key_that_is_taken_as_it_is():
+    (sentence,) = re.findall(r"These keys are (.*?)\.\n\n", page("train/configuration.md"), re.S)
+    assert set(re.findall(r"`([\w.]+)`", sentence)) == set(LITERAL_KEYS)
 
 
 def test_the_page_on_connections_names_each_of_them():
