@@ -1,10 +1,21 @@
-"""Text in, batches of tokens out: tokenizers, `prepare`, and the Lightning data module."""
+"""Text in, batches of tokens out.
+
+`prepare` turns files into chunks of tokens, by these modules in turn: `input_files` (with
+`file_formats`, `text_files`; or `hub_datasets`), `work_units`, `documents`, `unit_tokenization`
+(with `tokenizers`, `chunk_writing`; in the processes of `worker_pool`), `prepared_writing`,
+`prepared_record`.
+
+`TextDataModule` turns chunks into batches: `sources`, `prepared_data` (with `chunk_cache` for a
+URL), `training_sequences` (with `shuffling`) or `validation_sequences`, `sequence_reader`,
+`chunk_file`; `batch_loader` starts at the position that `resume` restores.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mhc_lightning.data.preparation import PrepareSummary, prepare
+    from mhc_lightning.data.preparation import prepare
+    from mhc_lightning.data.prepare_summary import PrepareSummary
     from mhc_lightning.data.prepared_data import PreparedData
     from mhc_lightning.data.text_data_module import TextDataModule
     from mhc_lightning.data.tokenizers import ByteTokenizer, JsonTokenizer, load_tokenizer
@@ -23,7 +34,7 @@ __all__ = [
 _HOMES = {
     "ByteTokenizer": "tokenizers",
     "JsonTokenizer": "tokenizers",
-    "PrepareSummary": "preparation",
+    "PrepareSummary": "prepare_summary",
     "PreparedData": "prepared_data",
     "TextDataModule": "text_data_module",
     "load_tokenizer": "tokenizers",

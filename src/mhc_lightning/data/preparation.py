@@ -61,10 +61,10 @@ def prepare(
             Plain text of any extension, JSON Lines, and `.gz` or `.zst` of these. Binary
             files in folders are left out; other formats of documents (CSV, JSON arrays, Parquet,
             archives, UTF-16, …) are refused.
-        output: The folder to make.
+        output: The folder to write.
         tokenizer: `bytes`, or the path of a `tokenizer.json`.
         end_of_document: The token of a `tokenizer.json` that ends a document; by default the
-            first of the usual names that it knows.
+            `eos_token` of the `tokenizer_config.json` beside it, else the first usual name.
         text_field: Key of the text in JSONL lines, column of the text in datasets.
         validation_fraction: Share of the documents to hold out, at least 0 and below 1.
         num_workers: Processes; by default one per available core.

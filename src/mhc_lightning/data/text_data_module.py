@@ -81,21 +81,20 @@ class TextDataModule(L.LightningDataModule):
         allow_data_change: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("micro_batch_size", micro_batch_size),
-            ("sequence_length", sequence_length),
-            ("shuffle_window", shuffle_window),
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("micro_batch_size", micro_batch_size, 1),
+            ("sequence_length", sequence_length, 1),
+            ("shuffle_window", shuffle_window, 1),
+            ("num_workers", num_workers, 0),
         ):
-            if value < 1:
-                raise UserError(f"data.{name} is {value}; it must be at least 1")
+            if value < least:
+                raise UserError(f"data.{name} is {value}; it must be at least {least}")
         if validation_sequences is not None and validation_sequences < 1:
             raise UserError(
                 f"data.validation_sequences is {validation_sequences}; it must be at least 1, or"
                 " null for all (for no validation: trainer.limit_val_batches=0)"
             )
-        if num_workers < 0:
-            raise UserError(f"data.num_workers is {num_workers}; it must be at least 0")
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.sequence_length = sequence_length
