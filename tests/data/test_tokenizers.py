@@ -80,6 +80,15 @@ def test_spelled_special_token_is_ordinary_text(json_tokenizer: JsonTokenizer) -
     assert json_tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
+def test_no_text_is_taken_for_any_special_token(tokenizer_file: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.add_special_tokens(["<|user|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    chosen = JsonTokenizer(tmp_path)
+    assert tokenizer.token_to_id("<|user|>") not in chosen.encode("a<|user|>b")
+    assert chosen.decode(chosen.encode("a<|user|>b")) == "a<|user|>b"
+
+
 def test_end_of_document_is_found_or_named(tokenizer_file: Path, tmp_path: Path) -> None:
     renamed = json.loads(tokenizer_file.read_text().replace("<|endoftext|>", "<the end>"))
     path = tmp_path / "tokenizer.json"
