@@ -1,3 +1,5 @@
+"""Every shipped experiment and every choice of a group composes, builds and trains."""
+
 import contextlib
 import csv
 import json
@@ -94,6 +96,10 @@ trainer.accelerator=cpu trainer.devices=1 optimizer.warmup_steps=1 checkpoint.ev
 """.split()  # noqa: SIM905
 
 
+# Drawing takes longer than two steps.
+NO_PICTURES = ("callbacks.stream_matrices=null", "callbacks.dashboard=null")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -108,7 +114,7 @@ def data(tmp_path_factory):
     [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in EXPERIMENTS],
 )
 def test_every_experiment_trains_when_shrunk(name, data, tmp_path):
-    words = ["recompute=off"]
+    words = ["recompute=off", *([] if name == "mhc_quickstart" else NO_PICTURES)]
     if compose(name).config.model.num_experts:
         words.append("model.num_experts=8")
     table = fit(name, data, tmp_path, *words)
@@ -149,7 +155,6 @@ def test_every_connection_is_planned_trained_and_watched(connection, data, tmp_p
     )
     assert plan["parameters"]["connections"] == of_connections
     assert plan["recompute_block"] == (0 if connection == "residual" else 2)
-    few = ["callbacks.stream_matrices=null", "callbacks.dashboard=null"]
-    for row in fit("mhc_quickstart", data, tmp_path, setting, "recompute=auto", *few):
+    for row in fit("mhc_quickstart", data, tmp_path, setting, "recompute=auto", *NO_PICTURES):
         for way, limit in zip(("forward", "backward"), GAINS[connection], strict=True):
             assert abs(float(row[f"amax_gain/composite/{way}"]) - 1) <= limit

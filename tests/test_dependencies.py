@@ -55,6 +55,7 @@ def imported_by(file: Path) -> set[str]:
     return found
 
 
+@pytest.fixture(scope="module")
 def foreign(repository: Path) -> dict[str, set[str]]:
     """By file, what it imports that is neither Python's own nor of this repository."""
     files = [file for folder in FOLDERS for file in sorted((repository / folder).rglob("*.py"))]
@@ -70,21 +71,18 @@ def foreign(repository: Path) -> dict[str, set[str]]:
     }
 
 
-def test_everything_imported_is_declared(repository, project):
+def test_everything_imported_is_declared(foreign, project):
     always = names(project["dependencies"])
-    for file, modules in foreign(repository).items():
+    for file, modules in foreign.items():
         extras = [extra for place, extra in EXTRAS.items() if Path(file).is_relative_to(place)]
         allowed = always.union(*(names(project["optional-dependencies"][e]) for e in extras))
         for module in modules:
             assert distributions(module) & allowed, f"{file} imports {module}, not declared"
 
 
-def test_everything_declared_is_imported_by_the_package(repository, project):
+def test_everything_declared_is_imported_by_the_package(foreign, project):
     modules = {
-        module
-        for file, modules in foreign(repository).items()
-        if file.startswith("src/")
-        for module in modules
+        module for file, modules in foreign.items() if file.startswith("src/") for module in modules
     }
     used = set().union(*(distributions(module) for module in modules))
     assert names(project["dependencies"]) <= used

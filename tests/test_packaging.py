@@ -1,3 +1,5 @@
+"""The wheel, its metadata, and the pins that are tested."""
+
 import os
 import re
 import subprocess

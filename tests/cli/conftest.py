@@ -136,7 +136,7 @@ def command(tmp_path, command_in):
 def trained(tmp_path_factory, prepared):
     """A command in whose folder there is a finished run, to be read only."""
     command = Command(tmp_path_factory.mktemp("trained"), prepared)
-    command("fit", "output_dir=run", "callbacks=minimal", "checkpoint.keep_best=1")
+    command.run("fit", "output_dir=run", "callbacks=minimal", "checkpoint.keep_best=1")
     return command
 
 
@@ -160,5 +160,5 @@ def long_run():
 def uninterrupted(tmp_path_factory, prepared):
     """Metrics of a run with these settings that nothing stopped."""
     command = Command(tmp_path_factory.mktemp("uninterrupted"), prepared)
-    command("fit", "output_dir=run", *LONG)
+    command.run("fit", "output_dir=run", *LONG)
     return command.metrics()

@@ -1,3 +1,5 @@
+"""Composing an experiment: overrides, literals, mistakes, and where values come from."""
+
 import subprocess
 import sys
 

@@ -1,3 +1,5 @@
+"""`fit`: what a run leaves behind, and how it resumes, bit for bit, and stops."""
+
 import json
 import os
 import signal
@@ -10,7 +12,7 @@ import yaml
 
 def test_a_run_leaves_everything_in_its_folder_and_is_not_overwritten(command):
     output_dir = "out dir = 1, {x} ${y}"
-    command("fit", f"output_dir={output_dir}", "checkpoint.keep_every=4")
+    command.run("fit", f"output_dir={output_dir}", "checkpoint.keep_every=4")
     folder = command.folder / output_dir
     assert sorted(os.listdir(command.folder)) == [output_dir]
     names = sorted(os.listdir(folder))
@@ -48,24 +50,25 @@ def test_a_run_leaves_everything_in_its_folder_and_is_not_overwritten(command):
         assert [v for _, v in shown] == pytest.approx([v for _, v in written], rel=1e-6)
 
     before = (folder / "metrics.csv").read_bytes()
-    _, errors = command("fit", f"output_dir={output_dir}", code=2)
+    _, errors = command.run("fit", f"output_dir={output_dir}", code=2)
     assert errors.splitlines()[-1].startswith("error: ") and "ckpt_path=last" in errors
     assert (folder / "metrics.csv").read_bytes() == before
 
     # The resolved configuration is an experiment itself, and says the same.
-    _, errors = command(
+    _, errors = command.run(
         "fit", f"output_dir={output_dir}", "ckpt_path=last", config=folder / "config.yaml"
     )
     assert "the run is complete" in errors
     assert yaml.safe_load((folder / "config.yaml").read_text())["logger"] == config["logger"]
     assert command.metrics(folder) == rows
-    other = ("output_dir=other", "ckpt_path=null")  # another folder, so another run
+    few = ("callbacks.stream_matrices=null", "callbacks.dashboard=null")  # which take longest
+    other = ("output_dir=other", "ckpt_path=null", *few)  # another folder, so another run
     assert command.inside("fit", *other, config=folder / "config.yaml") == 0
     assert os.readlink(command.folder / "other/checkpoints/last") == "step_00000006.ckpt"
     assert list(command.metrics("other")) == list(rows)
     assert command.metrics(folder) == rows
 
-    command("fit", f"output_dir={output_dir}", "overwrite=true", "trainer.max_steps=2",
+    command.run("fit", f"output_dir={output_dir}", "overwrite=true", "trainer.max_steps=2",
             "callbacks=minimal")  # fmt: skip
     assert list(command.metrics(folder)) == [1, 2]
     assert len(list(folder.glob("events.out.tfevents.*"))) == 1
@@ -73,9 +76,10 @@ def test_a_run_leaves_everything_in_its_folder_and_is_not_overwritten(command):
 
 def test_recompute_changes_nothing_but_memory(command):
     """All instruments watch: rebuilt streams are no passes of their own."""
+    few = ("callbacks.stream_matrices=null", "callbacks.dashboard=null")  # which take longest
     tables = []
     for setting in ("off", "auto", "3"):
-        words = (f"output_dir={setting}", f"recompute={setting}", "trainer.max_steps=3")
+        words = (f"output_dir={setting}", f"recompute={setting}", "trainer.max_steps=2", *few)
         assert command.inside("fit", *words) == 0
         config = yaml.safe_load((command.folder / setting / "config.yaml").read_text())
         assert config["recompute"] == (3 if setting == "3" else setting)
@@ -109,7 +113,7 @@ def test_sigterm_to_the_whole_group_saves_and_resumes_bit_for_bit(command, long_
     assert "Traceback" not in errors
     stopped = max(command.metrics(folder))
     assert os.readlink(folder / "checkpoints/last") == f"step_{stopped:08d}.ckpt"
-    command("fit", "output_dir=run", "ckpt_path=last", *long_run)
+    command.run("fit", "output_dir=run", "ckpt_path=last", *long_run)
     assert command.metrics(folder) == uninterrupted
     points = command.points("train/loss")
     assert [step for step, _ in points] == list(range(1, 41))
@@ -129,7 +133,7 @@ def test_kill_9_at_any_moment_resumes_bit_for_bit(command, long_run, uninterrupt
     assert torch.load(last, weights_only=False)["global_step"] >= 9
     # The newest is damaged on top of it: the one before has to do.
     last.write_bytes(last.read_bytes()[:1000])
-    _, errors = command("fit", "output_dir=run", "ckpt_path=last", *often)
+    _, errors = command.run("fit", "output_dir=run", "ckpt_path=last", *often)
     assert f"warning: {last.name} is not a complete checkpoint" in errors
     assert command.metrics(folder) == uninterrupted
     assert not list((folder / "checkpoints").glob(".aside*"))
@@ -139,10 +143,10 @@ def test_resume_across_the_end_of_the_data_is_bit_for_bit(command):
     # From a checkpoint in the first pass over the data into the second, with another folder.
     settings = ["callbacks=minimal", "data.num_workers=2", "trainer.max_steps=28",
                 "checkpoint.every_n_steps=22", "trainer.val_check_interval=11"]  # fmt: skip
-    command("fit", "output_dir=whole", *settings)
+    command.run("fit", "output_dir=whole", *settings)
     whole = command.metrics("whole")
     checkpoint = command.folder / "whole/checkpoints/step_00000022.ckpt"
-    command("fit", "output_dir=rest", f"ckpt_path={checkpoint}", *settings)
+    command.run("fit", "output_dir=rest", f"ckpt_path={checkpoint}", *settings)
     rest = command.metrics("rest")
     assert list(rest) == list(range(23, 29))
     assert rest == {step: row for step, row in whole.items() if step > 22}
@@ -150,9 +154,9 @@ def test_resume_across_the_end_of_the_data_is_bit_for_bit(command):
 
 def test_nonfinite_loss_stops_with_what_to_try(command):
     # A learning rate that no step survives.
-    _, errors = command("fit", "output_dir=run", "optimizer.lr=1e38", "optimizer.warmup_steps=0",
-                        "trainer.max_steps=20", "trainer.gradient_clip_val=null",
-                        "checkpoint.every_n_steps=1", code=3)  # fmt: skip
+    words = ("optimizer.lr=1e38", "optimizer.warmup_steps=0", "trainer.gradient_clip_val=null",
+             "trainer.max_steps=20", "checkpoint.every_n_steps=1")  # fmt: skip
+    _, errors = command.run("fit", "output_dir=run", *words, code=3)
     last = errors.splitlines()[-1]
     assert last.startswith("error: ") and "at step" in last and "optimizer.lr" in last
     assert "Traceback" not in errors
@@ -164,14 +168,14 @@ def test_nonfinite_loss_stops_with_what_to_try(command):
 
 
 def test_a_checkpoint_of_another_shape_or_a_cut_one_is_refused(command):
-    command("fit", "output_dir=run", "trainer.max_steps=2", "callbacks=minimal")
-    _, errors = command("fit", "output_dir=run", "ckpt_path=last", "model.dim=24", code=2)
+    command.run("fit", "output_dir=run", "trainer.max_steps=2", "callbacks=minimal")
+    _, errors = command.run("fit", "output_dir=run", "ckpt_path=last", "model.dim=24", code=2)
     last = errors.splitlines()[-1]
     assert last.startswith("error: ") and "model.embedding.weight" in last
     assert "[257, 16]" in last and "[257, 24]" in last
     file = command.folder / "run/checkpoints/step_00000002.ckpt"
     file.write_bytes(file.read_bytes()[:-100])
-    _, errors = command("validate", "output_dir=run", f"ckpt_path={file}", code=2)
+    _, errors = command.run("validate", "output_dir=run", f"ckpt_path={file}", code=2)
     assert errors.splitlines()[-1].startswith(f"error: checkpoint {file} is not a complete")
     assert "Traceback" not in errors
 
@@ -199,7 +203,7 @@ def test_an_alarm_is_one_setting(command, capfd):
 
 @pytest.mark.slow
 def test_two_processes_share_the_data_and_one_writes(command):
-    command("fit", "output_dir=one", "callbacks=minimal")
+    command.run("fit", "output_dir=one", "callbacks=minimal")
     command("fit", "output_dir=two", "callbacks=minimal", "strategy=ddp", "trainer.devices=2",
             "data.micro_batch_size=1")  # fmt: skip
     assert sorted(os.listdir(command.folder / "two/checkpoints")) == [

@@ -1,9 +1,12 @@
+"""`plan`, and what `fit` refuses for want of memory."""
+
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from in_process import run_main
 
 from mhc_lightning.cli.arguments import parse_arguments
 from mhc_lightning.cli.composition import compose_experiment
@@ -83,16 +86,9 @@ def test_every_other_experiment_is_planned_too(name, capsys):
 
 
 def test_the_command_answers_with_nothing_but_json(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "mhc_lightning", "plan", "--config", "mhc_27b", "--json"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert json.loads(done.stdout)["parameters"]["total"] == COUNTS["27b"][0]
-    assert done.stderr == "strategy: fsdp, not pipeline, since there is one device\n"
+    output, errors = run_main("plan", "--config", "mhc_27b", "--json", folder=tmp_path)
+    assert json.loads(output)["parameters"]["total"] == COUNTS["27b"][0]
+    assert errors == "strategy: fsdp, not pipeline, since there is one device\n"
     assert os.listdir(tmp_path) == []
 
 
@@ -185,7 +181,7 @@ def test_top_k_above_the_number_of_experts_is_refused(capsys):
 
 
 def test_fit_refuses_what_cannot_fit_and_allocates_nothing(command):
-    _, errors = command(
+    _, errors = command.run(
         "fit", "output_dir=run", "machine=h100", "model.dim=200000", "model.num_layers=50", code=2
     )
     last = errors.splitlines()[-1]
@@ -216,8 +212,8 @@ def test_fit_lets_through_what_cannot_be_planned(monkeypatch):
 
 
 def test_a_reader_that_has_had_enough_is_no_mistake():
-    """As in `plan … | head -1`."""
-    words = (sys.executable, "-m", "mhc_lightning", "plan", "--config", "mhc_10m", "machine=cpu")
+    """As in `fit --print-config … | head -1`."""
+    words = (sys.executable, "-m", "mhc_lightning", "fit", "--config", "mhc_10m", "--print-config")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""
