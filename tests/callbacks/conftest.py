@@ -1,6 +1,7 @@
 """Somebody else's project: models that know nothing of this package but the record."""
 
 import csv
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +102,7 @@ def _seeded() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    random.seed(0)
     yield
     torch.set_num_threads(threads)
 

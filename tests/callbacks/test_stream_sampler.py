@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -122,11 +120,11 @@ def test_being_observed_changes_no_number(foreign: Any, fit: Any) -> None:
     def train(*callbacks: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         module = foreign.Module()
-        fit(module, *callbacks, max_steps=5)
+        fit(module, *callbacks, max_steps=3)
         return module.state_dict()
 
     plain = train()
-    watched = train(AmaxGain(1), StreamDiversity(1), StreamMatrixHeatmap(every_n_steps=1))
+    watched = train(AmaxGain(1), StreamDiversity(1), StreamMatrixHeatmap([0], 1))
     assert all(torch.equal(plain[key], watched[key]) for key in plain)
 
 
@@ -220,53 +218,6 @@ def test_forward_passes_that_are_transformed_are_left_out(foreign: Any, fit: Any
 def test_a_wrong_interval_is_a_user_error(wrong: Any) -> None:
     with pytest.raises(UserError, match="AmaxGain: every_n_steps"):
         AmaxGain(every_n_steps=wrong)
-
-
-SCRIPT = """
-import sys, torch, lightning.pytorch as pl
-from lightning.pytorch.loggers import CSVLogger
-sys.path.insert(0, sys.argv[1])
-from conftest import Foreign
-from mhc_lightning.callbacks import (
-    AmaxGain,
-    StreamDiversity,
-    StreamMatrixHeatmap,
-    StreamSampler,
-    Throughput,
-)
-torch.set_num_threads(1)
-torch.manual_seed(0)
-vectors = [torch.randn(5, 4) * (1 + i % 2) for i in range(32)]
-data = torch.utils.data.DataLoader(vectors, batch_size=2)
-gain = AmaxGain(every_n_steps=2)
-trainer = pl.Trainer(
-    accelerator="cpu", devices=2, strategy="ddp", max_steps=4, log_every_n_steps=2,
-    logger=CSVLogger(sys.argv[2], name="", version="csv"), enable_checkpointing=False,
-    callbacks=[gain, StreamDiversity(2), StreamMatrixHeatmap(every_n_steps=2),
-               Throughput(every_n_steps=2, count_tokens=lambda batch: batch[..., 0].numel())],
-    enable_progress_bar=False, enable_model_summary=False,
-)
-trainer.fit(Foreign(), data)
-throughput = trainer.callbacks[3]
-gain = gain.last["amax_gain/composite/backward"]
-with open(f"{sys.argv[2]}/rank{trainer.global_rank}", "w") as file:
-    file.write(f"{gain} {throughput.total_tokens}")
-"""
-
-
-def test_two_ranks_sample_each_their_own_and_log_rank_zero(tmp_path: Path, csv_rows: Any) -> None:
-    script = tmp_path / "ddp.py"
-    script.write_text(SCRIPT)
-    here = Path(__file__).parent
-    command = [sys.executable, str(script), str(here), str(tmp_path)]
-    subprocess.run(command, capture_output=True, timeout=120, check=True)
-    ranks = [(tmp_path / f"rank{rank}").read_text().split() for rank in (0, 1)]
-    values = [float(gain) for gain, _ in ranks]
-    assert values[0] != values[1]
-    rows = [row for row in csv_rows() if row.get("amax_gain/composite/backward")]
-    assert [row["step"] for row in rows] == ["2", "4"]
-    assert float(rows[-1]["amax_gain/composite/backward"]) == pytest.approx(values[0], rel=1e-6)
-    assert {tokens for _, tokens in ranks} == {str(4 * 2 * 10)}  # steps · ranks · tokens
 
 
 def test_an_instrument_needs_reduce_alone(foreign: Any, fit: Any, events: Any) -> None:

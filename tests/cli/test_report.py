@@ -38,14 +38,14 @@ def test_a_run_is_reported_as_json_and_nothing_else(trained, capfd, tmp_path):
 
 def test_a_run_that_went_on_keeps_how_it_began_and_what_it_is(command, capfd):
     settings = ("output_dir=run", "trainer.log_every_n_steps=1")
-    assert command.inside("fit", *settings, "trainer.max_steps=2", "overwrite=true") == 0
-    assert command.inside("fit", *settings, "trainer.max_steps=4", "ckpt_path=last") == 0
+    assert command.inside("fit", *settings, "trainer.max_steps=1", "overwrite=true") == 0
+    assert command.inside("fit", *settings, "trainer.max_steps=2", "ckpt_path=last") == 0
     shutil.copytree(command.folder / "run", command.folder / "more/copy")
     environment = json.loads((command.folder / "run/environment.json").read_text())
     (first,) = environment["earlier"]
     assert "earlier" not in first
-    assert first["ended"] == {**first["ended"], "reason": "complete", "step": 2}
-    assert environment["ended"]["step"] == 4 and not environment["ended"]["non_finite"]
+    assert first["ended"] == {**first["ended"], "reason": "complete", "step": 1}
+    assert environment["ended"]["step"] == 2 and not environment["ended"]["non_finite"]
     assert environment["processes"] == 1
     assert environment["parameters"]["total"] > 1000
     (content,) = environment["data"]["content"]
@@ -57,7 +57,7 @@ def test_a_run_that_went_on_keeps_how_it_began_and_what_it_is(command, capfd):
     run, copy = record["runs"]
     assert len(run["commands"]) == 2
     assert "overwrite" not in run["commands"][0] and "ckpt_path" not in run["commands"][0]
-    assert "trainer.max_steps=4 ckpt_path=last" in run["commands"][1]
+    assert "trainer.max_steps=2 ckpt_path=last" in run["commands"][1]
     assert run["peak_memory_bytes"] > 10_000_000
     assert run["gains"]["amax_gain/composite/forward"]["largest"]["value"] == pytest.approx(1)
     assert run["verdict"]["state"] == "steady"

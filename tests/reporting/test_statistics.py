@@ -30,13 +30,12 @@ def test_intervals_of_gaps_hold_the_truth_as_often_as_they_say(points, memory):
     """Paired runs whose own noise is an AR(1) process; what their batches share cancels."""
     generator = np.random.default_rng(5)
     truth, trials, hits, naive = -0.02, 400, 0, 0
-    for _ in range(trials):
-        shared = generator.normal(0, 1.0, points)
-        noise = generator.normal(0, 0.05, points + 50)
-        for k in range(1, len(noise)):
-            noise[k] += memory * noise[k - 1]
-        noise = noise[50:]
-        gap = series(shared + truth + noise).minus(series(shared))
+    noise = generator.normal(0, 0.05, (points + 50, trials))
+    for k in range(1, len(noise)):
+        noise[k] += memory * noise[k - 1]
+    shared = generator.normal(0, 1.0, points)
+    for own in noise[50:].T:
+        gap = series(shared + truth + own).minus(series(shared))
         found = final_mean(gap)
         hits += found.low <= truth <= found.high
         window = gap.values[-found.points :]

@@ -1,14 +1,12 @@
 """The peak memory of a run so far, logged."""
 
-import contextlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from mhc_lightning.callbacks.every_n_steps import EveryNSteps
+from mhc_lightning.callbacks.process_memory import peak_resident_bytes
 from mhc_lightning.loggers.trainer_loggers import log_scalars
 
 PEAK_MEMORY = "train/peak_memory_bytes"
@@ -22,21 +20,7 @@ def peak_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return _peak_resident() if device.type == "cpu" else None
-
-
-def _peak_resident() -> int | None:
-    # Linux's ru_maxrss also counts the program that started this one.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return peak_resident_bytes() if device.type == "cpu" else None
 
 
 class PeakMemory(pl.Callback):

@@ -1,4 +1,4 @@
-"""Trains under an alarm once per strategy; each of two processes writes what it did."""
+"""Trains under an alarm once per strategy; each of two processes writes its actions and numbers."""
 
 import json
 import math
@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mhc_lightning import LanguageModel
-from mhc_lightning.callbacks import AmaxGain, StabilityAlarm
+from mhc_lightning.callbacks import AmaxGain, StabilityAlarm, Throughput
 from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
+from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import HyperConnection, Transformer
 from mhc_lightning.optimizers.recipes import AdamWRecipe
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
@@ -70,6 +71,7 @@ def main(folder: Path, *names: str) -> None:
         alarm = StabilityAlarm(
             ["checkpoint", "skip_update", "lower_lr"], window=32, max_skips=2, cooldown=3
         )
+        gain, throughput = AmaxGain(), Throughput()
         saver = RunCheckpoint(folder / name, every_n_steps=None)
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -79,8 +81,8 @@ def main(folder: Path, *names: str) -> None:
             max_epochs=-1,
             gradient_clip_val=1.0,
             log_every_n_steps=2,
-            logger=False,
-            callbacks=[AmaxGain(), alarm, saver],
+            logger=MetricsCSV(folder / name),
+            callbacks=[gain, alarm, throughput, saver],
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -97,6 +99,8 @@ def main(folder: Path, *names: str) -> None:
             "rates": model.rates,
             "state": alarm.state_dict(),
             "step": trainer.global_step,
+            "gain": gain.last["amax_gain/composite/backward"],
+            "tokens": throughput.total_tokens,
             "saved": sorted(file.name for file in (folder / name).glob("step_*")),
         }
         (folder / f"{name}_{trainer.global_rank}.json").write_text(json.dumps(record))

@@ -24,7 +24,7 @@ from mhc_lightning.loggers import MetricsCSV
 from mhc_lightning.modules import HyperConnection, ManifoldHyperConnection, ResidualConnection
 from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe, OptimizerRecipe
 
-INTERVAL = 4  # optimizer steps between samples of the gains
+INTERVAL = 2  # optimizer steps between samples of the gains
 BACKWARD = "amax_gain/composite/backward"
 
 
@@ -146,7 +146,6 @@ def rows(folder: Path) -> dict[int, dict[str, float]]:
     ("connection", "seed"),
     [
         (ManifoldHyperConnection, 1),
-        (ManifoldHyperConnection, 2),
         (ResidualConnection, 3),
         *(pytest.param(ManifoldHyperConnection, s, marks=pytest.mark.slow) for s in range(4, 9)),
     ],
@@ -178,9 +177,9 @@ def test_an_explosion_is_caught_with_its_evidence(
     connection: type, parameter: str, factor: float, train: Any, tmp_path: Path, capsys: Any
 ) -> None:
     alarm = StabilityAlarm(window=32)
-    train(alarm, Injection(42, parameter, factor), connection=connection)
+    train(alarm, Injection(25, parameter, factor), connection=connection, steps=30)
     steps = [step for step, _ in alarm.interventions]
-    assert steps and 42 <= min(steps) <= max(steps) < 42 + INTERVAL
+    assert steps and 25 <= min(steps) <= max(steps) < 25 + INTERVAL
     text = " ".join(text for _, text in alarm.interventions)
     of_streams = "connection" in parameter
     tag = BACKWARD if of_streams else "train/loss"
@@ -196,69 +195,68 @@ def test_an_explosion_is_caught_with_its_evidence(
     assert row["alarm/skipped_updates"] == 0 and row["alarm/lr_scale"] == 1
 
 
-@pytest.mark.parametrize("optimizer", [AdamWRecipe, MuonRecipe])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("optimizer", "accumulate"), [(AdamWRecipe, 2), (MuonRecipe, 1)])
 def test_a_skipped_update_changes_nothing_and_counts(
     optimizer: type[OptimizerRecipe], accumulate: int, train: Any
 ) -> None:
     """Neither weights nor moments, nor the experts' biases; the schedule goes on."""
     recipe = optimizer(lr=1e-2, warmup_steps=40, eps=1e-8, schedule="constant")
-    injection = Injection(45, "model.output.weight", 100.0)
+    injection = Injection(25, "model.output.weight", 100.0)
     alarm = StabilityAlarm(["skip_update"], window=32, max_skips=2)
     trainer = train(
         alarm,
         injection,
-        steps=47,
+        steps=27,
         optimizer=recipe,
         network={"num_experts": 4},
         accumulate_grad_batches=accumulate,
     )
-    assert [step for step, _ in alarm.interventions] == [45, 46]
+    assert [step for step, _ in alarm.interventions] == [25, 26]
     assert alarm.interventions[0][1].endswith(": update skipped")
     assert same(injection.before, injection.after)
     assert not same(injection.after, everything(trainer))  # at last updates are made again
-    assert alarm.skipped_updates == 2 and trainer.global_step == 47
-    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 47
+    assert alarm.skipped_updates == 2 and trainer.global_step == 27
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 27
     moments = trainer.optimizers[0].state_dict()["state"].values()
-    assert {int(state["step"]) for state in moments if "step" in state} == {45}
+    assert {int(state["step"]) for state in moments if "step" in state} == {25}
 
 
 def test_a_lowered_learning_rate_is_on_top_of_the_schedule(train: Any, tmp_path: Path) -> None:
     alarm = StabilityAlarm(["lower_lr"], window=32, lr_factor=0.25, lr_recovery_steps=12)
     recipe = AdamWRecipe(lr=1e-2, warmup_steps=10, eps=1e-8, schedule="cosine")
-    trainer = train(alarm, Injection(42, *RESIDUAL[1:]), connection=RESIDUAL[0], steps=64,
+    trainer = train(alarm, Injection(25, *RESIDUAL[1:]), connection=RESIDUAL[0], steps=40,
                     optimizer=recipe)  # fmt: skip
     ((at, text),) = alarm.interventions
-    assert at == 44 and "learning rate times 0.25, back within 12 steps" in text
+    assert at == 26 and "learning rate times 0.25, back within 12 steps" in text
     table = rows(tmp_path / "run")
-    for step in (40, 44, 48, 52, 56, 60, 64):
+    for step in (24, 26, 28, 32, 36, 38, 40):
         scale = 1 if step <= at else min(1.0, 0.25 + 0.75 * (step - at) / 12)
-        expected = 1e-2 * recipe.learning_rate.factor(step - 1, 64) * scale
+        expected = 1e-2 * recipe.learning_rate.factor(step - 1, 40) * scale
         assert table[step]["train/learning_rate"] == pytest.approx(expected, rel=1e-5)
     # What is kept for the next step, and in checkpoints, is the schedule's.
     group = trainer.optimizers[0].param_groups[0]
-    assert group["lr"] == pytest.approx(1e-2 * recipe.learning_rate.factor(64, 64))
+    assert group["lr"] == pytest.approx(1e-2 * recipe.learning_rate.factor(40, 40))
 
 
 def test_the_state_is_saved_and_kept_with_the_one_before(train: Any, tmp_path: Path) -> None:
     saver = RunCheckpoint(tmp_path / "saved", every_n_steps=20, keep_last=1)
     alarm = StabilityAlarm(["checkpoint"], window=32)
-    train(alarm, Injection(42, *WEIGHT[1:]), saver, steps=100)
+    train(alarm, Injection(42, *WEIGHT[1:]), saver, steps=50)
     assert [step for step, _ in alarm.interventions] == [42]
     kept = sorted(int(file.stem[5:]) for file in (tmp_path / "saved").glob("step_*.ckpt"))
-    assert kept == [40, 42, 100]
+    assert kept == [40, 42, 50]
     loaded = torch.load(tmp_path / "saved/step_00000042.ckpt", weights_only=True)
     assert loaded["global_step"] == 42
     resumed = RunCheckpoint(tmp_path / "saved", every_n_steps=20, keep_last=1)
-    train(None, resumed, steps=120, resume=tmp_path / "saved/step_00000100.ckpt", folder="more")
+    train(None, resumed, steps=60, resume=tmp_path / "saved/step_00000050.ckpt", folder="more")
     kept = sorted(int(file.stem[5:]) for file in (tmp_path / "saved").glob("step_*.ckpt"))
-    assert kept == [40, 42, 120]
+    assert kept == [40, 42, 60]
 
 
 class Poisoned(LanguageModel):
     """Its loss is not finite in some steps."""
 
-    steps: tuple[int, ...] = (42,)
+    steps: tuple[int, ...] = (12,)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -269,22 +267,22 @@ class Poisoned(LanguageModel):
 
 
 class PoisonedForLong(Poisoned):
-    steps = tuple(range(42, 60))
+    steps = tuple(range(12, 30))
 
 
 def test_a_step_that_is_not_finite_can_be_skipped_but_not_for_ever(train: Any) -> None:
     alarm = StabilityAlarm(["skip_update"], window=32)
-    trainer = train(alarm, model=Poisoned)
-    assert alarm.skipped_updates == 1 and trainer.global_step == 48
+    trainer = train(alarm, model=Poisoned, steps=16)
+    assert alarm.skipped_updates == 1 and trainer.global_step == 16
     assert "gradients not finite" in alarm.interventions[0][1]
     state = trainer.lightning_module.state_dict()
     assert all(bool(value.isfinite().all()) for value in state.values())
 
     alarm = StabilityAlarm(["skip_update"], window=32, max_skips=3)
-    with pytest.raises(NonFiniteLossError, match="at step 45"):
+    with pytest.raises(NonFiniteLossError, match="at step 15"):
         train(alarm, model=PoisonedForLong)
     assert alarm.skipped_updates == 3
-    with pytest.raises(NonFiniteLossError, match="at step 42"):
+    with pytest.raises(NonFiniteLossError, match="at step 12"):
         train(StabilityAlarm(["warn", "lower_lr"], window=32), model=Poisoned)
 
 
@@ -296,19 +294,19 @@ def test_a_run_goes_on_through_an_alarm_bit_for_bit(train: Any, tmp_path: Path) 
             ["warn", "skip_update", "lower_lr"], window=32, max_skips=3, cooldown=12,
             lr_recovery_steps=30,
         )  # fmt: skip
-        saver = RunCheckpoint(tmp_path / folder / "checkpoints", every_n_steps=43)
-        train(alarm, Injection(42, *WEIGHT[1:]), saver, connection=WEIGHT[0], steps=steps,
+        saver = RunCheckpoint(tmp_path / folder / "checkpoints", every_n_steps=23)
+        train(alarm, Injection(22, *WEIGHT[1:]), saver, connection=WEIGHT[0], steps=steps,
               folder=folder, resume=resume)  # fmt: skip
         return alarm
 
-    whole = go("whole", 64)
-    assert [step for step, _ in whole.interventions][:3] == [42, 43, 44]
-    checkpoint = tmp_path / "whole/checkpoints/step_00000043.ckpt"
-    rest = go("rest", 64, checkpoint)
-    assert rest.interventions == [(s, text) for s, text in whole.interventions if s > 43]
+    whole = go("whole", 40)
+    assert [step for step, _ in whole.interventions][:3] == [22, 23, 24]
+    checkpoint = tmp_path / "whole/checkpoints/step_00000023.ckpt"
+    rest = go("rest", 40, checkpoint)
+    assert rest.interventions == [(s, text) for s, text in whole.interventions if s > 23]
     assert rest.state_dict() == whole.state_dict()
     table = rows(tmp_path / "whole")
-    assert rows(tmp_path / "rest") == {step: row for step, row in table.items() if step > 43}
+    assert rows(tmp_path / "rest") == {step: row for step, row in table.items() if step > 23}
 
 
 # ---- other people's projects
@@ -384,7 +382,13 @@ def test_processes_decide_alike(strategies: list[str], tmp_path: Path) -> None:
     assert result.stderr.count("alarm: step 20: ") == len(strategies)  # said once
     for name in strategies:
         one, two = (json.loads((tmp_path / f"{name}_{k}.json").read_text()) for k in range(2))
+        gains = [process.pop("gain") for process in (one, two)]
         assert one == two
+        # Ranks sample each their own micro-batch, the stages of a pipeline the same one; loggers
+        # write the first process's.
+        assert (gains[0] == gains[1]) == (name == "pipeline")
+        assert rows(tmp_path / name)[28][BACKWARD] == gains[0]
+        assert one["tokens"] == 28 * 8 * 8  # steps, sequences, tokens
         assert [step for step, _ in one["interventions"]] == [20, 25]
         assert "largest gradient in model." in one["interventions"][0][1]
         assert "train/loss nan" in one["interventions"][1][1]

@@ -80,8 +80,16 @@ def run(net: Transformer, mode: str, tokens: Tensor = TOKENS) -> Tensor:
 MODES = ["plain", "loss", "no_grad", "frozen", "recompute", "reentrant", "not reentrant"]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+# All modes of two kinds; every other kind in three modes, every mode with three others.
+PAIRS = [
+    (kind, mode)
+    for k, kind in enumerate(KINDS)
+    for m, mode in enumerate(MODES)
+    if kind in ("mhc", "hc_static") or (k + 2 * m) % 7 in (0, 1, 3)
+]
+
+
+@pytest.mark.parametrize(("kind", "mode"), PAIRS)
 def test_each_pass_of_a_network_is_one_chain(kind: str, mode: str) -> None:
     net = network(kind)
     assert after(net, lambda: run(net, mode)) == ONE
@@ -108,10 +116,9 @@ def twice(net: Transformer, mode: str) -> tuple[Tensor, Tensor]:
 
 def test_single_passes_by_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MHC_LIGHTNING_KERNELS", "triton")
-    for kind in ("mhc", "mhc_single_pass"):
-        net = network(kind)
-        for mode in ("plain", "no_grad", "recompute"):
-            assert after(net, partial(twice, net, mode)) == TWO
+    for kind, mode in (("mhc", "plain"), ("mhc", "recompute"), ("mhc_single_pass", "no_grad")):
+        net = network(kind, num_layers=1)
+        assert after(net, partial(twice, net, mode)) == [None, 0, None, 2]
 
 
 def test_gains_are_those_of_each_network_alone() -> None:

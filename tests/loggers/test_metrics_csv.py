@@ -1,43 +1,23 @@
+"""The table of metrics: one row per step, exact numbers, resumed without a step twice."""
+
 import csv
 import errno
 import os
-import resource
-import signal
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from full_disk import file_size_limit
 from torch.utils.data import DataLoader
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.loggers import MetricsCSV, TensorBoard, metrics_csv
+from mhc_lightning.loggers import MetricsCSV, metrics_csv
 
 
 def rows(folder):
     with open(folder / "metrics.csv", newline="") as file:
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
-
-
-def points(folder, tag):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
-@contextmanager
-def file_size_limit(size):
-    """What a full disk looks like: a file cannot grow beyond `size` bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_values_of_a_step_share_a_row_and_keep_every_bit(tmp_path):
@@ -128,40 +108,6 @@ def test_a_new_column_that_cannot_be_written_is_not_lost(tmp_path, monkeypatch):
         {"step": "2", "b": "2"},
         {"step": "3", "c": "3"},
     ]
-
-
-def test_tensorboard_forgets_points_after_the_step_resumed_from(tmp_path):
-    first = TensorBoard(tmp_path)
-    for step in range(1, 8):
-        first.log_metrics({"loss": float(step)}, step)
-    first.save()
-    file = next(tmp_path.glob("events.*"))
-    file.write_bytes(file.read_bytes()[:-5])  # killed while writing step 7
-
-    second = TensorBoard(tmp_path)
-    _ = second.experiment  # Lightning makes it before it restores anything
-    second.resume_from(4)
-    assert points(tmp_path, "loss") == [(k, float(k)) for k in range(1, 5)]
-    for step in range(5, 8):
-        second.log_metrics({"loss": 10.0 * step}, step)
-    second.finalize("success")
-    assert points(tmp_path, "loss")[3:] == [(4, 4.0), (5, 50.0), (6, 60.0), (7, 70.0)]
-    assert {path.name.split(".")[0] for path in tmp_path.iterdir()} == {"events"}
-
-
-def test_tensorboard_survives_a_full_disk(tmp_path):
-    log = TensorBoard(tmp_path)
-    log.log_metrics({"loss": 1.0}, 1)
-    log.save()
-    size = next(tmp_path.glob("events.*")).stat().st_size
-    with file_size_limit(size + 20), pytest.warns(RuntimeWarning, match="events") as warned:
-        for step in range(2, 6):
-            log.log_metrics({"loss": float(step)}, step)
-            log.save()
-    assert len(warned) == 1
-    log.log_metrics({"loss": 6.0}, 6)
-    log.save()
-    assert points(tmp_path, "loss") == [(k, float(k)) for k in range(1, 7)]
 
 
 def test_a_flipped_byte_does_not_keep_a_run_from_going_on(tmp_path):
