@@ -74,6 +74,11 @@ def test_each_experiment_and_setting_exists(commands_in, tmp_path, monkeypatch):
             compose_experiment(arguments)
 
 
+def test_readmes_commands_are_those_of_pages(commands_in):
+    lines = {line for document in IN_ORDER for line in commands_in(document)}
+    assert set(commands_in("README.md")) <= lines | {"make quickstart", "make test"}
+
+
 def test_make_targets_exist(commands_in, repository):
     lines = {line for document in DOCUMENTS for line in commands_in(document)}
     targets = " ".join(sorted(line[5:] for line in lines if line.startswith("make ")))

@@ -7,14 +7,13 @@ import csv
 import json
 import re
 import shlex
-import shutil
 import sys
 from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from documents import DOCS, IN_ORDER, START_ANEW, blocks, json_keys, write_inputs
+from documents import DOCS, IN_ORDER, blocks, json_keys, write_inputs
 from in_process import run_main
 
 pytestmark = pytest.mark.slow
@@ -53,10 +52,6 @@ def followed(tmp_path_factory, commands_in) -> Followed:
     write_inputs(folder)
     steps: dict[str, int] = {}  # by run
     for page in IN_ORDER:
-        if page in START_ANEW:
-            steps.clear()
-            for name in ("runs", "data", "report"):
-                shutil.rmtree(folder / name, ignore_errors=True)
         for line in commands_in(page):
             program, *words = shlex.split(line)
             if program == "make":
@@ -93,8 +88,8 @@ def test_each_command_does_what_its_page_says(followed):
 
 
 def test_plans_are_printed(followed):
-    assert "tokens/s" in followed.printed_by("README.md", "plan")
     plans = dict(followed.printed["docs/train/paper_models.md"])
+    assert any("tokens/s" in text for text in plans.values())
     (printed,) = (text for line, text in plans.items() if "--json" in line)
     assert json.loads(printed)["parameters"]["total"] == 2972931976
 

@@ -14,9 +14,8 @@ RECIPES = sorted(
 PAGES = sorted(path.relative_to(REPOSITORY).as_posix() for path in DOCS.rglob("*.md"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "recipes/README.md", *RECIPES, *PAGES]
 
-# Pages whose commands are run one after another, in one folder; `START_ANEW` have none of the runs.
+# Pages whose commands are run one after another, in one folder. README's are among them.
 IN_ORDER = [
-    "README.md",
     "docs/start/first_run.md",
     "docs/start/what_you_see.md",
     "docs/train/data.md",
@@ -27,7 +26,6 @@ IN_ORDER = [
     "docs/train/exchange.md",
     "docs/train/paper_models.md",
 ]
-START_ANEW = ("README.md", "docs/start/first_run.md")
 # Commands for more devices than there are: their layouts are built.
 LAYOUTS = ["docs/train/many_devices.md", "docs/train/slurm_and_torchrun.md"]
 
