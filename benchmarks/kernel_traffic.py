@@ -9,7 +9,7 @@ The ideal counts every stream-sized operand once, in the streams' dtype, and not
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +27,7 @@ from mhc_lightning.kernels.merge_read.triton.merge_project_backward import (
     merge_project_backward_config,
 )
 from mhc_lightning.kernels.read.triton.project_backward import project_backward_config
+from mhc_lightning.kernels.replay.triton import replay_forward_config
 from mhc_lightning.kernels.triton_support.block_sizes import choose
 from mhc_lightning.kernels.triton_support.workloads import workloads
 from mhc_lightning.modules import ManifoldHyperConnection
@@ -71,21 +72,21 @@ class Moved:
 
 
 def kernel_traffic(
-    tokens: int, n: int, width: int, dtype: torch.dtype = torch.bfloat16, only: str = ""
+    names: Iterable[str], tokens: int, n: int, width: int, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[Moved]:
-    """Run every kernel once and count.
+    """Run kernels once each and count.
 
     Args:
+        names: Names of workloads.
         tokens: Number of tokens.
         n: Number of streams.
         width: C.
         dtype: Dtype of the streams.
-        only: Part of the names to keep.
     """
-    for name, workload in workloads(tokens, n, width, dtype).items():
-        if only in name:
-            ideal = workload.elements * width * dtype.itemsize
-            yield _count(name, ideal, tokens, width, workload.run)
+    work = workloads(tokens, n, width, dtype)
+    for name in names:
+        ideal = work[name].elements * width * dtype.itemsize
+        yield _count(name, ideal, tokens, width, work[name].run)
 
 
 def connection_traffic(
@@ -171,6 +172,7 @@ def many_tokens_per_program(n: int, width: int, itemsize: int) -> Iterator[None]
         ),
         "merge_forward": merge_forward_config,
         "merge_backward": merge_backward_config,
+        "replay_forward": replay_forward_config,
     }
     for end in ("", "_per_stream"):
         defaults[f"project_backward{end}"] = project_backward_config
@@ -195,7 +197,9 @@ def main() -> None:
     os.environ["MHC_LIGHTNING_KERNELS"] = "triton"
 
     def all_of_them() -> Iterator[Moved]:
-        yield from kernel_traffic(args.tokens, args.streams, args.width, only=args.only)
+        every = workloads(1, args.streams, 16, torch.bfloat16)
+        names = [name for name in every if args.only in name]
+        yield from kernel_traffic(names, args.tokens, args.streams, args.width)
         if args.only in "connection":
             yield connection_traffic(args.tokens, args.streams, args.width)
         if args.only in "fused connection" and args.streams <= MOST_FUSED_STREAMS:

@@ -35,6 +35,7 @@ def operator(name: str) -> Callable[[Callable], Any]:
     def define(body: Callable) -> Any:
         hints = get_type_hints(body)
         results = hints.pop("return")
+        parameters = _parameters(hints)
 
         def run(*arguments: Any) -> Any:
             grouped = list(_grouped(hints, iter(arguments)))
@@ -52,13 +53,18 @@ def operator(name: str) -> Callable[[Callable], Any]:
                 )
             return run(*arguments)
 
+        def shapes(*arguments: Any) -> Any:
+            given = zip(parameters, arguments, strict=True)
+            return run(*(1 if name == "num_iterations" else value for name, value in given))
+
+        schema = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in parameters.items())
         registered = torch.library.custom_op(
             f"mhc_lightning::{name}",
             run_without_tangents,
             mutates_args=(),
-            schema=f"({_parameters(hints)}) -> {_results(results)}",
+            schema=f"({schema}) -> {_results(results)}",
         )
-        registered.register_fake(run)
+        registered.register_fake(shapes)  # which no number of iterations changes
         return registered
 
     return define
@@ -69,13 +75,14 @@ def _fields(hint: Any) -> dict[str, Any] | None:
     return get_type_hints(hint) if hasattr(hint, "_fields") else None
 
 
-def _parameters(hints: dict[str, Any]) -> str:
+def _parameters(hints: dict[str, Any]) -> dict[str, Any]:
+    """Names and annotations of the operator's flat arguments."""
     flat: dict[str, Any] = {}
     for name, hint in hints.items():
         fields = _fields(hint) or {name: hint}
         # `grads.pre` beside `operands.pre`: the name of the argument tells one from the other.
         flat |= {f"{name}_{field}" if field in flat else field: t for field, t in fields.items()}
-    return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in flat.items())
+    return flat
 
 
 def _results(hint: Any) -> str:

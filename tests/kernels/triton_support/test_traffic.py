@@ -29,24 +29,34 @@ def _triton(monkeypatch):
     monkeypatch.setenv("MHC_LIGHTNING_KERNELS", "triton")
 
 
+def phi_bytes(accesses: int, tokens: int, n: int, width: int) -> float:
+    """Bytes per token by which phi weighs more for so few tokens than for 4,096."""
+    return accesses * 4 * n * width * (n * n + 2 * n) * (1 / tokens - 1 / 4096)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_kernel_moves_what_it_has_to(name):
-    tokens, n, width = 4096, 4, 512
+    """Beside the streams at most 5% at 4,096 tokens; the parameters are shared by fewer here."""
+    n, width = 4, 512
+    tokens = 1024 if "project" in name else 512
     with many_tokens_per_program(n, width, 2):
-        every = kernel_traffic(tokens, n, width, only=name)
-        (moved,) = (moved for moved in every if moved.name == name)
+        (moved,) = kernel_traffic([name], tokens, n, width)
     assert moved.streams == moved.ideal, moved.table
-    assert moved.ratio <= 1.05, moved.table
+    shared = 0.0
+    if "project" in name:  # backward reads phi and writes its gradient
+        shared = phi_bytes(2 if "backward" in name else 1, tokens, n, width)
+    assert moved.streams + moved.other - shared <= 1.05 * moved.ideal, moved.table
 
 
-# Enough tokens for phi not to be taken for streams.
+# Enough tokens for phi, and enough of a width for a matrix, not to be taken for streams.
 @pytest.mark.parametrize(
-    ("tokens", "n", "width", "dtype"), [(50, 3, 100, torch.float16), (450, 7, 68, torch.float32)]
+    ("tokens", "n", "width", "dtype"), [(50, 3, 36, torch.float16), (180, 5, 36, torch.float32)]
 )
 def test_odd_shapes_move_nothing_twice(tokens, n, width, dtype):
+    names = [name for name in workloads(1, n, 16, dtype) if name in NAMES]
     with many_tokens_per_program(n, width, dtype.itemsize):
-        moved = {moved.name: moved for moved in kernel_traffic(tokens, n, width, dtype)}
-    ratios = {name: m.streams / m.ideal for name, m in moved.items() if m.ideal and name in NAMES}
+        every = kernel_traffic(names, tokens, n, width, dtype)
+        ratios = {moved.name: moved.streams / moved.ideal for moved in every}
     expected = dict.fromkeys(ratios, 1.0)
     if n > 4:  # the gradient of the sub-layer's input is read once per program's streams
         programs = math.ceil(n / streams_per_program(n, dtype.itemsize))
@@ -57,7 +67,7 @@ def test_odd_shapes_move_nothing_twice(tokens, n, width, dtype):
 
 def test_reading_with_a_carry_adds_up_no_streams():
     """By parts, as with more streams than a seam takes: what the separate kernels have to move."""
-    tokens, n, width = 512, 4, 32
+    tokens, n, width = 256, 4, 32
     x, grad = (torch.randn(tokens, n, width).bfloat16() for _ in range(2))
     y, read_grad = (torch.randn(tokens, width).bfloat16() for _ in range(2))
     carry, post, residual = torch.rand(tokens, n), torch.rand(tokens, n), torch.rand(tokens, n, n)
@@ -78,13 +88,15 @@ def test_reading_with_a_carry_adds_up_no_streams():
     assert backward.stream_bytes == (7 * n + 4) * width * 2, backward.table()
 
 
-def test_whole_connection_with_the_sum_of_its_gradients(monkeypatch):
+def test_whole_connection_with_the_sum_of_its_gradients():
+    tokens = 512
     with many_tokens_per_program(4, 512, 2):
-        moved = connection_traffic(4096, 4, 512)
+        moved = connection_traffic(tokens, 4, 512)
     # 98 C bytes are the least for separate kernels; that the gradient from the merge is added to
     # the one from reading, for 2 C more than nothing, is not in them.
     assert moved.streams == 100 * 512, moved.table
-    assert moved.ratio <= 1.05, moved.table
+    shared = phi_bytes(3, tokens, 4, 512)
+    assert moved.streams + moved.other - shared <= 1.05 * moved.ideal, moved.table
 
 
 @pytest.mark.slow

@@ -1,54 +1,68 @@
 """Projection and the backward of reading against the same formulas in float64."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from accuracy import assert_close_to_float64, randn
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from balanced import balanced
 
 from mhc_lightning.kernels.read.triton.project import project
 from mhc_lightning.kernels.read.triton.project_backward import project_backward
 
-CASES = st.tuples(
-    st.sampled_from([0, 1, 17, 40, 130]),
-    st.integers(1, 8),
-    st.sampled_from([1, 7, 33, 64, 80]),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.sampled_from([1e-3, 1.0, 1e3]),
-    st.booleans(),
-)
+CASES: dict[str, Sequence[Any]] = {
+    "tokens": [0, 1, 17, 40, 130],
+    "n": range(1, 9),
+    "width": [1, 7, 33, 64, 80],
+    "dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "scale": [1e-3, 1.0, 1e3],
+    "per_stream": [False, True],
+}
 
 
-def operands(case: tuple) -> tuple[torch.Tensor, torch.Tensor, int]:
-    tokens, n, width, dtype, scale, per_stream = case
+def operands(
+    tokens: int, n: int, width: int, dtype: torch.dtype, scale: float, per_stream: bool
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     scale = min(scale, 1.0) if dtype == torch.float16 else scale
     rows, coefficients = (width, n + 2) if per_stream else (n * width, n * n + 2 * n)
     streams = randn(tokens, n, width, dtype=dtype, scale=scale)
     return streams, randn(rows, coefficients, scale=rows**-0.5), rows
 
 
-@settings(max_examples=40, deadline=None)
-@given(CASES)
-def test_project(case: tuple) -> None:
-    streams, phi, width = operands(case)
-    raw, squares = project(streams, phi, per_stream=case[5])
-    flat = streams.double().reshape(-1, width)
-    assert_close_to_float64(raw.sum(0), (flat @ phi.double()).T, case[3])
+@balanced(16, **CASES)
+def test_project(
+    tokens: int, n: int, width: int, dtype: torch.dtype, scale: float, per_stream: bool
+) -> None:
+    streams, phi, flat_width = operands(tokens, n, width, dtype, scale, per_stream)
+    raw, squares = project(streams, phi, per_stream=per_stream)
+    flat = streams.double().reshape(-1, flat_width)
+    assert_close_to_float64(raw.sum(0), (flat @ phi.double()).T, dtype)
     assert_close_to_float64(squares.sum(0), flat.square().sum(1))
 
 
 def test_short_batches_of_wide_streams_are_split() -> None:
-    streams, phi, _ = operands((3, 4, 1024, torch.float32, 1.0, False))
+    streams, phi, _ = operands(3, 4, 1024, torch.float32, 1.0, False)
     raw, squares = project(streams, phi)
     assert raw.shape[0] == squares.shape[0] > 1
     assert_close_to_float64(raw.sum(0), (streams.double().flatten(1) @ phi.double()).T)
 
 
-@settings(max_examples=40, deadline=None)
-@given(CASES, st.booleans(), st.booleans(), st.sampled_from(["both", "streams", "phi"]))
-def test_read_backward(case: tuple, has_read: bool, has_kept: bool, needs: str) -> None:
-    tokens, n, width, dtype, _, per_stream = case
-    streams, phi, flat_width = operands(case)
+@balanced(
+    24, **CASES, has_read=[True, False], has_kept=[True, False], needs=["both", "streams", "phi"]
+)
+def test_read_backward(
+    tokens: int,
+    n: int,
+    width: int,
+    dtype: torch.dtype,
+    scale: float,
+    per_stream: bool,
+    has_read: bool,
+    has_kept: bool,
+    needs: str,
+) -> None:
+    streams, phi, flat_width = operands(tokens, n, width, dtype, scale, per_stream)
     rows = tokens * n if per_stream else tokens
     raw_grad, squares_grad = randn(phi.shape[1], rows), randn(rows, scale=0.1)
     pre = torch.rand(tokens, n)
@@ -86,7 +100,7 @@ def test_read_backward(case: tuple, has_read: bool, has_kept: bool, needs: str) 
 @pytest.mark.parametrize("per_stream", [False, True])
 def test_tokens_in_several_ranges_add_up(per_stream: bool) -> None:
     tokens, n, width = 1100, 2, 16
-    streams, phi, flat_width = operands((tokens, n, width, torch.float32, 1.0, per_stream))
+    streams, phi, flat_width = operands(tokens, n, width, torch.float32, 1.0, per_stream)
     rows = tokens * n if per_stream else tokens
     raw_grad = randn(phi.shape[1], rows)
     nothing = torch.zeros(rows)
