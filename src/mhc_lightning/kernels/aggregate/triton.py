@@ -1,4 +1,4 @@
-"""Weighted sums of the streams in one pass, and their gradients; the mean and the plain sum too."""
+"""Weighted sums of the streams in one pass, and their gradients."""
 
 import torch
 import triton
@@ -12,41 +12,43 @@ from mhc_lightning.kernels.triton_support.tiles import (
     WARP_BYTES,
     inside,
     load_streams,
+    load_weights,
     pointers,
     row_block,
     store_sums,
     strides_in,
     vector_width,
+    weighted_sum,
 )
 
 
 def aggregate_forward(streams: Tensor, pre: Tensor) -> Tensor:
-    """``Σ_j pre[j] · streams[j]``.
+    """`Σ_j pre[j] · streams[j]`.
 
     Args:
         streams: [tokens, n, C], any strides.
         pre: Read weights [tokens, n], float32.
 
     Returns:
-        [tokens, C], contiguous, in the dtype of ``streams``.
+        [tokens, C], contiguous, in the dtype of `streams`.
     """
-    return weighted_sum("aggregate_forward", streams, pre, 1.0)
+    return sum_streams("aggregate_forward", streams, pre, 1.0)
 
 
 def aggregate_backward(
     grad: Tensor, streams: Tensor, pre: Tensor, need_streams: bool, need_pre: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both gradients of `aggregate_forward`; reads ``grad`` and ``streams`` once.
+    """Both gradients of `aggregate_forward`; reads `grad` and `streams` once.
 
     Args:
         grad: Gradient of the sum [tokens, C], any strides.
-        streams: [tokens, n, C], any strides; not read unless ``need_pre``.
+        streams: [tokens, n, C], any strides; not read unless `need_pre`.
         pre: [tokens, n], float32.
         need_streams: Whether the first result is wanted.
         need_pre: Whether the second one is.
 
     Returns:
-        Gradients of the streams (contiguous, in their dtype) and of ``pre`` (float32), or None.
+        Gradients of the streams (contiguous, in their dtype) and of `pre` (float32), or None.
     """
     streams_grad = streams.new_empty(streams.shape) if need_streams else None
     pre_grad = torch.empty_like(pre, memory_format=torch.contiguous_format) if need_pre else None
@@ -89,7 +91,7 @@ def aggregate_backward_config(n: int, width: int, itemsize: int) -> Config:
     return Config(1, WARP_BYTES // itemsize, num_warps=1, num_stages=1)
 
 
-def weighted_sum(name: str, streams: Tensor, pre: Tensor | None, scale: float) -> Tensor:
+def sum_streams(name: str, streams: Tensor, pre: Tensor | None, scale: float) -> Tensor:
     tokens, n, width = streams.shape
     default = aggregate_forward_config(n, width, streams.element_size())
     config = configured(name, n, width, streams.dtype, default)
@@ -140,16 +142,13 @@ def aggregate_forward_kernel(
     mask = inside(row, column, tokens, width, block_width)
     at = pointers(streams_ptr, row, column, token_stride, width_stride, vector)
     tiles = load_streams(at, stream_stride, mask, n, vector)
-    weights = ()
-    for j in tl.static_range(n):
-        if pre_ptr is not None:
-            weight = tl.load(pre_ptr + token * n + j, mask=token < tokens, other=0.0)
-            weights = weights + (weight[:, None],)
-        else:
+    if pre_ptr is not None:
+        weights = load_weights(pre_ptr, token, token < tokens, n)
+    else:
+        weights = ()
+        for _ in tl.static_range(n):
             weights = weights + (scale,)
-    total = tl.zeros((block_tokens, block_width), tl.float32)
-    for j in tl.static_range(n):
-        total += weights[j] * tiles[j].to(tl.float32)
+    total = weighted_sum(weights, tiles, n)
     tl.store(read_ptr + row * width + column, total.to(read_ptr.dtype.element_ty), mask=mask)
 
 
@@ -178,12 +177,10 @@ def aggregate_backward_kernel(
     token = tl.program_id(0).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
     row = token[:, None, None]
     lane = tl.arange(0, lanes)[None, :, None] * vector + tl.arange(0, vector)[None, None, :]
-    weights = ()
+    if streams_grad_ptr is not None:
+        weights = load_weights(pre_ptr, token, token < tokens, n)
     sums = ()
-    for j in tl.static_range(n):
-        if streams_grad_ptr is not None:
-            weight = tl.load(pre_ptr + token * n + j, mask=token < tokens, other=0.0)
-            weights = weights + (weight[:, None, None],)
+    for _ in tl.static_range(n):
         sums = sums + (tl.zeros((block_tokens, lanes), tl.float32),)
     for start in range(0, width, step):
         column = start + lane
@@ -197,7 +194,7 @@ def aggregate_backward_kernel(
         if streams_grad_ptr is not None:
             to_streams = streams_grad_ptr + row * (n * width) + column
             for j in tl.static_range(n):
-                scaled = (weights[j] * grad).to(streams_grad_ptr.dtype.element_ty)
+                scaled = (weights[j][:, :, None] * grad).to(streams_grad_ptr.dtype.element_ty)
                 tl.store(to_streams + j * width, scaled, mask=mask)
         if pre_grad_ptr is not None:
             more = ()

@@ -12,6 +12,8 @@ from mhc_lightning.kernels.triton_support.tiles import (
     WARP_BYTES,
     inside,
     load_streams,
+    load_weights,
+    merged_stream,
     pointers,
     row_block,
     store_sums,
@@ -21,7 +23,7 @@ from mhc_lightning.kernels.triton_support.tiles import (
 
 
 def merge_forward(streams: Tensor, output: Tensor, residual: Tensor, post: Tensor) -> Tensor:
-    """``new[i] = Σ_j residual[i, j] · streams[j] + post[i] · output`` (arXiv 2512.24880, eq. 3).
+    """`new[i] = Σ_j residual[i, j] · streams[j] + post[i] · output` (arXiv 2512.24880, eq. 3).
 
     Args:
         streams: [tokens, n, C], any strides.
@@ -30,7 +32,7 @@ def merge_forward(streams: Tensor, output: Tensor, residual: Tensor, post: Tenso
         post: [tokens, n], float32.
 
     Returns:
-        [tokens, n, C], contiguous, in the dtype of ``streams``.
+        [tokens, n, C], contiguous, in the dtype of `streams`.
     """
     tokens, n, width = streams.shape
     default = merge_forward_config(n, width, streams.element_size())
@@ -73,8 +75,8 @@ def merge_backward(
 
     Args:
         grad: Gradient of the new streams [tokens, n, C], any strides.
-        streams: [tokens, n, C], any strides; not read unless ``need_coefficients``.
-        output: [tokens, C], any strides; not read unless ``need_coefficients``.
+        streams: [tokens, n, C], any strides; not read unless `need_coefficients`.
+        output: [tokens, C], any strides; not read unless `need_coefficients`.
         residual: [tokens, n, n], float32.
         post: [tokens, n], float32.
         need_streams: Whether the first result is wanted.
@@ -82,8 +84,8 @@ def merge_backward(
         need_coefficients: Whether the third and fourth are.
 
     Returns:
-        Gradients of the streams, the output (contiguous, in their dtypes), ``residual`` and
-        ``post`` (float32); None where not needed.
+        Gradients of the streams, the output (contiguous, in their dtypes), `residual` and
+        `post` (float32); None where not needed.
     """
     tokens, n, width = streams.shape
     default = merge_backward_config(n, width, streams.element_size())
@@ -157,26 +159,18 @@ def merge_forward_kernel(
     program = tl.program_id(0)
     token = (program // chunks).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
     column = ((program % chunks) * block_width + tl.arange(0, block_width))[None, :]
-    there = token < tokens
+    in_tokens = token < tokens
     row = token[:, None]
     mask = inside(row, column, tokens, width, block_width)
     at = pointers(streams_ptr, row, column, token_stride, width_stride, vector)
     tiles = load_streams(at, stream_stride, mask, n, vector)
     at = pointers(output_ptr, row, column, output_token_stride, output_width_stride, vector)
-    output = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    output = tl.load(at, mask=mask, other=0.0)
     # All weights before the first store: what follows a store cannot be loaded ahead of it.
-    post = ()
-    residual = ()
+    post = load_weights(post_ptr, token, in_tokens, n)
+    residual = load_weights(residual_ptr, token, in_tokens, n * n)
     for i in tl.static_range(n):
-        weight = tl.load(post_ptr + token * n + i, mask=there, other=0.0)
-        post = post + (weight[:, None],)
-        for j in tl.static_range(n):
-            weight = tl.load(residual_ptr + token * (n * n) + (i * n + j), mask=there, other=0.0)
-            residual = residual + (weight[:, None],)
-    for i in tl.static_range(n):
-        total = post[i] * output
-        for j in tl.static_range(n):
-            total += residual[i * n + j] * tiles[j].to(tl.float32)
+        total = merged_stream(i, tiles, output, residual, post, n)
         at = merged_ptr + row * (n * width) + i * width + column
         tl.store(at, total.to(merged_ptr.dtype.element_ty), mask=mask)
 
@@ -223,24 +217,18 @@ def merge_backward_kernel(
     # operands at once: entries are loaded where they are used, and the streams after the gradients.
     crowded: tl.constexpr = n > 5
     token = tl.program_id(0).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
-    there = token < tokens
+    in_tokens = token < tokens
     row = token[:, None, None]
     lane = tl.arange(0, lanes)[None, :, None] * vector + tl.arange(0, vector)[None, None, :]
-    residual = ()
-    post = ()
+    if output_grad_ptr is not None:
+        post = load_weights(post_ptr, token, in_tokens, n)
+    if streams_grad_ptr is not None and not crowded:
+        residual = load_weights(residual_ptr, token, in_tokens, n * n)
     residual_sums = ()  # by columns
     post_sums = ()
-    for i in tl.static_range(n):
-        if output_grad_ptr is not None:
-            weight = tl.load(post_ptr + token * n + i, mask=there, other=0.0)
-            post = post + (weight[:, None, None],)
+    for _ in tl.static_range(n):
         post_sums = post_sums + (tl.zeros((block_tokens, lanes), tl.float32),)
-        for j in tl.static_range(n):
-            if streams_grad_ptr is not None and not crowded:
-                weight = tl.load(
-                    residual_ptr + token * (n * n) + (i * n + j), mask=there, other=0.0
-                )
-                residual = residual + (weight[:, None, None],)
+        for _ in tl.static_range(n):
             residual_sums = residual_sums + (tl.zeros((block_tokens, lanes), tl.float32),)
     for start in range(0, width, step):
         column = start + lane
@@ -258,7 +246,7 @@ def merge_backward_kernel(
         if output_grad_ptr is not None:
             total = tl.zeros((block_tokens, lanes, vector), tl.float32)
             for i in tl.static_range(n):
-                total += post[i] * grads[i].to(tl.float32)
+                total += post[i][:, :, None] * grads[i].to(tl.float32)
             to_output = output_grad_ptr + row * width + column
             tl.store(to_output, total.to(output_grad_ptr.dtype.element_ty), mask=mask)
         if streams_grad_ptr is not None:
@@ -267,9 +255,9 @@ def merge_backward_kernel(
                 for i in tl.static_range(n):
                     if crowded:
                         at = residual_ptr + token * (n * n) + (i * n + j)
-                        entry = tl.load(at, mask=there, other=0.0)[:, None, None]
+                        entry = tl.load(at, mask=in_tokens, other=0.0)[:, None, None]
                     else:
-                        entry = residual[i * n + j]
+                        entry = residual[i * n + j][:, :, None]
                     total += entry * grads[i].to(tl.float32)
                 to_stream = streams_grad_ptr + row * (n * width) + j * width + column
                 tl.store(to_stream, total.to(streams_grad_ptr.dtype.element_ty), mask=mask)

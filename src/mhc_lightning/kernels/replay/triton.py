@@ -16,10 +16,13 @@ from mhc_lightning.kernels.triton_support.launch import launch
 from mhc_lightning.kernels.triton_support.tiles import (
     inside,
     load_streams,
+    load_weights,
+    merged_stream,
     pointers,
     row_block,
     strides_in,
     vector_width,
+    weighted_sum,
 )
 
 # Sub-layers are unrolled: longer stretches take several launches.
@@ -44,7 +47,7 @@ def replay_forward(
 
     Returns:
         Streams [tokens, n, C] and inputs [tokens, C] by sub-layer, contiguous, in the dtype of
-        ``entry``; None where not wanted.
+        `entry`; None where not wanted.
     """
     tokens, _, width = entry.shape
     streams = [entry.new_empty(entry.shape) if wanted else None for wanted in want_streams]
@@ -77,7 +80,7 @@ def _replay(
     streams: Sequence[Tensor | None],
     reads: Sequence[Tensor | None],
 ) -> None:
-    """Fill ``streams`` of every sub-layer but the first, and ``reads`` of all, where not None."""
+    """Fill `streams` of every sub-layer but the first, and `reads` of all, where not None."""
     tokens, n, width = entry.shape
     outputs = [output.contiguous() for output in outputs]
     default = replay_forward_config(n, width, entry.element_size())
@@ -108,21 +111,8 @@ def _replay(
 
 
 @triton.jit
-def _weights(ptr, token, there, count: tl.constexpr):
-    """The ``count`` numbers that every token has, each as a column."""
-    found = ()
-    for k in tl.static_range(count):
-        weight = tl.load(ptr + token * count + k, mask=there, other=0.0)
-        found = found + (weight[:, None],)
-    return found
-
-
-@triton.jit
-def _store_read(ptr, pre_ptr, tiles, row, column, token, there, mask, n: tl.constexpr, width: tl.constexpr):  # fmt: skip  # noqa: E501
-    pre = _weights(pre_ptr, token, there, n)
-    total = pre[0] * tiles[0].to(tl.float32)
-    for j in tl.static_range(1, n):
-        total += pre[j] * tiles[j].to(tl.float32)
+def _store_read(ptr, pre_ptr, tiles, row, column, token, in_tokens, mask, n: tl.constexpr, width: tl.constexpr):  # fmt: skip  # noqa: E501
+    total = weighted_sum(load_weights(pre_ptr, token, in_tokens, n), tiles, n)
     tl.store(ptr + row * width + column, total.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -150,22 +140,20 @@ def replay_forward_kernel(
     program = tl.program_id(0)
     token = (program // chunks).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
     column = ((program % chunks) * block_width + tl.arange(0, block_width))[None, :]
-    there = token < tokens
+    in_tokens = token < tokens
     row = token[:, None]
     mask = inside(row, column, tokens, width, block_width)
     at = pointers(entry_ptr, row, column, token_stride, width_stride, vector)
     tiles = load_streams(at, stream_stride, mask, n, vector)
     if reads[0] is not None:
-        _store_read(reads[0], pres[0], tiles, row, column, token, there, mask, n, width)
+        _store_read(reads[0], pres[0], tiles, row, column, token, in_tokens, mask, n, width)
     for k in tl.static_range(merges):
-        output = tl.load(outputs[k] + row * width + column, mask=mask, other=0.0).to(tl.float32)
-        post = _weights(posts[k], token, there, n)
-        residual = _weights(residuals[k], token, there, n * n)
+        output = tl.load(outputs[k] + row * width + column, mask=mask, other=0.0)
+        post = load_weights(posts[k], token, in_tokens, n)
+        residual = load_weights(residuals[k], token, in_tokens, n * n)
         merged = ()
         for i in tl.static_range(n):
-            total = post[i] * output
-            for j in tl.static_range(n):
-                total += residual[i * n + j] * tiles[j].to(tl.float32)
+            total = merged_stream(i, tiles, output, residual, post, n)
             # Rounded as merging rounds what it writes.
             merged = merged + (total.to(entry_ptr.dtype.element_ty),)
         tiles = merged
@@ -174,4 +162,6 @@ def replay_forward_kernel(
                 at = streams[k] + row * (n * width) + i * width + column
                 tl.store(at, tiles[i], mask=mask)
         if reads[k + 1] is not None:
-            _store_read(reads[k + 1], pres[k + 1], tiles, row, column, token, there, mask, n, width)
+            _store_read(
+                reads[k + 1], pres[k + 1], tiles, row, column, token, in_tokens, mask, n, width
+            )

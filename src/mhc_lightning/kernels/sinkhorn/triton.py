@@ -1,7 +1,8 @@
 """Sinkhorn-Knopp on chip and its exact gradient (arXiv 2512.24880, eq. 9).
 
-A program holds the matrices of its tokens as a tile [tokens, rows, columns], with rows and columns
-padded to a power of two: ``diag(M, 1)`` stays doubly stochastic, so the padding needs no guards.
+A program holds the matrices of its BT tokens (`block_tokens`) as a tile [BT, P, P]. Rows and
+columns are padded to P (`padded`), a power of two: `diag(M, 1)` stays doubly stochastic, so the
+padding needs no guards. T is the number of all tokens.
 """
 
 import torch
@@ -15,7 +16,7 @@ from mhc_lightning.kernels.triton_support.launch import launch
 
 @triton.jit
 def padded_logits(logits, n: tl.constexpr):
-    """Logits [BT, P, P] of ``diag(M, 1)``, from those of M in the first n rows and columns."""
+    """Logits [BT, P, P] of `diag(M, 1)`, from those of M in the first n rows and columns."""
     row = tl.arange(0, logits.shape[1])[None, :, None]
     column = tl.arange(0, logits.shape[2])[None, None, :]
     padding = tl.where(row == column, 0.0, float("-inf"))
@@ -56,41 +57,41 @@ def sinkhorn(logits, num_iterations: tl.constexpr):
 
 
 @triton.jit
-def _through_iterations(grad, logits, before, COUNT: tl.constexpr, LAST: tl.constexpr):
-    """Walk the gradient back through COUNT iterations that follow the first and ``before`` others.
+def _through_iterations(grad, logits, before, count: tl.constexpr, last: tl.constexpr):
+    """Walk the gradient back through `count` iterations that follow the first and `before` others.
 
-    It is that of the matrices' logarithms, or with LAST that of the matrices themselves.
+    It is that of the matrices' logarithms, or with `last` that of the matrices themselves.
     """
     matrix, _ = first_iteration(logits)
     for _ in tl.range(before):
         matrix, _, _ = iteration(matrix)
     sums = ()
-    for _ in tl.static_range(COUNT):
+    for _ in tl.static_range(count):
         matrix, column_sums, row_sums = iteration(matrix)
         sums = sums + (column_sums, row_sums)
-    log_grad = grad * matrix if LAST else grad
-    for k in tl.static_range(COUNT):
+    log_grad = grad * matrix if last else grad
+    for k in tl.static_range(count):
         log_grad -= matrix * tl.sum(log_grad, 2, keep_dims=True)
-        matrix *= sums[2 * (COUNT - k) - 1]
+        matrix *= sums[2 * (count - k) - 1]
         log_grad -= matrix * tl.sum(log_grad, 1, keep_dims=True)
-        matrix *= sums[2 * (COUNT - k) - 2]
+        matrix *= sums[2 * (count - k) - 2]
     return log_grad
 
 
 @triton.jit
-def sinkhorn_gradient(grad, logits, num_iterations: tl.constexpr, SEGMENT: tl.constexpr):
+def sinkhorn_gradient(grad, logits, num_iterations: tl.constexpr, segment: tl.constexpr):
     """Gradient [BT, P, P] of the logits, given that of the matrices (zero in the padding).
 
-    In logarithmic coordinates a normalisation is ``y = x - logsumexp(x)``, so its gradient is
-    ``G - M · ΣG`` along the same axis. The iterates are recomputed SEGMENT iterations at a time:
+    In logarithmic coordinates a normalisation is `y = x - logsumexp(x)`, so its gradient is
+    `G - M · ΣG` along the same axis. The iterates are recomputed `segment` iterations at a time:
     forward from the logits keeping only the sums, then back by multiplying with them.
     """
-    segments: tl.constexpr = (num_iterations - 1) // SEGMENT
-    rest: tl.constexpr = (num_iterations - 1) % SEGMENT
-    log_grad = _through_iterations(grad, logits, segments * SEGMENT, rest, True)
+    segments: tl.constexpr = (num_iterations - 1) // segment
+    rest: tl.constexpr = (num_iterations - 1) % segment
+    log_grad = _through_iterations(grad, logits, segments * segment, rest, True)
     for k in tl.range(segments):
-        before = (segments - 1 - k) * SEGMENT
-        log_grad = _through_iterations(log_grad, logits, before, SEGMENT, False)
+        before = (segments - 1 - k) * segment
+        log_grad = _through_iterations(log_grad, logits, before, segment, False)
     matrix, row_sums = first_iteration(logits)
     log_grad -= matrix * tl.sum(log_grad, 2, keep_dims=True)
     log_grad -= matrix * row_sums * tl.sum(log_grad, 1, keep_dims=True)
@@ -98,47 +99,47 @@ def sinkhorn_gradient(grad, logits, num_iterations: tl.constexpr, SEGMENT: tl.co
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _sinkhorn_forward(
-    logits,
-    matrices,
+def sinkhorn_forward_kernel(
+    logits_ptr,
+    matrices_ptr,
     tokens,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    num_iterations: tl.constexpr,
+    block_tokens: tl.constexpr,
 ):
-    offsets, mask = _entries(tokens, N, P, BLOCK_TOKENS)
-    tile = padded_logits(tl.load(logits + offsets, mask=mask, other=0.0), N)
-    tl.store(matrices + offsets, sinkhorn(tile, ITERATIONS), mask=mask)
+    offsets, mask = _entries(tokens, n, padded, block_tokens)
+    tile = padded_logits(tl.load(logits_ptr + offsets, mask=mask, other=0.0), n)
+    tl.store(matrices_ptr + offsets, sinkhorn(tile, num_iterations), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _sinkhorn_backward(
-    grad,
-    logits,
-    logit_grad,
+def sinkhorn_backward_kernel(
+    grad_ptr,
+    logits_ptr,
+    logit_grad_ptr,
     tokens,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    num_iterations: tl.constexpr,
+    segment: tl.constexpr,
+    block_tokens: tl.constexpr,
 ):
-    offsets, mask = _entries(tokens, N, P, BLOCK_TOKENS)
-    tile = padded_logits(tl.load(logits + offsets, mask=mask, other=0.0), N)
-    result = tl.load(grad + offsets, mask=mask, other=0.0)
-    result = sinkhorn_gradient(result, tile, ITERATIONS, SEGMENT)
-    tl.store(logit_grad + offsets, result, mask=mask)
+    offsets, mask = _entries(tokens, n, padded, block_tokens)
+    tile = padded_logits(tl.load(logits_ptr + offsets, mask=mask, other=0.0), n)
+    result = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+    result = sinkhorn_gradient(result, tile, num_iterations, segment)
+    tl.store(logit_grad_ptr + offsets, result, mask=mask)
 
 
 @triton.jit
-def _entries(tokens, N: tl.constexpr, P: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
-    """Offsets of this program's matrices in [N, N, tokens] as [BT, P, P], and which exist."""
-    token = (tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS))[:, None, None]
-    row = tl.arange(0, P)[None, :, None]
-    column = tl.arange(0, P)[None, None, :]
-    offsets = (row * N + column).to(tl.int64) * tokens + token
-    return offsets, (token < tokens) & (row < N) & (column < N)
+def _entries(tokens, n: tl.constexpr, padded: tl.constexpr, block_tokens: tl.constexpr):
+    """Offsets of this program's matrices in [n, n, T] as [BT, P, P], and which exist."""
+    token = (tl.program_id(0) * block_tokens + tl.arange(0, block_tokens))[:, None, None]
+    row = tl.arange(0, padded)[None, :, None]
+    column = tl.arange(0, padded)[None, None, :]
+    offsets = (row * n + column).to(tl.int64) * tokens + token
+    return offsets, (token < tokens) & (row < n) & (column < n)
 
 
 def matrices_config(n: int, backward: bool = False) -> Config:
@@ -166,15 +167,15 @@ def sinkhorn_forward(logits: Tensor, num_iterations: int) -> Tensor:
     config = configured("sinkhorn_forward", n, 1, torch.float32, matrices_config(n))
     matrices = torch.empty_like(logits)
     launch(
-        _sinkhorn_forward,
+        sinkhorn_forward_kernel,
         (triton.cdiv(tokens, config.block_tokens),),
         logits,
         matrices,
         tokens,
-        N=n,
-        P=triton.next_power_of_2(n),
-        ITERATIONS=num_iterations,
-        BLOCK_TOKENS=config.block_tokens,
+        n=n,
+        padded=triton.next_power_of_2(n),
+        num_iterations=num_iterations,
+        block_tokens=config.block_tokens,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -188,17 +189,17 @@ def sinkhorn_backward(grad: Tensor, logits: Tensor, num_iterations: int) -> Tens
     config = configured("sinkhorn_backward", n, 1, torch.float32, default)
     logit_grad = torch.empty_like(logits)
     launch(
-        _sinkhorn_backward,
+        sinkhorn_backward_kernel,
         (triton.cdiv(tokens, config.block_tokens),),
         grad,
         logits,
         logit_grad,
         tokens,
-        N=n,
-        P=triton.next_power_of_2(n),
-        ITERATIONS=num_iterations,
-        SEGMENT=sinkhorn_segment(n, num_iterations),
-        BLOCK_TOKENS=config.block_tokens,
+        n=n,
+        padded=triton.next_power_of_2(n),
+        num_iterations=num_iterations,
+        segment=sinkhorn_segment(n, num_iterations),
+        block_tokens=config.block_tokens,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -1,4 +1,11 @@
-"""Masks and alignments that the kernels over [tokens, n, C] streams share."""
+"""Loads, stores and alignments that the kernels over [T, n, C] streams share.
+
+Names and shapes in all Triton kernels of this package: T tokens, of which a program has
+`block_tokens` (BT); n streams; C channels, `width`, of which a program takes `block_width` (BC) at
+a time; K coefficients of a token, `count`, padded to `padded_count` for products. Pointers end in
+`_ptr`, strides in `_stride`; constants are lower-case as the host's are. `token` and `channel` are
+the indices [BT] and [BC], `row` and `column` the same as they lie in a tile, [BT, 1] and [1, BC].
+"""
 
 import math
 
@@ -29,9 +36,9 @@ def vector_width(width: int, *tensors: Tensor) -> int:
 
 
 def strides_in(vector: int, tensor: Tensor) -> tuple[int, ...]:
-    """A tensor's strides as the kernels take them: all but the last in units of ``vector``.
+    """A tensor's strides as the kernels take them: all but the last in units of `vector`.
 
-    A kernel multiplies by ``vector``, a constant, and so the compiler knows that rows are aligned.
+    A kernel multiplies by `vector`, a constant, and so the compiler knows that rows are aligned.
     """
     *rows, last = _strides(tensor)
     return (*(stride // vector for stride in rows), last)
@@ -59,7 +66,7 @@ def _strides(tensor: Tensor) -> list[int]:
 
 @triton.jit
 def inside(row, column, tokens, width: tl.constexpr, step: tl.constexpr):
-    """Which elements exist; columns are compared only where ``step`` does not divide the width."""
+    """Which elements exist; columns are compared only where `step` does not divide the width."""
     mask = row < tokens
     if width % step != 0:
         mask = mask & (column < width)
@@ -68,13 +75,13 @@ def inside(row, column, tokens, width: tl.constexpr, step: tl.constexpr):
 
 @triton.jit
 def pointers(ptr, row, column, token_stride, width_stride, vector: tl.constexpr):
-    """To a tile's elements; the stride of tokens in units of ``vector``."""
+    """To a tile's elements; the stride of tokens in units of `vector`."""
     return ptr + row * token_stride * vector + column.to(tl.int64) * width_stride
 
 
 @triton.jit
 def load_streams(first, stride, mask, n: tl.constexpr, vector: tl.constexpr):
-    """The n tiles of the streams, of which the pointers ``first`` point to stream 0's."""
+    """The n tiles of the streams, of which the pointers `first` point to stream 0's."""
     tiles = ()
     for j in tl.static_range(n):
         at = first + j * stride.to(tl.int64) * vector
@@ -83,8 +90,66 @@ def load_streams(first, stride, mask, n: tl.constexpr, vector: tl.constexpr):
 
 
 @triton.jit
+def load_tile(ptr, token, channel, token_stride, width_stride, mask):
+    """The tile [BT, BC] of an operand [T, C], in its dtype."""
+    offsets = token[:, None] * token_stride + (channel.to(tl.int64) * width_stride)[None, :]
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_stream_tile(ptr, token, stream, channel, token_stride, stream_stride, width_stride, mask):
+    """The tile [BT, BC] of one stream of an operand [T, n, C], in its dtype."""
+    first = ptr + token[:, None] * token_stride + tl.cast(stream, tl.int64) * stream_stride
+    offsets = (channel.to(tl.int64) * width_stride)[None, :]
+    return tl.load(first + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_stream_tiles(ptr, token, channel, token_stride, stream_stride, width_stride, mask, n: tl.constexpr):  # fmt: skip  # noqa: E501
+    """The tiles [BT, BC] of all n streams of an operand [T, n, C]."""
+    tiles = ()
+    for j in tl.static_range(n):
+        tile = load_stream_tile(
+            ptr, token, j, channel, token_stride, stream_stride, width_stride, mask
+        )
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def load_weights(ptr, token, in_tokens, count: tl.constexpr):
+    """The `count` numbers that every token has in [T, count], each as a column [BT, 1]."""
+    weights = ()
+    for k in tl.static_range(count):
+        weight = tl.load(ptr + token * count + k, mask=in_tokens, other=0.0)
+        weights = weights + (weight[:, None],)
+    return weights
+
+
+@triton.jit
+def weighted_sum(weights, tiles, n: tl.constexpr):
+    """`Σ_j weights[j] · tiles[j]` [BT, BC] in float32; weights are columns [BT, 1] or numbers."""
+    total = tl.zeros(tiles[0].shape, tl.float32)
+    for j in tl.static_range(n):
+        total += weights[j] * tiles[j].to(tl.float32)
+    return total
+
+
+@triton.jit
+def merged_stream(i: tl.constexpr, tiles, output, residual, post, n: tl.constexpr):
+    """`Σ_j residual[i, j] · tiles[j] + post[i] · output` [BT, BC] in float32 (eq. 3).
+
+    `tiles` are the n streams', `residual` n² columns [BT, 1] and `post` n of them.
+    """
+    total = post[i] * output.to(tl.float32)
+    for j in tl.static_range(n):
+        total += residual[i * n + j] * tiles[j].to(tl.float32)
+    return total
+
+
+@triton.jit
 def store_sums(ptr, sums, token, tokens, count: tl.constexpr):
-    """Add up each of ``count`` tiles [tokens, lanes] over its lanes and store [tokens, count]."""
+    """Add up each of `count` tiles [tokens, lanes] over its lanes and store [tokens, count]."""
     columns: tl.constexpr = triton.next_power_of_2(count)
     column = tl.arange(0, columns)[None, :]
     row = token[:, None]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mhc_lightning.kernels.aggregate.triton import aggregate_backward, aggregate_forward
 from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
 from mhc_lightning.kernels.expand_mean.triton import expand_backward, mean_forward
-from mhc_lightning.kernels.mappings import StreamMappings
+from mhc_lightning.kernels.mappings import MappingGrads, StreamMappings
 from mhc_lightning.kernels.merge.triton import merge_backward, merge_forward
 from mhc_lightning.kernels.merge_read.triton.merge_project import merge_project
 from mhc_lightning.kernels.merge_read.triton.merge_project_backward import merge_project_backward
@@ -83,13 +83,13 @@ def workloads(
     logits, logits_grad = tensor(n, n, tokens), tensor(n, n, tokens)
 
     gates = (alpha, bias, n, n * width, ITERATIONS)
-    gates_1 = (alpha_1, bias, n, width, True)
-    grads = (pre, post, residual)
+    gates_1 = (n, width, True)
+    grads = MappingGrads(pre, post, residual)
     mappings = StreamMappings(pre, post, residual)
     outputs = [tensor(tokens, width, kind=dtype) for _ in range(sub_layers - 1)]
     replayed = (outputs, [mappings] * sub_layers, [False, *[True] * (sub_layers - 1)])
     merged = (x, y, residual, post)
-    behind = (raw, inverse_rms, pre, read_grad, grad)
+    of_reading = (raw, inverse_rms, pre, read_grad, grad)
     calls: dict[str, tuple[int, Callable[..., object], tuple[Any, ...]]] = {
         "aggregate_forward": (n + 1, aggregate_forward, (x, pre)),
         "aggregate_backward": (2 * n + 1, aggregate_backward, (read_grad, x, pre, True, True)),
@@ -106,10 +106,10 @@ def workloads(
         ),
         "project": (n, project, (x, phi)),
         "project_per_stream": (n, project, (x, phi_1, True)),
-        "project_backward": (3 * n + 1, project_backward, (x, phi, *behind, True, True)),
+        "project_backward": (3 * n + 1, project_backward, (x, phi, *of_reading, True, True)),
         "project_backward_per_stream": (
             *(3 * n + 1, project_backward),
-            (x, phi_1, raw_1, inverse_rms_1, *behind[2:], True, True, True),
+            (x, phi_1, raw_1, inverse_rms_1, *of_reading[2:], True, True, True),
         ),
         "merge_project": (3 * n + 2, merge_project, (*merged, phi, alpha, bias, None, EPS)),
         "merge_project_single_pass": (
@@ -118,21 +118,21 @@ def workloads(
         ),
         "merge_project_backward": (
             *(3 * n + 3, merge_project_backward),
-            (*merged, phi, *behind, False),
+            (*merged, phi, *of_reading, False),
         ),
         "merge_project_backward_single_pass": (
             *(3 * n + 3, merge_project_backward),
-            (*merged, phi, *behind, True),
+            (*merged, phi, *of_reading, True),
         ),
         "coefficients_forward": (0, coefficients_forward, (products, squares, *gates, EPS)),
         "coefficients_backward": (0, coefficients_backward, (grads, raw, inverse_rms, *gates)),
         "hyper_coefficients_forward": (
             *(0, hyper_coefficients_forward),
-            (products_1, squares_1, *gates_1, EPS),
+            (products_1, squares_1, alpha_1, bias, *gates_1, EPS),
         ),
         "hyper_coefficients_backward": (
             *(0, hyper_coefficients_backward),
-            (grads, raw_1, inverse_rms_1, *gates_1),
+            (grads, raw_1, inverse_rms_1, alpha_1, *gates_1),
         ),
         "sinkhorn_forward": (0, sinkhorn_forward, (logits, ITERATIONS)),
         "sinkhorn_backward": (0, sinkhorn_backward, (logits_grad, logits, ITERATIONS)),

@@ -8,6 +8,7 @@ from accuracy import assert_close_to_float64, randn
 from balanced import balanced
 from torch import Tensor
 
+from mhc_lightning.kernels.mappings import MappingGrads
 from mhc_lightning.kernels.read.triton.coefficients import (
     coefficients_backward,
     coefficients_forward,
@@ -70,8 +71,9 @@ def test_coefficients_and_gradients(
     grads = [
         torch.randn_like(m) if given else None for m, given in zip(mappings, has_grad, strict=True)
     ]
-    # Three gradients, at least one of them given, which mypy cannot see.
-    actual_grads = coefficients_backward(tuple(grads), raw, inverse_rms, alpha, bias, *constants)  # type: ignore[arg-type]
+    actual_grads = coefficients_backward(
+        MappingGrads(*grads), raw, inverse_rms, alpha, bias, *constants
+    )
     total = sum((e * g).sum() for e, g in zip(expected, grads, strict=True) if g is not None)
     raw_grad, squares_grad, alpha_grad, bias_grad = torch.autograd.grad(total, exact)  # type: ignore[arg-type]
     # The streams' gradient through Σx² is 2x times that of Σx².
@@ -90,7 +92,7 @@ def test_logits_of_80(n: int) -> None:
     squares, alpha, bias = torch.ones(1, tokens), torch.ones(3), torch.zeros(count)
     constants = (n, 1, 20)
     *mappings, _, inverse_rms = coefficients_forward(raw, squares, alpha, bias, *constants, 1e-20)
-    grads: Any = tuple(torch.randn_like(m) for m in mappings)
+    grads = MappingGrads(*(torch.randn_like(m) for m in mappings))
     results = coefficients_backward(grads, raw[0], inverse_rms, alpha, bias, *constants)
 
     exact = [t.double().requires_grad_() for t in (raw[0], squares[0], alpha, bias)]
@@ -110,6 +112,6 @@ def test_streams_of_zeros_give_finite_gradients() -> None:
     *mappings, raw, inverse_rms = coefficients_forward(
         torch.zeros(1, n * n + 2 * n, 3), torch.zeros(1, 3), alpha, bias, n, 8 * n, 20, 1e-20
     )
-    grads: Any = tuple(torch.randn_like(m) for m in mappings)
+    grads = MappingGrads(*(torch.randn_like(m) for m in mappings))
     results = coefficients_backward(grads, raw, inverse_rms, alpha, bias, n, 8 * n, 20)
     assert all(torch.isfinite(t).all() for t in (*mappings, *results))

@@ -1,13 +1,12 @@
 """The coefficients of Hyper-Connections against autograd of their formulas in float64."""
 
-from typing import Any
-
 import pytest
 import torch
 from accuracy import assert_close_to_float64, randn
 from balanced import balanced
 from torch import Tensor
 
+from mhc_lightning.kernels.mappings import MappingGrads
 from mhc_lightning.kernels.read.triton.hyper_coefficients import (
     hyper_coefficients_backward,
     hyper_coefficients_forward,
@@ -64,10 +63,13 @@ def test_coefficients_and_gradients(
     for actual, reference in zip(mappings, expected, strict=True):
         assert_close_to_float64(actual, reference.detach())
 
-    grads: Any = tuple(
-        torch.randn_like(m) if given else None for m, given in zip(mappings, has_grad, strict=True)
+    grads = MappingGrads(
+        *(
+            torch.randn_like(m) if given else None
+            for m, given in zip(mappings, has_grad, strict=True)
+        )
     )
-    actual_grads = hyper_coefficients_backward(grads, raw, inverse_rms, alpha, bias, *constants)
+    actual_grads = hyper_coefficients_backward(grads, raw, inverse_rms, alpha, *constants)
     totals = [(e * g).sum() for e, g in zip(expected, grads, strict=True) if g is not None]
     raw_grad, squares_grad, alpha_grad, bias_grad = torch.autograd.grad(totals, exact)
     # A stream's gradient through Σx² is 2x times that of Σx².

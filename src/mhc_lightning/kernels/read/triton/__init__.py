@@ -115,9 +115,9 @@ def coefficient_grads(
         _, dots = aggregate_backward(read_grad, streams, pre, need_streams=False, need_pre=True)
         assert dots is not None
         grads = grads.plus_pre(dots)
-    given = (grads, raw, inverse_rms, alpha, bias, n)
-    if rule.name == "gates":
-        return plain_coefficients.coefficients_backward(*given, n * width, rule)
     if rule.per_stream:
-        return hyper_coefficients_backward(*given, width, rule.tanh)
-    return coefficients_backward(*given, n * width, rule.num_iterations)
+        return hyper_coefficients_backward(grads, raw, inverse_rms, alpha, n, width, rule.tanh)
+    given = (grads, raw, inverse_rms, alpha, bias, n, n * width)
+    if rule.name == "gates":
+        return plain_coefficients.coefficients_backward(*given, rule)
+    return coefficients_backward(*given, rule.num_iterations)

@@ -9,6 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mhc_lightning.kernels.mappings import MappingGrads
+from mhc_lightning.kernels.read.triton.coefficient_tiles import (
+    entries,
+    launch_backward,
+    launch_forward,
+    store_parameter_grads,
+    sum_of_splits,
+)
 from mhc_lightning.kernels.sinkhorn.triton import (
     matrices_config,
     padded_logits,
@@ -17,168 +25,6 @@ from mhc_lightning.kernels.sinkhorn.triton import (
     sinkhorn_segment,
 )
 from mhc_lightning.kernels.triton_support.block_sizes import configured
-from mhc_lightning.kernels.triton_support.launch import launch
-
-
-@triton.jit
-def entries(token, tokens, PART: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
-    """A part's entries: index in the part [1, R, P] and whether it exists; the same per token."""
-    row = tl.arange(0, P if PART == 2 else 1)[None, :, None]
-    column = tl.arange(0, P)[None, None, :]
-    k = row * N + column
-    in_part = (row < N) & (column < N)
-    size: tl.constexpr = N * N if PART == 2 else N
-    per_token = token.to(tl.int64)[:, None, None] * size + k
-    return k, in_part, per_token, in_part & (token < tokens)[:, None, None]
-
-
-@triton.jit
-def _forward_part(
-    raw_partials,
-    inverse_rms,
-    alpha,
-    bias,
-    mapping,
-    raw,
-    token,
-    tokens,
-    splits,
-    PART: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-):
-    k, in_part, per_token, exists = entries(token, tokens, PART, N, P)
-    shift = tl.load(bias + PART * N + k, mask=in_part, other=0.0)
-    offsets = (PART * N + k).to(tl.int64) * tokens + token[:, None, None]
-    split_size = tokens.to(tl.int64) * (N * N + 2 * N)
-    product = tl.zeros(exists.shape, tl.float32)
-    for split in tl.range(splits):
-        product += tl.load(raw_partials + split * split_size + offsets, mask=exists, other=0.0)
-    tl.store(raw + offsets, product, mask=exists)
-    logits = product * inverse_rms[:, None, None] * tl.load(alpha + PART) + shift
-    if PART == 2:
-        tl.store(mapping + per_token, sinkhorn(padded_logits(logits, N), ITERATIONS), mask=exists)
-    else:
-        tl.store(mapping + per_token, (1 + PART) * tl.sigmoid(logits), mask=exists)
-
-
-@triton.jit(do_not_specialize=["tokens", "splits", "width"])
-def _coefficients_forward(
-    raw_partials,
-    square_partials,
-    alpha,
-    bias,
-    pre,
-    post,
-    residual,
-    raw,
-    inverse_rms,
-    tokens,
-    splits,
-    width,
-    eps,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    squares = tl.zeros((BLOCK_TOKENS,), tl.float32)
-    for split in tl.range(splits):
-        offsets = tokens.to(tl.int64) * split + token
-        squares += tl.load(square_partials + offsets, mask=token < tokens, other=0.0)
-    rms = tl.rsqrt(squares / width + eps)
-    tl.store(inverse_rms + token, rms, mask=token < tokens)
-    _forward_part(
-        raw_partials, rms, alpha, bias, pre, raw, token, tokens, splits, 0, N, P, ITERATIONS
-    )
-    _forward_part(
-        raw_partials, rms, alpha, bias, post, raw, token, tokens, splits, 1, N, P, ITERATIONS
-    )
-    _forward_part(
-        raw_partials, rms, alpha, bias, residual, raw, token, tokens, splits, 2, N, P, ITERATIONS
-    )
-
-
-@triton.jit
-def _backward_part(
-    grad,
-    raw,
-    inverse_rms,
-    alpha,
-    bias,
-    raw_grad,
-    partials,
-    token,
-    tokens,
-    PART: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-):
-    """Write a part's gradients; returns what it adds to that of the inverse norm [BT]."""
-    k, in_part, per_token, exists = entries(token, tokens, PART, N, P)
-    grad = tl.load(grad + per_token, mask=exists, other=0.0)
-    shift = tl.load(bias + PART * N + k, mask=in_part, other=0.0)
-    offsets = (PART * N + k).to(tl.int64) * tokens + token[:, None, None]
-    # Loaded last: Triton lays the tile out as its last load does, and here tokens are contiguous,
-    # so that a matrix lies in one thread or a few, and its sums cross few threads or none.
-    product = tl.load(raw + offsets, mask=exists, other=0.0)
-    logits = product * inverse_rms[:, None, None] * tl.load(alpha + PART) + shift
-    if PART == 2:
-        grad = sinkhorn_gradient(grad, padded_logits(logits, N), ITERATIONS, SEGMENT)
-    else:
-        grad = (1 + PART) * grad * tl.sigmoid(logits) * tl.sigmoid(-logits)
-    normed_grad = grad * tl.load(alpha + PART)
-    tl.store(raw_grad + offsets, normed_grad * inverse_rms[:, None, None], mask=exists)
-
-    # This program's share of the parameters' gradients: [3 + n² + 2n, programs].
-    programs = tl.num_programs(0)
-    share = partials + tl.program_id(0)
-    tl.store(share + (3 + PART * N + k) * programs, tl.sum(grad, 0, keep_dims=True), mask=in_part)
-    through_norm = grad * product
-    through_norm = tl.sum(tl.sum(through_norm, 2), 1)
-    tl.store(share + PART * programs, tl.sum(through_norm * inverse_rms, 0))
-    return through_norm * tl.load(alpha + PART)
-
-
-@triton.jit(do_not_specialize=["tokens", "width"])
-def _coefficients_backward(
-    pre_grad,
-    post_grad,
-    residual_grad,
-    raw,
-    inverse_rms,
-    alpha,
-    bias,
-    raw_grad,
-    scale,
-    partials,
-    tokens,
-    width,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    ITERATIONS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    rms = tl.load(inverse_rms + token, mask=token < tokens, other=0.0)
-    rms_grad = _backward_part(
-        pre_grad, raw, rms, alpha, bias, raw_grad, partials, token, tokens,
-        0, N, P, ITERATIONS, SEGMENT,
-    )  # fmt: skip
-    rms_grad += _backward_part(
-        post_grad, raw, rms, alpha, bias, raw_grad, partials, token, tokens,
-        1, N, P, ITERATIONS, SEGMENT,
-    )  # fmt: skip
-    rms_grad += _backward_part(
-        residual_grad, raw, rms, alpha, bias, raw_grad, partials, token, tokens,
-        2, N, P, ITERATIONS, SEGMENT,
-    )  # fmt: skip
-    tl.store(scale + token, -rms * rms * rms * rms_grad / width, mask=token < tokens)
 
 
 def coefficients_forward(
@@ -196,7 +42,7 @@ def coefficients_forward(
     All tensors are float32 and contiguous.
 
     Args:
-        raw_partials: Partial products ``x · phi`` [S, n² + 2n, T].
+        raw_partials: Partial products `x · phi` [S, n² + 2n, T].
         square_partials: Partial sums of squares [S, T].
         alpha: [3].
         bias: [n² + 2n].
@@ -209,51 +55,20 @@ def coefficients_forward(
         pre [T, n], post [T, n], residual [T, n, n], and for the backward pass the sums of the
         partial products [n² + 2n, T] and the inverse norms [T].
     """
-    splits, coefficients, tokens = raw_partials.shape
     default = matrices_config(n)
     config = configured("coefficients_forward", n, width // n, torch.float32, default)
-    pre, post = bias.new_empty((tokens, n)), bias.new_empty((tokens, n))
-    residual = bias.new_empty((tokens, n, n))
-    raw, inverse_rms = bias.new_empty((coefficients, tokens)), bias.new_empty((tokens,))
-    launch(
-        _coefficients_forward,
-        (triton.cdiv(tokens, config.block_tokens),),
-        raw_partials,
-        square_partials,
-        alpha,
-        bias,
-        pre,
-        post,
-        residual,
-        raw,
-        inverse_rms,
-        tokens,
-        splits,
-        width,
-        eps,
-        N=n,
-        P=triton.next_power_of_2(n),
-        ITERATIONS=num_iterations,
-        BLOCK_TOKENS=config.block_tokens,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    mappings, raw, inverse_rms = launch_forward(
+        coefficients_forward_kernel,
+        config,
+        (raw_partials, square_partials),
+        *(alpha, bias, n, raw_partials.shape[2], width, eps),
+        num_iterations=num_iterations,
     )
-    return pre, post, residual, raw, inverse_rms
-
-
-def given_or_zeros(
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None], like: Tensor, tokens: int, n: int
-) -> list[Tensor]:
-    """Contiguous gradients of pre, post and residual; zeros for those that are None."""
-    shapes = ((tokens, n), (tokens, n), (tokens, n, n))
-    return [
-        like.new_zeros(shape) if grad is None else grad.contiguous()
-        for grad, shape in zip(grads, shapes, strict=True)
-    ]
+    return *mappings, raw, inverse_rms
 
 
 def coefficients_backward(
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: MappingGrads,
     raw: Tensor,
     inverse_rms: Tensor,
     alpha: Tensor,
@@ -275,34 +90,174 @@ def coefficients_backward(
         num_iterations: Sinkhorn iterations of the forward pass.
 
     Returns:
-        Gradient of ``raw`` [n² + 2n, T]; scale [T], where the norm adds ``scale · x`` to the
+        Gradient of `raw` [n² + 2n, T]; scale [T], where the norm adds `scale · x` to the
         streams' gradient; gradients of alpha [3] and bias [n² + 2n].
     """
-    coefficients, tokens = raw.shape
     default = matrices_config(n, backward=True)
     config = configured("coefficients_backward", n, width // n, torch.float32, default)
-    programs = triton.cdiv(tokens, config.block_tokens)
-    raw_grad, scale = torch.empty_like(raw), torch.empty_like(inverse_rms)
-    partials = raw.new_empty((3 + coefficients, programs))
-    launch(
-        _coefficients_backward,
-        (programs,),
-        *given_or_zeros(grads, inverse_rms, tokens, n),
-        raw,
-        inverse_rms,
-        alpha,
-        bias,
-        raw_grad,
-        scale,
-        partials,
-        tokens,
-        width,
-        N=n,
-        P=triton.next_power_of_2(n),
-        ITERATIONS=num_iterations,
-        SEGMENT=sinkhorn_segment(n, num_iterations),
-        BLOCK_TOKENS=config.block_tokens,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    return launch_backward(
+        coefficients_backward_kernel,
+        config,
+        *(grads, raw, inverse_rms, (alpha, bias), n, raw.shape[1], width),
+        num_iterations=num_iterations,
+        segment=sinkhorn_segment(n, num_iterations),
     )
-    return raw_grad, scale, partials[:3].sum(1), partials[3:].sum(1)
+
+
+@triton.jit
+def _forward_part(
+    raw_partials_ptr,
+    inverse_rms,
+    alpha_ptr,
+    bias_ptr,
+    mapping_ptr,
+    raw_ptr,
+    token,
+    tokens,
+    splits,
+    part: tl.constexpr,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    num_iterations: tl.constexpr,
+):
+    k, in_part, per_token, exists = entries(token, tokens, part, n, padded)
+    shift = tl.load(bias_ptr + part * n + k, mask=in_part, other=0.0)
+    offsets = (part * n + k).to(tl.int64) * tokens + token[:, None, None]
+    split_size = tokens.to(tl.int64) * (n * n + 2 * n)
+    product = sum_of_splits(raw_partials_ptr, offsets, exists, split_size, splits)
+    tl.store(raw_ptr + offsets, product, mask=exists)
+    logits = product * inverse_rms[:, None, None] * tl.load(alpha_ptr + part) + shift
+    if part == 2:
+        tl.store(
+            mapping_ptr + per_token, sinkhorn(padded_logits(logits, n), num_iterations), mask=exists
+        )
+    else:
+        tl.store(mapping_ptr + per_token, (1 + part) * tl.sigmoid(logits), mask=exists)
+
+
+@triton.jit(do_not_specialize=["tokens", "splits", "width"])
+def coefficients_forward_kernel(
+    raw_partials_ptr,
+    square_partials_ptr,
+    alpha_ptr,
+    bias_ptr,
+    pre_ptr,
+    post_ptr,
+    residual_ptr,
+    raw_ptr,
+    inverse_rms_ptr,
+    tokens,
+    splits,
+    width,
+    eps,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    num_iterations: tl.constexpr,
+    block_tokens: tl.constexpr,
+):
+    token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
+    squares = sum_of_splits(square_partials_ptr, token, token < tokens, tokens.to(tl.int64), splits)
+    rms = tl.rsqrt(squares / width + eps)
+    tl.store(inverse_rms_ptr + token, rms, mask=token < tokens)
+    mappings = (pre_ptr, post_ptr, residual_ptr)
+    for part in tl.static_range(3):
+        _forward_part(
+            raw_partials_ptr,
+            rms,
+            alpha_ptr,
+            bias_ptr,
+            mappings[part],
+            raw_ptr,
+            token,
+            tokens,
+            splits,
+            part,
+            n,
+            padded,
+            num_iterations,
+        )
+
+
+@triton.jit
+def _backward_part(
+    grad_ptr,
+    raw_ptr,
+    inverse_rms,
+    alpha_ptr,
+    bias_ptr,
+    raw_grad_ptr,
+    partials_ptr,
+    token,
+    tokens,
+    part: tl.constexpr,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    num_iterations: tl.constexpr,
+    segment: tl.constexpr,
+):
+    """Write a part's gradients; returns what it adds to that of the inverse norm [BT]."""
+    k, in_part, per_token, exists = entries(token, tokens, part, n, padded)
+    grad = tl.load(grad_ptr + per_token, mask=exists, other=0.0)
+    shift = tl.load(bias_ptr + part * n + k, mask=in_part, other=0.0)
+    offsets = (part * n + k).to(tl.int64) * tokens + token[:, None, None]
+    # Loaded last: Triton lays the tile out as its last load does, and here tokens are contiguous,
+    # so that a matrix lies in one thread or a few, and its sums cross few threads or none.
+    product = tl.load(raw_ptr + offsets, mask=exists, other=0.0)
+    logits = product * inverse_rms[:, None, None] * tl.load(alpha_ptr + part) + shift
+    if part == 2:
+        grad = sinkhorn_gradient(grad, padded_logits(logits, n), num_iterations, segment)
+    else:
+        grad = (1 + part) * grad * tl.sigmoid(logits) * tl.sigmoid(-logits)
+    normed_grad = grad * tl.load(alpha_ptr + part)
+    tl.store(raw_grad_ptr + offsets, normed_grad * inverse_rms[:, None, None], mask=exists)
+
+    through_norm = tl.sum(tl.sum(grad * product, 2), 1)
+    alpha_grad = tl.sum(through_norm * inverse_rms, 0)
+    store_parameter_grads(partials_ptr, alpha_grad, grad, k, in_part, part, n)
+    return through_norm * tl.load(alpha_ptr + part)
+
+
+@triton.jit(do_not_specialize=["tokens", "width"])
+def coefficients_backward_kernel(
+    pre_grad_ptr,
+    post_grad_ptr,
+    residual_grad_ptr,
+    raw_ptr,
+    inverse_rms_ptr,
+    alpha_ptr,
+    bias_ptr,
+    raw_grad_ptr,
+    scale_ptr,
+    partials_ptr,
+    tokens,
+    width,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    num_iterations: tl.constexpr,
+    segment: tl.constexpr,
+    block_tokens: tl.constexpr,
+):
+    token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
+    rms = tl.load(inverse_rms_ptr + token, mask=token < tokens, other=0.0)
+    grads = (pre_grad_ptr, post_grad_ptr, residual_grad_ptr)
+    shares = ()
+    for part in tl.static_range(3):
+        share = _backward_part(
+            grads[part],
+            raw_ptr,
+            rms,
+            alpha_ptr,
+            bias_ptr,
+            raw_grad_ptr,
+            partials_ptr,
+            token,
+            tokens,
+            part,
+            n,
+            padded,
+            num_iterations,
+            segment,
+        )
+        shares = shares + (share,)
+    rms_grad = shares[0] + shares[1] + shares[2]
+    tl.store(scale_ptr + token, -rms * rms * rms * rms_grad / width, mask=token < tokens)

@@ -9,161 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mhc_lightning.kernels.read.triton.coefficients import entries, given_or_zeros
+from mhc_lightning.kernels.mappings import MappingGrads
+from mhc_lightning.kernels.read.triton.coefficient_tiles import (
+    entries,
+    launch_backward,
+    launch_forward,
+    store_parameter_grads,
+    sum_of_splits,
+)
 from mhc_lightning.kernels.triton_support.block_sizes import Config, configured
-from mhc_lightning.kernels.triton_support.launch import launch
-
-
-@triton.jit
-def _tanh(x):
-    """Tanh and its slope, both to rounding: neither small x nor saturation costs digits."""
-    square = x * x
-    series = x + x * square * (-1 / 3 + square * (2 / 15 - square * (17 / 315)))
-    decay = tl.exp(-2 * tl.abs(x))
-    quotient = (1 - decay) / (1 + decay)
-    value = tl.where(square < 0.04, series, tl.where(x < 0, -quotient, quotient))
-    return value, 4 * decay / ((1 + decay) * (1 + decay))
-
-
-@triton.jit
-def _raw_entries(token, tokens, PART: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
-    """Offsets of a part's raw coefficients in [N + 2, tokens · N] as [BT, R, P]."""
-    row = tl.arange(0, P if PART == 2 else 1)[None, :, None]
-    column = tl.arange(0, P)[None, None, :]
-    return ((PART + row).to(tl.int64) * tokens + token[:, None, None]) * N + column
-
-
-@triton.jit
-def _forward_part(
-    raw_partials,
-    inverse_rms,
-    alpha,
-    bias,
-    mapping,
-    raw,
-    token,
-    tokens,
-    splits,
-    PART: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    TANH: tl.constexpr,
-):
-    k, in_part, per_token, exists = entries(token, tokens, PART, N, P)
-    offsets = _raw_entries(token, tokens, PART, N, P)
-    split_size = tokens.to(tl.int64) * ((N + 2) * N)
-    product = tl.zeros(exists.shape, tl.float32)
-    for split in tl.range(splits):
-        product += tl.load(raw_partials + split * split_size + offsets, mask=exists, other=0.0)
-    tl.store(raw + offsets, product, mask=exists)
-    z = product * inverse_rms
-    if TANH:
-        z, _ = _tanh(z)
-    static = tl.load(bias + PART * N + k, mask=in_part, other=0.0)
-    tl.store(mapping + per_token, z * tl.load(alpha + PART % 2) + static, mask=exists)
-
-
-@triton.jit(do_not_specialize=["tokens", "splits", "width"])
-def _hyper_coefficients_forward(
-    raw_partials,
-    square_partials,
-    alpha,
-    bias,
-    pre,
-    post,
-    residual,
-    raw,
-    inverse_rms,
-    tokens,
-    splits,
-    width,
-    eps,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    TANH: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    _, _, stream, exists = entries(token, tokens, 0, N, P)
-    squares = tl.zeros(exists.shape, tl.float32)
-    for split in tl.range(splits):
-        offsets = tokens.to(tl.int64) * N * split + stream
-        squares += tl.load(square_partials + offsets, mask=exists, other=0.0)
-    rms = tl.rsqrt(squares / width + eps)
-    tl.store(inverse_rms + stream, rms, mask=exists)
-    _forward_part(raw_partials, rms, alpha, bias, pre, raw, token, tokens, splits, 0, N, P, TANH)
-    _forward_part(raw_partials, rms, alpha, bias, post, raw, token, tokens, splits, 1, N, P, TANH)
-    _forward_part(
-        raw_partials, rms, alpha, bias, residual, raw, token, tokens, splits, 2, N, P, TANH
-    )
-
-
-@triton.jit
-def _backward_part(
-    grad,
-    raw,
-    inverse_rms,
-    alpha,
-    raw_grad,
-    partials,
-    token,
-    tokens,
-    PART: tl.constexpr,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    TANH: tl.constexpr,
-):
-    """Write a part's gradients; returns what it adds to that of the inverse norms [BT, 1, P]."""
-    k, in_part, per_token, exists = entries(token, tokens, PART, N, P)
-    offsets = _raw_entries(token, tokens, PART, N, P)
-    grad = tl.load(grad + per_token, mask=exists, other=0.0)
-    product = tl.load(raw + offsets, mask=exists, other=0.0)
-    z = product * inverse_rms
-    slope = grad * tl.load(alpha + PART % 2)
-    if TANH:
-        z, derivative = _tanh(z)
-        slope *= derivative
-    tl.store(raw_grad + offsets, slope * inverse_rms, mask=exists)
-
-    # This program's share of the parameters' gradients: [3 + n² + 2n, programs].
-    programs = tl.num_programs(0)
-    share = partials + tl.program_id(0)
-    tl.store(share + (3 + PART * N + k) * programs, tl.sum(grad, 0, keep_dims=True), mask=in_part)
-    tl.store(share + PART * programs, tl.sum(tl.sum(tl.sum(grad * z, 2), 1), 0))
-    return tl.sum(slope * product, 1, keep_dims=True)
-
-
-@triton.jit(do_not_specialize=["tokens", "width"])
-def _hyper_coefficients_backward(
-    pre_grad,
-    post_grad,
-    residual_grad,
-    raw,
-    inverse_rms,
-    alpha,
-    raw_grad,
-    scale,
-    partials,
-    tokens,
-    width,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    TANH: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    _, _, stream, exists = entries(token, tokens, 0, N, P)
-    rms = tl.load(inverse_rms + stream, mask=exists, other=0.0)
-    rms_grad = _backward_part(
-        pre_grad, raw, rms, alpha, raw_grad, partials, token, tokens, 0, N, P, TANH
-    )
-    rms_grad += _backward_part(
-        post_grad, raw, rms, alpha, raw_grad, partials, token, tokens, 1, N, P, TANH
-    )
-    rms_grad += _backward_part(
-        residual_grad, raw, rms, alpha, raw_grad, partials, token, tokens, 2, N, P, TANH
-    )
-    tl.store(scale + stream, -rms * rms * rms * rms_grad / width, mask=exists)
 
 
 def hyper_coefficients_config(n: int) -> Config:
@@ -191,7 +45,7 @@ def hyper_coefficients_forward(
     All tensors are float32 and contiguous.
 
     Args:
-        raw_partials: Partial products ``x[j] · phi`` [S, n + 2, T·n].
+        raw_partials: Partial products `x[j] · phi` [S, n + 2, T·n].
         square_partials: Partial sums of squares [S, T·n].
         alpha: [2], the scale of pre and residual, and that of post.
         bias: The static mappings [n² + 2n].
@@ -204,45 +58,24 @@ def hyper_coefficients_forward(
         pre [T, n], post [T, n], residual [T, n, n], and for the backward pass the sums of the
         partial products [n + 2, T·n] and the inverse norms [T·n].
     """
-    splits, rows, streams = raw_partials.shape
-    tokens = streams // n
+    tokens = raw_partials.shape[2] // n
     default = hyper_coefficients_config(n)
     config = configured("hyper_coefficients_forward", n, width, torch.float32, default)
-    pre, post = bias.new_empty((tokens, n)), bias.new_empty((tokens, n))
-    residual = bias.new_empty((tokens, n, n))
-    raw, inverse_rms = bias.new_empty((rows, streams)), bias.new_empty((streams,))
-    launch(
-        _hyper_coefficients_forward,
-        (triton.cdiv(tokens, config.block_tokens),),
-        raw_partials,
-        square_partials,
-        alpha,
-        bias,
-        pre,
-        post,
-        residual,
-        raw,
-        inverse_rms,
-        tokens,
-        splits,
-        width,
-        eps,
-        N=n,
-        P=triton.next_power_of_2(n),
-        TANH=tanh,
-        BLOCK_TOKENS=config.block_tokens,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    mappings, raw, inverse_rms = launch_forward(
+        hyper_coefficients_forward_kernel,
+        config,
+        (raw_partials, square_partials),
+        *(alpha, bias, n, tokens, width, eps),
+        tanh=tanh,
     )
-    return pre, post, residual, raw, inverse_rms
+    return *mappings, raw, inverse_rms
 
 
 def hyper_coefficients_backward(
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    grads: MappingGrads,
     raw: Tensor,
     inverse_rms: Tensor,
     alpha: Tensor,
-    bias: Tensor,
     n: int,
     width: int,
     tanh: bool,
@@ -254,40 +87,188 @@ def hyper_coefficients_backward(
         raw: [n + 2, T·n] from the forward pass.
         inverse_rms: [T·n] from the forward pass.
         alpha: [2].
-        bias: [n² + 2n]; only its shape matters.
         n: Number of streams.
         width: C.
         tanh: As in the forward pass.
 
     Returns:
-        Gradient of ``raw`` [n + 2, T·n]; scale [T·n], where the norm adds ``scale · x`` to a
+        Gradient of `raw` [n + 2, T·n]; scale [T·n], where the norm adds `scale · x` to a
         stream's gradient; gradients of alpha [2] and bias [n² + 2n].
     """
     tokens = inverse_rms.shape[0] // n
     default = hyper_coefficients_config(n)
     config = configured("hyper_coefficients_backward", n, width, torch.float32, default)
-    programs = triton.cdiv(tokens, config.block_tokens)
-    raw_grad, scale = torch.empty_like(raw), torch.empty_like(inverse_rms)
-    partials = raw.new_empty((3 + len(bias), programs))
-    launch(
-        _hyper_coefficients_backward,
-        (programs,),
-        *given_or_zeros(grads, inverse_rms, tokens, n),
-        raw,
-        inverse_rms,
-        alpha,
-        raw_grad,
-        scale,
-        partials,
-        tokens,
-        width,
-        N=n,
-        P=triton.next_power_of_2(n),
-        TANH=tanh,
-        BLOCK_TOKENS=config.block_tokens,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    raw_grad, scale, by_part, bias_grad = launch_backward(
+        hyper_coefficients_backward_kernel,
+        config,
+        *(grads, raw, inverse_rms, (alpha,), n, tokens, width),
+        tanh=tanh,
     )
-    by_part = partials[:3].sum(1)
     alpha_grad = torch.stack([by_part[0] + by_part[2], by_part[1]])
-    return raw_grad, scale, alpha_grad, partials[3:].sum(1)
+    return raw_grad, scale, alpha_grad, bias_grad
+
+
+@triton.jit
+def _tanh(x):
+    """Tanh and its slope, both exact to rounding for small, ordinary and large x."""
+    square = x * x
+    series = x + x * square * (-1 / 3 + square * (2 / 15 - square * (17 / 315)))
+    decay = tl.exp(-2 * tl.abs(x))
+    quotient = (1 - decay) / (1 + decay)
+    value = tl.where(square < 0.04, series, tl.where(x < 0, -quotient, quotient))
+    return value, 4 * decay / ((1 + decay) * (1 + decay))
+
+
+@triton.jit
+def _raw_entries(token, tokens, part: tl.constexpr, n: tl.constexpr, padded: tl.constexpr):
+    """Offsets of a part's raw coefficients in [n + 2, T · n] as [BT, R, P]."""
+    row = tl.arange(0, padded if part == 2 else 1)[None, :, None]
+    column = tl.arange(0, padded)[None, None, :]
+    return ((part + row).to(tl.int64) * tokens + token[:, None, None]) * n + column
+
+
+@triton.jit
+def _forward_part(
+    raw_partials_ptr,
+    inverse_rms,
+    alpha_ptr,
+    bias_ptr,
+    mapping_ptr,
+    raw_ptr,
+    token,
+    tokens,
+    splits,
+    part: tl.constexpr,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    tanh: tl.constexpr,
+):
+    k, in_part, per_token, exists = entries(token, tokens, part, n, padded)
+    offsets = _raw_entries(token, tokens, part, n, padded)
+    split_size = tokens.to(tl.int64) * ((n + 2) * n)
+    product = sum_of_splits(raw_partials_ptr, offsets, exists, split_size, splits)
+    tl.store(raw_ptr + offsets, product, mask=exists)
+    z = product * inverse_rms
+    if tanh:
+        z, _ = _tanh(z)
+    static = tl.load(bias_ptr + part * n + k, mask=in_part, other=0.0)
+    tl.store(mapping_ptr + per_token, z * tl.load(alpha_ptr + part % 2) + static, mask=exists)
+
+
+@triton.jit(do_not_specialize=["tokens", "splits", "width"])
+def hyper_coefficients_forward_kernel(
+    raw_partials_ptr,
+    square_partials_ptr,
+    alpha_ptr,
+    bias_ptr,
+    pre_ptr,
+    post_ptr,
+    residual_ptr,
+    raw_ptr,
+    inverse_rms_ptr,
+    tokens,
+    splits,
+    width,
+    eps,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    tanh: tl.constexpr,
+    block_tokens: tl.constexpr,
+):
+    token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
+    _, _, stream, exists = entries(token, tokens, 0, n, padded)
+    squares = sum_of_splits(square_partials_ptr, stream, exists, tokens.to(tl.int64) * n, splits)
+    rms = tl.rsqrt(squares / width + eps)
+    tl.store(inverse_rms_ptr + stream, rms, mask=exists)
+    mappings = (pre_ptr, post_ptr, residual_ptr)
+    for part in tl.static_range(3):
+        _forward_part(
+            raw_partials_ptr,
+            rms,
+            alpha_ptr,
+            bias_ptr,
+            mappings[part],
+            raw_ptr,
+            token,
+            tokens,
+            splits,
+            part,
+            n,
+            padded,
+            tanh,
+        )
+
+
+@triton.jit
+def _backward_part(
+    grad_ptr,
+    raw_ptr,
+    inverse_rms,
+    alpha_ptr,
+    raw_grad_ptr,
+    partials_ptr,
+    token,
+    tokens,
+    part: tl.constexpr,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    tanh: tl.constexpr,
+):
+    """Write a part's gradients; returns what it adds to that of the inverse norms [BT, 1, P]."""
+    k, in_part, per_token, exists = entries(token, tokens, part, n, padded)
+    offsets = _raw_entries(token, tokens, part, n, padded)
+    grad = tl.load(grad_ptr + per_token, mask=exists, other=0.0)
+    product = tl.load(raw_ptr + offsets, mask=exists, other=0.0)
+    z = product * inverse_rms
+    slope = grad * tl.load(alpha_ptr + part % 2)
+    if tanh:
+        z, derivative = _tanh(z)
+        slope *= derivative
+    tl.store(raw_grad_ptr + offsets, slope * inverse_rms, mask=exists)
+
+    alpha_grad = tl.sum(tl.sum(tl.sum(grad * z, 2), 1), 0)
+    store_parameter_grads(partials_ptr, alpha_grad, grad, k, in_part, part, n)
+    return tl.sum(slope * product, 1, keep_dims=True)
+
+
+@triton.jit(do_not_specialize=["tokens", "width"])
+def hyper_coefficients_backward_kernel(
+    pre_grad_ptr,
+    post_grad_ptr,
+    residual_grad_ptr,
+    raw_ptr,
+    inverse_rms_ptr,
+    alpha_ptr,
+    raw_grad_ptr,
+    scale_ptr,
+    partials_ptr,
+    tokens,
+    width,
+    n: tl.constexpr,
+    padded: tl.constexpr,
+    tanh: tl.constexpr,
+    block_tokens: tl.constexpr,
+):
+    token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
+    _, _, stream, exists = entries(token, tokens, 0, n, padded)
+    rms = tl.load(inverse_rms_ptr + stream, mask=exists, other=0.0)
+    grads = (pre_grad_ptr, post_grad_ptr, residual_grad_ptr)
+    shares = ()
+    for part in tl.static_range(3):
+        share = _backward_part(
+            grads[part],
+            raw_ptr,
+            rms,
+            alpha_ptr,
+            raw_grad_ptr,
+            partials_ptr,
+            token,
+            tokens,
+            part,
+            n,
+            padded,
+            tanh,
+        )
+        shares = shares + (share,)
+    rms_grad = shares[0] + shares[1] + shares[2]
+    tl.store(scale_ptr + stream, -rms * rms * rms * rms_grad / width, mask=exists)
