@@ -9,9 +9,10 @@ class DataParallelStrategy(WatchedStrategy, DDPStrategy):
     """Lightning's DDPStrategy, whose processes watch over each other.
 
     Args:
-        timeout_seconds: How long a process may wait for another; one that it waits for longer
-            counts as hung.
-        gradient_as_bucket_view: Let gradients be views of what is sent, which saves their copies.
+        timeout_seconds: Longest time that a process waits for another; one that others wait for
+            longer counts as hung.
+        gradient_as_bucket_view: True to make gradients views of the buckets that are sent, which
+            saves copies.
     """
 
     _backward_waits = True

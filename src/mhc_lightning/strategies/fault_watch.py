@@ -1,4 +1,4 @@
-"""Tells every process of a run which of them failed and why, and ends those that would wait."""
+"""A watch of processes over each other: it names the first fault, and ends those that wait."""
 
 import contextlib
 import faulthandler
@@ -24,7 +24,7 @@ _STALLED = "(strategy.timeout_seconds)"
 
 
 class _Beat(NamedTuple):
-    """What a process last said of itself, and when another first read it."""
+    """The last heartbeat of a process, and the time at which this one first read it."""
 
     text: str
     since: float
@@ -40,12 +40,14 @@ class _Beat(NamedTuple):
 class FaultWatch(threading.Thread):
     """Watches over all processes of a run, by a thread in each.
 
-    A process that raises reports it. One that was killed, stopped or cut off no longer beats. One
-    whose main thread hangs goes on beating, but every beat says whether the main thread is in a
-    communication, and for how long it has been at the same place: where one process has waited for
-    `timeout` seconds, those that are not in a communication are what it waits for. A process that
-    is busy alone for long (compilation, a checkpoint, its data) is therefore no fault until
-    another has waited for it so long, which a communication would not survive anyway.
+    - A process that raises an exception reports it.
+    - A process that was killed, stopped or cut off no longer sends heartbeats.
+    - A process whose main thread hangs goes on sending them. Each heartbeat says if the main thread
+      is in a communication, and for how long it has been at the same place. When a process has
+      waited for `timeout` seconds, it waits for those that are not in a communication.
+
+    A process that is busy alone for long (compilation, a checkpoint, its data) is therefore no
+    fault until another has waited for it that long, which a communication would not survive anyway.
 
     The first fault of a run is printed by every other process; where processes share a standard
     error, by one of them. Each process ends at the latest `_GRACE_SECONDS` afterwards, because what
@@ -53,17 +55,17 @@ class FaultWatch(threading.Thread):
 
     Args:
         store: Shared by all processes.
-        rank: This process's.
-        world_size: Their number.
-        name: What to call this process in a report; `call` changes it.
+        rank: The rank of this process.
+        world_size: The number of processes.
+        name: The name of this process in messages; `call` changes it.
         doing: Gives the activity of the main thread; called by another thread.
-        timeout: Seconds for which a process may wait for another.
-        meeting_point: Who holds the store, if that is not rank 0.
-        waits_show: Whether a communication keeps the main thread until it is done, as gloo's do.
-            NCCL's do not: there it counts as a fault if all main threads are at the same place for
+        timeout: Longest time in seconds that a process waits for another.
+        meeting_point: The holder of the store, if that is not rank 0.
+        waits_show: True if a communication keeps the main thread until it is done, as with gloo.
+            With NCCL it does not: there it is a fault if all main threads are at the same place for
             `timeout` seconds, and all are named. (Not run on a GPU yet.)
-        backward_waits: Whether backward passes communicate without a frame that shows it (DDP).
-        ended: The return codes of processes that this one started and that have ended, by rank.
+        backward_waits: True if backward passes communicate without a frame in Python (DDP).
+        ended: Gives the return codes of ended processes that this one started, by rank.
         leave: Called before the watch ends this process.
         shared_output: Name of the standard error that this process shares with others; empty if it
             has one of its own.
@@ -105,9 +107,9 @@ class FaultWatch(threading.Thread):
         self._beat()
 
     def run(self) -> None:
-        """Wait for a fault, until `end`; it is another thread that talks to the store.
+        """Wait for a fault, until `end`.
 
-        The store may be where the fault is: it then does not answer at all.
+        Another thread talks to the store, which may not answer at all if its holder has the fault.
         """
         threading.Thread(target=self._talk, daemon=True, name="fault-watch-talk").start()
         while not self._done:
@@ -128,13 +130,13 @@ class FaultWatch(threading.Thread):
             time.sleep(_BEAT_SECONDS)
 
     def call(self, name: str) -> None:
-        """Give this process another name."""
+        """Rename this process."""
         self._own_name = name
 
     def report(self, error: BaseException) -> tuple[Fault, bool]:
-        """Make an exception in this process known, unless it only follows from another's fault.
+        """Report an exception in this process, unless it follows from another process's fault.
 
-        It follows if another process reported before or, within some seconds, stops to beat.
+        It follows if another process reported before or, within some seconds, sends no heartbeat.
 
         Returns:
             The first fault of the run, and True if it is printed, here or by a process with the
@@ -162,12 +164,12 @@ class FaultWatch(threading.Thread):
         return first, printed
 
     def end(self) -> None:
-        """Stop; nobody is to miss this process's beats."""
+        """Stop, and let no other process miss this one's heartbeats."""
         self._done = True
         try:
             with self._lock:
                 self._store.set(f"beat/{self._rank}", "done")
-        except Exception:  # nobody is left who could miss them
+        except Exception:  # no process is left that could miss them
             return
 
     def _talk(self) -> None:
@@ -187,7 +189,7 @@ class FaultWatch(threading.Thread):
 
     @property
     def _holder(self) -> str:
-        """Who holds the store."""
+        """The name of the store's holder."""
         return self._meeting_point or self._name_of(0)
 
     def _holder_is_gone(self) -> Fault:
@@ -205,7 +207,7 @@ class FaultWatch(threading.Thread):
                 self._own = _parsed(text, 0.0)
 
     def _look(self, lost: float) -> Fault | None:
-        """The first fault that is known, or what the beats say of one."""
+        """The reported fault, or one that heartbeats show."""
         with self._lock:
             if known := self._get("fault"):
                 return Fault(*json.loads(known))
@@ -226,7 +228,7 @@ class FaultWatch(threading.Thread):
         return self._stalled()
 
     def _stalled(self) -> Fault | None:
-        """What processes have waited for too long, if they have."""
+        """The fault of processes that others have waited for too long, if there are any."""
         known = sorted({self._rank: self._own, **self._beats}.items())
         beats = {rank: beat for rank, beat in known if beat.awaited}
         still = [beat.sight.still for beat in beats.values()]
@@ -247,14 +249,14 @@ class FaultWatch(threading.Thread):
         return _lost(f"{told}:", f"none has got any further {for_long}")
 
     def _agree(self, fault: Fault) -> Fault:
-        """The first fault that any process published."""
+        """The first fault that any process reported."""
         with self._lock:
             first = self._store.compare_set("fault", "", json.dumps(fault)).decode()
             self._store.set(f"read/{self._rank}", "yes")
         return Fault(*json.loads(first))
 
     def _let_others_read(self) -> None:
-        """Give the others time to read a fault: the store may end with this process."""
+        """Give the others time to read the fault: the store may end with this process."""
         until = time.monotonic() + 8 * _BEAT_SECONDS
         while time.monotonic() < until:
             with self._lock:
@@ -272,7 +274,7 @@ class FaultWatch(threading.Thread):
         return name or f"rank {rank}"
 
     def _at(self, rank: int) -> str:
-        """What a process was at when it last said so."""
+        """A process's activity at its last heartbeat."""
         beat = self._beats.get(rank)
         return f" at {beat.doing}" if beat is not None and beat.doing else ""
 

@@ -14,8 +14,8 @@ class FullyShardedStrategy(WatchedStrategy, PortableStrategy):
     builds it whole, ``configure_model`` gives this process's part memory and values.
 
     Args:
-        timeout_seconds: How long a process may wait for another; one that it waits for longer
-            counts as hung.
+        timeout_seconds: Longest time that a process waits for another; one that others wait for
+            longer counts as hung.
     """
 
     def __init__(self, timeout_seconds: float = 1800) -> None:

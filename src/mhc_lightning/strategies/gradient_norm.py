@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-_LEAST = 1e-15  # of a norm that float32 can make of squares
+_LEAST = 1e-15  # the smallest norm for which float32 holds the squares
 
 
 def global_norm(
@@ -16,12 +16,12 @@ def global_norm(
 ) -> Tensor:
     """The Euclidean norm of all gradients, a scalar that is the same on every process.
 
-    At least in float32, whatever the gradients' dtype; right wherever that holds the norm, also
-    where it does not hold the squares.
+    The dtype is float32, or wider if the gradients' is. The norm is right also if the dtype cannot
+    hold the squares.
 
     Args:
-        parameters: This process's; sharded ones count whole.
-        pipeline_group: The processes that hold the other stages, if there are any.
+        parameters: Those of this process; sharded ones count whole.
+        pipeline_group: The processes of the pipeline, if there is one.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = _norm(grads, torch.float32, pipeline_group)

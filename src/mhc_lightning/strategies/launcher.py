@@ -1,4 +1,4 @@
-"""Processes that Lightning starts from the first one: none dies or stays without a word."""
+"""Lightning's launcher of processes, which reports those that end before all have met."""
 
 import os
 import sys
@@ -20,8 +20,8 @@ _STARTED_BY = "MHC_LIGHTNING_STARTED_BY"  # the first process, in the environmen
 class WatchingLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher, which also knows how the processes that it started have ended.
 
-    Until the processes of a run watch over each other (`stop_watching`), they cannot have met: if
-    one of those that were started ends, the first one says so and ends the others; if the first
+    It watches until the processes watch over each other (`stop_watching`), that is, until they have
+    met. If a started process ends before, the first one says so and ends the others; if the first
     one ends, so do the others.
     """
 
@@ -29,7 +29,7 @@ class WatchingLauncher(_SubprocessScriptLauncher):
     _watches = False
 
     def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the other processes, if that is this one's task, and call a function."""
+        """Start the other processes, in the first process, and call a function."""
 
         def begin(*args: Any, **kwargs: Any) -> Any:
             _relieve_observer()
@@ -43,7 +43,7 @@ class WatchingLauncher(_SubprocessScriptLauncher):
             self.stop_watching()
 
     def stop_watching(self) -> None:
-        """Leave it to others to say what ended."""
+        """Leave it to the fault watch to report processes that end."""
         self._watches = False
 
     @property
@@ -57,7 +57,7 @@ class WatchingLauncher(_SubprocessScriptLauncher):
         return f"node {self.cluster_environment.node_rank()}" if started_here else ""
 
     def ended(self) -> dict[int, int]:
-        """The return codes of those that were started and have ended, by rank."""
+        """The return codes of started processes that have ended, by rank."""
         first = self.cluster_environment.node_rank() * self.num_processes
         codes = {first + 1 + k: process.poll() for k, process in enumerate(self.procs)}
         return {rank: code for rank, code in codes.items() if code is not None}
@@ -65,10 +65,10 @@ class WatchingLauncher(_SubprocessScriptLauncher):
     def end_others(self) -> None:
         """Kill the processes that were started from this one."""
         for process in self.procs:
-            process.kill()  # one that was stopped would not heed anything else
+            process.kill()  # a stopped process ignores other signals
 
     def _call_children_scripts(self) -> None:
-        # C++ would tell the stack of each connection that ends with the first process.
+        # Without it, C++ prints a stack for each connection that ends with the first process.
         theirs = {_STARTED_BY: str(os.getpid()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         added = {name: value for name, value in theirs.items() if name not in os.environ}
         os.environ.update(added)
@@ -101,9 +101,9 @@ class WatchingLauncher(_SubprocessScriptLauncher):
 
 
 def _relieve_observer() -> None:
-    """Have Lightning's observer of the processes it started end.
+    """End Lightning's observer of started processes.
 
-    It kills all of them as soon as one has died, before any can say which that was.
+    It kills all of them as soon as one has died, before any can report which one.
     """
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):

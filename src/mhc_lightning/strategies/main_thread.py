@@ -1,4 +1,4 @@
-"""What a process's main thread is doing, for another of its threads to tell."""
+"""The activity of a process's main thread, as seen by another of its threads."""
 
 import sys
 import threading
@@ -18,14 +18,14 @@ _DISPATCHER = str(Path(torch.__file__).parent / "_ops.py")  # functional collect
 
 
 class Activity:
-    """Names what is being done; another thread may ask at any time."""
+    """Names of what the main thread is doing; other threads may read the innermost at any time."""
 
     def __init__(self) -> None:
         self._names = ["start-up"]
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """Give what happens within a name."""
+        """Name the activity within the block."""
         self._names.append(name)
         try:
             yield
@@ -39,11 +39,11 @@ class Activity:
 
 
 class Sight(NamedTuple):
-    """How a thread was found.
+    """The state of a thread at one look.
 
     Attributes:
-        waits: Whether it is in a communication with other processes.
-        still: Seconds for which it has been found at the same place, call by call.
+        waits: True if it is in a communication with other processes.
+        still: Seconds for which it has been seen at the same place, look by look.
         where: The place in the innermost code that is not torch's.
     """
 
@@ -53,11 +53,11 @@ class Sight(NamedTuple):
 
 
 class ThreadView:
-    """Looks at the thread that made this, by its stack; it costs that thread nothing.
+    """Looks at the stack of the thread that created it; this costs that thread nothing.
 
     Args:
-        backward_waits: Whether to take a backward pass for a communication, as there is one in it
-            that leaves no frame.
+        backward_waits: True to count a backward pass as a communication, for strategies that
+            communicate in it without a frame in Python.
     """
 
     def __init__(self, backward_waits: bool = False) -> None:
@@ -67,7 +67,7 @@ class ThreadView:
         self._since = time.monotonic()
 
     def look(self) -> Sight:
-        """Where the thread is now. Call it often: it compares with the call before."""
+        """The thread's present state. Call it often: it compares with the last call."""
         frame = sys._current_frames().get(self._thread)
         place, where, files = [], "", []
         while frame is not None:

@@ -1,4 +1,4 @@
-"""Lightning's automatic optimization around training steps that run backward themselves."""
+"""Lightning's optimization loop for training steps that run the backward pass themselves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 
 def run_backward_within_step(trainer: pl.Trainer) -> None:
-    """Make a trainer expect that its training steps run backward themselves."""
+    """Have a trainer expect that its training steps run the backward pass themselves."""
     loop = trainer.fit_loop.epoch_loop
     ours = _OptimizationAroundSchedule(trainer)
     ours.optim_progress = loop.automatic_optimization.optim_progress
@@ -22,9 +22,9 @@ def run_backward_within_step(trainer: pl.Trainer) -> None:
 
 
 class _OptimizationAroundSchedule(_AutomaticOptimization):
-    """Lightning's automatic optimization, for training steps that run backward themselves.
+    """Lightning's automatic optimization with `zero_grad` before the training step.
 
-    Its order is step, zero_grad, backward; a step that has run backward needs zero_grad first.
+    Lightning's order is training step, `zero_grad`, backward pass.
     """
 
     def _make_closure(self, kwargs: Any, optimizer: Optimizer, batch_idx: int) -> Closure:

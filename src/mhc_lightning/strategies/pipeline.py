@@ -30,40 +30,39 @@ from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
 
 class PipelineStrategy(WatchedStrategy, PortableStrategy):
-    """Cuts a network into stages on different devices; what is left of them is data-parallel.
+    """Cuts a network into stages on different devices; several pipelines are data-parallel.
 
     The LightningModule stays as it is: it has one network that is a `PipelinedNetwork` (as
-    ``Transformer`` is), returns ``network.loss(tokens, targets)`` from ``training_step``, and
-    everything around it works as with other strategies. The loss is the same on every process. In
-    `training_step` the backward pass has run by the time ``network.loss`` returns: what is
-    computed from the loss afterwards has no gradient, and a step that returns anything but that
-    loss is refused.
+    `Transformer` is), and returns `network.loss(tokens, targets)` from `training_step`. The loss is
+    the same on every process. The backward pass has run when `network.loss` returns: values
+    computed from the loss afterwards have no gradient, and a `training_step` that returns anything
+    else is refused.
 
     Several pipelines share the batch, and shard each stage's parameters, gradients and optimizer
-    state among them (FSDP2). A run resumes under any strategy and number of devices.
+    state (FSDP2). A run resumes under any strategy and number of devices.
 
     Args:
-        schedule: ``gpipe``, ``1f1b``, ``interleaved_1f1b``, ``zbv`` or ``dualpipev``.
-        microbatches: Parts that each forward pass's sequences are cut into; None cuts them into
-            single sequences.
-        pipeline_size: Devices of one pipeline; None takes all devices for one.
-        blocks_per_stage: Blocks of each stage; None balances their predicted cost, with that of
-            the embedding and the head.
-        timeout_seconds: How long a process may wait for another; one that it waits for longer
-            counts as hung.
-        overlap: Under ``dualpipev``, run a device's two stages on streams of their own, so that
-            forward of one micro-batch and backward of another overlap, and merge the last
-            feed-forward's output of a stage, which is sent, on a stream of high priority. Results
-            are the same to the bit. Not run on a GPU yet; on a CPU it makes no difference.
+        schedule: `gpipe`, `1f1b`, `interleaved_1f1b`, `zbv` or `dualpipev`.
+        microbatches: Number of micro-batches that the sequences of a forward pass are cut into;
+            None for single sequences.
+        pipeline_size: Devices of one pipeline; None for one pipeline of all devices.
+        blocks_per_stage: Number of blocks in each stage; None balances the predicted cost,
+            embedding and head included.
+        timeout_seconds: Longest time that a process waits for another; one that others wait for
+            longer counts as hung.
+        overlap: Under `dualpipev`, run a device's two stages on streams of their own, so that the
+            forward pass of one micro-batch and the backward pass of another overlap, and merge the
+            output that a stage sends on a stream of high priority. Results are bit for bit equal.
+            Not run on a GPU yet; without effect on a CPU.
 
     A module may come with its network on ``meta``: each process gives memory and values only to its
     stages.
 
-    If a process fails or hangs, every other one prints which (its rank and stages) and why, and
-    ends; so does the one that hangs.
+    If a process fails or hangs, the others print which (its rank and stages) and why, and end;
+    so does the one that hangs.
 
     Raises:
-        UserError: There is no such schedule, or no time to wait.
+        UserError: There is no such schedule, or `timeout_seconds` is not above 0.
     """
 
     def __init__(
@@ -101,7 +100,9 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             self,
             planned_size=devices // pipeline_size_of(devices, self.pipeline_size),
             pipeline_group=None if self._device_mesh is None else self._pipeline_group,
-            running_micro_batch=lambda: None if self._engine is None else self._engine.place,
+            running_micro_batch=lambda: (
+                None if self._engine is None else self._engine.running_micro_batch
+            ),
             materialises_module=True,
         )
 
@@ -125,14 +126,14 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
         )
 
     def check(self, module: pl.LightningModule, batch: int | None = None) -> None:
-        """Refuse what cannot run, before any process group is there.
+        """Refuse a module or settings that cannot run, before any process group exists.
 
         Args:
-            module: What is to be trained.
-            batch: Sequences of one forward pass, where known.
+            module: The module to train.
+            batch: Sequences of one forward pass, if known.
 
         Raises:
-            UserError: Says what is wrong and what would do.
+            UserError: Says what is wrong, and what to use instead.
         """
         network = find_network(module)
         plan = self.plan(network)
@@ -166,8 +167,8 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             self.check(self.lightning_module, batch)
         self._setup_distributed()
         replicas = self.layout().data_parallel_size
-        # Dimensions are asked for by name, so that a later one (expert parallelism, cut out of the
-        # data-parallel one) disturbs nobody; one of size 1 would only cost process groups now.
+        # Dimensions are looked up by name, so that one can be added (expert parallelism, out of the
+        # data-parallel one).
         self._device_mesh = init_device_mesh(
             self.root_device.type,
             (self.world_size // replicas, replicas),
@@ -192,10 +193,10 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's ``training_step``, in which the network's loss runs the schedule.
+        """Run the module's `training_step`, in which the network's loss runs the schedule.
 
         Raises:
-            UserError: It returned something else than that loss.
+            UserError: It returned anything but that loss.
         """
         assert self._engine is not None
         self._engine.last_loss = None
@@ -269,7 +270,7 @@ def _is_compiled(network: nn.Module) -> bool:
 
 
 def _keep_counting_flops(network: Any) -> None:
-    """Let ``flops_per_token`` go on to speak of the whole network: it is linear in the length."""
+    """Keep `flops_per_token` that of the whole network: it is linear in the sequence length."""
     if hasattr(network, "flops_per_token"):
         fixed = network.flops_per_token(0)
         each = network.flops_per_token(1) - fixed

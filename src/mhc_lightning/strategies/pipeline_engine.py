@@ -37,15 +37,14 @@ class PipelineEngine:
         plan: All stages, and who holds which.
         group: The processes of one pipeline, in order.
         device: This process's.
-        micro_batches: Parts that a batch is cut into; None cuts it into single sequences.
-        share: Gives the part that one batch has in an optimizer step (one over the batches that
-            gradients are accumulated for).
-        activity: Where to name what is being done.
-        overlap: Whether to let a device's stages run at the same time where the schedule pairs
+        micro_batches: Number of micro-batches of a batch; None for single sequences.
+        share: Gives the weight of one batch in an optimizer step (1 / accumulated batches).
+        activity: Gets the name of the running pass.
+        overlap: True to let a device's stages run at the same time where the schedule pairs
             them, and to merge a stage's last output on a stream of high priority.
 
     Attributes:
-        last_loss: What ``loss`` returned last with gradients.
+        last_loss: The last result of `loss` with gradients.
     """
 
     def __init__(
@@ -77,30 +76,30 @@ class PipelineEngine:
 
     @property
     def stage_numbers(self) -> list[int]:
-        """The stages of this process."""
+        """Numbers of the stages of this process."""
         return [stage.index for stage in self._stages]
 
     @property
-    def place(self) -> tuple[int, int] | None:
+    def running_micro_batch(self) -> tuple[int, int] | None:
         """(stage, micro-batch) of the forward pass that is running in this process, or None."""
-        places = [stage.place for stage in self._stages if stage.place is not None]
-        return places[0] if places else None
+        running = [stage.running for stage in self._stages if stage.running is not None]
+        return running[0] if running else None
 
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """The mean loss, a scalar without a graph; with gradients on, backward is done by then.
+        """The mean loss, a scalar without a graph; with gradients on, backward has run.
 
-        Gradients are added to those that parameters have. Every target of the batch weighs the
-        same, in whichever micro-batch it is.
+        Gradients are added to those that parameters have. All targets of the batch weigh the same,
+        in whichever micro-batch they are.
         """
         if not torch.is_grad_enabled():
             means = self._forward("head_loss", tokens, targets, options)
             weigh = self._weigher(targets, len(means), options)
-            weights = torch.stack([weigh(part) for part in targets.tensor_split(len(means))])
+            weights = torch.stack([weigh(some) for some in targets.tensor_split(len(means))])
             return (means * weights).sum().to(means.dtype)
-        parts = self._micro_batches or len(tokens)
-        self._plan.check_micro_batches(parts, len(tokens))
-        schedule = self._schedule("train", parts, tokens)
-        self._weigh = self._weigher(targets, parts, options)
+        count = self._micro_batches or len(tokens)
+        self._plan.check_micro_batches(count, len(tokens))
+        schedule = self._schedule("train", count, tokens)
+        self._weigh = self._weigher(targets, count, options)
         losses: list[Tensor] = []
         self._run(
             schedule, "head_loss", tokens, targets, options, losses=losses, return_outputs=False
@@ -114,29 +113,29 @@ class PipelineEngine:
 
     @torch.no_grad()
     def token_losses(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
-        """The loss of each target, as the network's ``head_token_losses`` gives them."""
+        """The loss of each target [B, S], from the network's `head_token_losses`."""
         return self._forward("head_token_losses", tokens, targets, options)
 
     def _weigher(
-        self, targets: Tensor, parts: int, options: dict[str, Any]
+        self, targets: Tensor, count: int, options: dict[str, Any]
     ) -> Callable[[Tensor], Tensor]:
-        """Gives the part that a micro-batch has in the batch's mean, float64, from its targets."""
+        """A function from a micro-batch's targets to its weight in the batch's mean, in float64."""
         network: Any = self._stages[0]._network[0]
         if not hasattr(network, "count_targets"):
-            equal = torch.full((), 1 / parts, dtype=torch.float64, device=self._device)
-            return lambda part: equal
+            equal = torch.full((), 1 / count, dtype=torch.float64, device=self._device)
+            return lambda targets: equal
         total = network.count_targets(targets, **options).clamp(min=1).double()
-        return lambda part: network.count_targets(part, **options) / total
+        return lambda targets: network.count_targets(targets, **options) / total
 
     def _forward(
         self, task: str, tokens: Tensor, targets: Tensor, options: dict[str, Any]
     ) -> Tensor:
         wanted = self._micro_batches or len(tokens)
-        parts = max(n for n in range(1, wanted + 1) if len(tokens) % n == 0)
-        schedule = self._schedule("forward", parts, tokens)
+        count = max(n for n in range(1, wanted + 1) if len(tokens) % n == 0)
+        schedule = self._schedule("forward", count, tokens)
         losses = self._run(schedule, task, tokens, targets, options)
         if losses is None:
-            shape = (parts,) if task == "head_loss" else targets.shape
+            shape = (count,) if task == "head_loss" else targets.shape
             losses = torch.zeros(shape, device=self._device)
         losses = losses.detach().to(self._loss_dtype).contiguous()
         self._broadcast(losses)
@@ -152,8 +151,8 @@ class PipelineEngine:
         **settings: Any,
     ) -> Any:
         kind = self._device.type
-        # All micro-batches use one copy of each weight, which the contexts around this one keep
-        # until the training step ends; a backward pass in halves takes graphs of its own.
+        # All micro-batches use one cast copy of each weight, which the outer autocast contexts
+        # keep until the training step ends. A backward pass in halves needs graphs of its own.
         shares = torch.is_grad_enabled() and not self._plan.kind.splits_backward
         for stage in self._stages:
             stage.restart(task, **options)
@@ -175,20 +174,20 @@ class PipelineEngine:
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, group=self._group, group_src=self._plan.last_device)
 
-    def _schedule(self, purpose: str, parts: int, tokens: Tensor) -> Any:
-        key = purpose, parts, tuple(tokens.shape), tokens.dtype, self._autocast_dtype()
+    def _schedule(self, purpose: str, count: int, tokens: Tensor) -> Any:
+        key = purpose, count, tuple(tokens.shape), tokens.dtype, self._autocast_dtype()
         if key not in self._schedules:
-            example = tokens[: len(tokens) // parts]
+            example = tokens[: len(tokens) // count]
             build = self._training_schedule if purpose == "train" else self._forward_schedule
-            self._schedules[key] = build(example, parts)
+            self._schedules[key] = build(example, count)
         return self._schedules[key]
 
     def _autocast_dtype(self) -> torch.dtype | None:
         kind = self._device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
-    def _training_schedule(self, example: Tensor, parts: int) -> Any:
-        stages = self._engine_stages(example, overlap=bool(self._streams))
+    def _training_schedule(self, example: Tensor, count: int) -> Any:
+        stages = self._scheduled_stages(example, overlap=bool(self._streams))
         last = self._streams.get(len(self._plan.blocks) - 1)
 
         def scaled(losses: Tensor, targets: Tensor) -> Tensor:
@@ -198,23 +197,23 @@ class PipelineEngine:
 
         cls: Any = get_schedule_class(self._plan.kind.engine_name)
         one = issubclass(cls, PipelineScheduleSingle)
-        return cls(stages[0] if one else stages, parts, loss_fn=scaled, scale_grads=False)
+        return cls(stages[0] if one else stages, count, loss_fn=scaled, scale_grads=False)
 
-    def _forward_schedule(self, example: Tensor, parts: int) -> Any:
-        """The forward half of a schedule that runs everything forward, then everything backward.
+    def _forward_schedule(self, example: Tensor, count: int) -> Any:
+        """The forward half of a schedule of all forward passes, then all backward passes.
 
-        torch's evaluation asserts under V-shaped schedules.
+        torch's own evaluation fails under V-shaped schedules.
         """
         forward, backward = (_ComputationType.from_str(name) for name in ("F", "B"))
         order: dict[int, list[_Action | None]] = {}
         for device in range(self._plan.devices):
             held = self._plan.stages_of(device)
             order[device] = [
-                *(_Action(s, forward, k) for s in held for k in range(parts)),
-                *(_Action(s, backward, k) for s in reversed(held) for k in range(parts)),
+                *(_Action(s, forward, k) for s in held for k in range(count)),
+                *(_Action(s, backward, k) for s in reversed(held) for k in range(count)),
             ]
-        stages = self._engine_stages(example, overlap=False)
-        schedule = _PipelineScheduleRuntime(stages, parts, loss_fn=None)
+        stages = self._scheduled_stages(example, overlap=False)
+        schedule = _PipelineScheduleRuntime(stages, count, loss_fn=None)
         schedule._prepare_schedule_with_comms(order)
         schedule.pipeline_order_with_comms = {
             device: [action for action in actions if action.computation_type in _FORWARD_HALF]
@@ -222,8 +221,8 @@ class PipelineEngine:
         }
         return schedule
 
-    def _engine_stages(self, part: Tensor, *, overlap: bool) -> list[ScheduledStage]:
-        """The stages with the shapes of one micro-batch; nothing is left to be inferred."""
+    def _scheduled_stages(self, part: Tensor, *, overlap: bool) -> list[ScheduledStage]:
+        """Torch's stages, with the shapes of one micro-batch: torch need not infer any."""
 
         def example(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             wants = dtype.is_floating_point
@@ -249,24 +248,24 @@ class PipelineEngine:
         ]
 
     def _boundary(self, part: Tensor) -> list[tuple[torch.Size, torch.dtype]]:
-        """Shapes and dtypes of what crosses a boundary, as the embedding makes them."""
-        found: list[Any] = [None]
+        """Shapes and dtypes of the tensors between two stages, as the embedding makes them."""
+        shapes: list[Any] = [None]
         first = self._stages[0]
         if first.is_first:
             first.restart("embed")
             network: Any = first._network[0]
             with torch.no_grad():
                 streams = first(part)
-            torch.clear_autocast_cache()  # of copies that have no graph
+            torch.clear_autocast_cache()  # its copies have no graph
             if not (streams.is_floating_point() and len(streams) == len(part)):
                 raise UserError(
                     f"embed returned {streams.dtype} {tuple(streams.shape)} for"
                     f" {len(part)} sequences; strategy=pipeline needs real numbers [batch, ...]"
                 )
             carry = network.carry_like(streams) if hasattr(network, "carry_like") else None
-            handed_on = [streams] if carry is None else [streams, carry]
-            found = [[(tensor.shape, tensor.dtype) for tensor in handed_on]]
+            outputs = [streams] if carry is None else [streams, carry]
+            shapes = [[(tensor.shape, tensor.dtype) for tensor in outputs]]
         dist.broadcast_object_list(
-            found, group=self._group, group_src=self._plan.device_of(0), device=self._device
+            shapes, group=self._group, group_src=self._plan.device_of(0), device=self._device
         )
-        return found[0]
+        return shapes[0]

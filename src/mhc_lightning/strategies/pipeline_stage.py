@@ -13,20 +13,24 @@ from mhc_lightning.errors import UserError
 
 @runtime_checkable
 class PipelinedNetwork(Protocol):
-    """What a network needs to be cut into stages; ``Transformer`` has it.
+    """The protocol of a network that can be cut into stages, as `Transformer` can.
 
-    A LightningModule calls ``network.loss(tokens, targets)`` in ``training_step``, and that or
-    ``network.token_losses(tokens, targets)`` in ``validation_step``; both are the network's own
-    without a pipeline. A network that hands nothing on but one tensor leaves carries alone (None).
-    It may have ``carry_like(streams)`` (an uninitialised carry), ``head_token_losses`` (as
-    ``head_loss``, one value per target) and ``count_targets(targets)`` (over how many targets the
-    mean of ``head_loss`` is; without it all micro-batches of a batch weigh the same) beside these.
-    What else ``loss`` and ``token_losses`` are given by name, these get too.
+    A LightningModule calls `network.loss(tokens, targets)` in `training_step`, and that or
+    `network.token_losses(tokens, targets)` in `validation_step`. Without a pipeline these are the
+    network's own methods. Further arguments by name are passed on to the head's methods. In a
+    network without carries, a carry is None.
+
+    Three more methods are optional:
+
+    - `carry_like(streams)`: an uninitialised carry;
+    - `head_token_losses`: like `head_loss`, with one value per target;
+    - `count_targets(targets)`: the number of targets that `head_loss` is the mean over. Without it
+      all micro-batches of a batch weigh the same.
 
     Attributes:
-        blocks: What is cut.
-        parts_before_blocks: Names of the submodules that ``embed`` uses.
-        parts_behind_blocks: Names of those that ``head_loss`` uses.
+        blocks: The blocks, which are shared out among the stages.
+        parts_before_blocks: Names of the submodules that `embed` uses.
+        parts_behind_blocks: Names of the submodules that `head_loss` uses.
     """
 
     blocks: nn.ModuleList
@@ -34,31 +38,31 @@ class PipelinedNetwork(Protocol):
     parts_behind_blocks: Sequence[str]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, ...] -> what enters the first block [B, ...]; blocks keep its shape."""
+        """Tokens [B, ...] -> input of the first block [B, ...]; blocks keep its shape."""
         ...
 
     def run_blocks(
         self, streams: Tensor, carry: Tensor | None, blocks: Sequence[nn.Module]
     ) -> tuple[Tensor, Tensor | None]:
-        """Take streams and their carry through some consecutive blocks."""
+        """Run streams and their carry through some consecutive blocks."""
         ...
 
     def head_loss(self, streams: Tensor, carry: Tensor | None, targets: Tensor) -> Tensor:
-        """The mean loss of what leaves the last block, a scalar."""
+        """The mean loss of the last block's output, a scalar."""
         ...
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss from end to end."""
+        """The mean loss of the whole network, a scalar."""
         ...
 
 
-class Elsewhere(nn.Module):
-    """Stands where a submodule was that another device holds: names and numbers stay the same."""
+class RemotePart(nn.Module):
+    """Takes the place of a submodule that another device holds: names and numbers stay the same."""
 
     weight = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """There is nothing to run.
+        """Refuse to run.
 
         Raises:
             UserError: Always.
@@ -70,21 +74,21 @@ class Elsewhere(nn.Module):
 
 
 class Stage(nn.Module):
-    """Consecutive blocks, with the embedding before the first and the head behind the last.
+    """Consecutive blocks; the first stage has the embedding too, the last stage the head.
 
     Args:
-        network: The whole network, whose submodules it shares.
-        blocks: Which blocks.
-        index: Number of the stage.
-        count: Stages of the pipeline.
+        network: The whole network, whose submodules the stage shares.
+        blocks: The numbers of its blocks.
+        index: The number of the stage.
+        count: The number of stages in the pipeline.
 
     Attributes:
-        task: What the last stage returns: ``head_loss`` as [1], or ``head_token_losses``; with
-            ``embed`` the first stage returns what it would hand to the first block.
-        options: What the task is given by name.
-        autocast: Makes the context that forward passes run in. The schedule runs outside of it, so
-            that backward passes do.
-        place: (stage, micro-batch) while a forward pass runs, else None.
+        task: The result of the last stage: `head_loss` as [1], or `head_token_losses`; with
+            `embed` the first stage returns the input of the first block.
+        options: Arguments of the task, by name.
+        autocast: The context of forward passes. The schedule runs outside of it, and so do backward
+            passes.
+        running: (stage, micro-batch) while a forward pass runs, else None.
     """
 
     def __init__(
@@ -103,24 +107,36 @@ class Stage(nn.Module):
         self.task = "head_loss"
         self.options: dict[str, Any] = {}
         self.autocast: AbstractContextManager[Any] = nullcontext()
-        self.place: tuple[int, int] | None = None
-        self._seen = 0
+        self.running: tuple[int, int] | None = None
+        self._next = 0
 
     def restart(self, task: str, **options: Any) -> None:
-        """Begin to count micro-batches anew."""
-        self.task, self.options, self._seen = task, options, 0
+        """Set the task, and count micro-batches from 0."""
+        self.task, self.options, self._next = task, options, 0
 
     def merge_last_with(self, merge: Callable[[Any], tuple[Tensor, Tensor | None]]) -> None:
-        """Have blocks that know how leave the merge of what this stage sends to a function."""
+        """Have the last block call a function for the merge of the output that this stage sends.
+
+        Without effect in the last stage, and for blocks without `merge_last`.
+        """
         block: Any = list(self.blocks.values())[-1]
         if not self.is_last and hasattr(block, "merge_last"):
             block.merge_last = merge
 
     def forward(self, *flow: Tensor, targets: Tensor | None = None) -> Any:
-        """Tokens, or streams and their carry -> streams and their carry, or losses."""
+        """Run one micro-batch.
+
+        Args:
+            flow: Tokens [B, S] in the first stage, else streams [B, S, n, C] and their carry, if
+                there is one.
+            targets: [B, S], in the last stage.
+
+        Returns:
+            Streams and their carry; in the last stage losses, [1] or [B, S].
+        """
         network: Any = self._network[0]
-        self.place = self.index, self._seen
-        self._seen += 1
+        self.running = self.index, self._next
+        self._next += 1
         try:
             with self.autocast:
                 carry: Tensor | None = None
@@ -136,16 +152,16 @@ class Stage(nn.Module):
                 if self.is_last:
                     losses = getattr(network, self.task)(streams, carry, targets, **self.options)
                     return losses.reshape(1) if losses.dim() == 0 else losses
-                handed_on = (streams,) if carry is None else (streams, carry)
-                return tuple(_Sent.apply(tensor.contiguous()) for tensor in handed_on)
+                outputs = (streams,) if carry is None else (streams, carry)
+                return tuple(_Sent.apply(tensor.contiguous()) for tensor in outputs)
         finally:
-            self.place = None
+            self.running = None
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """The identity, whose gradient is contiguous: only such tensors can be sent.
+    """The identity with a contiguous gradient: only contiguous tensors can be sent.
 
-    Also, hooks put on its result do not outlive the step; its argument is a buffer that does.
+    Hooks on its result end with the step; its argument is a buffer that outlives the step.
     """
 
     @staticmethod
@@ -159,7 +175,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 class _Sent(torch.autograd.Function):
-    """The identity, whose result is no view: a schedule that splits backward detaches it."""
+    """The identity with a result that is no view: a schedule that splits backward detaches it."""
 
     @staticmethod
     def forward(ctx, tensor):  # type: ignore[no-untyped-def]
@@ -177,14 +193,14 @@ def find_network(root: nn.Module) -> nn.Module:
     Raises:
         UserError: There is none, or more than one, or one part is needed at both ends.
     """
-    found = [m for m in root.modules() if m is not root and isinstance(m, PipelinedNetwork)]
-    if len(found) != 1:
+    networks = [m for m in root.modules() if m is not root and isinstance(m, PipelinedNetwork)]
+    if len(networks) != 1:
         raise UserError(
             f"strategy=pipeline needs one network that can be cut into stages (see"
             f" mhc_lightning.strategies.PipelinedNetwork), but {type(root).__name__} has"
-            f" {len(found) or 'none'}; use strategy=fsdp for it"
+            f" {len(networks) or 'none'}; use strategy=fsdp for it"
         )
-    network: Any = found[0]
+    network: Any = networks[0]
     shared = set(network.parts_before_blocks) & set(network.parts_behind_blocks)
     ends = [getattr(network, name) for name in network.parts_before_blocks]
     heads = [getattr(network, name) for name in network.parts_behind_blocks]
@@ -200,12 +216,12 @@ def find_network(root: nn.Module) -> nn.Module:
 
 
 def leave_out(network: Any, stages: Iterable[Stage]) -> None:
-    """Put ``Elsewhere`` in the place of what none of the stages holds."""
+    """Put a `RemotePart` in the place of every submodule that none of the stages holds."""
     stages = list(stages)
     held = {module for stage in stages for module in stage.modules()}
     for name in (*network.parts_before_blocks, *network.parts_behind_blocks):
         if getattr(network, name) not in held:
-            setattr(network, name, Elsewhere())
+            setattr(network, name, RemotePart())
     for index, block in enumerate(network.blocks):
         if block not in held:
-            network.blocks[index] = Elsewhere()
+            network.blocks[index] = RemotePart()

@@ -1,4 +1,4 @@
-"""torch's pipeline stage, which says what it is at, and may run on a stream of its own."""
+"""torch's pipeline stage, with the names of its passes, and with a stream of its own."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ from mhc_lightning.strategies.main_thread import Activity
 
 
 class ScheduledStage(PipelineStage):
-    """A stage that names what it does.
+    """A stage that names the pass it is running.
 
     Args:
-        arguments: Of ``PipelineStage``.
-        activity: Where to name it.
-        settings: Of ``PipelineStage``.
+        arguments: Those of `PipelineStage`.
+        activity: Gets the name.
+        settings: Those of `PipelineStage`.
     """
 
     def __init__(self, *arguments: Any, activity: Activity, **settings: Any) -> None:
@@ -30,33 +30,35 @@ class ScheduledStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run forward."""
-        with self._noted("forward", fwd_chunk_id):
+        with self._named("forward", fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run backward, or its half for the inputs."""
-        with self._noted("backward", bwd_chunk_id):
+        with self._named("backward", bwd_chunk_id):
             return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Run backward's half for the weights."""
-        with self._noted("backward for the weights", bwd_chunk_id):
+        with self._named("backward for the weights", bwd_chunk_id):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     @contextmanager
-    def _noted(self, what: str, part: int) -> Iterator[None]:
-        with self.activity.during(f"{what} of micro-batch {part} in stage {self.stage_index}"):
+    def _named(self, pass_name: str, micro_batch: int) -> Iterator[None]:
+        with self.activity.during(
+            f"{pass_name} of micro-batch {micro_batch} in stage {self.stage_index}"
+        ):
             yield
 
 
 class StageStreams:
-    """The device streams of one stage: one for what it computes, and one of high priority.
+    """The device streams of one stage: one for its passes, and one of high priority.
 
-    On a CPU the streams are torch's stand-ins, which do nothing; everything else is the same.
+    On a CPU they are torch's stand-ins, which do nothing.
 
     Args:
-        device: The stage's.
-        backend: The device's module of torch (``torch.cuda``); a test may put another in place.
+        device: The stage's device.
+        backend: The device's module of torch (`torch.cuda`); tests replace it.
     """
 
     def __init__(self, device: torch.device, backend: Any = None) -> None:
@@ -65,29 +67,29 @@ class StageStreams:
         self.urgent = self.backend.Stream(priority=-1)
 
     def on_compute(self) -> Any:
-        """A context in which work goes to the stage's stream, behind nothing but what is there."""
+        """A context in which work goes to the stage's stream, after the work that is there."""
         return self.backend.stream(self.compute)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """The same, behind what the caller's stream has been given so far."""
+        """The same, also after the work of the caller's stream so far."""
         self.compute.wait_stream(self.backend.current_stream())
         with self.on_compute():
             yield
 
     def merge(self, unmerged: Any) -> Any:
-        """``unmerged.merge()`` on the stream of high priority; the caller's waits for it."""
+        """`unmerged.merge()` on the stream of high priority; the caller's stream waits for it."""
         here = self.backend.current_stream()
         self.urgent.wait_stream(here)
-        keep(unmerged, self.urgent)
+        record_use(unmerged, self.urgent)
         with self.backend.stream(self.urgent):
             merged = unmerged.merge()
         here.wait_stream(self.urgent)
-        keep(merged, here)
+        record_use(merged, here)
         return merged
 
     def join(self) -> None:
-        """Have the caller's stream wait for all that was given to these."""
+        """Have the caller's stream wait for both streams."""
         here = self.backend.current_stream()
         here.wait_stream(self.compute)
         here.wait_stream(self.urgent)
@@ -98,28 +100,29 @@ class OverlappingStage(ScheduledStage):
 
     Under DualPipeV a device's two stages are paired for most of a step: the forward pass of one
     micro-batch in one stage, the backward pass of another in the other (OVERLAP_F_B). torch's
-    runtime launches the halves after each other on one stream, where the second can only follow
-    the first. With a stream for each stage the device may run both. Autograd runs what belongs to a
-    forward operator on that operator's stream, so each stage's backward pass is on its stream too;
-    what a stage does for any two micro-batches stays in order, and so do all float operations.
+    runtime launches both on one stream, where the second can only follow the first. With a stream
+    for each stage the device may run both. Autograd runs the backward of an operator on the
+    operator's stream, so each stage's backward pass is on its stream too. Within a stage all
+    micro-batches stay in order, and so do all float operations.
 
-    A stage's stream waits for the runtime's, which waits for what is received, and for the other
-    stage's only where that one's result is its input. What is sent is sent from the stage's stream
-    as soon as its half is launched: the other half does not delay it. Sends keep torch's order.
+    A stage's stream waits for the runtime's, which waits for received tensors, and for the other
+    stage's stream only if that stage's result is its input. A result is sent from the stage's
+    stream as soon as its pass is launched, without waiting for the paired pass. Sends keep torch's
+    order.
 
-    This is done here and not by ``register_custom_function(OVERLAP_F_B, …)``, which would have to
-    repeat the runtime's bookkeeping (and is not there before torch 2.13). Not run on a GPU yet.
+    `register_custom_function(OVERLAP_F_B, …)` would have to repeat the runtime's bookkeeping, and
+    needs torch 2.13. Not run on a GPU yet.
 
     Args:
-        arguments: Of ``PipelineStage``.
+        arguments: Those of `PipelineStage`.
         streams: The streams of this device's stages, by stage.
-        settings: Of ``ScheduledStage``.
+        settings: Those of `ScheduledStage`.
     """
 
     def __init__(
         self, *arguments: Any, streams: Mapping[int, StageStreams], **settings: Any
     ) -> None:
-        self._expected: dict[tuple[str, int], Any] = {}  # when an input from this device is there
+        self._expected: dict[tuple[str, int], Any] = {}  # events of inputs from this device
         self._works: list[list[dist.Work]] = []
         self._all_streams = streams
         super().__init__(*arguments, **settings)
@@ -141,44 +144,44 @@ class OverlappingStage(ScheduledStage):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def perform_reduce_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Reduce gradients; gathered parameters are let go of on the runtime's stream, behind."""
+        """Reduce gradients; the runtime's stream then frees gathered parameters."""
         with self.streams.turn():
             super().perform_reduce_grad(*args, **kwargs)
         if isinstance(self.submod, FSDPModule):
             self.streams.join()
 
     def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
-        """Take what the stage before, on this device too, hands on."""
+        """Take the output of the previous stage, which is on this device too."""
         self._expect("input", mb_index, prev_stage_outputs, self.stage_index - 1)
         super().set_local_fwd_input(prev_stage_outputs, mb_index)
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        """Take the gradients that the stage behind, on this device too, hands back."""
+        """Take the gradients of the next stage, which is on this device too."""
         self._expect("gradient", mb_index, next_stage_bwd_outputs, self.stage_index + 1)
         super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """What to receive before forward."""
+        """The receives before forward."""
         return self._received(super().get_fwd_recv_ops(fwd_chunk_id))
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """What to receive before backward."""
+        """The receives before backward."""
         return self._received(super().get_bwd_recv_ops(bwd_chunk_id))
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Send what forward has made, from this stage's stream; the runtime has nothing to do."""
+        """Send the output of forward from this stage's stream; the runtime has nothing to send."""
         with self.streams.on_compute():
             self._works.append(_batch_p2p(super().get_fwd_send_ops(fwd_chunk_id)))
         return []
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """Send what backward has made, from this stage's stream; the runtime has nothing to do."""
+        """Send the gradients of backward from this stage's stream, in place of the runtime."""
         with self.streams.on_compute():
             self._works.append(_batch_p2p(super().get_bwd_send_ops(bwd_chunk_id)))
         return []
 
     def clear_runtime_states(self) -> None:
-        """Wait for what was sent, and have the caller's stream come behind this stage's."""
+        """Wait for all sends, and have the caller's stream wait for this stage's."""
         for works in self._works:
             _wait_batch_p2p(works)
         self._works.clear()
@@ -186,25 +189,25 @@ class OverlappingStage(ScheduledStage):
         super().clear_runtime_states()
 
     @contextmanager
-    def _turn(self, kind: str, part: int) -> Iterator[None]:
+    def _turn(self, kind: str, micro_batch: int) -> Iterator[None]:
         with self.streams.turn():
-            event = self._expected.pop((kind, part), None)
+            event = self._expected.pop((kind, micro_batch), None)
             if event is not None:
                 self.streams.compute.wait_event(event)
             yield
 
-    def _expect(self, kind: str, part: int, tensors: Any, maker: int) -> None:
-        keep(tensors, self.streams.compute)
-        made = self._all_streams[maker].compute.record_event()
-        self._expected[kind, part] = made
+    def _expect(self, kind: str, micro_batch: int, tensors: Any, source: int) -> None:
+        record_use(tensors, self.streams.compute)
+        made = self._all_streams[source].compute.record_event()
+        self._expected[kind, micro_batch] = made
 
     def _received(self, operations: list[dist.P2POp]) -> list[dist.P2POp]:
-        keep([operation.tensor for operation in operations], self.streams.compute)
+        record_use([operation.tensor for operation in operations], self.streams.compute)
         return operations
 
 
-def keep(tensors: Any, stream: Any) -> None:
-    """Have the allocator wait for a stream before it gives a tensor's memory to others."""
+def record_use(tensors: Any, stream: Any) -> None:
+    """Have the allocator wait for a stream before it reuses a tensor's memory."""
     for tensor in tree_leaves(tensors):
         if isinstance(tensor, Tensor) and not tensor.is_cpu:
             tensor.record_stream(stream)

@@ -1,4 +1,4 @@
-"""FSDP2 sharding of a Transformer: what is gathered together, in which precision, from where."""
+"""FSDP2 sharding of a Transformer: groups of parameters, their precision and initial values."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -34,9 +34,9 @@ def shard(
     Args:
         model: The network.
         mesh: One-dimensional.
-        device: Where a model on ``meta`` comes to life.
-        param_dtype: What parameters are gathered in; None keeps theirs. Gradients are reduced in
-            float32 either way.
+        device: The device of a model that was built on `meta`.
+        param_dtype: The dtype in which parameters are gathered; None keeps theirs. Gradients are
+            reduced in float32 in any case.
     """
     shard_parts(model, model.blocks, mesh, param_dtype)
     for method in ("loss", "token_losses", "forward_cached"):
@@ -63,14 +63,14 @@ def shard_parts(
     *,
     reshard_after_forward: bool = True,
 ) -> None:
-    """Shard the parameters below ``root``: connections, blocks, and what is left at the root.
+    """Shard the parameters below `root` in groups: each connection, each block, and the rest.
 
     Args:
-        root: What is called.
+        root: The module that is called.
         blocks: The blocks below it.
         mesh: One-dimensional.
-        param_dtype: What parameters are gathered in; None keeps theirs.
-        reshard_after_forward: Whether to let go of gathered parameters until the backward pass.
+        param_dtype: The dtype in which parameters are gathered; None keeps theirs.
+        reshard_after_forward: True to free gathered parameters until the backward pass.
     """
     # Blocks hand float32 mappings to each other: nothing that enters them may be cast.
     policy = MixedPrecisionPolicy(
@@ -87,11 +87,11 @@ def shard_parts(
 
 
 def bring_to_life(roots: Iterable[nn.Module], device: torch.device) -> None:
-    """Give what is on ``meta`` below ``roots`` memory and initial values, each module its own.
+    """Give tensors on `meta` below `roots` memory and initial values, module by module.
 
     Args:
         roots: Modules, sharded or not.
-        device: Where they come to life.
+        device: The device of the tensors.
 
     Raises:
         UserError: A module on ``meta`` has no ``reset_parameters()``.
@@ -104,10 +104,10 @@ def bring_to_life(roots: Iterable[nn.Module], device: torch.device) -> None:
 
 
 def _gather_around_calls(connection: Connection) -> None:
-    """Have ``read`` and ``follow`` gather the parameters, once where one calls the other.
+    """Have `read` and `follow` gather the parameters, once if one calls the other.
 
-    FSDP2 takes the end of an inner call for that of the outer one, and lets go of parameters that
-    were to be kept.
+    FSDP2 takes the end of an inner call for the end of the outer one, and would free the parameters
+    too early.
     """
     plain_read, plain_follow = connection.read, connection.follow
 

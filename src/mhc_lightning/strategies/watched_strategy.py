@@ -1,4 +1,4 @@
-"""What strategies have in common whose processes watch over each other."""
+"""The base of strategies whose processes watch over each other."""
 
 import os
 from datetime import timedelta
@@ -14,25 +14,26 @@ from mhc_lightning.strategies.fault_watch import FaultWatch
 from mhc_lightning.strategies.launcher import WatchingLauncher
 from mhc_lightning.strategies.main_thread import Activity
 
-_MARGIN_SECONDS = 60  # for the watch to name the cause before a communication gives up
+_MARGIN_SECONDS = 60  # the watch names the cause before a communication times out
 
 
 class WatchedStrategy(ParallelStrategy):
     """If a process fails, dies or hangs, the others print which and why in one line, and end.
 
-    To be put before one of Lightning's strategies that starts its processes by a script or finds
-    them started.
+    Inherit from it before one of Lightning's strategies that starts its processes by a script, or
+    is started by a launcher.
 
     Args:
-        timeout_seconds: How long a process may wait for another.
-        settings: Of the strategy behind.
+        timeout_seconds: Longest time that a process waits for another.
+        settings: Those of Lightning's strategy.
 
     Attributes:
-        activity: What the main thread is doing.
-        fault: What ended the run, if that was another process or the machine.
+        activity: The activity of the main thread.
+        fault: The fault that ended the run, if another process or the machine caused it, or if it
+            is printed already.
 
     Raises:
-        UserError: There is no time to wait.
+        UserError: `timeout_seconds` is not above 0.
     """
 
     _backward_waits = False
@@ -48,10 +49,11 @@ class WatchedStrategy(ParallelStrategy):
         self._watch: FaultWatch | None = None
 
     def start_watch(self, part: str | None = None) -> None:
-        """Begin to watch; every process has to call this, and then to wait for the others.
+        """Begin to watch; every process calls this, and then waits for the others.
 
         Args:
-            part: What of the network this process holds, for reports; may be told later, too.
+            part: The part of the network that this process holds, for messages. A later call can
+                set it.
         """
         if self.world_size == 1:
             return
@@ -59,7 +61,7 @@ class WatchedStrategy(ParallelStrategy):
         if self._watch is not None:
             self._watch.call(name)
             return
-        kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store_is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         launcher: Any = self.launcher
         self._watch = FaultWatch(
             dist.distributed_c10d._get_default_store(),
@@ -68,7 +70,7 @@ class WatchedStrategy(ParallelStrategy):
             name,
             self._doing,
             self._timeout_seconds,
-            "the launcher, where processes meet," if kept_by_launcher else None,
+            "the launcher, where processes meet," if store_is_launchers else None,
             waits_show=self.root_device.type == "cpu",
             backward_waits=self._backward_waits,
             ended=launcher.ended,
@@ -79,12 +81,12 @@ class WatchedStrategy(ParallelStrategy):
         launcher.stop_watching()
 
     def setup_environment(self) -> None:
-        """Let the processes meet, and watch over each other from then on."""
+        """Let the processes meet, and begin to watch."""
         super().setup_environment()
         self.start_watch()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's."""
+        """Run the module's step, with a name for the watch."""
         with self.activity.during("the training step"):
             return super().training_step(*args, **kwargs)
 
@@ -94,7 +96,7 @@ class WatchedStrategy(ParallelStrategy):
             return super().backward(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's."""
+        """Run the module's step, with a name for the watch."""
         with self.activity.during("validation"):
             return super().validation_step(*args, **kwargs)
 
@@ -109,9 +111,9 @@ class WatchedStrategy(ParallelStrategy):
             super().save_checkpoint(*args, **kwargs)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tell the other processes, or learn from them what the cause was."""
+        """Report the exception to the other processes, or learn the cause from them."""
         super().on_exception(exception)
-        # A run that is told to stop does so everywhere, and has nothing to blame.
+        # SIGTERM ends all processes alike: it is no fault.
         if isinstance(exception, SIGTERMException):
             return
         if self._watch is not None:
@@ -119,7 +121,7 @@ class WatchedStrategy(ParallelStrategy):
             if printed or fault.code == ExitCode.RUN_FAULT:
                 self.fault = RunFaultError(fault.text, fault.code, printed=printed)
         elif isinstance(self.launcher, WatchingLauncher):
-            self.launcher.end_others()  # they would wait for this one, which has more to say
+            self.launcher.end_others()  # they would wait for this process
 
     def teardown(self) -> None:
         """Stop watching."""
@@ -129,7 +131,7 @@ class WatchedStrategy(ParallelStrategy):
         super().teardown()
 
     def _configure_launcher(self) -> None:
-        strategy: Any = self  # the one behind has processes and nodes
+        strategy: Any = self  # Lightning's strategy has processes and nodes
         self._launcher = WatchingLauncher(
             strategy.cluster_environment, strategy.num_processes, strategy.num_nodes
         )
