@@ -1,4 +1,17 @@
-"""Checkpoints of a run: written, checked, found, kept, and resumed from."""
+"""Checkpoints of a run.
+
+| question | file |
+|---|---|
+| when is one saved, and how does a run resume? | `run_checkpoint` |
+| … on SIGTERM, with which random numbers and counters? | `termination`, `random_state`, `loop_counters` |
+| how is one saved? | `saver`, in one of two `forms`: `file_writing` or `folder_writing` |
+| what is in a folder? | `folder_index`, `saved_tensors` |
+| how is one read? | `reading` |
+| why was one refused? | `refusals` |
+| what are they called, and which is `last`? | `names` |
+| which are deleted? | `retention` |
+| how does a spread module save and load? | `distributed_state`, `portable_strategy` |
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,12 @@
-"""The state of a module whose stages and shards lie on different processes, as one process has it.
+"""The state of a module that is spread over processes, and of its optimizers.
 
-What is gathered is what a single device would save, and any layout loads its part of that: names
-are those of the whole module, and an optimizer's parameters are numbered as in the whole one. What
-is taken in parts has the same names, parameters of optimizers included, and needs no numbers.
+Whole, it is the state that a single device would save: an optimizer's parameters are numbered as in
+the whole module. In parts, each process keeps its own tensors, by the names of the whole module.
+
+`torch.distributed.checkpoint.state_dict` is not used for optimizers: it runs an optimizer step to
+make missing state, fails if only some parameters have state, accepts state of other parameters, and
+does not gather over the stages of a pipeline. Whole files stay numbered anyway, because Lightning's
+own strategies read and write them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,14 +27,14 @@ from mhc_lightning.optimizers.parameter_names import NAMES, check_names
 
 
 class DistributedState:
-    """Gathers to rank zero, or takes in parts, and loads the state of a module and its optimizers.
+    """Saves and loads the state of a module and its optimizers, whole or in parts.
 
     Args:
-        module: While it is still whole; it may be on ``meta``. It becomes this process's part.
-        device: What this process sends from and receives to.
-        shards: The processes that hold the shards of the same tensors; None if each process has
-            all of every tensor (nothing needs to be gathered then).
-        stages: The processes of a pipeline; None if each process has a part of every tensor.
+        module: The module, still whole; it may be on `meta`. It becomes this process's part.
+        device: The device from which this process sends, and to which it receives.
+        shards: The processes that hold shards of the same tensors; None if each process has all of
+            every tensor.
+        stages: The processes of a pipeline; None without one.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class DistributedState:
     # ---- modules
 
     def gather_module(self) -> dict[str, Tensor]:
-        """The whole state dict on rank zero, in the whole module's order; else an empty one."""
+        """The whole state dict on rank zero, in the whole module's order; empty elsewhere."""
         gathered = self._gather(self._module.state_dict())
         return {name: gathered[name] for name in self._state_order if name in gathered}
 
@@ -64,9 +68,9 @@ class DistributedState:
         """Load this process's part of a checkpoint file, and return all of it.
 
         Args:
-            path: The file, which holds what one process would have saved.
-            optimizers: Those whose state to load; none for a run that does not train.
-            weights_only: ``torch.load``'s.
+            path: The file, as one process would have saved it.
+            optimizers: The optimizers to load; none in a run that does not train.
+            weights_only: That of `torch.load`.
         """
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         self.load_module(checkpoint["state_dict"])
@@ -78,14 +82,14 @@ class DistributedState:
     def load_folder(
         self, path: Path, optimizers: Sequence[Optimizer], weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load this process's part of a checkpoint folder, and return what is not sharded.
+        """Load this process's part of a checkpoint folder, and return all that is no tensor.
 
-        Nothing but this part is read, except for the shards that it overlaps with, one at a time.
+        Only shards that overlap with this part are read, one at a time.
 
         Args:
             path: The folder.
-            optimizers: Those whose state to load; none for a run that does not train.
-            weights_only: ``torch.load``'s.
+            optimizers: The optimizers to load; none in a run that does not train.
+            weights_only: That of `torch.load`.
         """
         checkpoint = load_folder(path, trusted=weights_only is False)
         self.load_module(checkpoint["state_dict"])
@@ -99,21 +103,19 @@ class DistributedState:
     # ---- optimizers
 
     def optimizer_part(self, optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict]]:
-        """What this process holds of an optimizer, without moving it.
-
-        Every process must call it.
+        """This process's part of an optimizer's state; every process must call this.
 
         Returns:
-            The tensors, by ``<entry>.<name of the parameter>``, and the parameter groups of the
-            whole optimizer, with the parameters' names.
+            The tensors themselves, by `<entry>.<name of the parameter>`, and the parameter groups
+            of the whole optimizer, with the parameters' names.
         """
         names = self._whole_groups(optimizer)
         return self._optimizer_tensors(optimizer), _saved_groups(optimizer, names)
 
     def gather_optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole optimizer's ``state_dict`` on rank zero; else an empty one.
+        """The whole optimizer's `state_dict` on rank zero, empty elsewhere.
 
-        Every process must call it.
+        Every process must call this.
         """
         groups = self._whole_groups(optimizer)
         gathered = self._gather(self._optimizer_tensors(optimizer))
@@ -122,10 +124,10 @@ class DistributedState:
         return numbered_state(gathered, _saved_groups(optimizer, groups))
 
     def load_optimizer(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-        """Load this process's part of a whole optimizer's ``state_dict``.
+        """Load this process's part of a whole optimizer's `state_dict`.
 
         Raises:
-            UserError: It was saved for other parameters.
+            UserError: The state belongs to other parameters.
         """
         parameters = {name: p for p, name in self._names().items()}
         whole_groups = self._whole_groups(optimizer)
@@ -160,7 +162,7 @@ class DistributedState:
         values: Mapping[str, Mapping[str, Any]],
         groups: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Give an optimizer the state of its own parameters, by name, and groups' settings."""
+        """Load an optimizer with state of its parameters, by name, and with saved settings."""
         names = self._names()
         local = optimizer.state_dict()["param_groups"]
         numbers = [number for group in local for number in group["params"]]
@@ -185,7 +187,7 @@ class DistributedState:
         return {parameter: name for name, parameter in self._module.named_parameters()}
 
     def _whole_groups(self, optimizer: Optimizer) -> list[list[str]]:
-        """The names in each parameter group of the whole optimizer, in its order."""
+        """The names in each parameter group of the whole optimizer, in the module's order."""
         names = self._names()
         own = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         everybody: list[Any] = [own]
@@ -200,12 +202,12 @@ class DistributedState:
     # ---- moving tensors
 
     def _gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every stage's tensors, whole and on the CPU, on rank zero; elsewhere nothing."""
+        """The tensors of all stages, whole and on the CPU, on rank zero; empty elsewhere."""
         group = None if self._stages is None else self._stages.get_group()
         place, count = 0, 1
         if self._stages is not None:
             place, count = self._stages.get_local_rank(), self._stages.size()
-        # Every process of a stage helps to make its tensors whole; the first one moves them.
+        # All processes of a stage make its tensors whole; the first one sends them.
         moves = self._shards is None or self._shards.get_local_rank() == 0
         gathered: dict[str, Tensor] = {}
         if place > 0:
@@ -244,14 +246,14 @@ def _whole_tensors(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]
 
 
 def _empty_part(like: Tensor, parameter: Tensor) -> Tensor:
-    """Memory for what a process holds of a value that belongs to the whole of a parameter."""
+    """Memory for a process's part of an optimizer's value of a parameter."""
     if like.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=like.dtype, requires_grad=False)
     return torch.empty_like(like, device="cpu")
 
 
 def _part(value: Any, parameter: Tensor) -> Any:
-    """What a process holds of a value that belongs to the whole of a parameter."""
+    """A process's part of an optimizer's value of a whole parameter."""
     if not isinstance(value, Tensor):
         return value
     if value.shape != parameter.shape or not isinstance(parameter, DTensor):

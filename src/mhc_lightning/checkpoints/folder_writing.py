@@ -28,22 +28,22 @@ def save_folder(
     group: dist.ProcessGroup | None,
     asynchronous: bool,
 ) -> "Future[Any]":
-    """Write a checkpoint folder; every process of the run calls it with its own tensors.
+    """Write a checkpoint folder; every process of the run calls this with its own tensors.
 
-    All of it goes to a folder aside, reaches the disk (fsync), and only then takes the name.
+    Everything goes to a folder aside, reaches the disk (fsync), and only then takes the name.
 
     Args:
         tensors: Nested dicts of tensors, DTensors among them.
-        rest: All else; the first process's counts.
-        path: The checkpoint; one that is there already is replaced.
-        commit: What the first process is to do when it has its name.
-        group: All processes, over gloo; None for a single one.
-        asynchronous: Whether to return once all is copied to CPU memory, and write the copy while
-            the run goes on.
+        rest: The content that is no tensor; that of the first process is written.
+        path: The checkpoint; replaced if it exists.
+        commit: Called in the first process once the checkpoint has its name.
+        group: All processes, over gloo; None for a single process.
+        asynchronous: True to return once everything is copied to CPU memory, and to write the copy
+            while the run goes on.
 
     Returns:
-        Done when `commit` is, or failed in the same way on every process: with an OSError if that
-        is what any of them met, and then nothing is left aside.
+        A future that is done after `commit`, or fails alike on every process: with an OSError if
+        any of them met one, and then nothing is left aside.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     writer = _Writer(path, copy.deepcopy(rest) if asynchronous else rest, commit)
@@ -76,7 +76,7 @@ class _Writer(dcp.FileSystemWriter):
             shutil.rmtree(self._aside, ignore_errors=True)
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A copy in CPU memory, before the run goes on."""
+        """Copy to CPU memory, before the run goes on."""
         self.per_thread_copy_ahead = 0  # nothing is left to be copied from a GPU
         return _copied(state_dict)
 
@@ -84,7 +84,7 @@ class _Writer(dcp.FileSystemWriter):
         return StorageMeta()  # a checkpoint does not depend on where and when it was written
 
     def finish(self, metadata: Metadata, results: Any) -> None:
-        """In the first process, once every process has written."""
+        """Complete the folder in the first process, once every process has written."""
         write_checkpoint(self._rest, self._aside / RUN)
         super().finish(metadata, results)
         missing = missing_bytes(self._aside, metadata)
@@ -96,7 +96,7 @@ class _Writer(dcp.FileSystemWriter):
         self._commit()
 
     def pass_on(self, error: BaseException | None, to: "Future[Any]") -> None:
-        """End a future as DCP ended: what any process's system refused becomes that OSError."""
+        """Complete a future as DCP ended; an OSError of any process becomes its exception."""
         if error is None:
             to.set_result(None)
             return

@@ -1,4 +1,4 @@
-"""The two forms that a run's checkpoints are saved in: one whole file, or a folder of shards."""
+"""The two forms of a checkpoint: one whole file, or a folder of shards."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,18 +22,18 @@ Sharded = Literal["auto", True, False]
 
 
 class WholeFile:
-    """One file, which the first process writes, after all others have sent it what they hold."""
+    """One file, which the first process writes after all others have sent it their parts."""
 
     is_folder = False
 
     def take(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """The run's state, of which the first process gets the whole; every process calls it."""
+        """The run's state, whole in the first process; every process calls this."""
         return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
     def write(
         self, trainer: pl.Trainer, taken: dict[str, Any], path: Path, commit: Callable[[], None]
     ) -> "Future[Any]":
-        """Write what was taken; done on return, or failed, on every process alike."""
+        """Write a state of `take`; on return it is done or has failed, alike on every process."""
 
         def write() -> None:
             write_checkpoint(taken, path)
@@ -43,14 +43,14 @@ class WholeFile:
 
 
 class ShardedFolder:
-    """A folder, to which each process writes what it holds.
+    """A folder, to which each process writes its own part.
 
     Args:
-        strategy: The run's, whose process group is there.
-        asynchronous: Whether the run goes on while shards are written.
+        strategy: The run's, with its process group.
+        asynchronous: True to let the run go on while shards are written.
 
     Raises:
-        UserError: The strategy's shards are not known here.
+        UserError: The strategy spreads a model in a way that is unknown here.
     """
 
     is_folder = True
@@ -62,12 +62,12 @@ class ShardedFolder:
                 " checkpoint.sharded=false"
             )
         self.asynchronous = asynchronous
-        # Of its own, because shards are written while the run communicates too.
+        # A group of its own: the run communicates too while shards are written.
         alone = not (dist.is_available() and dist.is_initialized())
         self._group = None if alone else dist.new_group(backend="gloo")
 
     def take(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """The run's state, with this process's part of the tensors; every process calls it."""
+        """The run's state, with this process's part of the tensors; every process calls this."""
         strategy: Any = trainer.strategy
         spread = isinstance(strategy, PortableStrategy)
         with strategy.in_parts() if spread else nullcontext():
@@ -83,10 +83,10 @@ class ShardedFolder:
     def write(
         self, trainer: pl.Trainer, taken: dict[str, Any], path: Path, commit: Callable[[], None]
     ) -> "Future[Any]":
-        """Write what was taken; in the background if asynchronous.
+        """Write a state of `take`; in the background if asynchronous.
 
         Returns:
-            Done when `commit` is, or failed, on every process, with an OSError.
+            A future that is done after `commit`, or fails with an OSError, alike on every process.
         """
         optimizers = taken["optimizer_states"]
         tensors = {
@@ -107,16 +107,16 @@ class ShardedFolder:
 def choose_form(
     strategy: Strategy, sharded: Sharded, asynchronous: bool
 ) -> WholeFile | ShardedFolder:
-    """The form for a run; every process calls it, once the process group is there.
+    """The form of a run's checkpoints; every process calls this, once all have met.
 
     Args:
         strategy: The run's.
-        sharded: ``auto`` takes folders where the model is spread over several processes, and where
-            shards are to be written while the run goes on.
-        asynchronous: Whether they are.
+        sharded: `auto` takes folders if the model is spread over several processes, and if shards
+            are written while the run goes on.
+        asynchronous: True if they are.
 
     Raises:
-        UserError: The form does not go with the strategy.
+        UserError: The strategy does not support the form.
     """
     if sharded == "auto":
         spread = isinstance(strategy, PortableStrategy) and strategy.world_size > 1
@@ -125,13 +125,13 @@ def choose_form(
 
 
 def read_folders_too(strategy: Strategy) -> None:
-    """Let a strategy of Lightning's own go on with a checkpoint folder; ours do anyway."""
+    """Let one of Lightning's own strategies resume from a checkpoint folder, as ours do."""
     if not isinstance(strategy, PortableStrategy):
         strategy.checkpoint_io = _FolderReadingIO(strategy.checkpoint_io)
 
 
 class _FolderReadingIO(CheckpointIO):
-    """Lets Lightning's own strategies go on with a checkpoint folder; files are left to `inner`."""
+    """Reads checkpoint folders for Lightning's own strategies; `inner` does everything else."""
 
     def __init__(self, inner: CheckpointIO) -> None:
         self.inner = inner
@@ -158,7 +158,7 @@ class _FolderReadingIO(CheckpointIO):
 
 
 def _in_first_process(trainer: pl.Trainer, action: Callable[[], None]) -> "Future[Any]":
-    """Have the first process do something, and every one know whether it failed."""
+    """Run an action in the first process; the future fails on every process if it fails there."""
     error: Exception | None = None
     if trainer.is_global_zero:
         try:

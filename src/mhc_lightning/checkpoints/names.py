@@ -1,4 +1,4 @@
-"""The names of a run's checkpoints, files and folders alike: the one place that knows them."""
+"""The names of a run's checkpoints, files and folders alike."""
 
 import os
 import re
@@ -33,15 +33,15 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def checkpoints_of(folder: Path, step: int) -> list[Path]:
-    """What `folder` holds of a step: a file, a folder, or, rarely, one of each."""
+    """The checkpoints of a step in `folder`: a file, a folder, or, rarely, one of each."""
     return [path for saved_step, path in saved_checkpoints(folder) if saved_step == step]
 
 
 def candidates_for_last(folder: Path) -> list[Path]:
-    """Checkpoints to try for `last`, best first: what the link names, then the earlier steps.
+    """Checkpoints to try for `last`, in order: the one that the link names, then earlier steps.
 
-    Later steps than the link's are left out: they belong to a branch that was given up by
-    resuming from an earlier checkpoint.
+    Later steps are left out: they belong to a branch that was abandoned by resuming from an earlier
+    checkpoint.
     """
     saved = saved_checkpoints(folder)
     link = folder / LAST
@@ -49,5 +49,5 @@ def candidates_for_last(folder: Path) -> list[Path]:
     match = _NAME.fullmatch(named)
     if match:
         saved = [(step, path) for step, path in saved if step <= int(match.group(1))]
-    saved.sort(key=lambda found: (found[0], found[1].name == named), reverse=True)
+    saved.sort(key=lambda entry: (entry[0], entry[1].name == named), reverse=True)
     return [path for _, path in saved]

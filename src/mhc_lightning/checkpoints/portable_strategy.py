@@ -1,4 +1,4 @@
-"""The base of strategies that spread a module, and save it as one process would."""
+"""The base of strategies that spread a module over processes, and save it for any layout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +14,19 @@ from mhc_lightning.checkpoints.distributed_state import DistributedState
 class PortableStrategy(ModelParallelStrategy):
     """Loads and saves so that a run resumes under any strategy and number of devices.
 
-    A module may come with its network on ``meta``: each process gives only its part memory and
-    values. What Lightning saves is one file, whole; `RunCheckpoint` asks for parts.
+    A module may come with its network on `meta`: each process gives memory and values to its own
+    part only. Lightning saves one whole file; `RunCheckpoint` can save parts.
     """
 
     _gathers = True
 
     def distributed_state(self) -> DistributedState:
-        """What gathers and loads this process's part; a subclass defines it."""
+        """The state of the module and its optimizers; a subclass defines it."""
         raise TypeError(f"{type(self).__name__} must define distributed_state")
 
     @contextmanager
     def in_parts(self) -> Iterator[None]:
-        """Let the module's state be what this process holds of it, and leave out optimizers'."""
+        """Within the block, make state dicts this process's part, without optimizers' state."""
         self._gathers = False
         try:
             yield
@@ -34,14 +34,14 @@ class PortableStrategy(ModelParallelStrategy):
             self._gathers = True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole module's state on rank zero, nothing elsewhere."""
+        """The whole module's state on rank zero, empty elsewhere."""
         if not self._gathers:
             assert self.model is not None
             return self.model.state_dict()
         return self.distributed_state().gather_module()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole optimizer's state on rank zero, as one process would have it; else nothing."""
+        """The whole optimizer's state on rank zero, as one process has it; empty elsewhere."""
         if not self._gathers:
             return {}
         return self.distributed_state().gather_optimizer(

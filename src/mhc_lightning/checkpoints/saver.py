@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints one at a time, and knows which of them are there."""
+"""Saving checkpoints one at a time: writing, then moving links, then pruning."""
 
 from concurrent.futures import Future
 from functools import partial
@@ -22,20 +22,20 @@ from mhc_lightning.optimizers.finiteness import require_finite
 
 
 class CheckpointSaver:
-    """Saves what it has taken, then moves the links and prunes; all processes go through it alike.
+    """Takes and saves the state of a run, moves links and prunes; all processes call it alike.
 
     Args:
-        folder: Where checkpoints go.
-        retention: Which of them to keep.
-        sharded: Whether they are folders; see `choose_form`.
-        asynchronous: Whether the run goes on while one is written.
+        folder: The folder of the checkpoints.
+        retention: Decides which of them to keep.
+        sharded: True for folders, False for files, or `auto`; see `choose_form`.
+        asynchronous: True to let the run go on while one is written.
 
     Attributes:
-        saved_step: The step of the last one that was saved, or is being written.
-        resumed_from: The checkpoint that the run goes on from, if it is one of its own.
+        saved_step: The step of the last checkpoint that was saved, or is being written.
+        resumed_from: The checkpoint that the run resumed from, if it is one of this folder.
 
     Raises:
-        UserError: The settings do not go together.
+        UserError: The settings exclude each other.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class CheckpointSaver:
         self._norms = torch.zeros(0)
 
     def set_up(self, strategy: Strategy) -> None:
-        """Choose the form, now that the process group is there."""
+        """Choose the form, once the processes have met."""
         self._form = choose_form(strategy, self.sharded, self.asynchronous)
 
     def resume_from(self, path: Path, step: int) -> None:
-        """Take note of the checkpoint that the run goes on from."""
+        """Note the checkpoint that the run resumes from."""
         path = path.resolve()
         own = path.parent == self.folder.resolve() and path.exists()
         self.resumed_from = self.folder / path.name if own else None
         self.saved_step = step
 
     def point_best(self) -> None:
-        """In the first process: of a run that goes on, let `best` name the best one so far.
+        """In the first process of a resumed run, let `best` name the best checkpoint so far.
 
-        It may name a later one, of the branch that was given up, which is to be written over.
+        It may name a later one, of an abandoned branch, which will be overwritten.
         """
         if self.resumed_from is None:
             return
@@ -83,12 +83,12 @@ class CheckpointSaver:
             (self.folder / BEST).unlink(missing_ok=True)
 
     def take(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """What to save of the run as it is; the tensors in it may be the live ones."""
+        """The present state of the run; its tensors may be the live ones."""
         self._norms = _norms(trainer.lightning_module)
         return self._form.take(trainer)
 
     def is_as_taken(self, trainer: pl.Trainer) -> bool:
-        """Whether the parameters are still those that were taken; every process must call it.
+        """True if the parameters are still those of the last `take`; every process calls this.
 
         Callbacks lend the module other weights while it is validated, such as averages.
         """
@@ -96,7 +96,7 @@ class CheckpointSaver:
         return trainer.strategy.reduce_boolean_decision(same)
 
     def save(self, trainer: pl.Trainer, taken: dict[str, Any]) -> None:
-        """Save what was taken, or begin to: nothing of it is needed when this returns.
+        """Save a state of `take`, or begin to; on return the state is no longer needed.
 
         Raises:
             NonFiniteLossError: The state is not finite. Nothing is written or deleted for it.
@@ -116,10 +116,10 @@ class CheckpointSaver:
             self.settle()
 
     def settle(self, *, wait: bool = True) -> None:
-        """Take note of how the writing ended, if it has; a failure is a warning.
+        """Handle the end of the writing, if it has ended; a failure is a warning.
 
         Args:
-            wait: Whether to wait for its end. All processes know the same only if they did.
+            wait: True to wait for the end. Only then do all processes know the same.
         """
         if self._writing is None or not (wait or self._writing[1].done()):
             return
@@ -136,7 +136,7 @@ class CheckpointSaver:
             self.saved_step = -1
 
     def _commit(self, path: Path, step: int, best: int | None, spared: set[int]) -> None:
-        """In the first process, once a checkpoint has its name: move the links, then prune."""
+        """In the first process, once a checkpoint has its name, move the links, then prune."""
         point_link(self.folder / LAST, path.name)
         for other in checkpoints_of(self.folder, step):
             if other != path:
@@ -149,7 +149,7 @@ class CheckpointSaver:
 
 @torch.no_grad()
 def _norms(module: nn.Module) -> Tensor:
-    """Of what this process holds of each trained parameter, without waiting for the device."""
+    """Norms of this process's part of each trained parameter, without waiting for the device."""
     trained = [p for p in module.parameters() if p.requires_grad and not (is_lazy(p) or p.is_meta)]
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
     norms = [

@@ -1,4 +1,7 @@
-"""Which checkpoint a command means, and whether it fits the model."""
+"""The checkpoint that a command means: found, checked for damage, and checked against the model.
+
+`mhc_lightning.checkpoints.refusals` lists every reason for which a checkpoint is refused.
+"""
 
 import os
 import sys
@@ -30,13 +33,13 @@ if TYPE_CHECKING:
 
 
 def find_checkpoint(experiment: Experiment) -> Path | None:
-    """What `ckpt_path` means: a sound checkpoint; if `last` is damaged, the one before.
+    """The sound checkpoint that `ckpt_path` means; if `last` is damaged, the one before.
 
     Returns:
         None if `ckpt_path` is null, or if it is `last` and the run has not saved any yet.
 
     Raises:
-        UserError: there is none, or the one asked for is damaged.
+        UserError: There is none, or the one asked for is damaged.
     """
     values = experiment.values()
     asked, output_dir = values["ckpt_path"], Path(values["output_dir"])
@@ -89,10 +92,10 @@ def _newest_sound(folder: Path, output_dir: Path) -> Path | None:
 
 
 def require_checkpoint(experiment: Experiment) -> Path:
-    """The file or folder that `ckpt_path` means, for commands that cannot do without.
+    """The file or folder that `ckpt_path` means, for commands that need one.
 
     Raises:
-        UserError: as `find_checkpoint`, and where that finds none.
+        UserError: As `find_checkpoint`, and if that finds none.
     """
     path = find_checkpoint(experiment)
     if path is None:
@@ -107,18 +110,18 @@ def require_checkpoint(experiment: Experiment) -> Path:
 def load_fitting(
     path: Path, model: "nn.Module", experiment: Experiment, *, may_run_code: bool = True
 ) -> dict[str, Any]:
-    """Load a checkpoint, or an exported folder, and make sure that it fits `model`.
+    """Load a checkpoint, or an exported folder, and refuse one that does not fit `model`.
 
     Args:
-        path: What `require_checkpoint` found.
-        model: With the tensors that are wanted, on any device.
+        path: The result of `require_checkpoint`.
+        model: The model, on any device.
         experiment: The experiment.
-        may_run_code: Whether Python objects in a checkpoint of the experiment's own run may be
-            rebuilt, too, which can run code.
+        may_run_code: True to rebuild Python objects in a checkpoint of the experiment's own run,
+            which can run code.
 
     Raises:
-        UserError: names the tensors that differ, and their shapes in the file and in the model; or
-            the setting that an exported model differs in.
+        UserError: Names the tensors that differ, and their shapes in the file and in the model; or
+            the setting in which an exported model differs.
     """
     if is_exported(path):
         exported = open_exported(path)
@@ -131,14 +134,14 @@ def load_fitting(
     shapes = {name: saved.shape for name, saved in describe(checkpoint["state_dict"]).items()}
     hint = "use the settings it was trained with (config.yaml of its run)"
     check_tensors(shapes, model.state_dict(), f"checkpoint {path}", hint)
-    _tell_other_settings(path, experiment)
+    _warn_of_other_settings(path, experiment)
     return checkpoint
 
 
-def _tell_other_settings(path: Path, experiment: Experiment) -> None:
-    """Warn if the run that a checkpoint lies in had a model that computes something else.
+def _warn_of_other_settings(path: Path, experiment: Experiment) -> None:
+    """Warn if a checkpoint's run has settings with which the same tensors compute something else.
 
-    Tensors of the same shapes don't tell: neither the base of RoPE nor Sinkhorn's iterations.
+    Examples are the base of RoPE and the number of Sinkhorn's iterations.
     """
     if path.parent.name != CHECKPOINTS or not is_first_process():
         return
@@ -151,7 +154,7 @@ def _tell_other_settings(path: Path, experiment: Experiment) -> None:
             experiment.values()["model"],
         )
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return  # a checkpoint without its run, or of a model that is built in another way
+        return  # a checkpoint without its run, or a model that is built in another way
     if changes:
         print(
             f"warning: {path} was trained as another model; it had {', '.join(changes)}",
@@ -160,10 +163,10 @@ def _tell_other_settings(path: Path, experiment: Experiment) -> None:
 
 
 def holds_weights_alone(checkpoint: dict[str, Any]) -> bool:
-    """Whether a loaded checkpoint is an imported model, which training starts from at step 0."""
+    """True if a loaded checkpoint is an imported model, from which training starts at step 0."""
     return "loops" not in checkpoint
 
 
 def trained_steps(checkpoint: dict[str, Any]) -> int:
-    """Optimizer steps that a checkpoint stands for, or those before the export of a model."""
+    """Optimizer steps of a checkpoint's training, or of a model's training before its export."""
     return int(checkpoint.get("trained_steps", checkpoint["global_step"]))
