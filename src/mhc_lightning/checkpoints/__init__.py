@@ -3,7 +3,8 @@
 | question | file |
 |---|---|
 | when is one saved, and how does a run resume? | `run_checkpoint` |
-| … on SIGTERM, with which random numbers and counters? | `termination`, `random_state`, `loop_counters` |
+| … on SIGTERM? | `termination` |
+| … with which generators and counters? | `random_state`, `loop_counters` |
 | how is one saved? | `saver`, in one of two `forms`: `file_writing` or `folder_writing` |
 | what is in a folder? | `folder_index`, `saved_tensors` |
 | how is one read? | `reading` |
