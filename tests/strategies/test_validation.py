@@ -96,7 +96,7 @@ def validate(
 
 
 @pytest.mark.parametrize(
-    ("size", "precision"), [(5, "float32"), *((size, "float64") for size in SIZES)]
+    ("size", "precision"), [(5, "float32"), (1, "float64"), (3, "float64"), (16, "float64")]
 )
 def test_on_one_device(size: int, precision: str, folder: Path, expected: dict[str, float]) -> None:
     one = case("single", size, precision)

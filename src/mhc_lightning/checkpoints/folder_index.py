@@ -67,9 +67,9 @@ class _IndexUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("torch") and "." not in name:
-            found = super().find_class(module, name)
-            described = isinstance(found, type) and found.__module__ == Metadata.__module__
-            known = found in (_StorageInfo, torch.Size, _get_layout)
-            if described or known or isinstance(found, torch.dtype):
-                return found
+            kind = super().find_class(module, name)
+            described = isinstance(kind, type) and kind.__module__ == Metadata.__module__
+            known = kind in (_StorageInfo, torch.Size, _get_layout)
+            if described or known or isinstance(kind, torch.dtype):
+                return kind
         raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")

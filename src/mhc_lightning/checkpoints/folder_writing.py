@@ -21,7 +21,7 @@ from mhc_lightning.files.atomic import ASIDE, put_in_place, sync_folder
 
 def save_folder(
     tensors: dict[str, Any],
-    rest: Mapping[str, Any],
+    content: Mapping[str, Any],
     path: Path,
     commit: Callable[[], None],
     *,
@@ -34,7 +34,7 @@ def save_folder(
 
     Args:
         tensors: Nested dicts of tensors, DTensors among them.
-        rest: The content that is no tensor; that of the first process is written.
+        content: The content that is no tensor; that of the first process is written.
         path: The checkpoint; replaced if it exists.
         commit: Called in the first process once the checkpoint has its name.
         group: All processes, over gloo; None for a single process.
@@ -46,7 +46,7 @@ def save_folder(
         any of them met one, and then nothing is left aside.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    writer = _Writer(path, copy.deepcopy(rest) if asynchronous else rest, commit)
+    writer = _Writer(path, copy.deepcopy(content) if asynchronous else content, commit)
     written: Future[Any] = Future()
     if asynchronous:
         started: Any = dcp.async_save(tensors, storage_writer=writer, process_group=group)
@@ -62,11 +62,11 @@ def save_folder(
 
 
 class _Writer(dcp.FileSystemWriter):
-    def __init__(self, path: Path, rest: Mapping[str, Any], commit: Callable[[], None]) -> None:
+    def __init__(self, path: Path, content: Mapping[str, Any], commit: Callable[[], None]) -> None:
         self._aside = path.parent / f"{ASIDE}{path.name}"
         super().__init__(self._aside, sync_files=True)
         self.fs = _Files()
-        self._name, self._rest, self._commit = path, rest, commit
+        self._name, self._content, self._commit = path, content, commit
         self._is_first = False
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -85,7 +85,7 @@ class _Writer(dcp.FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: Any) -> None:
         """Complete the folder in the first process, once every process has written."""
-        write_checkpoint(self._rest, self._aside / RUN)
+        write_checkpoint(self._content, self._aside / RUN)
         super().finish(metadata, results)
         missing = missing_bytes(self._aside, metadata)
         if missing:

@@ -165,13 +165,13 @@ def _in_first_process(trainer: pl.Trainer, action: Callable[[], None]) -> "Futur
             action()
         except Exception as failure:
             error = failure
-    told = error
+    shared = error
     if error is not None and not isinstance(error, OSError):  # it may be impossible to send
-        told = RuntimeError(f"the first process could not write a checkpoint: {error!r}")
-    told = trainer.strategy.broadcast(told)
+        shared = RuntimeError(f"the first process could not write a checkpoint: {error!r}")
+    shared = trainer.strategy.broadcast(shared)
     done: Future[Any] = Future()
-    if told is None:
+    if shared is None:
         done.set_result(None)
     else:
-        done.set_exception(error or told)
+        done.set_exception(error or shared)
     return done

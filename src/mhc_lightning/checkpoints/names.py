@@ -11,7 +11,7 @@ _NAME = re.compile(r"step_([0-9]+)(\.ckpt)?")
 def checkpoint_name(step: int, *, folder: bool = False) -> str:
     """Name of the checkpoint after `step` optimizer steps.
 
-    ``step_00000100.ckpt``, or ``step_00000100`` for a folder.
+    `step_00000100.ckpt`, or `step_00000100` for a folder.
     """
     return f"step_{step:08d}" if folder else f"step_{step:08d}.ckpt"
 

@@ -239,14 +239,14 @@ class FaultWatch(threading.Thread):
             return None
         causes = {rank: beat for rank, beat in beats.items() if not beat.sight.waits}
         alone = causes and waiting
-        told = ", ".join(
+        stalled = ", ".join(
             f"{self._name_of(rank)}{' hangs' if alone else ''} at {beat.doing} ({beat.sight.where})"
             for rank, beat in (causes if alone else beats).items()
         )
         for_long = f"for {self._timeout:g} s {_STALLED}"
         if alone:
-            return _lost(f"{told}:", f"others have waited {for_long}")
-        return _lost(f"{told}:", f"none has got any further {for_long}")
+            return _lost(f"{stalled}:", f"others have waited {for_long}")
+        return _lost(f"{stalled}:", f"none has got any further {for_long}")
 
     def _agree(self, fault: Fault) -> Fault:
         """The first fault that any process reported."""

@@ -9,9 +9,9 @@ from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 class FullyShardedStrategy(WatchedStrategy, PortableStrategy):
     """Lightning's ModelParallelStrategy with every process in the data-parallel dimension.
 
-    The LightningModule shards itself over ``device_mesh["data_parallel"]``. A run resumes under any
-    strategy and number of devices. A module may come with its network on ``meta``: no process ever
-    builds it whole, ``configure_model`` gives this process's part memory and values.
+    The LightningModule shards itself over `device_mesh["data_parallel"]`. A run resumes under any
+    strategy and number of devices. A module may come with its network on `meta`: no process ever
+    builds it whole, `configure_model` gives this process's part memory and values.
 
     Args:
         timeout_seconds: Longest time that a process waits for another; one that others wait for

@@ -33,7 +33,7 @@ def global_norm(
 def clip_by_global_norm(
     parameters: Iterable[nn.Parameter], limit: float, pipeline_group: dist.ProcessGroup
 ) -> None:
-    """Scale gradients so that the norm of all of them, over all stages, is at most ``limit``."""
+    """Scale gradients so that the norm of all of them, over all stages, is at most `limit`."""
     trained = [p for p in parameters if p.grad is not None]
     norm = global_norm(trained, pipeline_group)
     torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)

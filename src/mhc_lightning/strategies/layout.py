@@ -1,4 +1,4 @@
-"""How the processes of a run share its batch and its model, whichever strategy started them."""
+"""The layout of a run: the shares of a batch and of a model that its processes hold."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Layout:
         pipeline_group: The processes of this one's pipeline, in order; None without a pipeline.
         running_micro_batch: Gives (stage, micro-batch) of the forward pass that is running in this
             process, or None while none is; itself None without a pipeline.
-        materialises_module: True if a module may come on ``meta``: each process then gives memory
+        materialises_module: True if a module may come on `meta`: each process then gives memory
             and values to its own part only.
     """
 
@@ -67,7 +67,7 @@ class HasLayout(Protocol):
 
 
 def layout_of(strategy: Strategy) -> Layout:
-    """The layout of any strategy: this package's, Lightning's own, or one with a ``layout()``."""
+    """The layout of any strategy: this package's, Lightning's own, or one with a `layout()`."""
     if isinstance(strategy, HasLayout):
         return strategy.layout()
     if isinstance(strategy, ModelParallelStrategy):
@@ -80,7 +80,7 @@ def layout_of(strategy: Strategy) -> Layout:
 
 
 def mesh_layout(strategy: ModelParallelStrategy, planned_size: int, **more: Any) -> Layout:
-    """The layout of a strategy whose device mesh has a ``data_parallel`` dimension.
+    """The layout of a strategy whose device mesh has a `data_parallel` dimension.
 
     Args:
         strategy: The strategy, before or after its processes have met.

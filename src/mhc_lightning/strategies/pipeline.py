@@ -55,7 +55,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             output that a stage sends on a stream of high priority. Results are bit for bit equal.
             Not run on a GPU yet; without effect on a CPU.
 
-    A module may come with its network on ``meta``: each process gives memory and values only to its
+    A module may come with its network on `meta`: each process gives memory and values only to its
     stages.
 
     If a process fails or hangs, the others print which (its rank and stages) and why, and end;
@@ -112,7 +112,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
         return self.device_mesh["pipeline"].get_group()
 
     def plan(self, network: Any) -> StagePlan:
-        """The stages of a network, which may be on ``meta``.
+        """The stages of a network, which may be on `meta`.
 
         Raises:
             UserError: The network or the devices do not fit the schedule.

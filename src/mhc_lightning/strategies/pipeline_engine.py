@@ -28,7 +28,7 @@ _FORWARD_HALF = tuple(
 
 
 class PipelineEngine:
-    """The ``loss`` and ``token_losses`` of a network that is spread over a group of processes.
+    """The `loss` and `token_losses` of a network that is spread over a group of processes.
 
     Every process of the group calls them with the same tokens and gets the same result.
 

@@ -24,12 +24,12 @@ def shard(
     device: torch.device,
     param_dtype: torch.dtype | None = None,
 ) -> None:
-    """Shard parameters, gradients and optimizer state over the devices of ``mesh``, in place.
+    """Shard parameters, gradients and optimizer state over the devices of `mesh`, in place.
 
     Each block is gathered for its own forward and backward pass only. Connections form groups of
     their own, because they compute in float32 whatever the rest is gathered in. A model built on
-    ``meta`` gets memory and initial values shard by shard, so it never has to fit one device or
-    process. The values are those of a model that was built whole from the same ``init_seed``.
+    `meta` gets memory and initial values shard by shard, so it never has to fit one device or
+    process. The values are those of a model that was built whole from the same `init_seed`.
 
     Args:
         model: The network.
@@ -45,7 +45,7 @@ def shard(
 
 
 def shard_by_mesh(module: pl.LightningModule, network: Transformer) -> None:
-    """`shard` a module's network in ``configure_model``, as its trainer's strategy asks for it.
+    """`shard` a module's network in `configure_model`, as its trainer's strategy asks for it.
 
     The strategy is any that gives the module a device mesh: this package's or Lightning's.
     """
@@ -94,7 +94,7 @@ def bring_to_life(roots: Iterable[nn.Module], device: torch.device) -> None:
         device: The device of the tensors.
 
     Raises:
-        UserError: A module on ``meta`` has no ``reset_parameters()``.
+        UserError: A module on `meta` has no `reset_parameters()`.
     """
     for name, module in (named for root in roots for named in root.named_modules()):
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
