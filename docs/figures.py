@@ -136,15 +136,15 @@ def draw_streams() -> Figure:
 
 def draw_sinkhorn() -> Figure:
     """Sinkhorn-Knopp on one matrix: the matrix after 0, 1, 2 and 20 iterations, and the error."""
-    figure = Figure(figsize=(6.0, 4.7))
-    grid = figure.add_gridspec(2, 4, height_ratios=(1, 1.15), hspace=0.42, wspace=0.12)
-    figure.subplots_adjust(left=0.1, right=0.98, top=0.9, bottom=0.11)
+    figure = Figure(figsize=(6.0, 7.6))
+    grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 0.8), hspace=0.25, wspace=0.08)
+    figure.subplots_adjust(left=0.09, right=0.98, top=0.96, bottom=0.07)
     matrices = [LOGITS.exp(), *(sinkhorn_knopp(LOGITS, t) for t in (1, 2, 20))]
     titles = ["exp of logits", "1 iteration", "2 iterations", "20 iterations"]
     for k, (matrix, title) in enumerate(zip(matrices, titles, strict=True)):
-        axes = figure.add_subplot(grid[0, k])
+        axes = figure.add_subplot(grid[k // 2, k % 2])
         show_matrix(axes, matrix.numpy(), title)
-    axes = figure.add_subplot(grid[1, :])
+    axes = figure.add_subplot(grid[2, :])
     counts = range(1, 31)
     columns, rows = [], []
     for t in counts:
@@ -171,15 +171,15 @@ def show_matrix(axes: Axes, matrix: np.ndarray, title: str) -> None:
         for j in range(n):
             value = matrix[i, j]
             colour = "white" if value > 0.75 else INK
-            axes.text(j, i, number(value), ha="center", va="center", fontsize=7, color=colour)
-        axes.text(n, i, number(matrix[i].sum()), ha="center", va="center", fontsize=7, color=FAINT)
+            axes.text(j, i, number(value), ha="center", va="center", fontsize=10, color=colour)
+        axes.text(n, i, number(matrix[i].sum()), ha="center", va="center", fontsize=10, color=FAINT)
         axes.text(
-            i, n, number(matrix[:, i].sum()), ha="center", va="center", fontsize=7, color=FAINT
+            i, n, number(matrix[:, i].sum()), ha="center", va="center", fontsize=10, color=FAINT
         )
     axes.set(xlim=(-0.5, n + 0.5), ylim=(n + 0.5, -0.5), xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, fontsize=9, color=INK)
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
 
 
 def number(value: float) -> str:
@@ -238,19 +238,17 @@ def draw_recompute() -> Figure:
     return figure
 
 
-def draw_matrices() -> np.ndarray:
+def draw_matrices() -> dict[str, np.ndarray]:
     """Heat maps of the two trained networks, by the callback's own function."""
     from mhc_lightning.plotting.matrix_heatmap import matrix_heatmap
 
     run = json.loads(RUN.read_text(encoding="utf-8"))
-    rows = []
+    pictures = {}
     for name, label in (("hc", "HC"), ("mhc", "mHC")):
-        parts = [
-            matrix_heatmap(np.array(part["matrix"]), f"{label}, {part['title']}", None)
-            for part in run[name]["matrices"]
-        ]
-        rows.append(np.concatenate(parts, axis=1))
-    return np.concatenate(rows)
+        for kind, part in zip(("one", "product"), run[name]["matrices"], strict=True):
+            title = f"{label}, {part['title']}"
+            pictures[f"{name}_{kind}.png"] = matrix_heatmap(np.array(part["matrix"]), title, None)
+    return pictures
 
 
 # ---- the two trained networks
@@ -327,7 +325,8 @@ def draw(folder: Path) -> None:
     for name, make in FIGURE_OF.items():
         with rc_context(STYLE):
             make().savefig(folder / name, metadata={"Date": None})
-    imsave(folder / "matrices.png", draw_matrices())
+    for name, image in draw_matrices().items():
+        imsave(folder / name, image)
 
 
 def main() -> None:
