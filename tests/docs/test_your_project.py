@@ -36,7 +36,6 @@ def folder(tmp_path: Path) -> Path:
         "your_project/hydra",
         "extend/connection",
         "extend/instrument",
-        "extend/kernel",
     ],
 )
 def test_a_page_works_as_it_is_written(name: str, folder: Path) -> None:
@@ -52,6 +51,12 @@ def test_the_alarm_saves_a_run(folder: Path) -> None:
     printed = follow(DOCS / "your_project/alarm.md", folder, before=PROJECT)
     spoilt, saved = (float(loss) for loss in re.findall(r"^loss (.*)$", printed, re.MULTILINE))
     assert saved < 0.5 * spoilt
+
+
+def test_rows_alone_bound_the_forward_gain_alone(folder: Path) -> None:
+    printed = follow(DOCS / "extend/kernel.md", folder, before=PROJECT)
+    assert "forward 1.000" in printed
+    assert float(printed.partition("backward ")[2].split()[0]) > 1.1
 
 
 def test_the_pipeline_page_works(folder: Path) -> None:
