@@ -1,5 +1,7 @@
 """`plan` and `fit`'s check of memory for `strategy=pipeline`."""
 
+import dataclasses
+import inspect
 import json
 import time
 
@@ -10,7 +12,9 @@ from mhc_lightning.cli.arguments import parse_arguments
 from mhc_lightning.cli.composition import compose_experiment
 from mhc_lightning.cli.main import main
 from mhc_lightning.cli.plan import check_room
+from mhc_lightning.cli.strategy_settings import PipelineSettings, is_sharded
 from mhc_lightning.errors import UserError
+from mhc_lightning.strategies import PipelineStrategy
 
 SMALL = ("plan", "--config", "mhc_quickstart", "strategy=pipeline", "model.num_layers=4",
          "machine=2xh100", "data.micro_batch_size=8")  # fmt: skip
@@ -177,3 +181,25 @@ def test_fit_asks_for_the_memory_that_is_free(capsys, monkeypatch):
     monkeypatch.setattr("mhc_lightning.planning.machine._available_memory", lambda: 2 * needed - 4)
     with pytest.raises(UserError, match=r"\(2xcpu\); what would make it fit: recompute=auto; or"):
         check_room(experiment, 2, cpu)
+
+
+def test_the_settings_are_those_of_the_strategy():
+    fields = {field.name: field.default for field in dataclasses.fields(PipelineSettings)}
+    parameters = inspect.signature(PipelineStrategy).parameters
+    assert fields == {name: parameter.default for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize(
+    ("target", "sharded"),
+    [
+        ("mhc_lightning.strategies.FullyShardedStrategy", True),
+        ("mhc_lightning.strategies.DataParallelStrategy", False),
+        ("lightning.pytorch.strategies.FSDPStrategy", True),
+        ("lightning.pytorch.strategies.ModelParallelStrategy", True),
+        ("lightning.pytorch.strategies.DDPStrategy", False),
+        ("no.such.ShardedStrategy", False),
+    ],
+)
+def test_a_strategy_that_shards_is_known_by_its_class(target, sharded):
+    assert is_sharded({"_target_": target}) is sharded
+    assert not is_sharded({"name": "auto"})

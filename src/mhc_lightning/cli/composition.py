@@ -124,9 +124,7 @@ def compose_experiment(arguments: Arguments) -> Experiment:
             )
             _place_literals(experiment)
             _require(_RUN_KEYS, experiment)
-            values = experiment.values()
-            _check_seed(values["seed"])
-            _check_recompute(values["recompute"])
+            _check_seed(experiment.values()["seed"])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, file)) from error
     except YAMLError as error:
@@ -220,16 +218,6 @@ def _check_seed(seed: Any) -> None:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         shown = "null" if seed is None else repr(seed)
         raise UserError(f"seed must be a whole number, at least 0 and below 2**32, not {shown}")
-
-
-def _check_recompute(setting: Any) -> None:
-    """What the modules refuse, too; here it is refused without importing them."""
-    number = isinstance(setting, int) and setting >= (0 if setting is False else 1)
-    if setting is True or not (number or setting in ("off", "auto")):
-        raise UserError(
-            f"recompute={setting}: it is auto, off, or the number of sub-layers per block, at"
-            " least 1"
-        )
 
 
 def _merged_files(file: Path, overrides: list[str]) -> list[tuple[Path, str]]:

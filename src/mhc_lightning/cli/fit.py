@@ -1,4 +1,4 @@
-"""`fit`: train, or go on with a run."""
+"""`fit`: train a model, or resume a run."""
 
 import sys
 from pathlib import Path
@@ -19,12 +19,14 @@ from mhc_lightning.files.run_layout import CHECKPOINTS
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from mhc_lightning import LanguageModel, TextDataModule
+
 
 def fit(experiment: Experiment, arguments: Arguments) -> None:
     """Train from the start or from `ckpt_path`, writing everything to `output_dir`.
 
     Raises:
-        UserError: the settings, the data, the folder or the checkpoint are no good.
+        UserError: the settings, the data, the folder or the checkpoint cannot be used.
         NonFiniteLossError: the loss became NaN or infinite.
         RunFaultError: a process of the run died, hung, failed or ran out of memory.
         SIGTERMException: stopped by SIGTERM, after saving.
@@ -33,7 +35,62 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     folder = Path(values["output_dir"])
     claim(folder, resumes=values["ckpt_path"] is not None, overwrite=values["overwrite"])
 
-    from mhc_lightning.cli.checkpoints import find_checkpoint, holds_weights_alone, load_fitting
+    from mhc_lightning.cli.run_faults import named_faults
+
+    experiment = _with_resolved_strategy(experiment)
+    checkpoint = _checkpoint(experiment)
+    begins = checkpoint is None or not _is_in(checkpoint, folder)
+    if checkpoint is not None and begins:
+        # Another run's state: this folder's own run, if it holds one, would be lost.
+        claim(folder, resumes=False, overwrite=values["overwrite"])
+    trainer, module, data = _build(experiment)
+    if checkpoint is not None:
+        checkpoint = _restore(checkpoint, experiment, trainer, module)
+    if begins:
+        delete_run(folder)  # only now: every mistake in the settings has been found before
+    write_records(
+        folder,
+        record,
+        arguments.words,
+        processes=trainer.world_size,
+        parameters={"total": sum(parameter.numel() for parameter in module.parameters())},
+        data={"content": [source.record.content for source in data.sources]},
+    )
+    try:
+        with recorded_end(folder, trainer), named_faults(trainer):
+            # `_restore` has read it safely; what other callbacks keep in it may be any object.
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    finally:
+        data.teardown("fit")  # Lightning leaves it out where an exception ends the run
+
+
+def _with_resolved_strategy(experiment: Experiment) -> Experiment:
+    from mhc_lightning.cli.strategy_choice import resolve_strategy
+
+    experiment, choice = resolve_strategy(experiment)
+    if choice is not None and is_first_process():
+        print(choice, file=sys.stderr)
+    return experiment
+
+
+def _checkpoint(experiment: Experiment) -> Path | None:
+    """The checkpoint to resume from; None to start at step 0."""
+    from mhc_lightning.cli.checkpoints import find_checkpoint
+
+    values = experiment.values()
+    checkpoint = find_checkpoint(experiment)
+    if checkpoint is None and values["ckpt_path"] is not None:
+        folder = values["output_dir"]
+        print(f"warning: the run in {folder} had not saved yet; starting over", file=sys.stderr)
+    return checkpoint
+
+
+def _is_in(checkpoint: Path, folder: Path) -> bool:
+    return checkpoint.parent.resolve() == (folder / CHECKPOINTS).resolve()
+
+
+def _build(experiment: Experiment) -> "tuple[pl.Trainer, LanguageModel, TextDataModule]":
+    """The trainer, the model and the data, checked against each other and the memory there is."""
     from mhc_lightning.cli.components import (
         build_data,
         build_model_for,
@@ -44,20 +101,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     )
     from mhc_lightning.cli.instantiation import build, build_members
     from mhc_lightning.cli.plan import check_room
-    from mhc_lightning.cli.run_faults import named_faults
-    from mhc_lightning.cli.strategy_choice import resolve_strategy
 
-    experiment, choice = resolve_strategy(experiment)
-    if choice is not None and is_first_process():
-        print(choice, file=sys.stderr)
-    checkpoint = find_checkpoint(experiment)
-    if checkpoint is None and values["ckpt_path"] is not None:
-        print(f"warning: the run in {folder} had not saved yet; starting over", file=sys.stderr)
-    starts_over = checkpoint is None
-    if checkpoint is not None and checkpoint.parent.resolve() != (folder / CHECKPOINTS).resolve():
-        # Another run's state: this folder's own run, if it holds one, would be lost.
-        claim(folder, resumes=False, overwrite=values["overwrite"])
-        starts_over = True
     trainer = build_trainer(
         experiment,
         logger=build_members(experiment, "logger"),
@@ -70,44 +114,39 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
     module = build_model_for(experiment, trainer)
     check_layout(trainer, module, data)
     data.validate_against(module.model.vocab_size)
-    if checkpoint is not None:
-        saved = load_fitting(checkpoint, module, experiment)
-        if holds_weights_alone(saved):
-            module.start_from(saved["state_dict"])
-            _begin_anew(experiment, checkpoint, trainer)
-            checkpoint = None
-        elif is_first_process():
-            step = saved["global_step"]
-            print(f"going on from step {step}: {checkpoint}", file=sys.stderr)
-            if step >= trainer.max_steps:
-                print(
-                    f"the run is complete: trainer.max_steps={trainer.max_steps}", file=sys.stderr
-                )
-    if starts_over:
-        delete_run(folder)  # only now: whatever was wrong would have been found by here
-    write_records(
-        folder,
-        record,
-        arguments.words,
-        processes=trainer.world_size,
-        parameters={"total": sum(parameter.numel() for parameter in module.parameters())},
-        data={"content": [source.record.content for source in data.sources]},
-    )
-    try:
-        with recorded_end(folder, trainer), named_faults(trainer):
-            # It has been looked at above; what other callbacks keep in it may be any object.
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
-    finally:
-        data.teardown("fit")  # Lightning leaves it out where an exception ends the run
+    return trainer, module, data
 
 
-def _begin_anew(experiment: Experiment, weights: Path, trainer: "pl.Trainer") -> None:
-    """Make the run folder one whose run begins, at step 0, with the weights of a file."""
+def _restore(
+    checkpoint: Path, experiment: Experiment, trainer: "pl.Trainer", module: "LanguageModel"
+) -> Path | None:
+    """Check that a checkpoint fits the model, and load one that holds weights alone.
+
+    Returns:
+        The checkpoint, for the trainer to resume from; None if the run begins with its weights.
+    """
+    from mhc_lightning.cli.checkpoints import holds_weights_alone, load_fitting
+
+    saved = load_fitting(checkpoint, module, experiment)
+    if holds_weights_alone(saved):
+        module.start_from(saved["state_dict"])
+        _begin_at_step_0(experiment, checkpoint, trainer)
+        return None
+    if is_first_process():
+        step = saved["global_step"]
+        print(f"going on from step {step}: {checkpoint}", file=sys.stderr)
+        if step >= trainer.max_steps:
+            print(f"the run is complete: trainer.max_steps={trainer.max_steps}", file=sys.stderr)
+    return checkpoint
+
+
+def _begin_at_step_0(experiment: Experiment, weights: Path, trainer: "pl.Trainer") -> None:
+    """Make the run folder that of a run which begins at step 0 with the weights of a file."""
     from mhc_lightning.files.atomic import point_link
 
     values = experiment.values()
     folder, weights = Path(values["output_dir"]), weights.resolve()
-    if weights.parent == (folder / CHECKPOINTS).resolve():
+    if _is_in(weights, folder):
         for logger in trainer.loggers:
             if hasattr(logger, "resume_from"):
                 logger.resume_from(0)

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.pipeline_settings import (
+from mhc_lightning.cli.plan_report import report
+from mhc_lightning.cli.strategy_choice import devices_per_node, resolve_strategy
+from mhc_lightning.cli.strategy_settings import (
     PIPELINE_STRATEGY,
     PipelineSettings,
     check_pipeline_settings,
     draw,
+    is_sharded,
     pipeline_of,
     read_settings,
     strategy_name,
 )
-from mhc_lightning.cli.plan_report import report
-from mhc_lightning.cli.strategy_choice import devices_per_node, resolve_strategy
 from mhc_lightning.errors import UserError
 from mhc_lightning.formatting import format_bytes
 
@@ -179,7 +180,7 @@ def _micro_batch_size(experiment: Experiment, devices: int) -> int:
 def _data_parallel(
     strategy: dict[str, Any], devices: int
 ) -> "tuple[DataParallel, PipelineSettings | None]":
-    """What each device holds under a strategy; by its name, so that Lightning is not imported."""
+    """How devices share the batch and the model, and the settings of a pipeline, if it is one."""
     from mhc_lightning.planning import DataParallel
 
     name = strategy_name(strategy)
@@ -187,7 +188,7 @@ def _data_parallel(
         settings = read_settings(strategy)
         replicas = settings.replicas(devices)
         return DataParallel(replicas, sharded=replicas > 1), settings
-    sharded = any(word in name for word in ("shard", "fsdp", "modelparallel"))
+    sharded = is_sharded(strategy)
     views = bool(strategy.get("gradient_as_bucket_view", False))
     return DataParallel(devices, sharded=sharded, copies_gradients=not sharded and not views), None
 

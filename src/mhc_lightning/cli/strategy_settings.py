@@ -1,4 +1,4 @@
-"""What `plan` needs to know of `strategy=pipeline`, without importing Lightning."""
+"""What `plan` needs to know of a strategy's settings, without importing Lightning."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ PIPELINE_STRATEGY = "pipelinestrategy"
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """The arguments of `PipelineStrategy`, with its defaults."""
+    """The arguments of `PipelineStrategy`, with its defaults (a test compares them)."""
 
     schedule: str = "1f1b"
     microbatches: int | None = None
@@ -41,6 +41,24 @@ def strategy_name(strategy: dict[str, Any]) -> str:
     return str(strategy.get("name") or strategy.get("_target_")).rpartition(".")[2].lower()
 
 
+def is_sharded(strategy: dict[str, Any]) -> bool:
+    """True if a strategy that is no pipeline shards the model over the devices (FSDP).
+
+    Lightning is imported for classes of other packages only.
+    """
+    target = str(strategy.get("_target_") or "")
+    if not target or target.startswith("mhc_lightning."):
+        return target.endswith(".FullyShardedStrategy")
+    from hydra.utils import get_object
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+    try:
+        kind = get_object(target)
+    except Exception:  # `fit` names what is wrong with it
+        return False
+    return isinstance(kind, type) and issubclass(kind, (FSDPStrategy, ModelParallelStrategy))
+
+
 def read_settings(strategy: dict[str, Any]) -> PipelineSettings:
     """The settings of a pipeline.
 
@@ -56,7 +74,7 @@ def check_pipeline_settings(values: dict[str, Any]) -> None:
     """Refuse what is for pipelines alone in another run, and a picture that cannot be written.
 
     Raises:
-        UserError: Says what would do.
+        UserError: names the setting, and how to fix it.
     """
     pipelined = strategy_name(values["strategy"]) == PIPELINE_STRATEGY
     for key in ("picture", "times"):
@@ -78,7 +96,7 @@ def pipeline_of(
     devices: int,
     micro_batch_size: int,
 ) -> "Pipeline":
-    """How a run is laid out as a pipeline.
+    """The layout of a run as a pipeline.
 
     Args:
         values: The experiment's.
