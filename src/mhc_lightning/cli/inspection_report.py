@@ -1,9 +1,10 @@
-"""What `inspect` shows: a table, a JSON object, pictures."""
+"""What `inspect` prints and draws: a table, a JSON object, pictures."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.callbacks.gains import GAIN_TAGS
+from mhc_lightning.cli.text_table import text_table
 from mhc_lightning.errors import UserError
 from mhc_lightning.formatting import format_gain
 from mhc_lightning.inspection import Inspection
@@ -22,7 +23,7 @@ _HEADER = (
 
 
 def as_text(found: "InspectedCheckpoint", inspection: Inspection) -> str:
-    """A table for people."""
+    """A table of the sub-layers, and a line for the largest composite gains."""
     rows: list[tuple[str, ...]] = [_HEADER]
     for k, name in enumerate(inspection.names):
         gains = [format_gain(inspection.gains[tag][k]) for tag in GAIN_TAGS]
@@ -30,15 +31,8 @@ def as_text(found: "InspectedCheckpoint", inspection: Inspection) -> str:
         error, diagonal = inspection.column_error[k], inspection.diagonal[k]
         most = f"{stream + 1} ({share:.0%})"
         rows.append((str(k), name, *gains, f"{error:.1e}", f"{diagonal:.3f}", most))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if place == 1 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([_title(found), "", *lines, "", *_summaries(inspection)])
+    table = text_table(rows, "rl" + "r" * (len(_HEADER) - 2))
+    return "\n".join([_title(found), "", table, "", *_summaries(inspection)])
 
 
 def as_json(found: "InspectedCheckpoint", inspection: Inspection) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""How the plan of a pipeline is shown to people."""
+"""The text of a pipeline's plan."""
 
 from collections.abc import Sequence
+from textwrap import indent
 from typing import TYPE_CHECKING
 
+from mhc_lightning.cli.text_table import text_table
 from mhc_lightning.formatting import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def pipeline_heading(name: str, plan: "Plan") -> str:
-    """What is laid out how."""
+    """The first lines: devices, schedule, and the micro-batches of a step."""
     run, pipeline = plan.run, plan.pipeline
     assert pipeline is not None
     layout = pipeline.pipeline.plan
@@ -27,7 +29,7 @@ def pipeline_heading(name: str, plan: "Plan") -> str:
 
 
 def devices_table(pipeline: "PipelineForecast") -> str:
-    """Each device, and what it holds."""
+    """Stages, blocks and memory of each device."""
     rows = [("device", "stages", "blocks", "in flight", "weights", "activations", "total")]
     for device in pipeline.devices:
         memory = device.memory
@@ -90,12 +92,4 @@ def _first_clause(refusal: str) -> str:
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  "
-        + "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return indent(text_table(rows, "l" + "r" * (len(rows[0]) - 1)), "  ")

@@ -1,8 +1,10 @@
-"""How a plan is shown to people."""
+"""The text of a plan."""
 
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from mhc_lightning.cli.pipeline_report import devices_table, pipeline_heading, schedules_table
+from mhc_lightning.cli.text_table import text_table
 from mhc_lightning.formatting import format_bytes, format_count, format_duration, format_seconds
 
 if TYPE_CHECKING:
@@ -146,6 +148,4 @@ def _tokens(plan: "Plan") -> str:
 
 
 def _table(title: str, rows: list[tuple[str, str, str]]) -> str:
-    width = max(len(value) for _, value, _ in rows)
-    lines = [f"  {name:<13} {value:>{width}}  {about}".rstrip() for name, value, about in rows]
-    return "\n".join((title, *lines))
+    return f"{title}\n{indent(text_table(rows, 'lrl', first_width=13), '  ')}"
