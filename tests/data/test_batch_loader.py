@@ -127,8 +127,11 @@ def test_a_program_that_forgets_its_loader_ends(prepared: PreparedData) -> None:
 
     process = multiprocessing.get_context("fork").Process(target=program)
     process.start()
-    process.join(timeout=20)
-    assert process.exitcode == 0
+    try:
+        process.join(timeout=20)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,7 +1,7 @@
 """The loaders of training and validation: batches by position, read in worker processes.
 
 They are plain iterables and no `DataLoader`, because Lightning would replace its sampler. litdata's
-`StreamingDataLoader` resumes too, but its order depends on the number of ranks and workers.
+`StreamingDataLoader` resumes too, but its order follows the ranks and workers of the first run.
 """
 
 import atexit

@@ -1,9 +1,9 @@
 """A local cache of the chunk files of a prepared folder in an object store.
 
-litdata's downloaders transfer the files. Its own reader cannot serve here: it deletes chunks by
-count, and compares none with a checksum. Nor can fsspec's `filecache`, which has no limit in bytes
-and no lock between processes. Here several processes share the folder: a lock per chunk lets one of
-them fetch it while the others wait. A deleted file stays readable in processes that have it open.
+litdata's downloaders transfer the files. litdata's own reader does not serve here: it compares no
+chunk with a checksum, and prefetches in its own order. Nor does fsspec's `filecache`, which has no
+limit in bytes. Here several processes share the folder: a lock per chunk lets one of them fetch it
+while the others wait. A deleted file stays readable in processes that have it open.
 """
 
 import contextlib
