@@ -27,7 +27,7 @@ from mhc_lightning.errors import UserError
 
 Write = Callable[..., Path]
 SMALL: dict[str, Any] = {
-    "chunk_bytes": 8000,
+    "chunk_bytes": 12_000,
     "validation_fraction": 0.3,
     "num_workers": 1,
     "progress": False,
@@ -51,6 +51,20 @@ def documents(folder: Path) -> list[bytes]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory, write_texts: Write) -> Path:
     return write_texts(tmp_path_factory.mktemp("written"), 40)
+
+
+@pytest.fixture(scope="module")
+def finished(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of these texts, to be read only."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    prepare(written, output, **SMALL)
+    return output
+
+
+@pytest.fixture
+def output(tmp_path: Path, finished: Path) -> Path:
+    """A copy of that, beside `texts`."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
 @pytest.fixture
@@ -127,21 +141,15 @@ def test_mistakes_in_workers_arrive_as_they_are(texts: Path, tmp_path: Path) -> 
         prepare(texts, tmp_path / "out", **{**SMALL, "num_workers": 2})
 
 
-def test_finished_output_is_recognised(texts: Path, tmp_path: Path) -> None:
-    first = prepare(texts, tmp_path / "out", **SMALL)
-    before = contents(tmp_path / "out")
-    moved = tmp_path / "moved"
-    texts.rename(moved)
-    again = prepare(moved, tmp_path / "out", **SMALL)
-    assert again.reused and not first.reused
-    assert again.record == first.record
+def test_finished_output_is_recognised(texts: Path, output: Path) -> None:
+    before, record = contents(output), PreparedData(output).record
+    again = prepare(texts, output, **SMALL)
+    assert again.reused and again.record == record, "wherever the texts are"
     assert "already" in str(again)
-    assert contents(tmp_path / "out") == before
+    assert contents(output) == before
 
 
-def test_other_content_is_kept_unless_told(texts: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    prepare(texts, output, **SMALL)
+def test_other_content_is_kept_unless_told(texts: Path, output: Path, tmp_path: Path) -> None:
     before = contents(output)
     (texts / "one more.txt").write_text("more")
     with pytest.raises(UserError, match=r"holds other input or settings; .*overwrite=true"):
@@ -152,13 +160,12 @@ def test_other_content_is_kept_unless_told(texts: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in put=1", "out"]
 
 
-def test_a_damaged_output_is_not_taken_for_finished(texts: Path, tmp_path: Path) -> None:
-    prepare(texts, tmp_path / "out", **SMALL)
-    next((tmp_path / "out/train").glob("*.bin")).unlink()
+def test_a_damaged_output_is_not_taken_for_finished(texts: Path, output: Path) -> None:
+    next((output / "train").glob("*.bin")).unlink()
     with pytest.raises(UserError, match="is damaged"):
-        prepare(texts, tmp_path / "out", **SMALL)
-    prepare(texts, tmp_path / "out", overwrite=True, **SMALL)
-    PreparedData(tmp_path / "out").verify()
+        prepare(texts, output, **SMALL)
+    prepare(texts, output, overwrite=True, **SMALL)
+    PreparedData(output).verify()
 
 
 def test_a_folder_of_something_else_is_never_replaced(texts: Path, tmp_path: Path) -> None:
@@ -193,19 +200,18 @@ def test_an_interrupted_run_is_taken_up_where_it_stopped(
     prepare(texts, output, **SMALL)
     # The documents of finished units were encoded once, those of the broken one twice.
     repeated = len(encoded) - 1 - 40
-    assert 0 < repeated <= 3
+    assert 0 < repeated <= 4
     assert contents(output) == contents(tmp_path / "whole")
     assert not (tmp_path / ".out.preparing").exists()
 
 
 @pytest.mark.parametrize("name", ["chunk-0-0.bin", "validation.npy", "unit.json"])
 def test_a_damaged_unit_of_an_interrupted_run_is_done_again(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    texts: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    whole = prepare(texts, tmp_path / "whole", **SMALL)
     with monkeypatch.context() as patch:
         patch.setattr("mhc_lightning.data.preparation.write_prepared", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -217,25 +223,28 @@ def test_a_damaged_unit_of_an_interrupted_run_is_done_again(
         path.write_bytes(data)
     assert found
     again = prepare(texts, tmp_path / "out", **SMALL)
-    assert again.record.content == whole.record.content
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert again.record.content == PreparedData(finished).record.content
+    made, whole = contents(tmp_path / "out"), contents(finished)
+    assert made.keys() == whole.keys()
+    assert {name for name in made if made[name] != whole[name]} == {"prepared.json"}, "other paths"
 
 
 def test_a_folder_of_an_earlier_version_is_recognised_and_made_anew_if_told(
-    texts: Path, tmp_path: Path
+    texts: Path, output: Path
 ) -> None:
-    first = prepare(texts, tmp_path / "out", **SMALL)
-    record = json.loads((tmp_path / "out/prepared.json").read_text())
+    first = PreparedData(output).record
+    record = json.loads((output / "prepared.json").read_text())
     for key in ("checksum", "files", "forms"):
         del record[key]
     for chunk in [*record["chunks"]["train"], *record["chunks"]["validation"]]:
         del chunk["xxh3"]
-    (tmp_path / "out/prepared.json").write_text(json.dumps(record))
-    found = prepare(texts, tmp_path / "out", **SMALL)
+    (output / "prepared.json").write_text(json.dumps(record))
+    found = prepare(texts, output, **SMALL)
     assert found.reused and "an earlier version made it, without checksums" in str(found)
-    made = prepare(texts, tmp_path / "out", overwrite=True, **SMALL)
-    assert not made.reused and made.record == first.record
-    assert prepare(texts, tmp_path / "out", overwrite=True, **SMALL).reused
+    made = prepare(texts, output, overwrite=True, **SMALL)
+    assert not made.reused and made.record.chunks == first.chunks
+    assert made.record.files == first.files
+    assert prepare(texts, output, overwrite=True, **SMALL).reused
 
 
 def test_what_files_are_taken_for_is_part_of_what_is_recognised(tmp_path: Path) -> None:

@@ -27,16 +27,15 @@ def network():
 
 @pytest.fixture(scope="session")
 def direct(network):
-    """Log-likelihood and greediness of a continuation: one sequence, token by token."""
+    """Log-likelihood and greediness of a continuation: one sequence alone, without padding."""
 
     @torch.no_grad()
     def score(context, continuation):
-        tokens, total, greedy = list(context), 0.0, True
-        for token in continuation:
-            logits = network(torch.tensor([tokens]))[0, -1].double()
-            total += float(logits.log_softmax(-1)[token])
-            greedy &= int(logits.argmax()) == token
-            tokens.append(token)
+        logits = network(torch.tensor([[*context, *continuation]]))[0].double()
+        total, greedy = 0.0, True
+        for place, token in enumerate(continuation, start=len(context)):
+            total += float(logits[place - 1].log_softmax(-1)[token])
+            greedy &= int(logits[place - 1].argmax()) == token
         return total, greedy
 
     return score

@@ -66,10 +66,10 @@ def greedy_text(network, tokens, count):
 def test_generation_is_greedy_until_a_stop_text(network, encode):
     model = model_of(network)
     prompts = ["Q: Which stream?\nA:", "x", "Sinkhorn and Knopp, "]
-    whole = [greedy_text(network, encode(prompt), 20) for prompt in prompts]
+    whole = [greedy_text(network, encode(prompt), 12) for prompt in prompts]
 
     def generate(**settings):
-        arguments = [(prompt, {"max_gen_toks": 20, **settings}) for prompt in prompts]
+        arguments = [(prompt, {"max_gen_toks": 12, **settings}) for prompt in prompts]
         return model.generate_until(requests("generate_until", *arguments), disable_tqdm=True)
 
     assert generate(until=[]) == whole
