@@ -67,17 +67,14 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_top_k_and_top_p() -> None:
     model = Fixed([0.5, 0.3, 0.15, 0.05])
     two = torch.tensor([0.625, 0.375, 0, 0])
-    assert (draw(model, top_k=2) - two).abs().max() < 0.03
-    assert (draw(model, top_p=0.7) - two).abs().max() < 0.03
-    assert (draw(model, top_p=0.4) - torch.tensor([1.0, 0, 0, 0])).abs().max() == 0
-    assert (
-        draw(model, top_k=100, top_p=1.0) - torch.tensor([0.5, 0.3, 0.15, 0.05])
-    ).abs().max() < 0.03
+    assert (draw(model, 2000, top_k=2) - two).abs().max() < 0.03
+    assert draw(model, 50, top_p=0.7)[2:].tolist() == [0, 0]
+    assert draw(model, 50, top_p=0.4).tolist() == [1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-@pytest.mark.parametrize("top_k", [None, 1, 2, 7, 50, 100])
-@pytest.mark.parametrize("top_p", [None, 0.1, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.7])
+@pytest.mark.parametrize("top_k", [None, 1, 7, 100])
+@pytest.mark.parametrize("top_p", [None, 0.1, 0.9, 1.0])
 @pytest.mark.parametrize("ties", [False, True])
 def test_settings_make_the_distribution_that_transformers_makes(
     temperature: float, top_k: int | None, top_p: float | None, ties: bool
@@ -108,7 +105,7 @@ def test_settings_make_the_distribution_that_transformers_makes(
 def test_top_p_is_of_what_top_k_left() -> None:
     model = Fixed([0.4, 0.3, 0.2, 0.1])
     # Of 4/7 and 3/7 the first holds 0.5 alone; of 0.4 and 0.3 it does not.
-    assert draw(model, top_k=2, top_p=0.5).tolist() == [1, 0, 0, 0]
+    assert draw(model, 50, top_k=2, top_p=0.5).tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 1.0])
@@ -192,6 +189,15 @@ def test_rows_of_different_length_share_a_batch(network: Transformer) -> None:
                 own = network.forward_cached(more[row : row + 1, :count], alone[k])
                 assert (together[row] - own[0]).abs().max() < 1e-5 * own.abs().max()
     assert caches[0].lengths.tolist() == [6, 5]
+
+
+@pytest.mark.parametrize("counts", [[0, 3], [1, 4]])
+def test_counts_beyond_the_new_tokens_are_refused(network: Transformer, counts: list[int]) -> None:
+    """A count of 0 would give the logits of another position."""
+    with pytest.raises(UserError, match=r"counts must be from 1 to 3 \(new tokens of each row\)"):
+        network.forward_cached(
+            torch.ones(2, 3).long(), network.new_caches(2, 9), torch.tensor(counts)
+        )
 
 
 def test_prompts_together_are_continued_as_each_alone(network: Transformer) -> None:

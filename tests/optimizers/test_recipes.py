@@ -1,4 +1,4 @@
-"""The optimizer recipe: groups and schedule."""
+"""Optimizer recipes: their settings, parameter groups and checks."""
 
 from collections.abc import Callable
 
@@ -13,28 +13,6 @@ from mhc_lightning.modules import (
     Transformer,
 )
 from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe, OptimizerRecipe
-from mhc_lightning.optimizers.resumed_settings import group_settings, keep_present_settings
-
-
-def test_step_schedule_of_the_paper() -> None:
-    recipe = AdamWRecipe(lr=8.6e-4, warmup_steps=2000)
-    total = 30_000
-    assert recipe.learning_rate.factor(0, total) == 1 / 2000
-    assert recipe.learning_rate.factor(999, total) == 0.5
-    assert recipe.learning_rate.factor(1999, total) == 1.0
-    assert recipe.learning_rate.factor(23_999, total) == 1.0
-    assert recipe.learning_rate.factor(24_000, total) == 0.316
-    assert recipe.learning_rate.factor(26_999, total) == 0.316
-    assert recipe.learning_rate.factor(27_000, total) == 0.1
-    assert recipe.learning_rate.factor(29_999, total) == 0.1
-
-
-def test_cosine_and_constant() -> None:
-    cosine = AdamWRecipe(lr=1.0, warmup_steps=10, schedule="cosine", final_fraction=0.2)
-    assert cosine.learning_rate.factor(10, 110) == 1.0
-    assert cosine.learning_rate.factor(60, 110) == pytest.approx(0.6)
-    assert cosine.learning_rate.factor(110, 110) == pytest.approx(0.2)
-    assert AdamWRecipe(lr=1.0, schedule="constant").learning_rate.factor(10**6, 10) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -177,41 +155,3 @@ def test_muon_leaves_tables_and_kernels_of_other_modules_to_adamw() -> None:
     assert {names[p] for p in tables["params"]} == {
         "conv.weight", "up.weight", "positions.weight", "bag.weight"
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "steps"),
-    [
-        (AdamWRecipe(lr=1.0), AdamWRecipe(lr=1.0), (10, 100)),
-        (AdamWRecipe(lr=1.0), AdamWRecipe(lr=1.0, warmup_steps=20), (100, 100)),
-        (
-            AdamWRecipe(lr=1.0, schedule="cosine"),
-            AdamWRecipe(lr=1.0, schedule="constant"),
-            (20, 20),
-        ),
-        (MuonRecipe(lr=1.0, schedule="cosine"), MuonRecipe(lr=0.5, schedule="cosine"), (20, 40)),
-        (MuonRecipe(lr=1.0), MuonRecipe(lr=1.0), (10, 10)),
-    ],
-)
-def test_the_first_step_after_a_resume_has_the_learning_rate_of_the_schedule_of_now(
-    before: OptimizerRecipe, now: OptimizerRecipe, steps: tuple[int, int]
-) -> None:
-    (optimizer, scheduler), (other, other_scheduler) = (
-        recipe.build(torch.nn.Linear(2, 2), total)
-        for recipe, total in zip((before, now), steps, strict=True)
-    )
-    for _ in range(9):
-        optimizer.step()
-        scheduler.step()
-    settings = group_settings(other)
-    other.load_state_dict(optimizer.state_dict())
-    other_scheduler.load_state_dict(scheduler.state_dict())
-    changed = keep_present_settings(settings, other, other_scheduler)
-    same = (before, steps[0]) == (now, steps[1])
-    assert bool(changed) != same
-    for step in range(9, 15):
-        wanted = now.lr * now.learning_rate.factor(step, steps[1])
-        assert {group["lr"] for group in other.param_groups} == {wanted}
-        assert set(other_scheduler.get_last_lr()) == {wanted}
-        other.step()
-        other_scheduler.step()
