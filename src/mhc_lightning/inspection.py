@@ -107,12 +107,14 @@ def _static_mappings(
     connection = copy.deepcopy(connection)
     values = {key: tensors[f"{name}.{key}"] for key in connection.state_dict()}
     connection.load_state_dict(values, assign=True)
-    seen: list[StreamMappings] = []
-    connection.window.register_forward_hook(lambda _module, _args, mappings: seen.append(mappings))
+    observed: list[StreamMappings] = []
+    connection.window.register_forward_hook(
+        lambda _module, _args, mappings: observed.append(mappings)
+    )
     streams = torch.zeros(1, connection.num_streams, connection.dim)
     aggregated, state = connection.read(streams, carry)
     _, carry = connection.write(streams, torch.zeros_like(aggregated), state)
-    return StreamMappings(*(mapping.clone() for mapping in seen[0])), carry
+    return StreamMappings(*(mapping.clone() for mapping in observed[0])), carry
 
 
 @torch.no_grad()
@@ -123,6 +125,6 @@ def mappings_on(network: Transformer, tokens: Tensor) -> list[SublayerMappings]:
     try:
         network(tokens)
     finally:
-        seen = watcher.close()
-    names = [name.removesuffix(".window").removesuffix("_connection") for name, *_ in seen]
-    return [SublayerMappings(n, o.mappings) for n, o in zip(names, seen, strict=True)]
+        observations = watcher.close()
+    names = [name.removesuffix(".window").removesuffix("_connection") for name, *_ in observations]
+    return [SublayerMappings(n, o.mappings) for n, o in zip(names, observations, strict=True)]

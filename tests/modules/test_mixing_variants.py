@@ -39,7 +39,7 @@ CASES = [(build, n) for build, n in FACTORS]
 
 
 def scrambled(build: type, dim: int, n: int, scale: float = 1.0) -> GatedHyperConnection:
-    """A connection whose parameters are all at work."""
+    """A connection whose parameters all have an effect."""
     connection = build(dim, n, 1)
     with torch.no_grad():
         for parameter in connection.parameters():

@@ -1,4 +1,4 @@
-"""Whatever stands in the place of a projection is called: nobody reads its weight past it."""
+"""A module in the place of a projection is called: its weight is not read past it."""
 
 from collections.abc import Callable
 from typing import Any

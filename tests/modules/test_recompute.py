@@ -1,4 +1,4 @@
-"""Recomputation: the same gradients bit for bit, from what Table 3 of the paper says is kept."""
+"""Recomputation: bit for bit equal gradients, from the tensors that the paper's Table 3 keeps."""
 
 import gc
 from collections.abc import Callable, Iterator

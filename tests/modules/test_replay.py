@@ -1,3 +1,5 @@
+"""The replay of a norm in autograd's thread."""
+
 import threading
 
 import torch

@@ -1,4 +1,4 @@
-"""Connections and whole networks under ``torch.func``, against ordinary calls."""
+"""Chains of connections and whole networks under `torch.func`, against ordinary calls."""
 
 from collections.abc import Callable
 from functools import partial

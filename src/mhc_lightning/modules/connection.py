@@ -123,8 +123,8 @@ class Connection(KeepsFloat32):
         Returns:
             The new streams, and the carry for the next sub-layer's `read`.
         """
-        read_streams, mappings = state
-        return merge_streams(read_streams, output, mappings.residual, mappings.post), None
+        old_streams, mappings = state
+        return merge_streams(old_streams, output, mappings.residual, mappings.post), None
 
     def carry_like(self, streams: Tensor) -> Tensor | None:
         """An uninitialised carry as `write` returns it beside streams [..., n, C], or None."""

@@ -97,9 +97,11 @@ class GatedHyperConnection(Connection):
 
     def read(self, streams: Tensor, carry: Tensor | None = None) -> tuple[Tensor, Any]:
         """Compute mappings and the aggregated streams together."""
-        kept, u, mappings = read_streams(streams, self.phi, self.alpha, self.bias, **self._rule())
+        old_streams, u, mappings = read_streams(
+            streams, self.phi, self.alpha, self.bias, **self._rule()
+        )
         # A hook may change what leaves the window, but the streams were read with this `pre`.
-        return u, (kept, self.window(streams, mappings)._replace(pre=mappings.pre))
+        return u, (old_streams, self.window(streams, mappings)._replace(pre=mappings.pre))
 
     def follow(self, unmerged: Unmerged) -> tuple[Tensor, Tensor, Any]:
         """Merge and read in one step where both connections are alike and kernels fuse it."""
@@ -107,9 +109,9 @@ class GatedHyperConnection(Connection):
             unmerged.streams, self.phi
         ):
             return super().follow(unmerged)
-        kept, mappings = unmerged.state
+        old_streams, mappings = unmerged.state
         streams, u, following = merge_and_read(
-            kept,
+            old_streams,
             unmerged.output,
             mappings.residual,
             mappings.post,

@@ -86,8 +86,8 @@ class HyperConnection(Connection):
         """Compute mappings and the aggregated streams together."""
         if self.phi is None or self.alpha is None:
             return super().read(streams, carry)
-        kept, u, mappings = read_hyper_streams(
+        old_streams, u, mappings = read_hyper_streams(
             streams, self.phi, self.alpha, self.bias, self.tanh, self.eps
         )
         # A hook may change what leaves the window, but the streams were read with this `pre`.
-        return u, (kept, self.window(streams, mappings)._replace(pre=mappings.pre))
+        return u, (old_streams, self.window(streams, mappings)._replace(pre=mappings.pre))

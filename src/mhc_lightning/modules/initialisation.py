@@ -94,8 +94,8 @@ def reset_modules(network: nn.Module) -> None:
         UserError: A module owns some, and has no `reset_parameters()`.
     """
     for name, module in network.named_modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own and module is not network:
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if tensors and module is not network:
             reset_module(module, name)
 
 
@@ -124,19 +124,19 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
 
     They are uninitialised, to be filled; at the exit their values go to the shards.
     """
-    own = module._parameters
-    sharded: dict[str, Any] = {name: p for name, p in own.items() if isinstance(p, DTensor)}
+    parameters = module._parameters
+    sharded: dict[str, Any] = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
     for name, parameter in sharded.items():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-        own[name] = nn.Parameter(whole, parameter.requires_grad)
+        parameters[name] = nn.Parameter(whole, parameter.requires_grad)
     try:
         yield
         with torch.no_grad():
             for name, parameter in sharded.items():
                 part, first = held_rows(parameter)
-                part.copy_(own[name][first : first + len(part)])  # type: ignore[index]
+                part.copy_(parameters[name][first : first + len(part)])  # type: ignore[index]
     finally:
-        own.update(sharded)
+        parameters.update(sharded)
 
 
 def held_rows(tensor: Tensor) -> tuple[Tensor, int]:

@@ -25,16 +25,16 @@ class NormReplay(NamedTuple):
 
     def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The output, and the tensors that autograd saves for it, in order."""
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
 
         def pack(tensor: Tensor) -> None:
-            kept.append(tensor.detach())
+            saved.append(tensor.detach())
 
         x = x.detach().requires_grad_(self.requires_grad)
         # Autograd's thread may be in another autocast mode than the forward pass was.
         autocast = nullcontext() if x.is_meta else _autocast(x.device.type, self.autocast)
         with torch.enable_grad(), autocast, saved_tensors_hooks(pack, _discarded):
-            return self.forward(x).detach(), kept
+            return self.forward(x).detach(), saved
 
 
 @contextmanager

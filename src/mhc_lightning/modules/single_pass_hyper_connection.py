@@ -36,7 +36,7 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         """
         if carry is None:
             carry = self._first_carry(streams)
-        kept, u, mappings = read_streams(
+        old_streams, u, mappings = read_streams(
             streams,
             *(self.phi, self.alpha, self.bias),
             num_iterations=self.sinkhorn_iterations,
@@ -44,12 +44,12 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
             carry=carry,
         )
         shown = self.window(streams, mappings._replace(pre=carry))._replace(pre=carry)
-        return u, (kept, shown, mappings.pre)
+        return u, (old_streams, shown, mappings.pre)
 
     def write(self, streams: Tensor, output: Tensor, state: Any) -> tuple[Tensor, Tensor | None]:
         """Merge, and return the pre mapping as the carry."""
-        kept, mappings, carry = state
-        return merge_streams(kept, output, mappings.residual, mappings.post), carry
+        old_streams, mappings, carry = state
+        return merge_streams(old_streams, output, mappings.residual, mappings.post), carry
 
     def follow(self, unmerged: Unmerged) -> tuple[Tensor, Tensor, Any]:
         """Merge and read in one pass if both connections are alike and the kernels can fuse it."""
@@ -57,9 +57,9 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
             unmerged.streams, self.phi
         ):
             return super(GatedHyperConnection, self).follow(unmerged)
-        kept, mappings, carry = unmerged.state
+        old_streams, mappings, carry = unmerged.state
         streams, u, following = merge_and_read(
-            kept,
+            old_streams,
             unmerged.output,
             mappings.residual,
             mappings.post,

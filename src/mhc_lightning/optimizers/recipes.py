@@ -128,7 +128,7 @@ class AdamWRecipe(OptimizerRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class MuonRecipe(OptimizerRecipe):
-    """Muon for matrices, AdamW for the rest, with the same schedule (arXiv 2606.19348).
+    """Muon for matrices and AdamW for other parameters, with one schedule (arXiv 2606.19348).
 
     AdamW trains the embedding and the output projection (also an adapter in their place, with the
     module that it wraps), all vectors (norm weights, biases, the connections' gates), and the

@@ -1,4 +1,4 @@
-"""A network built on meta is the network built with memory, whatever brings it to life."""
+"""A network built on meta gets the values of one built with memory, however it is materialised."""
 
 import copy
 from collections.abc import Callable, Iterator
