@@ -1,11 +1,11 @@
-"""What every connection promises, and what each promises for itself."""
+"""The contract of all connections, and the guarantees of each kind."""
 
-import functools
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
+from networks import CONNECTIONS
 from torch import Tensor, nn
 
 from mhc_lightning import modules
@@ -25,21 +25,15 @@ from mhc_lightning.modules import (
     Unmerged,
 )
 
-STATIC_HC = functools.partial(HyperConnection, dynamic=False)
-LINEAR_HC = functools.partial(HyperConnection, tanh=False)
+STATIC_HC = CONNECTIONS["hc_static"]
 GATED = [
     ManifoldHyperConnection,
     PermutationHyperConnection,
     KroneckerHyperConnection,
     IdentityHyperConnection,
 ]
-ALL: list[Callable[..., Connection]] = [
-    ResidualConnection,
-    HyperConnection,
-    STATIC_HC,
-    LINEAR_HC,
-    *GATED,
-]
+# Single-pass connections read with a carry: they have tests of their own.
+ALL = [build for name, build in CONNECTIONS.items() if name != "mhc_single_pass"]
 # Numbers of streams that a connection takes, where it does not take all.
 Build = Callable[..., Connection]
 ALLOWED: dict[Build, list[int]] = {PermutationHyperConnection: [1, 2, 3, 4]}
