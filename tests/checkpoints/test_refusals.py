@@ -89,3 +89,24 @@ def test_pickled_objects_are_rebuilt_only_from_trusted_files(tmp_path):
     with pytest.raises(UserError, match="pickled Python objects"):
         load_checkpoint(path, trusted=False)
     assert isinstance(load_checkpoint(path, trusted=True)["callbacks"]["x"], Plain)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([1, 2], "no `state_dict`"),
+        ({"weights": {}}, "no `state_dict`"),
+        ({"state_dict": [1]}, "its `state_dict` is no mapping"),
+    ],
+)
+def test_a_file_without_a_model_is_refused(tmp_path, content, reason):
+    path = tmp_path / "step_00000001.ckpt"
+    write_checkpoint(content, path)
+    with pytest.raises(UserError, match=rf"step_00000001\.ckpt has no model in it \({reason}\)"):
+        load_checkpoint(path, trusted=False)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "note.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"note\.txt cannot be loaded"):
+        load_checkpoint(tmp_path / "note.txt", trusted=False)
