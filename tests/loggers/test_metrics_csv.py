@@ -55,7 +55,7 @@ def test_a_late_value_for_an_earlier_step_finds_its_row(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 9])
-def test_resuming_drops_later_rows_and_mends_a_cut_line(tmp_path, cut):
+def test_resuming_drops_later_rows_and_a_cut_line(tmp_path, cut):
     log = MetricsCSV(tmp_path)
     for step in range(1, 6):
         log.log_metrics({"loss": step / 7, "a,b": step}, step)

@@ -77,15 +77,15 @@ def drop_events_after(step: int, file: Path) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    kept = io.BytesIO()
-    writer = RecordWriter(kept)
+    shortened = io.BytesIO()
+    writer = RecordWriter(shortened)
     for record in RawEventFileLoader(str(file)).Load():
         if Event.FromString(record).step <= step:
             writer.write(record)
-    if kept.tell() == file.stat().st_size:
+    if shortened.tell() == file.stat().st_size:
         return
     with replacing(file) as aside:
-        aside.write_bytes(kept.getvalue())
+        aside.write_bytes(shortened.getvalue())
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:

@@ -20,7 +20,7 @@ class Report:
         verdicts: One for each of them.
         over_seeds: Gaps over seeds, where runs have several.
         baseline: The run that the others are compared with.
-        styles: How each run is drawn, by its name.
+        styles: Each run's style, by its name.
         sections: The figures.
     """
 

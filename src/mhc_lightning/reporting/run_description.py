@@ -1,4 +1,4 @@
-"""What was run, as `config.yaml` and `environment.json` record it; nothing is guessed."""
+"""Descriptions of runs, from `config.yaml` and `environment.json`; nothing is guessed."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ COMPLETE, DIVERGED, INCOMPLETE, UNKNOWN_LENGTH = "complete", "diverged", "incomp
 
 
 class Ending(NamedTuple):
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         state: complete, diverged, incomplete, or unknown.
@@ -46,7 +46,7 @@ def planned_steps(run: LoggedRun) -> int | None:
 
 
 def ending(run: LoggedRun) -> Ending:
-    """How a run ended, by its record or else by its last logged or saved step."""
+    """The end of a run, by its record or else by its last logged or saved step."""
     planned, reached = planned_steps(run), run.last_step
     reason, last = run.fact("ended.reason"), run.fact("ended.step")
     if isinstance(reason, str) and reason != "complete":

@@ -1,4 +1,4 @@
-"""How the settings of runs differ, and whether two runs saw the same batches."""
+"""Comparison of runs by their settings: differences, equal batches, equal but for the seed."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

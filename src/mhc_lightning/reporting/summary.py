@@ -52,7 +52,7 @@ class Summary:
 
     Attributes:
         run: The run.
-        ending: How it ended.
+        ending: Its end.
         loss: Mean training loss over the final window.
         lowest: The lowest such mean of the run.
         validation: Step and value of the last validation loss.

@@ -1,1 +1,1 @@
-"""How the mappings of a model are observed: hooks, order of sub-layers, chains of streams."""
+"""Observation of a model's mappings: hooks, the order of sub-layers, chains of streams."""

@@ -11,7 +11,7 @@ from mhc_lightning.reporting.settings_comparison import same_but_for_the_seed
 
 @dataclass(frozen=True)
 class RunStyle:
-    """How a run is drawn.
+    """The style of a run's lines.
 
     Attributes:
         label: The name beside its lines.
