@@ -1,3 +1,5 @@
+"""Amax gains while training: tags, peaks, and the profiles drawn."""
+
 import math
 from types import SimpleNamespace
 from typing import Any

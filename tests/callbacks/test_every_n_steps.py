@@ -1,3 +1,5 @@
+"""Every n-th step: intervals, accumulation, resuming, and the ends of a run."""
+
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Amax gains of given matrices, against explicit products and the paper's figures."""
+
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,3 +1,5 @@
+"""The progress of training: plain lines in a pipe, one bar on a terminal."""
+
 import re
 import sys
 from types import SimpleNamespace

@@ -1,3 +1,5 @@
+"""The summary of a run: its numbers, where its files are, and when there is none."""
+
 import re
 from pathlib import Path
 from typing import Any

@@ -1,3 +1,5 @@
+"""The dashboard: TensorBoard finds the layout, and each chart its tags."""
+
 import re
 from typing import Any
 

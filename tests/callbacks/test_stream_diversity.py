@@ -1,3 +1,5 @@
+"""Stream diversity and the Sinkhorn residual, of known streams and in training."""
+
 import math
 from typing import Any
 

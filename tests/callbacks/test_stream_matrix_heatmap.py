@@ -1,3 +1,5 @@
+"""Heat maps of matrices and products: which are drawn, and of what."""
+
 import io
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""The command `report`: pages, JSON, mistakes, and no torch."""
+
 import contextlib
 import json
 import shutil

@@ -1,3 +1,5 @@
+"""The watcher: which records it collects, and that it leaves no hook."""
+
 from typing import Any
 
 import pytest
