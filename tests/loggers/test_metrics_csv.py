@@ -69,6 +69,17 @@ def test_resuming_drops_later_rows_and_a_cut_line(tmp_path, cut):
     assert (tmp_path / "metrics.csv").read_bytes() == whole
 
 
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_cut_line_is_no_row_even_if_it_reads_as_one(tmp_path, cut):
+    log = MetricsCSV(tmp_path)
+    for step in range(1, 6):
+        log.log_metrics({"loss": step / 7}, step)
+    whole = (tmp_path / "metrics.csv").read_bytes()
+    (tmp_path / "metrics.csv").write_bytes(whole[: len(whole) - cut])  # a number with fewer digits
+    MetricsCSV(tmp_path).resume_from(5)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "4"]
+
+
 def test_a_full_disk_delays_rows_and_does_not_stop_the_run(tmp_path):
     log = MetricsCSV(tmp_path)
     log.log_metrics({"a": 0.0}, 0)

@@ -338,10 +338,14 @@ def test_works_in_a_foreign_project(foreign: Any, fit: Any, tmp_path: Path) -> N
     assert "optimizer_step" not in vars(module)  # left as it was
 
     folder = tmp_path / "saved"
-    fit(foreign.Module(), StabilityAlarm(["checkpoint"], window=32), AmaxGain(),
-        Injection(20, "mixers.1.body.weight", 1e4), ModelCheckpoint(folder),
-        max_steps=24, enable_checkpointing=True)  # fmt: skip
+    lowering = StabilityAlarm(["checkpoint", "lower_lr"], window=32)
+    trainer = fit(foreign.Module(), lowering, AmaxGain(),
+                  Injection(20, "mixers.1.body.weight", 1e4), ModelCheckpoint(folder),
+                  max_steps=24, enable_checkpointing=True)  # fmt: skip
     assert (folder / "alarm_step_00000020.ckpt").is_file()
+    assert "learning rate times" in lowering.interventions[0][1]
+    # Without a schedule, too, each update's rate is restored.
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.001
 
 
 def test_says_what_it_cannot_watch(foreign: Any, fit: Any) -> None:
