@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-
-from mhc_lightning.cli.main import main
+from in_process import run_main
 
 _BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
@@ -76,9 +75,9 @@ def _follow(page: Path, folder: Path, skip: str) -> str:
         if block.language == "text":
             _compare(block.text, printed)
             continue
-        elif block.title:
+        if block.title:
             continue
-        elif block.language == "python":
+        if block.language == "python":
             with _captured() as output:
                 exec(compile(block.text, str(page), "exec"), names)
             printed = output.getvalue()
@@ -88,6 +87,8 @@ def _follow(page: Path, folder: Path, skip: str) -> str:
             for line in filter(None, map(str.strip, lines.splitlines())):
                 if not re.search(skip, line):
                     printed += _run(line, folder)
+        else:
+            raise AssertionError(f"{page.name} has {block.language} that nothing runs or reads")
         everything += printed
     return everything
 
@@ -101,10 +102,10 @@ def _run(line: str, folder: Path) -> str:
         command = ["bash", "-c", line]
         done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         return done.stdout
+    if words[1:3] == ["-m", "mhc_lightning"]:
+        return "".join(run_main(*words[3:]))
     with _captured() as output:
-        if words[1:3] == ["-m", "mhc_lightning"]:
-            assert main(words[3:]) == 0, output.getvalue()
-        elif words[1:3] == ["-m", "pytest"]:
+        if words[1:3] == ["-m", "pytest"]:
             ended = pytest.main(["-q", "-p", "no:cacheprovider", *words[3:]])
             assert ended == 0, output.getvalue()
         else:
