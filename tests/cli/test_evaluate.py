@@ -126,8 +126,8 @@ def test_a_tokenizer_mismatch_is_refused(trained, words, capfd, tmp_path):
     vocabulary = {chr(97 + k): k for k in range(26)} | {"[UNK]": 26, "<eos>": 27}
     other = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
     other.save(str(tmp_path / "tokenizer.json"))
-    told = f"data.tokenizer={tmp_path / 'tokenizer.json'}"
-    error = last_error(trained.inside("evaluate", *words, told), capfd)
+    other_tokenizer = f"data.tokenizer={tmp_path / 'tokenizer.json'}"
+    error = last_error(trained.inside("evaluate", *words, other_tokenizer), capfd)
     assert "tokenizer mismatch" in error and "bytes-257" in error
 
 

@@ -86,11 +86,10 @@ def test_fit_starts_at_step_0_with_the_weights(exported, command, capfd, source)
     assert not torch.equal(before["output.weight"], after["model.output.weight"])
     assert torch.allclose(before["output.weight"], after["model.output.weight"], atol=1e-9)
 
-    assert command.inside("fit", *words, "ckpt_path=last", "trainer.max_steps=5") == 0
-    assert "going on from step 3" in capfd.readouterr()[1]
-    assert list(command.metrics("new")) == [1, 2, 3, 4, 5]
-
     if source == "an exported folder":
+        assert command.inside("fit", *words, "ckpt_path=last", "trainer.max_steps=5") == 0
+        assert "going on from step 3" in capfd.readouterr()[1]
+        assert list(command.metrics("new")) == [1, 2, 3, 4, 5]
         assert command.inside("fit", *words, start) == 2
         assert "already holds a run" in capfd.readouterr()[1]
         assert list(command.metrics("new")) == [1, 2, 3, 4, 5]
@@ -163,8 +162,8 @@ def test_a_tokenizer_other_than_the_checkpoints_is_refused(trained, command, cap
     words = {chr(97 + k): k for k in range(26)} | {"[UNK]": 26, "<eos>": 27}
     other = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
     other.save(str(command.folder / "tokenizer.json"))
-    told = f"data.tokenizer={command.folder / 'tokenizer.json'}"
-    error = error_of(trained.inside(*EXPORT, "output=x", told), capfd)
+    other_tokenizer = f"data.tokenizer={command.folder / 'tokenizer.json'}"
+    error = error_of(trained.inside(*EXPORT, "output=x", other_tokenizer), capfd)
     assert "tokenizer mismatch" in error and "bytes-257" in error
     assert not (trained.folder / "x").exists()
 
