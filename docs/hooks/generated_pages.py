@@ -14,7 +14,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from messages import Message, messages
+from messages import Message, messages, without_labels
 
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 NOTES = Path(__file__).with_name("message_notes.yaml")
@@ -104,7 +104,7 @@ def _entries(file: str, found: list[Message], notes: dict[str, Any]) -> Iterator
 def _entry(text: str, causes: list[dict[str, str]]) -> Iterator[str]:
     yield f"- {_message(text)}"
     for note in causes:
-        if note["match"] in text:
+        if note["match"] in without_labels(text):
             yield f"\n    {note['cause']}\n"
 
 

@@ -35,7 +35,7 @@ class Message:
     @property
     def is_readable(self) -> bool:
         """Whether the text has words of its own, and is not all variable."""
-        words = _without_brackets(self.text)
+        words = without_labels(self.text)
         return sum(character.isalpha() for character in words) >= 8
 
 
@@ -118,7 +118,7 @@ def _text(node: ast.expr, assigned: dict[str, ast.expr]) -> str:
         return _text(node.left, assigned) + _text(node.right, assigned)
     if isinstance(node, ast.IfExp):
         sides = [_text(side, assigned) for side in (node.body, node.orelse)]
-        if all(_without_brackets(side) or not side for side in sides):
+        if all(without_labels(side).strip("⟨⟩") or not side for side in sides):
             return f"⟨{' | '.join(side.strip() or '–' for side in sides)}⟩"
     if isinstance(node, ast.Name) and node.id in assigned:
         return _text(assigned[node.id], {})
@@ -144,10 +144,12 @@ def _label(node: ast.expr) -> str:
     return "…"
 
 
-def _without_brackets(text: str) -> str:
+def without_labels(text: str) -> str:
+    """A message with ⟨⟩ for each part that varies."""
     depth, outside = 0, []
     for character in text:
-        depth += (character == "⟨") - (character == "⟩")
-        if depth == 0 and character not in "⟨⟩":
+        depth -= character == "⟩"
+        if depth == 0:
             outside.append(character)
+        depth += character == "⟨"
     return "".join(outside)
