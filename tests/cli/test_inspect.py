@@ -128,8 +128,9 @@ def test_the_table_says_what_it_shows_and_pictures_are_drawn(trained, capfd, tmp
     output, errors = capfd.readouterr()
     lines = output.splitlines()
     assert "step 6: static matrices, of the biases alone" in lines[0]
-    assert "blocks.1.feed_forward  " in output and "1.000" in output
-    assert lines[-1].startswith("largest composite gain of sub-layers 0 to 3: forward 1.000")
+    rows = {line.split()[1]: line.split() for line in lines[3:7]}
+    assert rows["blocks.1.feed_forward"][:3] == ["3", "blocks.1.feed_forward", "1"]
+    assert lines[-1].startswith("largest composite gain of sub-layers 0 to 3: forward 1 (sub-layer")
     assert "drew 6 pictures" in errors
     names = sorted(file.name for file in (tmp_path / "pictures").iterdir())
     assert names == ["composite_0_to_3.png", "gains.png", *(f"layer_{k}.png" for k in range(4))]

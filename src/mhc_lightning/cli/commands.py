@@ -1,4 +1,4 @@
-"""The commands: what each is called, takes, runs and tells under `--help`.
+"""The table of commands: the name, arguments, function and help of each.
 
 A new command is one entry here and the module that it runs.
 """

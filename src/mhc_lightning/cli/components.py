@@ -22,7 +22,7 @@ _SET_OTHERWISE = {
     "callbacks": "they have a section of their own, `callbacks`",
     "check_val_every_n_epoch": "trainer.val_check_interval counts optimizer steps",
     "default_root_dir": "it is output_dir",
-    "enable_model_summary": "`plan` tells what a model consists of",
+    "enable_model_summary": "`plan` prints the parameters of a model",
     "fast_dev_run": "trainer.max_steps=1 makes a run short",
     "logger": "they have a section of their own, `logger`",
     "num_sanity_val_steps": "trainer.val_check_interval says when to validate",
@@ -34,9 +34,9 @@ _SET_OTHERWISE = {
 def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
     """The trainer, without callbacks and loggers unless given, for the configured strategy.
 
-    `strategy=pipeline_or_fsdp` is what it is here: see `strategy_choice.resolve_strategy`.
+    `strategy=pipeline_or_fsdp` becomes one of the two: see `strategy_choice.resolve_strategy`.
 
-    What counts optimizer steps in the configuration counts batches in Lightning: see
+    Intervals are optimizer steps in the configuration and batches in Lightning: see
     `count_optimizer_steps`.
     """
     experiment, _ = resolve_strategy(experiment)
@@ -65,7 +65,7 @@ def build_trainer(experiment: Experiment, **more: Any) -> "pl.Trainer":
         )
     for name, instead in _SET_OTHERWISE.items():
         if name in config.trainer:
-            raise UserError(f"trainer.{name} is not for you to set here: {instead}")
+            raise UserError(f"trainer.{name} cannot be set here: {instead}")
     steps, every = config.trainer.max_steps, config.trainer.log_every_n_steps
     for name, value, least in (("max_steps", steps, 1), ("log_every_n_steps", every, 0)):
         if not isinstance(value, int) or value < least:
@@ -94,7 +94,7 @@ def _spreads(trainer: dict[str, Any]) -> bool:
 
 
 def replicas(trainer: "pl.Trainer") -> int:
-    """How many shares a batch is cut into: pipeline devices have theirs in common."""
+    """The number of shares of a batch; the devices of a pipeline have one in common."""
     from mhc_lightning.strategies.layout import layout_of
 
     return layout_of(trainer.strategy).data_parallel_size
@@ -106,12 +106,12 @@ def check_layout(
     """Refuse what the strategy cannot run, before any process group is there.
 
     Args:
-        trainer: With the strategy.
-        module: What it is to run.
-        data: What to train on, if that is to be done.
+        trainer: The trainer, with its strategy.
+        module: The module to run.
+        data: The data to train on; None for other commands.
 
     Raises:
-        UserError: the strategy's own.
+        UserError: the strategy cannot run the module, or its micro-batches.
     """
     from mhc_lightning.strategies import PipelineStrategy
 
@@ -144,7 +144,7 @@ def build_model(experiment: Experiment, *, on_meta: bool = False) -> "LanguageMo
 
     Args:
         experiment: The experiment.
-        on_meta: Whether to build the network without memory for its weights.
+        on_meta: True to build the network without memory for its weights.
     """
     import lightning.pytorch as pl
     import torch
@@ -164,7 +164,7 @@ def build_model(experiment: Experiment, *, on_meta: bool = False) -> "LanguageMo
 
 
 def build_model_for(experiment: Experiment, trainer: "pl.Trainer") -> "LanguageModel":
-    """The model, on ``meta`` if the trainer's strategy brings it to life part by part."""
+    """The model, on `meta` if the trainer's strategy allocates it part by part."""
     from mhc_lightning.strategies.layout import layout_of
 
     return build_model(experiment, on_meta=layout_of(trainer.strategy).materialises_module)
@@ -180,14 +180,14 @@ def count_optimizer_steps(
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What Lightning's Trainer raises for settings that it refuses."""
+    """The errors that Lightning's Trainer raises for settings that it refuses."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     return MisconfigurationException, ValueError, TypeError, RuntimeError
 
 
 def _quiet() -> None:
-    """Hide what Lightning tells everybody; show warnings as one line."""
+    """Hide Lightning's general messages; show a warning as one line."""
     import warnings
 
     import lightning.pytorch  # noqa: F401  (it sets the level that is set here)

@@ -1,4 +1,4 @@
-"""Composing an experiment: files, groups and overrides become one checked configuration."""
+"""Composes an experiment: files, groups and overrides become one checked configuration."""
 
 import difflib
 import re
@@ -38,7 +38,7 @@ _RUN_KEYS = ("seed", "output_dir", "overwrite", "ckpt_path", "compile", "recompu
 
 
 class _ShippedGroups(SearchPathPlugin):
-    """Lets experiments anywhere use the shipped groups; their own come first."""
+    """Makes the shipped groups known to experiments in any folder, after that folder's groups."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("mhc_lightning", f"file://{shipped_folder()}")
@@ -51,7 +51,7 @@ class Experiment:
     Attributes:
         file: The experiment's file.
         config: Everything, with interpolations still in place.
-        literal: What was typed for literal keys.
+        literal: The texts typed for literal keys.
         overridden: Dotted keys set on the command line.
         defaults: Files that were merged, in order: (path, dotted key they are merged at).
     """
@@ -75,9 +75,10 @@ class Experiment:
         return {str(key): value for key, value in values.items()}
 
     def record(self) -> dict[str, Any]:
-        """The configuration to write down: resolved, and an experiment that says the same.
+        """The configuration to write down: resolved, and an experiment with the same values.
 
-        What is named from `output_dir` stays so: with another one it is another run.
+        Values that begin with `${output_dir}` stay interpolations, so that the record can be run
+        with another `output_dir`.
         """
         raw = OmegaConf.to_container(self.config, resolve=False)
         record = _kept_from_output(raw, escaped_tree(self.values()))
@@ -85,7 +86,7 @@ class Experiment:
         return record
 
     def literal_value(self, key: str) -> str | list[str] | None:
-        """What was typed for a literal key: a list for `input`, else the last that was given."""
+        """The text typed for a literal key: a list for `input`, else the last one."""
         typed = self.literal[key]
         if key == "input":
             return typed
@@ -136,19 +137,19 @@ def compose_experiment(arguments: Arguments) -> Experiment:
         ) from error
     except RecursionError as error:
         raise UserError(f"config {file.name} names itself under `defaults:`") from error
-    _tell_unread_keys(file, plain, groups)
+    _warn_of_unread_keys(file, plain, groups)
     return experiment
 
 
 def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
-    """Every key of nested mappings, the inner nodes too, as ``a.b.c``."""
+    """Every key of nested mappings, the inner nodes too, as `a.b.c`."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield f"{prefix}{key}"
             yield from dotted_keys(value, f"{prefix}{key}.")
 
 
-def _tell_unread_keys(file: Path, plain: DictConfig, groups: Iterable[str]) -> None:
+def _warn_of_unread_keys(file: Path, plain: DictConfig, groups: Iterable[str]) -> None:
     """Warn of keys at the top of a file that look like others and that nothing reads.
 
     Further keys are free: values of interpolations, or notes.
@@ -214,7 +215,7 @@ def _require(keys: Iterable[str], experiment: Experiment) -> None:
 
 
 def _check_seed(seed: Any) -> None:
-    """What numpy's generators take, which Lightning seeds, too."""
+    """Refuse a seed that numpy's generators, which Lightning seeds too, do not take."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         shown = "null" if seed is None else repr(seed)
         raise UserError(f"seed must be a whole number, at least 0 and below 2**32, not {shown}")
@@ -238,7 +239,7 @@ def _merged_files(file: Path, overrides: list[str]) -> list[tuple[Path, str]]:
 
 
 def _one_line(error: Exception, file: Path) -> str:
-    """What Hydra or OmegaConf has to say, in one line."""
+    """The message of an error of Hydra or OmegaConf, in one line."""
     message = str(error)
     key = re.search(r"full_key: (\S+)", message)
     if key and "Missing mandatory value" in message:

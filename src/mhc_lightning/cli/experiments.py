@@ -1,4 +1,4 @@
-"""Where experiments and their config groups are: the shipped folder, and the user's own."""
+"""Finds experiments and config groups: in the shipped folder, and beside the user's file."""
 
 import difflib
 from pathlib import Path

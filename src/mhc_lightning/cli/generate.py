@@ -1,4 +1,4 @@
-"""`generate`: continue a prompt, writing as the tokens come."""
+"""`generate`: continue a prompt, printing each token as it is drawn."""
 
 import contextlib
 import sys
@@ -14,7 +14,7 @@ def generate(experiment: Experiment, arguments: Arguments) -> None:
     """Write the prompt's continuation to standard output, and nothing else.
 
     Raises:
-        UserError: the settings or the checkpoint are no good, or the prompt is missing.
+        UserError: the settings or the checkpoint cannot be used, or the prompt is missing.
     """
     prompt = experiment.values()["prompt"]
     if not prompt:
@@ -51,7 +51,7 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
     drawn = draw(
         model, tokens, seed=values["seed"], end_token=tokenizer.end_of_document, **settings
     )
-    first = next(drawn, None)  # what is wrong with the settings shows before anything is written
+    first = next(drawn, None)  # mistakes in the settings are raised before anything is printed
     stream = tokenizer.stream()
     if echo:
         _write(output, prompt)

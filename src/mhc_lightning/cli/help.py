@@ -1,4 +1,4 @@
-"""What `--help` prints: the table of commands, and settings from the comments in `configs/`."""
+"""The text of `--help`: the table of commands, and settings from the comments in `configs/`."""
 
 import textwrap
 from pathlib import Path

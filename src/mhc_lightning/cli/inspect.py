@@ -27,19 +27,19 @@ def inspect(arguments: Arguments) -> None:
     if not path.exists():
         raise UserError(f"no checkpoint at {path}")
     with contextlib.redirect_stdout(sys.stderr):
-        found = read_checkpoint(path, text, arguments)
-        if not found.layers:
+        checkpoint = read_checkpoint(path, text, arguments)
+        if not checkpoint.layers:
             raise UserError(f"{path} has no connections to look at")
 
         from mhc_lightning.cli.inspection_report import as_json, as_text, draw
         from mhc_lightning.formatting import json_value
         from mhc_lightning.inspection import inspect_mappings
 
-        inspection = inspect_mappings(found.layers)
-        report = json.dumps(json_value(as_json(found, inspection))) if arguments.json else ""
-        report = report or as_text(found, inspection)
+        inspection = inspect_mappings(checkpoint.layers)
+        report = json.dumps(json_value(as_json(checkpoint, inspection))) if arguments.json else ""
+        report = report or as_text(checkpoint, inspection)
         if "output" in arguments.literal:
             folder = Path(arguments.literal["output"][-1]).expanduser()
-            number = draw(found, inspection, folder)
+            number = draw(checkpoint, inspection, folder)
             print(f"drew {number} pictures in {folder}")
     print(report)

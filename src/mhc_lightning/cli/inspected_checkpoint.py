@@ -1,4 +1,4 @@
-"""The checkpoint that `inspect` shows: found, read, and its mappings computed."""
+"""Reads the checkpoint that `inspect` shows, and computes its mappings."""
 
 import contextlib
 import json
@@ -19,16 +19,16 @@ _LONGEST = 4096  # tokens, for a model whose record does not say what it was tra
 
 @dataclass(frozen=True)
 class InspectedCheckpoint:
-    """What was looked at.
+    """A checkpoint with the mappings of its sub-layers.
 
     Attributes:
-        checkpoint: Where it lies.
-        layers: Its sub-layers' mappings.
-        step: Optimizer steps that it was trained for, where known.
-        tokens: Of the text that the model ran on; None for static matrices.
+        path: Its path.
+        layers: The mappings of each sub-layer.
+        step: Optimizer steps that it was trained for; None if unknown.
+        tokens: Number of tokens that the model ran on; None for static matrices.
     """
 
-    checkpoint: Path
+    path: Path
     layers: "list[SublayerMappings]"
     step: int | None = None
     tokens: int | None = None
@@ -65,7 +65,7 @@ def _look_at_run(
 ) -> InspectedCheckpoint:
     """A checkpoint of a run, by the run's own configuration.
 
-    It may be somebody else's: no classes but networks and connections are made of it.
+    The run may be somebody else's: no classes but networks and connections are made from it.
     """
     import torch
 
@@ -147,7 +147,7 @@ def _look_at_deepseek_v4(path: Path, text: str | None, arguments: Arguments) -> 
 
 
 def _deepseek_v4_settings(path: Path, arguments: Arguments) -> Any:
-    """From the model's own config.json, if there is one, and what was typed."""
+    """The settings of the model's config.json, if there is one, and of the command line."""
     from mhc_lightning.interchange.deepseek_v4 import DeepseekV4Settings
 
     names = {"sinkhorn_iterations": "hc_sinkhorn_iters", "eps": "hc_eps"}
@@ -168,7 +168,7 @@ def _deepseek_v4_settings(path: Path, arguments: Arguments) -> Any:
 
 
 def _typed_settings(arguments: Arguments, known: tuple[str, ...]) -> dict[str, str]:
-    """What was typed for a model that brings its own configuration; all keys must be known."""
+    """The settings typed for a model that has its own configuration; all must be known."""
     if arguments.config is not None:
         raise UserError("--config belongs to a checkpoint of a run; leave it out")
     typed = dict(word.partition("=")[::2] for word in arguments.overrides)

@@ -22,7 +22,7 @@ _HEADER = (
 )
 
 
-def as_text(found: "InspectedCheckpoint", inspection: Inspection) -> str:
+def as_text(checkpoint: "InspectedCheckpoint", inspection: Inspection) -> str:
     """A table of the sub-layers, and a line for the largest composite gains."""
     rows: list[tuple[str, ...]] = [_HEADER]
     for k, name in enumerate(inspection.names):
@@ -32,10 +32,10 @@ def as_text(found: "InspectedCheckpoint", inspection: Inspection) -> str:
         most = f"{stream + 1} ({share:.0%})"
         rows.append((str(k), name, *gains, f"{error:.1e}", f"{diagonal:.3f}", most))
     table = text_table(rows, "rl" + "r" * (len(_HEADER) - 2))
-    return "\n".join([_title(found), "", table, "", *_summaries(inspection)])
+    return "\n".join([_title(checkpoint), "", table, "", *_summaries(inspection)])
 
 
-def as_json(found: "InspectedCheckpoint", inspection: Inspection) -> dict[str, Any]:
+def as_json(checkpoint: "InspectedCheckpoint", inspection: Inspection) -> dict[str, Any]:
     """Everything, matrices included."""
     layers = []
     for k, name in enumerate(inspection.names):
@@ -54,10 +54,10 @@ def as_json(found: "InspectedCheckpoint", inspection: Inspection) -> dict[str, A
             }
         )
     return {
-        "checkpoint": str(found.checkpoint),
-        "matrices": "static" if found.tokens is None else "text",
-        "step": found.step,
-        "tokens": found.tokens,
+        "checkpoint": str(checkpoint.path),
+        "matrices": "static" if checkpoint.tokens is None else "text",
+        "step": checkpoint.step,
+        "tokens": checkpoint.tokens,
         "sub_layers": layers,
         "composites": [
             {"first": span.start, "last": span.stop - 1, "residual": product.tolist()}
@@ -66,22 +66,22 @@ def as_json(found: "InspectedCheckpoint", inspection: Inspection) -> dict[str, A
     }
 
 
-def draw(found: "InspectedCheckpoint", inspection: Inspection, folder: Path) -> int:
+def draw(checkpoint: "InspectedCheckpoint", inspection: Inspection, folder: Path) -> int:
     """Draw the gains, every matrix and the products of all into a folder; how many pictures.
 
     Raises:
         UserError: the folder cannot be written to.
     """
-    kind = "static" if found.tokens is None else "mean"
-    pictures: dict[str, np.ndarray] = {"gains": gain_profile(inspection.gains, found.step)}
+    kind = "static" if checkpoint.tokens is None else "mean"
+    pictures: dict[str, np.ndarray] = {"gains": gain_profile(inspection.gains, checkpoint.step)}
     digits = len(str(len(inspection.names) - 1))
     for k, (name, matrix) in enumerate(zip(inspection.names, inspection.matrices, strict=True)):
         title = f"Sub-layer {k}, {kind}: {name}"
-        pictures[f"layer_{k:0{digits}d}"] = _heatmap(matrix, title, found.step)
+        pictures[f"layer_{k:0{digits}d}"] = _heatmap(matrix, title, checkpoint.step)
     for span, product in inspection.composites.items():
         title = f"Sub-layers {span.start} to {span.stop - 1}, product, {kind}"
         name = f"composite_{span.start}_to_{span.stop - 1}"
-        pictures[name] = _heatmap(product, title, found.step)
+        pictures[name] = _heatmap(product, title, checkpoint.step)
 
     from matplotlib.image import imsave
 
@@ -98,14 +98,14 @@ def _heatmap(matrix: Any, title: str, step: int | None) -> "np.ndarray":
     return matrix_heatmap(matrix.double().numpy(), title, step)
 
 
-def _title(found: "InspectedCheckpoint") -> str:
-    step = "" if found.step is None else f", step {found.step:,}"
+def _title(checkpoint: "InspectedCheckpoint") -> str:
+    step = "" if checkpoint.step is None else f", step {checkpoint.step:,}"
     what = (
         "static matrices, of the biases alone"
-        if found.tokens is None
-        else f"matrices on {found.tokens} tokens of the text, gains averaged over them"
+        if checkpoint.tokens is None
+        else f"matrices on {checkpoint.tokens} tokens of the text, gains averaged over them"
     )
-    return f"{found.checkpoint}{step}: {what}"
+    return f"{checkpoint.path}{step}: {what}"
 
 
 def _summaries(inspection: Inspection) -> list[str]:

@@ -24,7 +24,7 @@ def build(experiment: Experiment, section: str, **more: Any) -> Any:
         more: Arguments beside, or in place of, those in the configuration.
 
     Raises:
-        UserError: the section is missing, or its target or a value in it is no good.
+        UserError: the section is missing, or its target or a value in it cannot be used.
     """
     node = require_section(experiment, section)
     target = _target(section, node._target_)
@@ -96,7 +96,7 @@ def _target(section: str, name: str) -> Any:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error behind Hydra's: the one that a constructor raised, or says what the user can do."""
+    """The error behind Hydra's: a `UserError`, or the one that the constructor raised."""
     seen: BaseException = error
     while seen.__cause__ is not None and not isinstance(seen, UserError):
         seen = seen.__cause__

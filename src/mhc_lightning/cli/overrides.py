@@ -87,7 +87,7 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
 
 
 def key_of(override: str) -> str:
-    """The key of ``key=value``, without Hydra's marks before it and a package after it."""
+    """The key of `key=value`, without Hydra's marks before it and a package after it."""
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
@@ -98,10 +98,10 @@ def full_key(key: str, keys: set[str], section: str) -> str:
 
 
 def _readable(word: str) -> tuple[str, str | None]:
-    """An override whose value is a text where Hydra's grammar can make nothing of it.
+    """An override whose value is quoted where Hydra's grammar cannot read it.
 
-    Interpolations keep their meaning in either case. What stands for several values (``a,b``,
-    ``range(1,3)``) means nothing here, where one run is composed.
+    Interpolations keep their meaning in either case. A value that stands for several (`a,b`,
+    `range(1,3)`) has no meaning here, where one run is composed.
 
     Returns:
         The override as it is or with its value quoted, and why that was needed, if it was.
@@ -140,7 +140,7 @@ def _unreadable_key(word: str) -> UserError:
 
 
 def flat(text: str) -> str:
-    """What Hydra, OmegaConf or YAML have to say, in one line."""
+    """A message of Hydra, OmegaConf or YAML, in one line."""
     lines = [line.strip() for line in text.splitlines()]
     kept = [line for line in lines if line and not line.startswith(("object_type", "See "))]
     return "; ".join(kept)

@@ -50,7 +50,7 @@ def devices_table(pipeline: "PipelineForecast") -> str:
 
 
 def schedules_table(plan: "Plan") -> str:
-    """Every schedule: time, bubble, memory, and the time above that of a residual connection."""
+    """Time, bubble, memory and overhead over a residual connection of every schedule."""
     assert plan.pipeline is not None
     chosen = plan.pipeline.pipeline.plan.schedule
     rows = [

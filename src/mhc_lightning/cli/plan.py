@@ -1,4 +1,4 @@
-"""`plan`: what a run will need and how long it should take; `fit`'s refusal of what cannot fit."""
+"""`plan`: the memory and time of a run; and the check of memory that `fit` begins with."""
 
 import json
 import sys
@@ -27,16 +27,14 @@ if TYPE_CHECKING:
     from mhc_lightning.modules import Transformer
     from mhc_lightning.planning import DataParallel, Machine, Plan
 
-_OTHERWISE = (
-    "a smaller model, or a larger machine (`plan` with machine=8xh200, say, tells its needs)"
-)
+_OTHERWISE = "a smaller model, or a larger machine (see `plan` with machine=8xh200)"
 
 
 def plan(experiment: Experiment, arguments: Arguments) -> None:
-    """Print what a run needs; nothing of it is allocated.
+    """Print the memory and time that a run needs, without allocating any of it.
 
     Raises:
-        UserError: the settings are no good, or the machine that was asked for is too small.
+        UserError: the settings cannot be used, or the machine that was asked for is too small.
     """
     from mhc_lightning.planning import machine_of, this_machine, with_schedules
 
@@ -164,7 +162,7 @@ def _micro_batch_size(experiment: Experiment, devices: int) -> int:
     """Sequences per forward pass and device.
 
     Raises:
-        UserError: the data module's own, for a batch that cannot be shared evenly.
+        UserError: the batch cannot be shared evenly.
     """
     data = experiment.values()["data"]
     size, micro = data["batch_size"], data["micro_batch_size"]
@@ -194,7 +192,7 @@ def _data_parallel(
 
 
 def _device(trainer: dict[str, Any]) -> "torch.device":
-    """Of the kind that the trainer will use on this machine."""
+    """A device of the kind that the trainer will use on this machine."""
     import torch
 
     on_gpu = trainer.get("accelerator") != "cpu" and torch.cuda.is_available()

@@ -14,7 +14,7 @@ _ABOUT = {
     "weights": "parameters and buffers",
     "gradients": "of the step so far",
     "optimizer": "its state",
-    "activations": "kept by a forward pass for its backward pass",
+    "activations": "saved by a forward pass for its backward pass",
     "logits": "for a moment, a chunk of tokens at a time",
     "rebuilt": "for a moment in backward, where it is more than the logits were",
     "communication": "gathered parameters and buffers of collectives",
@@ -90,7 +90,7 @@ def _memory(plan: "Plan") -> str:
     return "\n".join(
         (
             _table(f"memory {whose}, at the fullest moment of a step", rows),
-            _table("activations by what keeps them", parts),
+            _table("activations by what saves them", parts),
         )
     )
 

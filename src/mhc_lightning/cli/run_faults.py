@@ -1,4 +1,4 @@
-"""What ended a run from outside of this process's own code, told apart from a bug."""
+"""Names the fault of the machine or of another process that ended a run, apart from bugs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def named_faults(trainer: "pl.Trainer") -> Iterator[None]:
-    """Raise what the machine or another process did as such, in place of what followed from it.
+    """Raise a fault of the machine or of another process in place of errors that follow.
 
     Raises:
         RunFaultError: A process of the run died, hung, failed or ran out of memory.

@@ -1,4 +1,4 @@
-"""The folder that holds everything a run writes: who may write there, and its two records."""
+"""The run folder: who may write to it, how it is emptied, and its two records."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes files; known before torch is imported."""
+    """True in the process that writes files; known before torch is imported."""
     for name in _RANK_VARIABLES:
         if name in os.environ and (name != "LOCAL_RANK" or "NODE_RANK" not in os.environ):
             return os.environ[name] == "0"
@@ -41,7 +41,7 @@ def is_first_process() -> bool:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has written to `folder`."""
+    """True if a run has written to `folder`."""
     return any(True for _ in _run_files(folder))
 
 
@@ -50,12 +50,12 @@ def claim(folder: Path, *, resumes: bool, overwrite: bool) -> None:
 
     Args:
         folder: `output_dir`; made if missing.
-        resumes: Whether the run continues from a checkpoint.
-        overwrite: Whether the run that is there may be deleted; `delete_run` does it, once nothing
-            can be wrong with the new one any more.
+        resumes: True if the run continues from a checkpoint.
+        overwrite: True if the run that is there may be deleted; `delete_run` does it, once the
+            settings of the new one are known to be right.
 
     Raises:
-        UserError: it holds a run that is neither resumed nor given up, or cannot be written to.
+        UserError: it holds a run that is neither resumed nor overwritten, or cannot be written to.
     """
     if not is_first_process():
         return
@@ -72,7 +72,7 @@ def claim(folder: Path, *, resumes: bool, overwrite: bool) -> None:
     except OSError as error:
         raise UserError(
             f"output_dir {folder} cannot be written to: {error.strerror or error};"
-            " choose another, or mend its permissions"
+            " choose another, or fix its permissions"
         ) from error
 
 
@@ -83,7 +83,7 @@ def write_records(folder: Path, config: dict[str, Any], words: list[str], **abou
         folder: The run folder.
         config: The experiment's `record`.
         words: The command line, without the program's name.
-        about: More entries for `environment.json`: what only the built run knows.
+        about: More entries for `environment.json`, known only once the run is built.
 
     Raises:
         UserError: they cannot be written.
@@ -107,7 +107,7 @@ def write_records(folder: Path, config: dict[str, Any], words: list[str], **abou
 
 @contextlib.contextmanager
 def recorded_end(folder: Path, trainer: "pl.Trainer") -> Iterator[None]:
-    """Note in `environment.json` how what happens inside came to an end, and at which step."""
+    """Record in `environment.json` how the run inside ended, and at which step."""
     reason, non_finite = "complete", False
     try:
         yield
@@ -123,7 +123,7 @@ def recorded_end(folder: Path, trainer: "pl.Trainer") -> Iterator[None]:
             "time": _now(),
         }
         if is_first_process() and (record := _read_environment(folder)):
-            with contextlib.suppress(OSError):  # what ended the run matters more
+            with contextlib.suppress(OSError):  # the error that ended the run matters more
                 _write_environment(folder, {**record, "ended": end})
 
 

@@ -1,4 +1,4 @@
-"""`strategy=pipeline_or_fsdp`: what it is for given devices; decided without touching any."""
+"""`strategy=pipeline_or_fsdp`: the choice between the two, from the number of devices alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +24,12 @@ _TARGETS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What devices are to share.
+    """The work of an optimizer step, which devices share.
 
     Attributes:
         costs: Relative time of each block.
-        before: That of the embedding.
-        after: That of the head.
+        before: Relative time of the embedding.
+        after: Relative time of the head.
         batch_size: Sequences per optimizer step.
         micro_batch_size: Sequences of one micro-batch.
     """
@@ -66,21 +66,21 @@ def choose_pipelines(
     pipeline_size: int | None = None,
     blocks_per_stage: Sequence[int] | None = None,
 ) -> Pipelines:
-    """The pipelines to make of a machine: the longest that lie on one node and share work evenly.
+    """The longest pipelines that lie on one node and share the work evenly.
 
     Longer pipelines leave less to be sharded and gathered; uneven ones leave devices idle.
 
     Args:
-        work: What is to be shared.
-        devices: All there are.
-        per_node: Those of one node.
-        schedule: A key of ``SCHEDULES``.
+        work: The work to share.
+        devices: Devices of all nodes.
+        per_node: Devices of one node.
+        schedule: A key of `SCHEDULES`.
         microbatches: As asked for, or None.
         pipeline_size: As asked for (however uneven), or None.
         blocks_per_stage: As asked for, or None.
 
     Raises:
-        UserError: Nothing will do; says why for the shortest pipeline.
+        UserError: No pipeline is possible; the message names the reason for the shortest.
     """
     from mhc_lightning.planning.stages import pipeline_size_of, plan_stages
 
@@ -153,15 +153,15 @@ def _parts(plan: "StagePlan", work: Work, count: int, wanted: int | None) -> int
 def resolve_strategy(
     experiment: Experiment, devices: int | None = None, per_node: int | None = None
 ) -> tuple[Experiment, str | None]:
-    """The experiment with this strategy replaced by what it is, and a line that says so.
+    """The experiment with this strategy replaced by the one chosen, and a line that names it.
 
     Args:
-        experiment: With any strategy; another one stays as it is.
-        devices: All there are; None looks at this machine and the trainer's settings.
-        per_node: Those of one node.
+        experiment: With any strategy; other strategies stay as they are.
+        devices: Devices of all nodes; None takes this machine's and the trainer's settings.
+        per_node: Devices of one node.
 
     Raises:
-        UserError: There is no such schedule, or a layout that was asked for in part cannot be.
+        UserError: There is no such schedule, or the settings given rule out every layout.
     """
     if OmegaConf.select(experiment.config, "strategy.name") != NAME:
         return experiment, None
@@ -179,27 +179,27 @@ def resolve_strategy(
         kind = SCHEDULES.get(layout["schedule"])
         if values["compile"] and kind is not None and kind.splits_backward:
             raise UserError(f"compile=true does not go with strategy.schedule={layout['schedule']}")
-        found = choose_pipelines(_work(experiment), devices, per_node or devices, **layout)
+        chosen = choose_pipelines(_work(experiment), devices, per_node or devices, **layout)
     except UserError as error:
         if layout["schedule"] not in SCHEDULES or (asked_for and devices > 1):
             raise
         sharded = {"_target_": _TARGETS["fsdp"], "timeout_seconds": settings["timeout_seconds"]}
         OmegaConf.update(config, "strategy", sharded, merge=False)
         return replace(experiment, config=config), f"strategy: fsdp, not pipeline, since {error}"
-    settings |= {"pipeline_size": found.size, "microbatches": found.microbatches}
+    settings |= {"pipeline_size": chosen.size, "microbatches": chosen.microbatches}
     settings = {"_target_": _TARGETS["pipeline"], **settings}
     OmegaConf.update(config, "strategy", settings, merge=False)
-    together = found.microbatches * (values["data"]["micro_batch_size"] or 1)
+    together = chosen.microbatches * (values["data"]["micro_batch_size"] or 1)
     OmegaConf.update(config, "data.micro_batch_size", together)
-    pipelines = f"{found.count} pipeline{'s' * (found.count > 1)} of {found.size} devices"
+    pipelines = f"{chosen.count} pipeline{'s' * (chosen.count > 1)} of {chosen.size} devices"
     return replace(experiment, config=config), (
         f"strategy: {pipelines}, schedule {settings['schedule']},"
-        f" {found.microbatches} micro-batches (data.micro_batch_size={together})"
+        f" {chosen.microbatches} micro-batches (data.micro_batch_size={together})"
     )
 
 
 def devices_per_node(trainer: dict[str, Any]) -> int:
-    """How many devices Lightning's trainer will use here, from its settings."""
+    """The number of devices that Lightning's trainer will use here, by its settings."""
     devices = trainer.get("devices", "auto")
     if isinstance(devices, list):
         return len(devices)

@@ -1,4 +1,4 @@
-"""What `plan` needs to know of a strategy's settings, without importing Lightning."""
+"""The settings of a strategy, as `plan` reads them: without importing Lightning."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ def read_settings(strategy: dict[str, Any]) -> PipelineSettings:
 
 
 def check_pipeline_settings(values: dict[str, Any]) -> None:
-    """Refuse what is for pipelines alone in another run, and a picture that cannot be written.
+    """Refuse settings of pipelines under another strategy, and a picture that cannot be written.
 
     Raises:
         UserError: names the setting, and how to fix it.
@@ -99,10 +99,10 @@ def pipeline_of(
     """The layout of a run as a pipeline.
 
     Args:
-        values: The experiment's.
-        settings: Of its strategy.
-        model: What is cut into stages.
-        devices: Of one pipeline.
+        values: The experiment's values.
+        settings: The settings of its strategy.
+        model: The network to cut into stages.
+        devices: Devices of one pipeline.
         micro_batch_size: Sequences of one pass.
 
     Raises:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mhc_lightning.kernels.triton_support.tuning import Choice
     from mhc_lightning.modules import Connection
 
-# Whatever the connection.
+# Workloads of every connection.
 _STREAMS = ["expand_backward", "aggregate_forward", "merge_forward", "merge_backward"]
 
 
@@ -128,7 +128,7 @@ def workloads_of(connection: "Connection", recompute_block: int) -> list[str]:
 
 
 def line(choice: "Choice") -> str:
-    """One kernel's times, and what was chosen."""
+    """The times of one kernel, and the block sizes chosen."""
     before, after = choice.before * 1e6, choice.after * 1e6
     name, config = choice.lookup.kernel, choice.config
     blocks = f"{config.block_tokens} tokens x {config.block_width}"

@@ -16,7 +16,7 @@ def validate(experiment: Experiment, arguments: Arguments) -> None:
     """Measure `ckpt_path` on the validation data and print the metrics.
 
     Raises:
-        UserError: the settings, the data or the checkpoint are no good.
+        UserError: the settings, the data or the checkpoint cannot be used.
     """
     if experiment.values()["ckpt_path"] is None:
         raise UserError("validate needs ckpt_path=last, ckpt_path=best or a checkpoint")

@@ -1,4 +1,8 @@
-"""Whether values are of the type that a setting takes."""
+"""Checks values of settings against the types that these take.
+
+OmegaConf's structured configs check types too, but their messages name neither the accepted values
+nor a way to quote a text, and they need a dataclass per class that a configuration can name.
+"""
 
 import collections.abc
 import inspect
@@ -98,7 +102,7 @@ def _kind(value: Any) -> str:
 
 
 def _matches(value: Any, kind: Any) -> bool:
-    """Whether `value` fits an annotation; True where the annotation says nothing we can check."""
+    """True if `value` fits an annotation, or if the annotation is none that is checked here."""
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, option) for option in typing.get_args(kind))
