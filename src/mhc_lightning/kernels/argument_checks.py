@@ -7,7 +7,7 @@ from mhc_lightning.errors import UserError
 
 
 def check_shape(name: str, tensor: Tensor, shape: list[int], streams: Tensor) -> None:
-    """Raise ValueError unless ``tensor`` has the shape that the streams ask for."""
+    """Raise ValueError unless `tensor` has the shape that the streams ask for."""
     if list(tensor.shape) != shape:
         raise ValueError(
             f"{name} must be {shape} for streams {list(streams.shape)}, not {list(tensor.shape)}"
@@ -15,7 +15,7 @@ def check_shape(name: str, tensor: Tensor, shape: list[int], streams: Tensor) ->
 
 
 def check_iterations(num_iterations: int) -> None:
-    """Raise ValueError unless ``num_iterations`` is at least 1."""
+    """Raise ValueError unless `num_iterations` is at least 1."""
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, not {num_iterations}")
 

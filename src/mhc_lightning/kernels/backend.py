@@ -1,4 +1,4 @@
-"""Which kernels run: Triton's on a GPU, plain torch elsewhere, or what the user says."""
+"""Choice of an implementation: Triton on a GPU, plain torch elsewhere, or the user's choice."""
 
 import os
 import warnings
@@ -47,10 +47,11 @@ def implementation(operator: str, streams: Tensor, *coefficients: Tensor) -> Mod
 
 
 def fuses_seams(streams: Tensor, *coefficients: Tensor) -> bool:
-    """Whether merging and reading run as one kernel, and so move less than one after the other.
+    """True if merging and reading run as one kernel, which moves less than two.
 
-    They do for Triton on NVIDIA's chips of compute capability 8.0 or more and up to 4 streams; more
-    would not fit the registers of a program, nor its tiles the shared memory of AMD's.
+    This holds for Triton on NVIDIA's chips of compute capability 8.0 or more and up to 4 streams.
+    More streams do not fit the registers of a program, and its tiles do not fit the shared memory
+    of AMD's chips.
     """
     fits = streams.shape[-2] <= MOST_FUSED_STREAMS and torch.version.hip is None
     if streams.is_cuda:
@@ -72,7 +73,7 @@ def _triton_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
                 f"{VARIABLE}=triton, but the streams are on {streams.device.type}; train on a GPU,"
                 " or set TRITON_INTERPRET=1 to have the kernels interpreted (slowly)"
             )
-    # Whoever traces need not know, nor could find out: the operators ask again when they run.
+    # Under a tracer nothing can be found out about Triton: the operators ask again when they run.
     trouble = trouble_with_triton(streams.device) if ordinary(streams) else None
     if trouble is not None:
         if choice == "triton":
@@ -95,6 +96,6 @@ def _fits(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
 def _warn_once(trouble: str) -> None:
     warnings.warn(
         f"{trouble}. Until then the stream operations run in plain torch, slower on a GPU;"
-        f" {VARIABLE}=torch says that this is meant",
+        f" {VARIABLE}=torch silences this warning",
         stacklevel=2,
     )

@@ -82,14 +82,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _transformable(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """The loss of all logits at once, for transforms of ``torch.func``."""
+    """The loss of all logits at once, for transforms of `torch.func`."""
     logits = widened(hidden @ weight.to(hidden.dtype).t())
     total = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 
 def tokens_per_chunk(vocabulary: int) -> int:
-    """How many tokens' logits exist at once."""
+    """Number of tokens whose logits exist at once."""
     return max(1, _CHUNK_LOGITS // vocabulary)
 
 
@@ -102,7 +102,7 @@ def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Refuse a target that is no class; on a GPU where it meets one, as nobody waits for that.
 
     Raises:
-        UserError: A target is neither from 0 to ``vocabulary - 1`` nor ``ignore_index``.
+        UserError: A target is neither from 0 to `vocabulary - 1` nor `ignore_index`.
     """
     fits = ((targets >= 0) & (targets < vocabulary)) | (targets == ignore_index)
     what = f"targets must be from 0 to {vocabulary - 1}, or {ignore_index} for none"
@@ -115,24 +115,24 @@ def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
-    """Mean cross-entropy of ``hidden @ weight.T`` against ``targets``, in nats.
+    """Mean cross-entropy of `hidden @ weight.T` against `targets`, in nats.
 
-    Products run in the dtype of ``hidden``, softmax and sums in float32 (float64 for float64).
-    Gradients are rounded to the dtypes of ``hidden`` and ``weight`` after they have been multiplied
+    Products run in the dtype of `hidden`, softmax and sums in float32 (float64 for float64).
+    Gradients are rounded to the dtypes of `hidden` and `weight` after they have been multiplied
     by the one that comes in, so that a loss scale does its work in float16.
 
     Args:
         hidden: [tokens, C].
-        weight: [V, C]; it is taken to the dtype of ``hidden``.
+        weight: [V, C]; it is taken to the dtype of `hidden`.
         targets: Class indices [tokens], int64.
         ignore_index: The target of tokens that are left out: the mean is over the others, and they
             get no gradient. Without any others the loss and its gradients are 0.
 
     Returns:
-        A scalar, float32 (float64 for float64 ``hidden``).
+        A scalar, float32 (float64 for float64 `hidden`).
 
     Raises:
-        UserError: A target is neither a class nor ``ignore_index``. On a GPU that is an assertion
+        UserError: A target is neither a class nor `ignore_index`. On a GPU that is an assertion
             on the device, since raising here would have to wait for it.
         RuntimeError: A second derivative is asked for.
     """
@@ -150,7 +150,7 @@ def token_losses(
 ) -> Tensor:
     """The cross-entropy of every token [tokens], without a gradient; arguments as above.
 
-    It is 0 where the target is ``ignore_index``.
+    It is 0 where the target is `ignore_index`.
     """
     check_targets(targets, weight.shape[0], ignore_index)
     with full_precision(hidden):

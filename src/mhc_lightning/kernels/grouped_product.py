@@ -1,4 +1,4 @@
-"""Products of runs of rows with a matrix each: what a mixture of experts is made of."""
+"""Grouped matrix product: each run of rows times its own matrix, for mixtures of experts."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from mhc_lightning.kernels.transforms import transforming
 
 
 def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each run of ``rows`` by its own matrix, in the dtype of ``rows``.
+    """Multiply each run of `rows` by its own matrix, in the dtype of `rows`.
 
-    Within a transform of ``torch.func``, which may batch where the runs end, every matrix
+    Within a transform of `torch.func`, which may batch where the runs end, every matrix
     multiplies all rows: E times the work.
 
     Args:
-        rows: [R, in], the runs one behind the other.
-        weights: [E, in, out], a matrix for each run; it is taken to the dtype of ``rows``.
-        ends: Where each run ends [E], int32, ascending to R.
+        rows: [R, in], one run after the other.
+        weights: [E, in, out], a matrix for each run; it is taken to the dtype of `rows`.
+        ends: The end of each run [E], int32, ascending to R.
 
     Returns:
         [R, out].

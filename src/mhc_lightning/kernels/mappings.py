@@ -12,7 +12,7 @@ Mix = Callable[[Tensor], Tensor]
 class StreamMappings(NamedTuple):
     """The three mappings of one residual sub-layer, for every token.
 
-    They act as ``new[i] = Σ_j residual[i, j] · streams[j] + post[i] · F(Σ_j pre[j] · streams[j])``
+    They act as `new[i] = Σ_j residual[i, j] · streams[j] + post[i] · F(Σ_j pre[j] · streams[j])`
     (arXiv 2512.24880, eq. 3).
 
     Attributes:
@@ -42,10 +42,10 @@ class MappingRule(NamedTuple):
     """The rule and its constants.
 
     Attributes:
-        name: ``"sinkhorn"``: mHC, all streams of a token normalised and projected together, then
-            σ, 2σ and Sinkhorn-Knopp (arXiv 2512.24880, eqs. 7–9). ``"gates"``: the same but for
-            the last; logits of any number are left as they are, for a ``Mix``. ``"tanh"`` and
-            ``"linear"``: HC (eq. 5), each stream by itself, with or without tanh.
+        name: `"sinkhorn"`: mHC, all streams of a token normalised and projected together, then
+            σ, 2σ and Sinkhorn-Knopp (arXiv 2512.24880, eqs. 7–9). `"gates"`: the same but for
+            the last; logits of any number are left as they are, for a `Mix`. `"tanh"` and
+            `"linear"`: HC (eq. 5), each stream by itself, with or without tanh.
         num_iterations: Sinkhorn iterations, at least 1.
         eps: Added to the mean square, inside the square root.
     """
@@ -56,10 +56,10 @@ class MappingRule(NamedTuple):
 
     @property
     def per_stream(self) -> bool:
-        """Whether each stream has a norm and raw coefficients of its own."""
+        """True if each stream has a norm and raw coefficients of its own."""
         return self.name in ("tanh", "linear")
 
     @property
     def tanh(self) -> bool:
-        """Whether the dynamic part is bounded by tanh."""
+        """True if the dynamic part is bounded by tanh."""
         return self.name == "tanh"

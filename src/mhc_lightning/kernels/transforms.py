@@ -1,7 +1,7 @@
-"""How the operators take part in ``torch.func``'s transforms and in forward-mode derivatives.
+"""Operators within transforms of `torch.func` and forward-mode derivatives.
 
 An operator is opaque: it brings a backward pass of its own, but no rule for batching and none for
-tangents, which torch then drops without a word. Within a transform the public functions therefore
+tangents, which torch then drops silently. Within a transform the public functions therefore
 run the reference's forward pass instead: plain torch, which can be batched and differentiated in
 both directions, any number of times. Where only the backward pass is transformed, the reference is
 differentiated there.
@@ -18,15 +18,15 @@ from mhc_lightning.kernels.precision import full_precision
 
 
 def transforming() -> bool:
-    """Whether a transform of ``torch.func`` or a level of forward-mode derivatives is at work."""
+    """True within a transform of `torch.func` or a level of forward-mode derivatives."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def ordinary(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers and nothing records or replaces what is done with it.
+    """True if a tensor holds numbers and nothing records or replaces the calls on it.
 
-    Only then may what is found out or made by the way be kept for later calls: a compiler, an
-    export, a fake or another dispatch mode, or a transform would leave its own kind of it behind.
+    Only then may results be cached for later calls. A compiler, an export, a fake or another
+    dispatch mode, or a transform would put tensors of its own kind into the cache.
     """
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
@@ -38,20 +38,20 @@ def ordinary(tensor: Tensor) -> bool:
 
 
 def transformable(run: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, or within a transform ``plain``, which does the same in torch alone."""
+    """`run`, or within a transform `plain`, which does the same in torch alone."""
     return plain if transforming() else run
 
 
 def plain_gradients(
     plain: Callable, ctx: Any, operands: int, grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of an operator's inputs, by differentiating ``plain`` in its place.
+    """Gradients of an operator's inputs, by differentiating `plain` in its place.
 
     Args:
         plain: Takes the operator's inputs, and returns what has gradients.
-        ctx: Its ``saved_tensors`` begin with the operands, and ``constants`` are the other inputs.
-        operands: How many of the inputs are tensors (or None); they come first.
-        grads: Of what ``plain`` returns, None where nothing comes back.
+        ctx: Its `saved_tensors` begin with the operands, and `constants` are the other inputs.
+        operands: Number of inputs that are tensors (or None); they come first.
+        grads: Of what `plain` returns, None where nothing comes back.
     """
     inputs = ctx.saved_tensors[:operands]
     needs = ctx.needs_input_grad
@@ -67,5 +67,5 @@ def plain_gradients(
 
     with full_precision(inputs[0]):
         pull = torch.func.vjp(results, *(inputs[k] for k in wanted))[1]
-        found = dict(zip(wanted, pull(tuple(grads[k] for k in given)), strict=True))
-    return tuple(found.get(k) for k in range(len(needs)))
+        gradients = dict(zip(wanted, pull(tuple(grads[k] for k in given)), strict=True))
+    return tuple(gradients.get(k) for k in range(len(needs)))

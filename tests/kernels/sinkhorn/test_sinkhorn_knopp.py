@@ -2,27 +2,12 @@
 
 import pytest
 import torch
+from golden_sinkhorn import GOLDEN, GOLDEN_LOGITS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mhc_lightning.kernels import sinkhorn_knopp
-
-GOLDEN_LOGITS = [[2, -1, 0.5, 0], [0, 1.5, -0.5, 1], [-2, 0.25, 3, -1], [1, 0, -1.5, 0.75]]
-GOLDEN = {
-    1: [
-        [0.696901, 0.054683, 0.077479, 0.170938],
-        [0.075233, 0.531386, 0.022736, 0.370645],
-        [0.010545, 0.157684, 0.779817, 0.051954],
-        [0.329795, 0.191210, 0.013488, 0.465507],
-    ],
-    20: [
-        [0.638716, 0.066878, 0.121129, 0.173277],
-        [0.061013, 0.575073, 0.031453, 0.332461],
-        [0.006556, 0.130806, 0.826917, 0.035721],
-        [0.293719, 0.227245, 0.020492, 0.458544],
-    ],
-}
 
 
 def equation_9(logits: Tensor, num_iterations: int) -> Tensor:

@@ -61,7 +61,7 @@ def test_no_c_compiler(building, monkeypatch):
 
 def test_a_c_compiler_that_fails(building, monkeypatch):
     monkeypatch.setenv("CC", "false")
-    assert "(false failed): mend this C compiler" in trouble()
+    assert "(false failed): fix this C compiler" in trouble()
     monkeypatch.setattr(availability.sysconfig, "get_path", lambda name: "/nowhere")
     assert "(Python.h is missing): install this Python's headers, such as python3." in trouble()
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def dot_per_stream(streams: Tensor, vector: Tensor) -> Tensor:
-    """``Σ_c streams[t, i, c] · vector[t, c]``: [T, n, C], [T, C] -> [T, n]."""
+    """`Σ_c streams[t, i, c] · vector[t, c]`: [T, n, C], [T, C] -> [T, n]."""
     # As a row times a matrix: batched products with a single column are several times slower.
     return torch.bmm(vector.contiguous()[:, None, :], streams.contiguous().mT).squeeze(1)
 
 
 def aggregate_forward(streams: Tensor, pre: Tensor) -> Tensor:
-    """``Σ_j pre[j] · streams[j]``, [T, C] in the streams' dtype."""
+    """`Σ_j pre[j] · streams[j]`, [T, C] in the streams' dtype."""
     wide = streams.to(pre.dtype).contiguous()
     return torch.bmm(pre.contiguous()[:, None, :], wide).squeeze(1).to(streams.dtype)
 

@@ -15,6 +15,7 @@ from mhc_lightning.kernels.triton_support.tiles import (
     load_weights,
     pointers,
     row_block,
+    row_chunk,
     store_sums,
     strides_in,
     vector_width,
@@ -44,8 +45,8 @@ def aggregate_backward(
         grad: Gradient of the sum [tokens, C], any strides.
         streams: [tokens, n, C], any strides; not read unless `need_pre`.
         pre: [tokens, n], float32.
-        need_streams: Whether the first result is wanted.
-        need_pre: Whether the second one is.
+        need_streams: True if the first result is wanted.
+        need_pre: True if the second result is wanted.
 
     Returns:
         Gradients of the streams (contiguous, in their dtype) and of `pre` (float32), or None.
@@ -133,11 +134,7 @@ def aggregate_forward_kernel(
     block_tokens: tl.constexpr,
     block_width: tl.constexpr,
 ):
-    chunks: tl.constexpr = (width + block_width - 1) // block_width
-    # Neighbouring programs read neighbouring chunks.
-    program = tl.program_id(0)
-    token = (program // chunks).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
-    column = ((program % chunks) * block_width + tl.arange(0, block_width))[None, :]
+    token, column = row_chunk(tokens, width, block_tokens, block_width)
     row = token[:, None]
     mask = inside(row, column, tokens, width, block_width)
     at = pointers(streams_ptr, row, column, token_stride, width_stride, vector)

@@ -8,7 +8,7 @@ from mhc_lightning.kernels.transforms import transforming
 
 
 def merge_forward(streams: Tensor, output: Tensor, residual: Tensor, post: Tensor) -> Tensor:
-    """``new[i] = Σ_j residual[i, j] · streams[j] + post[i] · output`` in the streams' dtype."""
+    """`new[i] = Σ_j residual[i, j] · streams[j] + post[i] · output` in the streams' dtype."""
     dtype = residual.dtype
     merged = torch.bmm(residual.contiguous(), streams.to(dtype).contiguous())
     add = torch.addcmul if transforming() else Tensor.addcmul_

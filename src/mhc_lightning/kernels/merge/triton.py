@@ -16,6 +16,7 @@ from mhc_lightning.kernels.triton_support.tiles import (
     merged_stream,
     pointers,
     row_block,
+    row_chunk,
     store_sums,
     strides_in,
     vector_width,
@@ -79,9 +80,9 @@ def merge_backward(
         output: [tokens, C], any strides; not read unless `need_coefficients`.
         residual: [tokens, n, n], float32.
         post: [tokens, n], float32.
-        need_streams: Whether the first result is wanted.
-        need_output: Whether the second one is.
-        need_coefficients: Whether the third and fourth are.
+        need_streams: True if the first result is wanted.
+        need_output: True if the second result is wanted.
+        need_coefficients: True if the third and the fourth are wanted.
 
     Returns:
         Gradients of the streams, the output (contiguous, in their dtypes), `residual` and
@@ -154,11 +155,7 @@ def merge_forward_kernel(
     block_tokens: tl.constexpr,
     block_width: tl.constexpr,
 ):
-    chunks: tl.constexpr = (width + block_width - 1) // block_width
-    # Neighbouring programs read neighbouring chunks.
-    program = tl.program_id(0)
-    token = (program // chunks).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
-    column = ((program % chunks) * block_width + tl.arange(0, block_width))[None, :]
+    token, column = row_chunk(tokens, width, block_tokens, block_width)
     in_tokens = token < tokens
     row = token[:, None]
     mask = inside(row, column, tokens, width, block_width)

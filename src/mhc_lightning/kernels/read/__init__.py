@@ -98,7 +98,7 @@ def hyper_mappings(
         phi: [C, n + 2], columns in the order pre | post | residual.
         alpha: [2]: the scale of pre and residual, and the scale of post.
         bias: The static mappings [n² + 2n] in the order pre | post | residual (row-major).
-        tanh: Whether `act` is tanh or the identity.
+        tanh: True if `act` is tanh, False if it is the identity.
         eps: Added to the mean square, inside the square root.
 
     Returns:
@@ -121,7 +121,7 @@ def read_hyper_streams(
         phi: [C, n + 2].
         alpha: [2].
         bias: [n² + 2n].
-        tanh: Whether the dynamic part is bounded by tanh.
+        tanh: True if the dynamic part is bounded by tanh.
         eps: Added to the mean square, inside the square root.
 
     Raises:

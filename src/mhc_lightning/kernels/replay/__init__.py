@@ -22,17 +22,17 @@ def replay_streams(
     want_streams: Sequence[bool],
     want_reads: Sequence[bool],
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Rebuild what consecutive sub-layers were given, from the streams that entered the first.
+    """Rebuild the streams and inputs of consecutive sub-layers from the streams of the first.
 
-    ``streams[k + 1] = residual[k] · streams[k] + post[k] · outputs[k]`` and
-    ``reads[k] = pre[k] · streams[k]``, rounded where the operators round.
+    `streams[k + 1] = residual[k] · streams[k] + post[k] · outputs[k]` and
+    `reads[k] = pre[k] · streams[k]`, rounded where the operators round.
 
     Args:
         entry: Streams [..., n, C] of the first sub-layer.
-        outputs: What the sub-layers but the last returned, each [..., C].
-        mappings: One record per sub-layer; the last one's ``post`` and ``residual`` are not used.
-        want_streams: For each sub-layer, whether its streams are wanted. The first one's never are.
-        want_reads: For each sub-layer, whether its input is wanted.
+        outputs: Results of all sub-layers but the last, each [..., C].
+        mappings: One record per sub-layer; the last one's `post` and `residual` are not used.
+        want_streams: By sub-layer, True if its streams are wanted; False for the first.
+        want_reads: By sub-layer, True if its input is wanted.
 
     Returns:
         Streams [..., n, C] and inputs [..., C] by sub-layer, contiguous, None where not wanted.

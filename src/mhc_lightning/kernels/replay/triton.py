@@ -20,6 +20,7 @@ from mhc_lightning.kernels.triton_support.tiles import (
     merged_stream,
     pointers,
     row_block,
+    row_chunk,
     strides_in,
     vector_width,
     weighted_sum,
@@ -136,10 +137,7 @@ def replay_forward_kernel(
     block_tokens: tl.constexpr,
     block_width: tl.constexpr,
 ):
-    chunks: tl.constexpr = (width + block_width - 1) // block_width
-    program = tl.program_id(0)
-    token = (program // chunks).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
-    column = ((program % chunks) * block_width + tl.arange(0, block_width))[None, :]
+    token, column = row_chunk(tokens, width, block_tokens, block_width)
     in_tokens = token < tokens
     row = token[:, None]
     mask = inside(row, column, tokens, width, block_width)

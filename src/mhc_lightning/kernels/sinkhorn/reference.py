@@ -30,7 +30,7 @@ def sinkhorn_backward(grad: Tensor, logits: Tensor, num_iterations: int) -> Tens
     """Gradient [n, n, tokens] of the logits, given that of the matrices.
 
     Recomputes every iterate and walks all of them back. In logarithmic coordinates a normalisation
-    is ``y = x - logsumexp(x)``, so its gradient is ``G - M · ΣG`` along the same axis.
+    is `y = x - logsumexp(x)`, so its gradient is `G - M · ΣG` along the same axis.
     """
     iterates = logits.new_empty((2 * num_iterations, *logits.shape))
     iterates[0], iterates[1] = _first_iteration(logits)

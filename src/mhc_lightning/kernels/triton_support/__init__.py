@@ -1,1 +1,1 @@
-"""What all Triton kernels share: tiles, launches, block sizes, chips, tuning."""
+"""Shared parts of all Triton kernels: tiles, launches, block sizes, chips, tuning."""

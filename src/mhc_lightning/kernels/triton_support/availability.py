@@ -1,4 +1,4 @@
-"""Whether Triton works on this machine and, where it does not, what to do about it."""
+"""Availability of Triton on this machine: the cause where it does not work, and the fix."""
 
 import importlib.util
 import subprocess
@@ -13,13 +13,13 @@ import torch
 
 @cache
 def trouble_with_triton(device: torch.device) -> str | None:
-    """What keeps Triton's kernels from running on a device, and the mend; None if nothing does.
+    """The reason why Triton's kernels cannot run on a device, and the fix; None if they can.
 
     Imports the kernels and launches a small one. Most of what can be wrong shows only then: Triton
     builds its launcher with the machine's C compiler and Python's headers, and loads the driver.
 
     Returns:
-        One line, such as ``"Triton is not installed: pip install triton"``.
+        One line, such as `"Triton is not installed: pip install triton"`.
     """
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed: pip install {_requirement()}"
@@ -30,8 +30,8 @@ def trouble_with_triton(device: torch.device) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an installation can be broken in any way
-        cause, mend = _diagnosis(error)
-        return f"Triton does not work here ({cause}): {mend}"
+        cause, fix = _diagnosis(error)
+        return f"Triton does not work here ({cause}): {fix}"
     return None
 
 
@@ -43,12 +43,12 @@ def _diagnosis(error: Exception) -> tuple[str, str]:
         if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
             package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
             return "Python.h is missing", f"install this Python's headers, such as {package}"
-        return f"{command} failed", "mend this C compiler, or name another one in CC"
+        return f"{command} failed", "fix this C compiler, or name another one in CC"
     if "C compiler" in text:
         return "there is no C compiler", "install gcc, or name a compiler in CC"
     if "libcuda" in text:
-        mend = "install NVIDIA's driver, or say in TRITON_LIBCUDA_PATH where its libcuda.so.1 is"
-        return "it does not find libcuda.so", mend
+        fix = "install NVIDIA's driver, or say in TRITON_LIBCUDA_PATH where its libcuda.so.1 is"
+        return "it does not find libcuda.so", fix
     if text.startswith("0 active drivers"):
         return "it finds no driver of a GPU", "install NVIDIA's, or AMD's"
     if "active drivers" in text:
@@ -63,5 +63,5 @@ def _requirement() -> str:
         asked = metadata.requires("torch") or []
     except metadata.PackageNotFoundError:
         asked = []
-    found = (line.split(";")[0].strip() for line in asked if line.startswith("triton"))
-    return next(found, "triton")
+    triton = (line.split(";")[0].strip() for line in asked if line.startswith("triton"))
+    return next(triton, "triton")

@@ -1,8 +1,8 @@
 """Block sizes of the Triton kernels: measured ones where there are any, else the kernel's own.
 
 A choice is looked up by device, kernel, streams, width and dtype: in the user's own table, which
-``python -m mhc_lightning tune`` writes, then in the one shipped for the device
-(``tuned/<device>.json``). Without a GPU, under Triton's interpreter as well, every kernel runs with
+`python -m mhc_lightning tune` writes, then in the one shipped for the device
+(`tuned/<device>.json`). Without a GPU, under Triton's interpreter as well, every kernel runs with
 its default.
 """
 
@@ -22,7 +22,7 @@ SHIPPED_TABLES = Path(__file__).parent / "tuned"
 
 
 class Config(NamedTuple):
-    """How a kernel is cut into programs.
+    """Block sizes: the way a kernel is cut into programs.
 
     Attributes:
         block_tokens: Tokens per program (or per step of a program that loops over them).
@@ -57,14 +57,14 @@ def configured(kernel: str, n: int, width: int, dtype: torch.dtype, default: Con
     """The block sizes to run a kernel with.
 
     Args:
-        kernel: The kernel's name in the tables, such as ``"merge_forward"``.
+        kernel: The kernel's name in the tables, such as `"merge_forward"`.
         n: Number of streams.
         width: C, elements per stream.
         dtype: Dtype of the streams.
-        default: What to use where nothing was measured.
+        default: The block sizes where nothing was measured.
 
     Returns:
-        The choice of a surrounding `choose`, else of the device's tables, else ``default``.
+        The choice of a surrounding `choose`, else of the device's tables, else `default`.
     """
     device, key = _current_device(), shape_key(n, width, dtype)
     config = default
@@ -79,7 +79,7 @@ def configured(kernel: str, n: int, width: int, dtype: torch.dtype, default: Con
 
 @contextmanager
 def choose(kernel: str, config: Config) -> Iterator[None]:
-    """Run a kernel with ``config`` whatever the tables say, in this process, until the exit."""
+    """Run a kernel with `config` whatever the tables say, in this process, until the exit."""
     before = dict(_overrides)
     _overrides[kernel] = config
     try:
@@ -101,15 +101,15 @@ def noted_lookups() -> Iterator[list[Lookup]]:
 
 
 def shape_key(n: int, width: int, dtype: torch.dtype) -> str:
-    """A table's name for a shape: ``"n4-c2560-bfloat16"``."""
+    """A table's name for a shape: `"n4-c2560-bfloat16"`."""
     return f"n{n}-c{width}-{str(dtype).removeprefix('torch.')}"
 
 
 def user_table(device: str) -> Path:
-    """Where the user's own table for a device is, or would be.
+    """The path of the user's own table for a device; it may not exist.
 
     Args:
-        device: The device's name, as ``torch.cuda.get_device_name`` gives it.
+        device: The device's name, as `torch.cuda.get_device_name` gives it.
     """
     root = os.environ.get("MHC_LIGHTNING_CACHE") or Path.home() / ".cache" / "mhc_lightning"
     return Path(root) / "tuned" / _file_name(device)
@@ -152,7 +152,7 @@ def add_to_table(path: Path, kernel: str, key: str, config: Config, measured_on:
         kernel: The kernel's name.
         key: The shape's `shape_key`.
         config: The choice.
-        measured_on: What the file says of the measurement.
+        measured_on: Device and versions, for the file.
     """
     table = read_table(path)
     table.setdefault(kernel, {})[key] = config

@@ -11,10 +11,10 @@ class Launch(NamedTuple):
     """One launch of a kernel.
 
     Attributes:
-        kernel: A ``triton.jit`` function.
+        kernel: A `triton.jit` function.
         grid: Programs along up to three axes; none is 0.
         args: Tensors and run-time scalars, in the order of the kernel's signature.
-        constants: The kernel's ``tl.constexpr`` parameters.
+        constants: The kernel's `tl.constexpr` parameters.
         num_warps: Warps per program.
         num_stages: Depth of software pipelining.
     """
@@ -28,7 +28,7 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What Triton is told beside the arguments; its default for fused operations changes."""
+        """Triton's options; that for fused operations is set, since its default changes."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -54,15 +54,15 @@ def launch(
     num_stages: int,
     **constants: Any,
 ) -> None:
-    """Run ``kernel`` over ``grid``; a grid without programs (an empty batch) launches nothing.
+    """Run `kernel` over `grid`; a grid without programs (an empty batch) launches nothing.
 
     Args:
-        kernel: A ``triton.jit`` function.
+        kernel: A `triton.jit` function.
         grid: Programs along up to three axes.
         *args: Tensors and run-time scalars, in the order of the kernel's signature.
         num_warps: Warps per program.
         num_stages: Depth of software pipelining.
-        **constants: The kernel's ``tl.constexpr`` parameters.
+        **constants: The kernel's `tl.constexpr` parameters.
     """
     if 0 not in grid:
         _handler(Launch(kernel, grid, args, constants, num_warps, num_stages))
@@ -70,7 +70,7 @@ def launch(
 
 @contextmanager
 def intercept(handler: Callable[[Launch], None]) -> Iterator[None]:
-    """Hand every launch of this process to ``handler`` instead, which may `run` it, until the exit.
+    """Hand every launch of this process to `handler` instead, which may `run` it, until the exit.
 
     Measurements use this: to count what a launch reads, or to compile it and leave it at that.
     """

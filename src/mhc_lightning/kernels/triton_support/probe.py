@@ -13,7 +13,7 @@ def _mark(target):
 def launch_something(device: torch.device) -> None:
     """Compile and launch a kernel; raises whatever keeps Triton from doing so.
 
-    Not through ``launch``: this is no operation, for anybody to count or to time.
+    Not through `launch`: this is no operation, for anybody to count or to time.
     """
     target = torch.zeros(1, dtype=torch.int32, device=device)
     if device.type == "cuda":

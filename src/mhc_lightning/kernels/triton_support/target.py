@@ -12,7 +12,7 @@ class Target(NamedTuple):
     """A kind of chip.
 
     Attributes:
-        backend: ``"cuda"`` or ``"hip"``, as Triton names them.
+        backend: `"cuda"` or `"hip"`, as Triton names them.
         capability: NVIDIA's compute capability times ten; 0 on AMD's chips.
     """
 
@@ -36,7 +36,7 @@ def target_of(tensor: Tensor) -> Target:
 
 @contextmanager
 def assume(target: Target) -> Iterator[None]:
-    """Launch with CPU tensors as ``target`` would, until the exit: to compile for it, not to run.
+    """Launch with CPU tensors as `target` would, until the exit: to compile for it, not to run.
 
     Args:
         target: The chip.

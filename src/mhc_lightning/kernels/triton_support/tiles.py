@@ -66,11 +66,21 @@ def _strides(tensor: Tensor) -> list[int]:
 
 @triton.jit
 def inside(row, column, tokens, width: tl.constexpr, step: tl.constexpr):
-    """Which elements exist; columns are compared only where `step` does not divide the width."""
+    """Mask of the elements that exist; columns are compared if `step` does not divide the width."""
     mask = row < tokens
     if width % step != 0:
         mask = mask & (column < width)
     return mask
+
+
+@triton.jit
+def row_chunk(tokens, width: tl.constexpr, block_tokens: tl.constexpr, block_width: tl.constexpr):
+    """This program's tokens [BT] and channels [1, BC]: neighbours take neighbouring chunks of C."""
+    chunks: tl.constexpr = (width + block_width - 1) // block_width
+    program = tl.program_id(0)
+    token = (program // chunks).to(tl.int64) * block_tokens + tl.arange(0, block_tokens)
+    column = ((program % chunks) * block_width + tl.arange(0, block_width))[None, :]
+    return token, column
 
 
 @triton.jit

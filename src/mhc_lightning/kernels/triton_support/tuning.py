@@ -25,7 +25,7 @@ _LEAST_OF_PRODUCTS = _LEAST._replace(block_tokens=16)
 
 
 class Choice(NamedTuple):
-    """What was found for one kernel at one shape.
+    """The result of the search for one kernel at one shape.
 
     Attributes:
         lookup: The kernel, the shape, and the block sizes before.
@@ -97,7 +97,7 @@ def search(lookup: Lookup, seconds: Callable[[Config], float]) -> Choice:
 
 
 def neighbours(kernel: str, config: Config) -> list[Config]:
-    """Block sizes that differ from ``config`` in one number."""
+    """Block sizes that differ from `config` in one number."""
     least = _LEAST_OF_PRODUCTS if "project" in kernel else _LEAST
     changes = {
         name: (getattr(config, name) * 2, getattr(config, name) // 2)
@@ -114,7 +114,7 @@ def neighbours(kernel: str, config: Config) -> list[Config]:
 
 
 def _agree(results: object, expected: object) -> bool:
-    """Whether results are the same but for rounding; partial sums are compared once added up."""
+    """True if results agree to rounding; partial sums are compared after they are added up."""
     for ours, theirs in zip(tree_leaves(results), tree_leaves(expected), strict=True):
         if not isinstance(ours, Tensor) or ours.numel() == 0:
             continue

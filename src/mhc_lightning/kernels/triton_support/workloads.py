@@ -1,4 +1,4 @@
-"""Every kernel at work on one shape, to be tuned, compiled ahead of time, counted or timed."""
+"""Every kernel with arguments of one shape, to be tuned, compiled ahead, counted or timed."""
 
 from collections.abc import Callable
 from functools import partial
@@ -60,7 +60,7 @@ def workloads(
         width: C.
         dtype: Dtype of the streams.
         device: Where the inputs are.
-        random: Whether the inputs hold random numbers, or anything.
+        random: True for random inputs, False for uninitialised ones.
         sub_layers: Of the recompute block that is replayed, at least 1.
     """
     count = n * n + 2 * n

@@ -49,11 +49,11 @@ def merge_project_backward(
         post: [T, n] float32.
         phi: [n·C, K] float32.
         raw_grad: Gradient of the raw coefficients [K, T].
-        scale: What the norm adds per unit of the new streams [T].
+        scale: Factor of the new streams in the gradient that comes through the norm [T].
         pre: The weights [T, n] that the new streams were read with.
         read_grad: Gradient of the next input [T, C], or None.
         new_grad: Gradient of the new streams [T, n, C] that comes from later layers, or None.
-        single_pass: Whether `pre` was given, so that its gradient is a result.
+        single_pass: True if `pre` was given, so that its gradient is a result.
 
     Returns:
         Gradients of streams, output, residual, post, phi, and of `pre` (None unless single pass).

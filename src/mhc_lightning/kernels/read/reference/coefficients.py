@@ -15,7 +15,7 @@ def coefficients_forward(
 ) -> StreamMappings:
     """Mappings for raw coefficients [K, tokens] and inverse norms [tokens].
 
-    K is n² + 2n; by the rule ``"gates"`` it is any number m + 2n, and the last of the mappings are
+    K is n² + 2n; by the rule `"gates"` it is any number m + 2n, and the last of the mappings are
     the logits [tokens, m].
     """
     logits = _logits(raw, inverse_rms, alpha, bias, n)
@@ -46,11 +46,11 @@ def coefficients_backward(
         alpha: [3].
         bias: [K].
         n: Number of streams.
-        width: How many squares the norm is the mean of, n·C.
-        rule: As in ``coefficients_forward``.
+        width: Number of squares in the mean of the norm, n·C.
+        rule: As in `coefficients_forward`.
 
     Returns:
-        Gradients of ``raw``, of the norm as the factor of x that it adds to the streams' gradient
+        Gradients of `raw`, of the norm as the factor of x that it adds to the streams' gradient
         [tokens], of alpha and of bias.
     """
     tokens = raw.shape[1]

@@ -1,6 +1,6 @@
 """Coefficients of the original Hyper-Connections (arXiv 2409.19606; eq. 5 of 2512.24880).
 
-With ``z[j] = act(streams[j] / rms(streams[j]) · phi)`` for each stream by itself,
+With `z[j] = act(streams[j] / rms(streams[j]) · phi)` for each stream by itself,
 
     pre[j] = alpha[0] · z[j, 0] + b        post[j] = alpha[1] · z[j, 1] + b
     residual[i, j] = alpha[0] · z[j, 2 + i] + b
@@ -36,9 +36,9 @@ def hyper_coefficients_backward(
     width: int,
     tanh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``raw``, of the norm (as the factor of x it adds), of alpha and of bias.
+    """Gradients of `raw`, of the norm (as the factor of x it adds), of alpha and of bias.
 
-    ``width`` is how many squares a norm is the mean of, C.
+    `width` is how many squares a norm is the mean of, C.
     """
     z = _activated(raw, inverse_rms, tanh)
     by_stream = z.new_zeros(n + 2, z.shape[1] // n, n)

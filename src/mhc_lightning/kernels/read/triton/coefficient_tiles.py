@@ -39,7 +39,7 @@ def launch_forward(
         bias: [n² + 2n].
         n: Number of streams.
         tokens: Number of tokens, T.
-        width: How many squares were summed.
+        width: Number of squares in the sum.
         eps: Added to the mean square.
         **constants: Further constants of the kernel.
 
@@ -97,7 +97,7 @@ def launch_backward(
         parameters: Those that the kernel reads.
         n: Number of streams.
         tokens: Number of tokens, T.
-        width: How many squares were summed.
+        width: Number of squares in the sum.
         **constants: Further constants of the kernel.
 
     Returns:

@@ -47,7 +47,7 @@ def coefficients_forward(
         alpha: [3].
         bias: [n² + 2n].
         n: Number of streams.
-        width: How many squares were summed: n·C.
+        width: Number of squares in the sum, n·C.
         num_iterations: Sinkhorn iterations, at least 1.
         eps: Added to the mean square.
 

@@ -50,8 +50,8 @@ def hyper_coefficients_forward(
         alpha: [2], the scale of pre and residual, and that of post.
         bias: The static mappings [n² + 2n].
         n: Number of streams.
-        width: How many squares were summed: C.
-        tanh: Whether the dynamic part is bounded by tanh.
+        width: Number of squares in the sum, C.
+        tanh: True if the dynamic part is bounded by tanh.
         eps: Added to the mean square.
 
     Returns:

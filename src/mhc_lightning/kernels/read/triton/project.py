@@ -22,7 +22,7 @@ def project(streams: Tensor, phi: Tensor, per_stream: bool = False) -> tuple[Ten
     Args:
         streams: [T, n, C], any strides.
         phi: [n·C, K] float32 contiguous, or [C, K] with `per_stream`.
-        per_stream: Whether each of the T·n streams is a row of its own (HC).
+        per_stream: True if each of the T·n streams is a row of its own (HC).
 
     Returns:
         Partial products [S, K, rows] and partial sums of squares [S, rows], float32, to be summed

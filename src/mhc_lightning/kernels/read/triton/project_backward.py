@@ -41,13 +41,13 @@ def project_backward(
         streams: [T, n, C], any strides.
         phi: [n·C, K] float32 contiguous, or [C, K] with `per_stream`.
         raw_grad: Gradient of the raw coefficients [K, T], or [K, T·n] with `per_stream`.
-        scale: What the norm adds per unit of x [T], or [T·n].
+        scale: Factor of x in the gradient that comes through the norm [T], or [T·n].
         pre: [T, n].
         read_grad: Gradient of the sub-layer's input [T, C], or None if there is none.
         kept_grad: Gradient that comes from the merge [T, n, C], or None.
-        need_streams: Whether the streams' gradient is asked for.
-        need_phi: Whether phi's is.
-        per_stream: Whether each stream has coefficients of its own (HC).
+        need_streams: True if the streams' gradient is asked for.
+        need_phi: True if phi's gradient is asked for.
+        per_stream: True if each stream has coefficients of its own (HC).
 
     Returns:
         The streams' gradient [T, n, C] in their dtype and phi's in float32, None where not needed.
@@ -137,7 +137,7 @@ def ranges_of_tokens(
 
 
 def streams_per_program(n: int, itemsize: int) -> int:
-    """How many streams' phi and gradient of phi fit the registers of a program.
+    """Number of streams whose phi and gradient of phi fit the registers of a program.
 
     All of up to 4. For more, `read_grad` is read once per 4 streams, or per 2 of float32, whose
     products take twice the registers.
