@@ -53,8 +53,8 @@ def test_coefficients_and_gradients(
     width, eps = 7 * n, 1e-20
     raw_partials = randn(splits, n * n + 2 * n, tokens, scale=scale)
     # A token's norm is as large as its raw coefficients, as for any streams. Were it far smaller,
-    # logits would saturate the matrix: of entries 1 - δ a gradient of δ times the incoming one comes
-    # back, and float32 has no digits of δ left, neither here nor in plain torch.
+    # logits would saturate the matrix. From entries of 1 - δ comes a gradient of δ times the
+    # incoming one, and float32 has no digits of δ left, neither here nor in plain torch.
     square_partials = (0.5 + torch.rand(splits, tokens)) * width * scale**2
     alpha = (torch.rand(3) + 0.5) * logit_scale
     bias = randn(n * n + 2 * n)
