@@ -154,28 +154,6 @@ def test_a_monitor_that_nothing_logs_is_named(tmp_path):
         run(tmp_path, keep_best=1, monitor="val/accuracy")
 
 
-def test_a_best_that_cannot_be_written_displaces_none(tmp_path, monkeypatch):
-    """Of the validations at 5, 10, 15 and 20 the later are better; that at 15 meets a full disk."""
-    real = file_writing.torch.save
-
-    def save(content, stream):
-        if content["global_step"] == 15:
-            stream.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            raise RuntimeError("unexpected pos 128 vs 0")
-        real(content, stream)
-
-    class Scores(pl.Callback):
-        def on_validation_end(self, trainer, pl_module):
-            value = 1 / trainer.global_step if trainer.global_step < 20 else 1.0
-            trainer.callback_metrics["val/loss"] = torch.tensor(value)
-
-    monkeypatch.setattr(file_writing.torch, "save", save)
-    with pytest.warns(RuntimeWarning, match="could not save the checkpoint of step 15"):
-        run(tmp_path, 20, callbacks=[Scores()], every_n_steps=3, keep_last=1, keep_best=1)
-    assert saved_steps(tmp_path / "checkpoints") == [10, 20]
-    assert os.readlink(tmp_path / "checkpoints/best") == "step_00000010.ckpt"
-
-
 class Scored(pl.Callback):
     """Gives validations the scores that are wanted."""
 
@@ -185,6 +163,25 @@ class Scored(pl.Callback):
     def on_validation_epoch_end(self, trainer, pl_module):
         score = self.scores[trainer.global_step]
         pl_module.log_dict({"score": score, "accuracy": 10 - score})
+
+
+def test_a_best_that_cannot_be_written_displaces_none(tmp_path, monkeypatch):
+    """Of the validations at 5, 10 and 15 the later are better; that at 15 meets a full disk."""
+    real = file_writing.torch.save
+
+    def save(content, stream):
+        if content["global_step"] == 15:
+            stream.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise RuntimeError("unexpected pos 128 vs 0")
+        real(content, stream)
+
+    monkeypatch.setattr(file_writing.torch, "save", save)
+    scored = Scored({5: 4.0, 10: 3.0, 15: 2.0, 20: 9.0})
+    settings = {"every_n_steps": 3, "keep_last": 1, "keep_best": 1, "monitor": "score"}
+    with pytest.warns(RuntimeWarning, match="could not save the checkpoint of step 15"):
+        run(tmp_path, 20, callbacks=[scored], **settings)
+    assert saved_steps(tmp_path / "checkpoints") == [10, 20]
+    assert os.readlink(tmp_path / "checkpoints/best") == "step_00000010.ckpt"
 
 
 def links(folder):
