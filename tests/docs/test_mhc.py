@@ -79,3 +79,12 @@ def test_found_learning_rates_are_those_of_the_recipe() -> None:
         "mhc/findings.md", "Breaking: as in the paper, at larger learning rates"
     ).items():
         assert f"| `{name}` | {' | '.join(cells)} |" in recipe
+
+
+def test_the_time_of_a_step_is_that_of_the_benchmark() -> None:
+    text = " ".join((DOCS / "mhc/cost.md").read_text(encoding="utf-8").split())
+    shown = re.search(r"([\d.]+) times as long .* at C = 256, and ([\d.]+) times at C = 128", text)
+    assert shown
+    benchmark = (REPOSITORY / "benchmarks/README.md").read_text(encoding="utf-8")
+    for width, ratio in zip((256, 128), shown.groups(), strict=True):
+        assert f"| {width} | eager | {ratio} |" in benchmark
