@@ -8,7 +8,8 @@ from mhc_lightning.loggers import TensorBoard
 
 
 def points(folder, tag):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    """All points in the files, as a reader sees them that knows nothing of restarts."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=False)
     events.Reload()
     # Files that begin in the same second are read in the order of their names.
     return sorted((event.step, event.value) for event in events.Scalars(tag))

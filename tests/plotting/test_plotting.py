@@ -45,7 +45,10 @@ def test_everything_is_inside_the_picture_and_cells_hold_their_numbers(n: int, d
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
     labels = [t.get_text() for t in figure.axes[0].texts]
     assert len(labels) == n * n + 2 * n
-    assert labels.count(format_cell(float(matrix[0].sum()))) >= 1
+    at = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    for k in range(n):  # (x, y): row sums in the last column, column sums in the last row
+        assert at[n, k] == format_cell(float(matrix[k].sum()))
+        assert at[k, n] == format_cell(float(matrix[:, k].sum()))
     cell = figure.axes[0].transData.transform([(0, 0), (1, 0)])
     side = cell[1, 0] - cell[0, 0]
     for text in figure.axes[0].texts:

@@ -22,10 +22,12 @@ def test_event_files_alone_hold_the_same_numbers(runs, write):
 
 
 def test_what_a_run_logged_before_it_went_back_to_a_checkpoint_is_forgotten(tmp_path, write):
-    write.events(tmp_path, {"train/loss": {1: 1.0, 2: 2.0, 3: 3.0}}, filename_suffix=".a")
+    first = {"train/loss": {1: 1.0, 2: 2.0, 3: 3.0}, "val/loss": {1: 0.5, 2: 0.6}}
+    write.events(tmp_path, first, filename_suffix=".a")
     write.events(tmp_path, {"train/loss": {2: 5.0}}, purge_step=2, filename_suffix=".b")
     (run,) = read_runs([str(tmp_path)])
     assert run.scalars["train/loss"].values.tolist() == [1.0, 5.0]
+    assert run.scalars["val/loss"].steps.tolist() == [1]
     assert run.pictures["stream_matrices/layer_0"].step == 2
 
 
