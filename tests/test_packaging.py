@@ -18,6 +18,8 @@ from packaging.version import Version
 
 import mhc_lightning
 
+SUFFIXES = (".py", ".yaml", ".css", ".html")  # of the files that the package consists of
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory, repository) -> zipfile.ZipFile:
@@ -44,7 +46,7 @@ def constraints(repository) -> dict[str, str]:
 def test_wheel_holds_the_package_and_its_configurations_and_nothing_else(wheel, repository):
     def below(folder: Path) -> set[str]:
         files = (file for file in folder.rglob("*") if file.is_file())
-        return {str(f.relative_to(folder)) for f in files if f.suffix in (".py", ".yaml", ".css")}
+        return {str(f.relative_to(folder)) for f in files if f.suffix in SUFFIXES}
 
     expected = {f"mhc_lightning/{name}" for name in below(repository / "src/mhc_lightning")}
     expected |= {f"mhc_lightning/configs/{name}" for name in below(repository / "configs")}
