@@ -24,7 +24,7 @@ def streamed(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     return "".join(stream.push(int(token)) for token in ids) + stream.flush()
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.binary())
 def test_bytes_come_back_whatever_they_are(data: bytes) -> None:
     tokenizer = ByteTokenizer()
@@ -50,7 +50,7 @@ def test_byte_stream_waits_for_whole_characters() -> None:
     assert stream.flush() == "\ufffd"
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(text=st.text())
 def test_json_tokenizer_gives_text_back(json_tokenizer: JsonTokenizer, text: str) -> None:
     ids = json_tokenizer.encode(text)
