@@ -136,6 +136,14 @@ def test_processes_end_with_the_code_of_the_first_fault(processes, capsys) -> No
     assert capsys.readouterr().err == line * 2
 
 
+def test_of_two_faults_at_once_the_first_one_published_counts(
+    processes: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FaultWatch, "_look", lambda *_: None)  # neither sees the other's yet
+    fault, _ = processes[0].watch.report(UserError("chunk 3 is damaged"))
+    assert processes[1].watch.report(UserError("chunk 4 is damaged")) == (fault, True)
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_processes_with_one_standard_error_print_one_line(
     started_here: list[Process], failing: int, capsys: pytest.CaptureFixture[str]
