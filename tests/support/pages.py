@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import logging
+import os
 import re
 import runpy
 import shlex
@@ -118,13 +120,19 @@ def _run(line: str, folder: Path) -> str:
 @contextlib.contextmanager
 def _as_in(folder: Path) -> Iterator[None]:
     """Be in a folder whose modules can be imported, as a new process would be."""
-    argv, path, modules = sys.argv, list(sys.path), set(sys.modules)
+    argv, path, modules, environment = sys.argv, list(sys.path), set(sys.modules), dict(os.environ)
+    root = logging.getLogger()  # Hydra sets handlers of its own
+    level, handlers = root.level, list(root.handlers)
     sys.path.insert(0, str(folder))
     try:
         with contextlib.chdir(folder):
             yield
     finally:
         sys.argv, sys.path[:] = argv, path
+        os.environ.clear()
+        os.environ.update(environment)
+        root.setLevel(level)
+        root.handlers[:] = handlers
         for name in set(sys.modules) - modules:
             file = getattr(sys.modules[name], "__file__", None)
             if file and Path(file).is_relative_to(folder):
