@@ -43,7 +43,12 @@ def implementation(operator: str, streams: Tensor, *coefficients: Tensor) -> Mod
     """
     without_numbers = streams.is_meta or isinstance(streams, FakeTensor)
     by_triton = not without_numbers and _triton_runs(streams, coefficients)
-    return import_module(f"{__package__}.{operator}.{'triton' if by_triton else 'reference'}")
+    return _module(operator, "triton" if by_triton else "reference")
+
+
+@cache
+def _module(operator: str, name: str) -> ModuleType:
+    return import_module(f"{__package__}.{operator}.{name}")
 
 
 def fuses_seams(streams: Tensor, *coefficients: Tensor) -> bool:

@@ -5,7 +5,7 @@ that long lists of operands have one definition. Run on tensors without numbers 
 body is its own shape function, since `implementation` then gives the reference.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -35,11 +35,15 @@ def operator(name: str) -> Callable[[Callable], Any]:
     def define(body: Callable) -> Any:
         hints = get_type_hints(body)
         results = hints.pop("return")
-        parameters = _parameters(hints)
+        parameters, groups = _parameters(hints), _groups(hints)
 
         def run(*arguments: Any) -> Any:
-            grouped = list(_grouped(hints, iter(arguments)))
-            outputs = body(*grouped)
+            outputs = body(
+                *(
+                    arguments[first] if make is None else make(arguments[first:last])
+                    for make, first, last in groups
+                )
+            )
             if results is Tensor:
                 return outputs
             empty = next(a for a in arguments if isinstance(a, Tensor)).new_empty
@@ -92,10 +96,11 @@ def _results(hint: Any) -> str:
     return f"({', '.join(['Tensor'] * count)})"
 
 
-def _grouped(hints: dict[str, Any], arguments: Iterator[Any]) -> Iterator[Any]:
-    """The body's arguments, of the operator's flat ones."""
+def _groups(hints: dict[str, Any]) -> list[tuple[Callable | None, int, int]]:
+    """By argument of the body: the NamedTuple to make, if any, and its range of flat arguments."""
+    groups, first = [], 0
     for hint in hints.values():
-        if hasattr(hint, "_fields"):
-            yield hint._make(next(arguments) for _ in hint._fields)
-        else:
-            yield next(arguments)
+        last = first + len(_fields(hint) or [hint])
+        groups.append((getattr(hint, "_make", None), first, last))
+        first = last
+    return groups
