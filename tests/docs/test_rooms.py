@@ -43,3 +43,11 @@ def test_no_room_imports_one_that_comes_after_it():
             continue
         later = order[order.index(room) + 1 :]
         assert not rooms_imported_by(file) & set(later), file
+
+
+def test_the_files_that_contributing_names_exist():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w.]+/[\w./]*)`", text)) - {"site/"}
+    assert len(named) > 20
+    for name in named:
+        assert any((folder / name).exists() for folder in (REPOSITORY, PACKAGE)), name
