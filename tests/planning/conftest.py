@@ -2,37 +2,17 @@
 
 import gc
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from networks import CONNECTIONS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
-from mhc_lightning.modules import (
-    HyperConnection,
-    IdentityHyperConnection,
-    KroneckerHyperConnection,
-    ManifoldHyperConnection,
-    PermutationHyperConnection,
-    ResidualConnection,
-    SinglePassHyperConnection,
-    Transformer,
-)
+from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch
 
-CONNECTIONS: dict[str, Callable] = {
-    "residual": ResidualConnection,
-    "hc": HyperConnection,
-    "hc_linear": partial(HyperConnection, tanh=False),
-    "hc_static": partial(HyperConnection, dynamic=False),
-    "mhc": ManifoldHyperConnection,
-    "single_pass": SinglePassHyperConnection,
-    "lite": PermutationHyperConnection,
-    "krom": KroneckerHyperConnection,
-    "identity": IdentityHyperConnection,
-}
 DENSE = {
     "vocab_size": 100,
     "dim": 32,

@@ -32,11 +32,11 @@ CASES = [
     ("mhc", "bf16-mixed", 4, 32, {**MOE, "num_dense_layers": 0, "vocab_size": 3000}),
     ("mhc", "bf16-true", 2, 96, MOE),
     ("mhc", "bf16-true", 1, 64, {"num_streams": 1, "num_layers": 1}),
-    ("single_pass", "32-true", 2, 64, {}),
-    ("single_pass", "bf16-mixed", 2, 64, {**MOE, "num_layers": 3}),
-    ("single_pass", "bf16-true", 3, 33, {"num_streams": 3}),
-    ("lite", "32-true", 2, 64, {}),
-    ("lite", "bf16-mixed", 2, 64, {"num_streams": 3, **MOE}),
+    ("mhc_single_pass", "32-true", 2, 64, {}),
+    ("mhc_single_pass", "bf16-mixed", 2, 64, {**MOE, "num_layers": 3}),
+    ("mhc_single_pass", "bf16-true", 3, 33, {"num_streams": 3}),
+    ("mhc_lite", "32-true", 2, 64, {}),
+    ("mhc_lite", "bf16-mixed", 2, 64, {"num_streams": 3, **MOE}),
     ("krom", "32-true", 2, 64, {"num_streams": 6}),
     ("krom", "bf16-true", 2, 64, {}),
     ("identity", "32-true", 2, 64, {}),
@@ -136,7 +136,7 @@ def test_a_body_that_does_not_run_without_values_is_named(build):
         saved_for_backward(model, batch, copies_weights=False)
 
 
-@pytest.mark.parametrize("connection", ["mhc", "single_pass", "lite", "krom"])
+@pytest.mark.parametrize("connection", ["mhc", "mhc_single_pass", "mhc_lite", "krom"])
 def test_counting_leaves_the_model_as_it_was(connection, build, loss):
     model = build(connection, **MOE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

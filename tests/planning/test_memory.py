@@ -34,7 +34,7 @@ CASES = [
     ("mhc", "32-true", 4, 2, {"num_streams": 2}),
     ("mhc", "bf16-mixed", 1, 2, {**MOE, "vocab_size": 20000}),
     ("mhc", "bf16-true", 2, 1, MOE),
-    ("single_pass", "32-true", 2, 1, {}),
+    ("mhc_single_pass", "32-true", 2, 1, {}),
 ]
 # The same, and sub-layers per recompute block.
 RECOMPUTED = [

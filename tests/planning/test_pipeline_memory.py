@@ -154,8 +154,8 @@ CASES = [
     ("mhc", "32-true", {"num_streams": 2}, 0),
     ("mhc", "bf16-mixed", {}, 0),
     ("mhc", "bf16-true", MOE, 2),
-    ("single_pass", "32-true", {}, 0),
-    ("single_pass", "bf16-mixed", MOE, 3),
+    ("mhc_single_pass", "32-true", {}, 0),
+    ("mhc_single_pass", "bf16-mixed", MOE, 3),
 ]
 
 
@@ -207,7 +207,7 @@ def test_micro_batches_share_copies_of_weights_unless_backward_is_split(build):
 
 # Every schedule; every precision, connection and recompute block with some of them.
 RUNS = [
-    ("1f1b", 2, 4, "single_pass", "32-true", {}, 0),
+    ("1f1b", 2, 4, "mhc_single_pass", "32-true", {}, 0),
     ("gpipe", 2, 4, "hc", "bf16-mixed", MOE, 3),
     ("interleaved_1f1b", 2, 4, "mhc", "bf16-mixed", {}, 2),
     ("zbv", 2, 4, "mhc", "bf16-true", {}, 2),
