@@ -1,4 +1,4 @@
-"""Text in, batches of tokens out.
+"""Text prepared as chunks of tokens, and chunks read as batches.
 
 `prepare` turns files into chunks of tokens, by these modules in turn: `input_files` (with
 `file_formats`, `text_files`; or `hub_datasets`), `work_units`, `documents`, `unit_tokenization`

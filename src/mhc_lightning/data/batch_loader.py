@@ -1,6 +1,6 @@
 """The loaders of training and validation: batches by position, read in worker processes.
 
-They are plain iterables and no `DataLoader`, because Lightning would replace its sampler. litdata's
+The loaders are plain iterables: Lightning would replace the sampler of a `DataLoader`. litdata's
 `StreamingDataLoader` resumes too, but its order follows the ranks and workers of the first run.
 """
 
@@ -45,15 +45,15 @@ class _ErrorsAsBatches(Dataset[Any]):
 
 
 def _take_batch(batch: Any) -> Any:
-    """The datasets return whole batches: there is nothing to collate."""
+    """A batch, unchanged: the datasets return whole batches."""
     return batch
 
 
 def _start_worker(worker: int) -> None:
     """Let a worker survive a SIGTERM or Ctrl-C to the whole process group.
 
-    The main process still needs batches to reach the end of its step, and then closes the loader.
-    If it does not, the worker exits after some minutes.
+    The main process needs batches until the end of its step, and then closes the loader. If the
+    loader is not closed, the worker exits after some minutes.
     """
 
     def exit_later(signal_number: int, frame: Any) -> None:
@@ -102,11 +102,11 @@ class BatchLoader:
             persistent_workers=num_workers > 0,
             prefetch_factor=_BATCHES_AHEAD if num_workers else None,
             worker_init_fn=_start_worker if num_workers else None,
-            # A generator of its own: drawing the seed from the global one would change the model's
-            # random numbers whenever the loader starts at another moment.
+            # The loader has its own generator. A seed drawn from the global one would change the
+            # model's random numbers whenever the loader starts at another moment.
             generator=torch.Generator(),
         )
-        # Before multiprocessing's own clean-up, which would wait for the workers' grace period.
+        # Runs before multiprocessing's clean-up, which would wait for the workers' grace period.
         self._at_exit = functools.partial(_end_workers, weakref.ref(self._loader))
         if num_workers:
             atexit.register(self._at_exit)
@@ -146,8 +146,8 @@ class TrainingLoader(BatchLoader):
     """Training batches from the current position of the stream.
 
     The position is read when the first batch is requested: Lightning makes iterators before it
-    restores the step of a checkpoint. A length keeps Lightning from fetching a batch ahead; a state
-    keeps it from warning at resume.
+    restores the step of a checkpoint. The loader has a length, so that Lightning does not fetch a
+    batch ahead. It has a state, so that Lightning does not warn at resume.
 
     Args:
         dataset: The training stream.
@@ -192,5 +192,5 @@ class TrainingLoader(BatchLoader):
         return self._position.state_dict(self._trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a checkpoint's position."""
+        """Continue at the position of a checkpoint."""
         self._position.load_state_dict(state_dict)

@@ -1,9 +1,11 @@
 """A local cache of the chunk files of a prepared folder in an object store.
 
-litdata's downloaders transfer the files. litdata's own reader does not serve here: it compares no
-chunk with a checksum, and prefetches in its own order. Nor does fsspec's `filecache`, which has no
-limit in bytes. Here several processes share the folder: a lock per chunk lets one of them fetch it
-while the others wait. A deleted file stays readable in processes that have it open.
+litdata's downloaders transfer the files. litdata's own reader is not used: it compares no chunk
+with a checksum, and prefetches in its own order. fsspec's `filecache` is not used: it has no limit
+in bytes.
+
+Several processes share the folder. A lock per chunk lets one process fetch the chunk while the
+others wait. A deleted file stays readable in processes that have it open.
 """
 
 import contextlib
@@ -145,7 +147,7 @@ class ChunkCache:
         threading.Thread(target=work, name="prefetch-chunks", daemon=True).start()
 
     def _make_room(self, chunks: Sequence[tuple[str, int]]) -> None:
-        """Delete the least recently used chunks, but none of those given, as far as necessary."""
+        """Delete the least recently used chunks until the given ones fit; keep the given ones."""
         cached = []
         for path in self.folder.glob("*/*.bin"):
             with contextlib.suppress(FileNotFoundError):
@@ -171,9 +173,9 @@ class ChunkCache:
     def _transfer(self, name: str, path: Path, with_obstore: bool) -> None:
         """Download a file, with up to two retries.
 
-        litdata's `download_file` uses obstore where it can, which is fast. But once its threads run
-        in this process, it does not work in processes forked later, and it refuses stores without
-        TLS. `download_fileobj` uses the store's own client, which has neither limitation.
+        litdata's `download_file` uses obstore where it can, which is fast. But obstore does not
+        work in a process that is forked after its threads start, and it refuses stores without TLS.
+        `download_fileobj` uses the store's own client, which has neither limitation.
         """
         from litdata.streaming.downloader import Downloader
 

@@ -1,4 +1,4 @@
-"""A chunk file of tokens, opened for reading and compared with its checksum first."""
+"""A chunk file of tokens: compared with its checksum, then read."""
 
 import os
 from dataclasses import dataclass
@@ -39,8 +39,8 @@ class DamagedChunkError(UserError):
 class ChunkFile:
     """The tokens of one chunk, read from its file.
 
-    Reads are ordinary ones, without a memory map: a map of a file that is cut short, or that the
-    disk cannot read, kills the process.
+    The file is read without a memory map: a map of a file that is cut short, or that the disk
+    cannot read, kills the process.
 
     Args:
         path: The file.

@@ -37,7 +37,7 @@ class Skipped:
 
     Attributes:
         binary_files: Binary files in folders.
-        empty_documents: Documents without a byte.
+        empty_documents: Documents of zero bytes.
     """
 
     binary_files: int = 0
@@ -45,9 +45,9 @@ class Skipped:
 
 
 def is_held_out(content: bytes, validation_fraction: float) -> bool:
-    """True if a document belongs to the validation split: a function of its first MiB alone.
+    """True if a document belongs to the validation split; its first MiB alone decides.
 
-    So the split is stable, and exact copies of a document never fall on both sides.
+    So the split is stable, and exact copies of a document are always in the same split.
     """
     digest = hashlib.blake2b(content[:HASHED_BYTES], digest_size=8).digest()
     return int.from_bytes(digest, "big") < validation_fraction * 2**64
@@ -62,7 +62,7 @@ def jsonl_document(line: bytes, field: str, place: Callable[[], str]) -> bytes:
         place: Names the line, for error messages.
 
     Raises:
-        UserError: The line is no JSON object, has no such field, or the field is no string.
+        UserError: The line is not a JSON object, has no such field, or the field is not a string.
     """
     try:
         row = json.loads(line.decode("utf-8", errors="surrogateescape"))

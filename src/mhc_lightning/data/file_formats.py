@@ -54,8 +54,9 @@ _SIGNATURES = (
 _TABLES = {".csv": "CSV", ".tsv": "TSV"}
 _WEB_ARCHIVE = re.compile(rb"WARC/\d\.\d\r?\n")
 _ARRAY_OF_OBJECTS = re.compile(rb'\s*\[\s*(?=\{\s*"(?:[^"\\\n]|\\.)*"\s*:)')
-_CONTROL_BYTES = bytes({*range(32), 127} - {*b"\t\n\v\f\r\b\x1b"})  # no tabs, line ends, terminals
-_LARGEST_CONTROL_SHARE = 0.05  # of the bytes of a text; a tenth of compressed data are such
+# Control characters without tabs, line ends, and the codes of terminals.
+_CONTROL_BYTES = bytes({*range(32), 127} - {*b"\t\n\v\f\r\b\x1b"})
+_LARGEST_CONTROL_SHARE = 0.05  # of a text's bytes; in compressed data, a tenth
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def format_by_name(name: str) -> str:
 
 
 def _is_binary(sample: bytes) -> bool:
-    """True if bytes are no text. UTF-8 may hold a few NULs, text in another encoding none."""
+    """True if bytes are not text. UTF-8 may hold a few NULs, text in another encoding none."""
     control = len(sample) - len(sample.translate(None, _CONTROL_BYTES))
     if control > _LARGEST_CONTROL_SHARE * len(sample):
         return True
@@ -177,7 +178,7 @@ def _begins_array(text: bytes, whole: bool) -> bool:
 
 
 def _objects(text: bytes, whole: bool) -> list[dict[str, object]]:
-    """The lines of a text if all are JSON objects that are not empty, else an empty list."""
+    """The objects of a text whose lines are all non-empty JSON objects, else an empty list."""
     lines = text.split(b"\n")
     if not whole:
         lines.pop()  # cut off

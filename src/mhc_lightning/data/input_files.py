@@ -105,7 +105,7 @@ def _format(file: TextFile, text_field: str) -> FileFormat:
 
 
 def _refusal(refused: dict[FileFormat, list[TextFile]]) -> str:
-    """One line that names a file of each format, and the ways to go on."""
+    """One line that names a file of each refused format, and the ways to continue."""
     cases = []
     for refused_format, files in list(refused.items())[:_FORMATS_NAMED]:
         more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
@@ -134,7 +134,7 @@ def _walk(
 
     files = []
     visited = not_below - {root.resolve()}
-    # Linked folders come after all others: links may lead in a circle.
+    # Linked folders come after all others: links may form a cycle.
     waiting = [root]
     while waiting:
         for folder, subfolders, names in os.walk(waiting.pop(0), onerror=refuse):

@@ -1,4 +1,4 @@
-"""`prepare`: text into a folder of litdata token chunks, with a validation split and a record.
+"""`prepare` turns text into litdata token chunks, with a validation split and a record.
 
 The files are written beside the output, in `.OUTPUT.preparing`, one work unit of input at a time.
 The output appears under its name only when it is complete. A run after an interrupted one keeps the
@@ -30,7 +30,7 @@ from mhc_lightning.files.checksums import json_sha256
 
 _SMALLEST_UNIT, _LARGEST_UNIT = 1 << 20, 1 << 25
 _USUAL_UNITS = 16
-# Settings that an identity does not hold: the files, the fingerprint and `as_text`, if any, do.
+# Settings that an identity holds otherwise: as files, as a fingerprint, and `as_text` only if set.
 _NOT_IDENTITY = ("input", "tokenizer", "as_text")
 
 
@@ -152,8 +152,8 @@ def _identity(
 ) -> str:
     """Checksum of everything that the result depends on.
 
-    The folders of the files are no part of it. The format of a file is, but only where its name
-    suggests another one: so folders of earlier versions are recognised.
+    The checksum leaves out the folders of the files. It includes the format of a file only where
+    the name suggests another format: so folders of earlier versions are recognised.
     """
     return json_sha256(
         {
@@ -179,7 +179,7 @@ def _existing(output: Path, identity: str, overwrite: bool) -> PreparedRecord | 
     """The record of a finished output of the same identity; None if the output may be written.
 
     Raises:
-        UserError: Something else is there.
+        UserError: The output exists, and is something else or damaged.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None

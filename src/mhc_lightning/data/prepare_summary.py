@@ -17,7 +17,7 @@ class PrepareSummary:
         output: The prepared folder.
         record: Its record, with the counts of each split.
         seconds: Duration of the call.
-        reused: True if the folder was there already, made from the same input and settings.
+        reused: True if the folder already existed, made from the same input and settings.
     """
 
     output: Path

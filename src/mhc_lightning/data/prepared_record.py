@@ -38,7 +38,7 @@ class TextCounts:
     unknown: int = 0
 
     def add(self, other: "TextCounts") -> None:
-        """Add the counts of another one."""
+        """Add other counts to these."""
         self.documents += other.documents
         self.tokens += other.tokens
         self.bytes += other.bytes
@@ -60,7 +60,7 @@ class PreparedRecord:
         counts: Documents, tokens and bytes of each split.
         skipped: What was left out of the input.
         chunks: The chunk files of each split, in order.
-        settings: The arguments of `prepare`, for people.
+        settings: The arguments of `prepare`, for human readers.
         forms: Number of input files by format and ending.
         files: XXH3 checksums of litdata's index files, by path; empty where an earlier version
             made the folder, which then also has no checksum of the record itself.
@@ -114,9 +114,9 @@ class PreparedRecord:
         return record
 
     def _contradiction(self) -> str:
-        """A statement that cannot be true, else an empty string.
+        """A contradiction in the record, in words; empty if there is none.
 
-        For a record without a checksum, this is the only way to notice damage.
+        In a record without a checksum, only a contradiction shows damage.
         """
         kind, byte_record = self.tokenizer["kind"], ByteTokenizer().record()
         if kind not in ("bytes", "json") or (kind == "bytes" and self.tokenizer != byte_record):
@@ -139,7 +139,7 @@ class PreparedRecord:
 
 
 def content_checksum(chunks: dict[str, list[Chunk]], fingerprint: str) -> str:
-    """The checksum of all tokens and of their tokenizer, from those of the chunks.
+    """The checksum of all tokens and of their tokenizer, from the checksums of the chunks.
 
     Args:
         chunks: The chunks of each split.

@@ -31,7 +31,7 @@ class StreamPosition:
         return self._base_sequences + (steps - self._base_steps) * self._batch_size
 
     def begin(self, trainer: L.Trainer, accumulation: int) -> int:
-        """The position of the next batch, when training begins or goes on.
+        """The position of the next batch, when training begins or resumes.
 
         Args:
             trainer: The trainer, with its loops restored.
@@ -42,16 +42,17 @@ class StreamPosition:
         return self.sequences(trainer)
 
     def align(self, trainer: L.Trainer, accumulation: int) -> None:
-        """Make a resumed trainer count as if all its steps had today's number of micro-batches.
+        """Set a resumed trainer's counts as if all its steps had the current `accumulation`.
 
         Lightning takes an optimizer step whenever its count of batches is a multiple of
         `accumulate_grad_batches`. After a checkpoint written between two steps, or with another
         number of accumulated batches, the first step would therefore have too few batches. After
-        one written at the last batch of a run that is now made longer, another epoch would begin.
+        a checkpoint written at the last batch of a run that is now longer, another epoch would
+        begin.
 
         Args:
             trainer: The trainer, with its loops restored.
-            accumulation: Micro-batches per optimizer step now.
+            accumulation: Current number of micro-batches per optimizer step.
         """
         if not self._resumed:
             return
@@ -69,7 +70,7 @@ class StreamPosition:
         return {"steps": steps, "sequences": self.sequences(trainer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a checkpoint's position; `batch_size` may differ from the checkpoint's."""
+        """Continue at a checkpoint's position; `batch_size` may differ from the checkpoint's."""
         self._base_steps, self._base_sequences = state["steps"], state["sequences"]
         self._resumed = True
 

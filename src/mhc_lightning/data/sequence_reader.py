@@ -51,7 +51,8 @@ class SequenceReader:
     def batch(self, places: Iterable[SequencePlace | None], size: int) -> Tensor:
         """The sequences at some places, int64 [size, sequence_length + 1].
 
-        A row is filled up with `IGNORE_INDEX` after a shorter sequence, and all of it for None.
+        A shorter sequence is padded at its end with `IGNORE_INDEX`. The row for None is padding
+        alone.
 
         Raises:
             UserError: A chunk is missing, damaged, or was changed since it was opened.

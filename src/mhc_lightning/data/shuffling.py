@@ -14,7 +14,7 @@ _MIXTURE_BLOCK = 10_000
 
 
 def permutation(length: int, *key: int | str) -> np.ndarray:
-    """The permutation of `range(length)` of a key, int64 [length]."""
+    """The permutation of `range(length)` that a key identifies, int64 [length]."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
     return np.argsort(generator.random_raw(length), kind="stable")

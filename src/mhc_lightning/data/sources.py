@@ -18,7 +18,7 @@ class Source:
 
     Attributes:
         path: Folder or object-store URL.
-        weight: Relative frequency of its sequences; None for in proportion to its tokens.
+        weight: Relative frequency of its sequences; None stands for its number of tokens.
     """
 
     path: str

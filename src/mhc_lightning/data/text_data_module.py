@@ -28,15 +28,15 @@ class TextDataModule(L.LightningDataModule):
 
     Training is one endless stream of sequences whose order depends on the seed alone. The sequences
     of an optimizer step follow from the number of sequences consumed before it. So a resumed run
-    goes on exactly where it stopped, on any number of ranks and workers, also with another batch
+    continues exactly where it stopped, on any number of ranks and workers, even with another batch
     size. At the end of the data another pass begins, in a new order.
 
     With `Trainer(max_steps=…)` an epoch of Lightning is the whole run; without it an epoch is one
     pass over the data.
 
-    Validation is a fixed choice of held-out sequences. Each comes once, on one rank, whatever
-    `micro_batch_size` and the number of ranks are. Batches are padded to equal sizes on every rank,
-    short sequences at the ends of chunks to the whole length. Padding is -100
+    Validation is a fixed choice of held-out sequences. Each sequence comes once, on one rank, for
+    any `micro_batch_size` and number of ranks. Batches are padded to equal sizes on every rank.
+    Short sequences at the ends of chunks are padded to the whole length. Padding is -100
     (`mhc_lightning.kernels.IGNORE_INDEX`), which is not predicted. Of the held-out text only the
     first token of each chunk file is left out. A loss of l nats per token is
     `l / ln 2 / validation_bytes_per_token` bits per byte.
@@ -59,7 +59,7 @@ class TextDataModule(L.LightningDataModule):
             `~/.cache/mhc_lightning`.
         storage_options: Options of the object store's client.
         allow_data_change: Resume although the checkpoint was trained on other data or in another
-            order; the stream goes on at the same number of sequences.
+            order; the stream continues at the same number of sequences.
 
     Raises:
         UserError: Sizes do not fit together (more checks follow when the data are opened).
@@ -192,13 +192,13 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def consumed_sequences(self) -> int:
-        """Training sequences that the completed optimizer steps have seen, over all ranks."""
+        """Training sequences that the completed optimizer steps consumed, over all ranks."""
         return self._position.sequences(self.trainer)
 
     # Hooks of Lightning.
 
     def setup(self, stage: str) -> None:
-        """Open the data, so that mistakes show before training begins, and start at step 0."""
+        """Open the data, so that errors show before training begins, and start at step 0."""
         self._position.reset()  # Lightning restores a checkpoint after this
         if stage == "fit":
             self.accumulation(self._data_parallel()[1])
@@ -238,7 +238,7 @@ class TextDataModule(L.LightningDataModule):
         """The validation batches of this rank; an empty list if nothing was held out.
 
         Raises:
-            UserError: Validation alone was asked for and nothing was held out.
+            UserError: Only validation is run, and no text was held out.
         """
         assert self.trainer is not None
         rank, world_size = self._data_parallel()
@@ -278,7 +278,7 @@ class TextDataModule(L.LightningDataModule):
         return {**self._position.state_dict(self.trainer), "data": self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the position of a checkpoint.
+        """Continue at the position of a checkpoint.
 
         Raises:
             UserError: The stream is another one, and `allow_data_change` is off.

@@ -80,7 +80,7 @@ def _check_unchanged(raw: io.BufferedReader, file: TextFile) -> None:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """All frames of a .zst file. zstandard's own reader does not notice a frame cut short."""
+    """All frames of a `.zst` file. zstandard's own reader misses a frame that is cut short."""
 
     def __init__(self, raw: io.BufferedReader) -> None:
         self._raw = raw

@@ -26,7 +26,7 @@ _END_OF_DOCUMENT_NAMES = (
 
 
 def read_tokenizer(path: Path) -> tuple[Any, bytes, int | None]:
-    """A tokenizer that encodes the whole text, always alike, and finds no special tokens in it.
+    """A tokenizer that encodes all text, always the same way, and finds no special tokens in it.
 
     Truncation, padding and BPE dropout, which a file may ask for, are switched off.
 
@@ -65,7 +65,7 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes, int | None]:
 
 
 def _warn_of_other_ids(path: Path, tokenizer: Any, content: dict[str, Any]) -> None:
-    """Warn if the library numbers added tokens differently from the file; it does so silently."""
+    """Warn if the library silently numbers added tokens differently from the file."""
     others = [
         f"{token['content']!r} is {tokenizer.token_to_id(token['content'])}, not {token['id']}"
         for token in content.get("added_tokens") or []
@@ -84,7 +84,7 @@ def _warn_of_lost_text(path: Path, tokenizer: Any) -> None:
     """Warn if the tokenizer drops characters that it does not know."""
     try:
         lost = not tokenizer.encode(_RARE_CHARACTERS, add_special_tokens=False).ids
-    except Exception:  # it refuses unknown characters
+    except Exception:  # the tokenizer refuses unknown characters
         return
     if lost:
         warnings.warn(

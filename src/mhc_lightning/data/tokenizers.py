@@ -132,7 +132,7 @@ class JsonTokenizer(Tokenizer):
     Args:
         path: A `tokenizer.json`, or a folder that holds one.
         end_of_document: The token that ends a document. By default the `eos_token` of a
-            `tokenizer_config.json` beside it, else the first of the usual names that it knows.
+            `tokenizer_config.json` beside it, else the first usual name in the vocabulary.
 
     Raises:
         UserError: The file is missing or is no tokenizer, or no such token is in the vocabulary.
@@ -150,7 +150,7 @@ class JsonTokenizer(Tokenizer):
                 f"{self.path} has no token {self.end_of_document_token!r} to end documents with;"
                 " name one of its tokens with end_of_document=…"
             )
-        # Text that spells a special token stays text; another added token would be found in it.
+        # Text that spells a special token stays text. Any other added token would be found in it.
         self._tokenizer.add_special_tokens([self.end_of_document_token])
         self.name = self.path.parent.name or self.path.stem
         self.vocab_size = max(vocabulary.values()) + 1
@@ -188,9 +188,9 @@ class JsonTokenizer(Tokenizer):
         return bool((ids == self.end_of_document).any())
 
     def _encode_in_parts(self, text: str) -> np.ndarray:
-        """Ids of a text that spells the end of document, and whose model takes the spelling for it.
+        """Ids of a text that spells the end-of-document token, in parts that do not spell it.
 
-        The text is encoded in parts, none of which spells the token.
+        The tokenizer's model would encode the whole spelling as that token.
         """
         end = self.end_of_document_token
         first, *others = text.split(end)
@@ -233,7 +233,7 @@ def json_fingerprint(content: bytes, end_of_document: str) -> str:
 
 
 class _JsonStream(TextStream):
-    """Decodes a window of the last few ids at each step: the text of an id depends on those before.
+    """Decodes the last few ids again at each step: the text of an id depends on earlier ids.
 
     The text of the first `_settled` ids of the window has been returned. The other ids wait until
     they end with a whole character.

@@ -13,7 +13,7 @@ from mhc_lightning.data.shuffling import EpochOrder, Mixture
 
 
 class TrainingSequences(torch.utils.data.Dataset[Tensor]):
-    """The endless training stream: a position gives a sequence.
+    """The endless training stream: one sequence for each position.
 
     Args:
         sources: The prepared folders.
@@ -63,7 +63,7 @@ class TrainingSequences(torch.utils.data.Dataset[Tensor]):
         """Warn once per source when training reaches its second pass.
 
         Args:
-            position: The position of training; that of the first call is the start.
+            position: The position of training; the first call gives the start.
         """
         if len(self._repeated) == len(self.orders):
             return

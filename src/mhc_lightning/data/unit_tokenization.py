@@ -1,7 +1,7 @@
 """One work unit tokenized into litdata chunks, in a folder of its own.
 
-The folder appears under its final name when everything in it is written: its presence means that
-the unit is finished.
+The folder takes its final name when all files in it are written. So its presence means that the
+unit is finished.
 """
 
 import json
@@ -69,7 +69,7 @@ def unit_folder(folder: Path, unit: int) -> Path:
 def tokenize_unit(
     unit: WorkUnit, folder: Path, tokenizer: Tokenizer, options: TokenizationOptions
 ) -> None:
-    """Write a unit's training chunks and held-out tokens into `folder`, which appears whole."""
+    """Write a unit's training chunks and held-out tokens; `folder` appears when complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     train, validation, skipped = TextCounts(), TextCounts(), Skipped()
     held_out_tokens: list[np.ndarray] = []
@@ -99,7 +99,7 @@ def read_result(folder: Path) -> UnitResult:
     """The result of a finished unit.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: There is none, or it was changed.
+        OSError, ValueError, KeyError, TypeError: The result is missing or was changed.
     """
     content = json.loads((folder / _RESULT_FILE).read_text())
     if content.pop("checksum") != json_sha256(content):
@@ -133,7 +133,7 @@ def read_held_out(folder: Path) -> np.ndarray | None:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents, because a call of the tokenizer for each short one would be slow."""
+    """Group documents: one call of the tokenizer for each short document would be slow."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -79,7 +79,7 @@ def validation_counts(
     sequence_length: int,
     total: int | None,
 ) -> list[int]:
-    """Number of held-out sequences to use of each source; those at chunks' ends may be shorter.
+    """Number of held-out sequences to use of each source; the last of a chunk may be shorter.
 
     Args:
         sources: The prepared folders.
@@ -100,11 +100,11 @@ def validation_counts(
 def validation_batches(
     total: int, micro_batch_size: int, rank: int, world_size: int
 ) -> list[range]:
-    """The indices of each of a rank's batches: each sequence comes once, on one rank.
+    """The sequence indices of each batch of a rank; each sequence comes once, on one rank.
 
-    Every rank gets the same number of batches of the same size, as collectives need it. Indices
-    from `total` on stand for padding. With fewer sequences than one round over all ranks holds, the
-    batches are smaller.
+    Every rank gets the same number of batches of the same size, as collectives need. Indices from
+    `total` on stand for padding. Batches are smaller if there are too few sequences to give every
+    rank a full batch.
 
     Args:
         total: Number of sequences.

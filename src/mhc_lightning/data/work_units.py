@@ -21,8 +21,8 @@ from mhc_lightning.data.documents import (
 from mhc_lightning.data.text_files import TextFile, open_bytes
 from mhc_lightning.errors import UserError
 
-# With fewer held-out files than this, a split by whole files would be a matter of luck. Then the
-# end of each file is held out instead.
+# With fewer held-out files than this, a split by whole files would depend on chance. Then the end
+# of each file is held out instead.
 _FEWEST_HELD_OUT_FILES = 10
 _COMPRESSION_GUESS = 4
 _LONGEST_LINE_SOUGHT = 1 << 20
@@ -41,7 +41,7 @@ class WorkUnit(Protocol):
         """The documents of the unit, in order; input that is left out is counted in `skipped`.
 
         Raises:
-            UserError: The input cannot be read, or a document is no text.
+            UserError: The input cannot be read, or a document is not text.
         """
 
 
@@ -167,7 +167,7 @@ def _character_start(block: bytes) -> int:
     for offset in range(1, min(len(block), 5)):
         if not 0x80 <= block[offset] < 0xC0:
             return offset
-    return len(block) if len(block) < 5 else 1  # the file ends with this character, or no UTF-8
+    return len(block) if len(block) < 5 else 1  # end of the file, or not UTF-8
 
 
 def _without_mark(data: bytes) -> bytes:

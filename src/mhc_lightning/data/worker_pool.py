@@ -61,7 +61,7 @@ def run_units(job: TokenizationJob, num_workers: int | None, progress: bool) -> 
         progress: Show a progress bar on standard error.
 
     Raises:
-        UserError: A worker found a mistake in the input, or died.
+        UserError: A worker found an error in the input, or died.
     """
     import litdata.streaming.writer  # noqa: F401  # once here, not once in each forked worker
 
@@ -84,7 +84,7 @@ def run_units(job: TokenizationJob, num_workers: int | None, progress: bool) -> 
     with ProcessPoolExecutor(
         workers, multiprocessing.get_context(_START_METHOD), _start_worker, (job, os.getpid())
     ) as pool:
-        # Forks here, before the progress bar has a thread.
+        # The workers fork here, before the progress bar starts a thread.
         futures: list[Future[int]] = [pool.submit(_run_in_worker, unit) for unit in open_units]
         try:
             with _progress_bar(job, done, progress) as advance:
@@ -110,7 +110,7 @@ def _start_worker(job: TokenizationJob, parent: int) -> None:
     global _job
     _job = job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers after a unit
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends its workers
 
     def exit_with_parent() -> None:
         while os.getppid() == parent:
