@@ -1,6 +1,6 @@
 """Predictions of a run from its settings: parameters, memory, traffic and time.
 
-This room imports the modules and the optimizer recipes, but neither Lightning nor the command line.
+This package imports the modules and the optimizer recipes, not Lightning or the command line.
 """
 
 from mhc_lightning.planning.errors import NotPlannableError

@@ -1,8 +1,8 @@
 """Activation memory: the bytes that a micro-batch's forward pass saves for its backward pass.
 
 The modules themselves are counted: embedding, sub-layers and head each run on tensors without
-values (`saved_tensors.py`). A tensor that one of them hands to the next is counted once, by the one
-that saves it. Equal sub-layers run once. A recompute block runs as a whole.
+values (`saved_tensors.py`). A tensor that one module hands to the next is counted once, by the
+module that saves it. Equal sub-layers run once. A recompute block runs as a whole.
 """
 
 import copy
@@ -39,14 +39,14 @@ KINDS = (
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The sequences that one device takes through the model at a time, and how.
+    """The sequences that one device computes at a time, and the settings of that computation.
 
     Attributes:
-        sequences: Sequences.
+        sequences: Number of sequences.
         length: Tokens of a sequence.
-        precision: Sizes of what is computed.
+        precision: Sizes of computed values.
         fused_norm: Whether RMSNorm is one operator, as on a GPU; on the CPU it is composed of
-            several, which keep more.
+            several operators, which save more.
         recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
     """
 
@@ -189,7 +189,7 @@ def _in_blocks(model: Transformer, size: int) -> list[tuple[SubLayer, ...]]:
 
 
 def _between(passed: Sequence[Passed], kept_as: Sequence[str]) -> Counter[str]:
-    """Bytes of the tensors handed on, counted by the part that made or reads them."""
+    """Bytes of the tensors between parts, by the part that makes or reads them."""
     sizes = Counter[str]()
     for each, kind in zip(passed, kept_as, strict=True):
         if each.kept_as or kind:
@@ -235,7 +235,7 @@ def _kind_of(body: nn.Module) -> str:
 
 
 def _kept_by_head(model: Transformer, batch: MicroBatch, entering: Sequence[Passed]) -> Kept:
-    """Extrapolated from two and three tokens: the head works on each token by itself, in chunks."""
+    """The head's tensors, extrapolated from two and three tokens: it is linear in the tokens."""
 
     def run(
         shell: Any, keeping: Keeping, streams: Tensor, carry: Tensor | None = None
@@ -255,7 +255,7 @@ def _kept_by_head(model: Transformer, batch: MicroBatch, entering: Sequence[Pass
 
 
 def _shell(model: Transformer, names: Sequence[str]) -> Transformer:
-    """A network that has some of its submodules only."""
+    """A copy of a network that has only some of its submodules."""
     shell = copy.copy(model)
     shell._modules = {name: model._modules[name] for name in names}
     return shell

@@ -1,7 +1,7 @@
-"""The error for what this room knows nothing about."""
+"""The error for a model or setting that cannot be planned."""
 
 from mhc_lightning.errors import UserError
 
 
 class NotPlannableError(UserError):
-    """A part or a setting whose needs are not known; a run of it may be all right."""
+    """A part or a setting whose needs are unknown; a run with it may still work."""

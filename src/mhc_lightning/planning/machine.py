@@ -12,7 +12,7 @@ from mhc_lightning.errors import UserError
 
 _GIB = 2**30
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
-# Version 2 and version 1: limit, use, statistics, and what in them can be reclaimed.
+# Version 2 and version 1: limit, use, statistics, and the entry of reclaimable bytes in them.
 _CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     (
@@ -29,13 +29,13 @@ class DeviceKind:
     """The peak rates of a device, and the shares of them that a roofline assumes.
 
     Attributes:
-        name: Shown to the user.
-        memory: Bytes a process can allocate.
+        name: Name shown to the user.
+        memory: Bytes that a process can allocate.
         low_flops: Peak of dense bfloat16 matrix products, FLOP/s.
-        full_flops: Peak in float32.
-        bandwidth: Of its memory, bytes/s.
-        link: To the devices of its node, bytes/s in each direction.
-        network: Of its adapter to other nodes, bytes/s in each direction.
+        full_flops: Peak of float32 matrix products, FLOP/s.
+        bandwidth: Bandwidth of its memory, bytes/s.
+        link: Bandwidth to the devices of its node, bytes/s in each direction.
+        network: Bandwidth of its adapter to other nodes, bytes/s in each direction.
         per_node: Devices of a node.
         flops_share: Share of the peak that matrix products of a large model reach.
         bandwidth_share: Share of the bandwidth that a streaming kernel reaches.
@@ -65,8 +65,8 @@ class Machine:
     """Some devices of one kind.
 
     Attributes:
-        kind: Their kind.
-        devices: How many there are.
+        kind: Kind of the devices.
+        devices: Number of devices.
     """
 
     kind: DeviceKind
@@ -79,8 +79,8 @@ class Machine:
 
 
 # Vendor data sheets, dense rates of the SXM forms; a link is half of NVLink's two-way figure, and
-# the network is one 400 Gb/s (A100: 200 Gb/s) adapter per GPU. Memory is what CUDA leaves to
-# programs. The shares are this package's assumptions.
+# the network is one 400 Gb/s (A100: 200 Gb/s) adapter per GPU. Memory is the part that CUDA leaves
+# to programs. The shares are this package's assumptions.
 _KINDS = {
     kind.name: kind
     for kind in (
@@ -93,10 +93,10 @@ _KINDS = {
 
 
 def machine_of(text: str) -> Machine:
-    """The machine that `machine=` names: a kind of device, or a number of them as in 8xh200.
+    """The machine that `machine=` names: a kind of device, or several as in `8xh200`.
 
     Raises:
-        UserError: If it names none.
+        UserError: `text` names no machine.
     """
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]+\d*)", text.strip().lower())
     kind = this_cpu() if match and match.group(2) == "cpu" else None
@@ -115,8 +115,8 @@ def this_machine(devices: int, device: torch.device) -> Machine:
     """The machine that this process runs on, with the memory that is free now.
 
     Args:
-        devices: How many devices a run uses.
-        device: One of them; a GPU of an unknown kind is taken for an A100 in all but its memory.
+        devices: Number of devices that a run uses.
+        device: One of them; a GPU of an unknown kind counts as an A100, except for its memory.
     """
     if device.type != "cuda":
         kind = this_cpu()
@@ -145,7 +145,7 @@ def _available_memory() -> float:
 
 
 def _left_in(limit: str, used: str, statistics: str, reclaimable: str) -> float:
-    """Bytes that a control group still allows; file pages that can be dropped are not in use."""
+    """Bytes that a control group still allows; reclaimable file pages do not count as used."""
     try:
         texts = [(_CGROUP_ROOT / name).read_text() for name in (limit, used, statistics)]
     except OSError:

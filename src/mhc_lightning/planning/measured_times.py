@@ -1,4 +1,4 @@
-"""Times of a pipeline's stages that were measured, from a file.
+"""Measured times of a pipeline's stages, read from a file.
 
 The file is JSON, in seconds for one micro-batch::
 
@@ -12,12 +12,16 @@ The file is JSON, in seconds for one micro-batch::
       "update": 0.02
     }
 
-There is one entry per stage, from the first to the last. `backward` is the whole backward pass
-without rebuilding, `backward_weight` the part of it that weights' gradients take (schedules that
-split the backward pass need it), `replay` what rebuilding streams takes, and the merges are those
-of feed-forward sub-layers, contained in the passes. All but the first two may be left out.
-`transfers` is what handing a micro-batch on to another device takes: one number, or one for each
-boundary; left out, nothing. `update` is the optimizer's step; left out, the roofline's.
+`stages` has one entry per stage, from the first to the last. `forward` and `backward` are required.
+
+- `backward`: the whole backward pass, without rebuilding;
+- `backward_weight`: the part of `backward` that computes gradients of weights; schedules that split
+  the backward pass need it;
+- `replay`: rebuilding of streams;
+- `merge_forward`, `merge_backward`: the merges of feed-forward sub-layers, contained in the passes.
+
+`transfers` is the time to send a micro-batch to another device: one number, or one for each
+boundary; by default 0. `update` is the optimizer's step; by default the roofline's.
 """
 
 import json
@@ -35,13 +39,13 @@ _FILE = ("stages", "transfers", "update")
 
 @dataclass(frozen=True)
 class MeasuredTimes:
-    """Seconds that were measured.
+    """Measured times, in seconds.
 
     Attributes:
-        file: Where they come from.
-        stages: Of each stage.
-        transfers: Of each boundary.
-        update: Of the optimizer, or None.
+        file: Name of the file.
+        stages: Times of each stage.
+        transfers: Time of a transfer across each boundary.
+        update: Time of the optimizer's step, or None.
     """
 
     file: str
@@ -53,7 +57,7 @@ class MeasuredTimes:
         """Refuse times for another number of stages.
 
         Raises:
-            UserError: There are more or fewer.
+            UserError: The number of stages differs.
         """
         if len(self.stages) != stages:
             raise UserError(
@@ -65,7 +69,7 @@ def read_times(file: str) -> MeasuredTimes:
     """Read a file of times.
 
     Raises:
-        UserError: It cannot be read, or is not as it should be; says where.
+        UserError: The file cannot be read, or an entry is wrong; names the entry.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -20,13 +20,13 @@ from mhc_lightning.planning.stage_part import has_head
 
 @dataclass(frozen=True)
 class DataParallel:
-    """Data parallelism: the number of devices, and what each of them holds.
+    """Data parallelism: the number of devices, and the state that each device holds.
 
     Attributes:
-        devices: Data-parallel devices.
-        sharded: Whether each holds a share of weights, gradients and optimizer state (FSDP)
+        devices: Number of data-parallel devices.
+        sharded: Whether each device holds a shard of weights, gradients and optimizer state (FSDP)
             instead of all of them (DDP, or a single device).
-        copies_gradients: Whether gradients are reduced in buffers of their own.
+        copies_gradients: Whether gradients are reduced in separate buffers.
     """
 
     devices: int = 1
@@ -40,12 +40,12 @@ class DeviceMemory:
 
     Attributes:
         weights: Parameters and buffers.
-        gradients: As many as there are parameters.
-        optimizer: Its state.
-        activations: What the forward pass keeps for the backward pass, lower-precision copies of
-            weights included.
-        logits: What computing the loss needs for a moment.
-        rebuilt: What a recompute block needs for a moment, as far as it is more than that.
+        gradients: One per parameter.
+        optimizer: State of the optimizer.
+        activations: Tensors that the forward pass saves for the backward pass, lower-precision
+            copies of weights included.
+        logits: Temporary tensors of the loss.
+        rebuilt: Temporary tensors of a recompute block, as far as they exceed `logits`.
         communication: Gathered parameters and buffers of collectives.
     """
 
@@ -74,7 +74,7 @@ def device_memory(
     Args:
         model: The model; it may be on the meta device.
         batch: The micro-batch of one device.
-        replicas: The devices, and what each holds.
+        replicas: The devices, and the state that each holds.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
     """
     weights, buffers, optimizer = state_bytes(model, [model], batch, state_per_value)
@@ -121,7 +121,7 @@ def _parameter_bytes(model: Transformer, batch: MicroBatch) -> dict[nn.Parameter
 
 
 def loss_bytes(model: Transformer, batch: MicroBatch, replicas: DataParallel) -> int:
-    """Bytes of the logits and log-probabilities of one chunk, beside those of the chunk before."""
+    """Peak bytes of the loss: logits and log-probabilities of a chunk and its predecessor."""
     if not has_head(model):
         return 0
     vocabulary = model.vocab_size

@@ -9,10 +9,10 @@ class ParameterCounts(NamedTuple):
     """Numbers of parameters, counted as in Table 5 of arXiv 2512.24880.
 
     Attributes:
-        total: All of them, both vocabulary matrices included.
-        active: Those that multiply a token: the head but not the embedding, and of the routed
+        total: All parameters, both vocabulary matrices included.
+        active: Parameters that multiply a token: the head but not the embedding, and of the routed
             experts the share that a token chooses.
-        connections: Those of the residual connections.
+        connections: Parameters of the residual connections.
         vocabulary: Embedding and head.
     """
 

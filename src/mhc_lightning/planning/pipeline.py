@@ -1,4 +1,4 @@
-"""Memory and time of a pipeline, under its own schedule and under all others."""
+"""Predicted memory and time of a pipeline, under its own schedule and all others."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +30,7 @@ class Pipeline:
     """The layout of a pipeline: stages, micro-batches, recompute.
 
     Attributes:
-        plan: The stages, and who holds which.
+        plan: The stages, and the device of each.
         micro_batches: Parts that the sequences of one pass are cut into.
         recompute: The setting `recompute=`; the block size that it gives depends on the stages.
         measured: Measured times, used in place of the roofline.
@@ -50,7 +50,7 @@ class Pipeline:
 
         Args:
             schedule: A key of `SCHEDULES`.
-            model: The model that is cut into stages; the cut stays if the number of stages does.
+            model: The model that is cut into stages; with equally many stages, the cut stays.
             batch: Sequences of one pass.
 
         Raises:
@@ -71,14 +71,14 @@ class PipelineForecast:
 
     Attributes:
         pipeline: Its layout.
-        devices: What each device of a pipeline holds.
+        devices: The memory of each device of a pipeline.
         sequential: One pass with transfers and rebuilding on the critical path.
-        overlapped: One pass with both out of its way as far as they can be.
+        overlapped: One pass with transfers and rebuilding overlapped as far as possible.
         passes: Passes per optimizer step.
         update: Seconds in which the optimizer changes the weights.
-        collectives: Seconds of a pass in which pipelines gather and reduce what they share.
-        arithmetic: Seconds of a pass that matrix products take, mean over devices.
-        boundary_bytes: Of a micro-batch, across a boundary.
+        collectives: Seconds of a pass in which pipelines gather and reduce their shared state.
+        arithmetic: Seconds of matrix products in a pass, mean over devices.
+        boundary_bytes: Bytes of a micro-batch across a boundary.
     """
 
     pipeline: Pipeline
@@ -93,11 +93,11 @@ class PipelineForecast:
 
     @cached_property
     def fullest(self) -> PipelineDevice:
-        """The device that needs most memory."""
+        """The device that needs the most memory."""
         return max(self.devices, key=lambda device: device.memory.total)
 
     def seconds(self, *, overlapped: bool) -> float:
-        """Of one optimizer step."""
+        """Seconds of one optimizer step."""
         if overlapped:
             return self.passes * max(self.overlapped.seconds, self.collectives) + self.update
         return self.passes * (self.sequential.seconds + self.collectives) + self.update
@@ -106,7 +106,7 @@ class PipelineForecast:
     def step_seconds(self) -> StepTime:
         """An optimizer step with nothing overlapped, as a mean over devices.
 
-        Measured times do not separate arithmetic from traffic: there `compute` is their sum, and
+        Measured times do not separate arithmetic from traffic: then `compute` is their sum, and
         `traffic` is the optimizer's.
         """
         line = self.sequential
@@ -169,7 +169,7 @@ class Comparison:
     baseline: PipelineForecast | None = None
 
     def overhead(self, *, overlapped: bool) -> float | None:
-        """The share by which a step takes longer than the baseline's."""
+        """The added time of a step, as a share of the baseline's step."""
         if self.forecast is None or self.baseline is None:
             return None
         ours, theirs = (
@@ -204,7 +204,7 @@ def forecast(
         batch: A micro-batch; its recompute block is replaced by the pipeline's.
         replicas: The pipelines that share each stage's state.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
-        machine: What the devices are.
+        machine: The devices.
         passes: Passes through the pipeline per optimizer step.
     """
     plan, parts, kind = pipeline.plan, pipeline.micro_batches, machine.kind
@@ -254,12 +254,12 @@ def compare_schedules(
 
     Args:
         model: The whole model.
-        baseline: The same with the ordinary residual connection; None for no comparison.
+        baseline: The model with the ordinary residual connection; None for no comparison.
         pipeline: The layout of one pipeline.
         batch: A micro-batch.
         replicas: The pipelines that share each stage's state.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
-        machine: What the devices are.
+        machine: The devices.
         passes: Passes through the pipeline per optimizer step.
     """
     rest = batch, replicas, state_per_value, machine, passes

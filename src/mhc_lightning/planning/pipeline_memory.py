@@ -46,11 +46,11 @@ class PipelineDevice:
     """The bytes that one device of a pipeline holds.
 
     Attributes:
-        device: Its place in the pipeline, from 0.
-        stages: Its stages.
+        device: Number of the device in the pipeline, from 0.
+        stages: Stages that the device holds.
         blocks: Number of blocks in these stages.
         in_flight: Largest number of forward passes that wait for their backward pass.
-        memory: Bytes at its fullest moment.
+        memory: Bytes at the device's fullest moment.
         activations: Bytes saved by forward passes, by kind.
     """
 
@@ -89,16 +89,16 @@ def pipeline_memory(
 
     Args:
         model: The whole model; it may be on the meta device.
-        plan: Its stages, and who holds which.
-        micro_batches: Parts that a batch is cut into.
-        batch: One of them.
-        replicas: The pipelines: how many there are, and that they share each stage's state.
+        plan: The stages, and the device of each.
+        micro_batches: Micro-batches that a batch is cut into.
+        batch: One micro-batch.
+        replicas: The pipelines that share each stage's state.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
     """
     parts = [part_of(model, blocks) for blocks in plan.blocks]
     boundary = boundary_bytes(model, batch)
     every = [_saved(parts, index, batch, replicas, plan) for index in range(len(parts))]
-    # Autocast's copies are made once a step, unless its backward passes come in halves.
+    # Autocast copies weights once a step, unless backward passes are split in halves.
     shares = not plan.kind.splits_backward
     stages = [
         _Stage(
@@ -146,7 +146,7 @@ def _sends(plan: StagePlan, stage: int, other: int) -> bool:
 
 
 def boundary_bytes(model: Transformer, batch: MicroBatch) -> int:
-    """Bytes of what crosses a boundary between stages: n·C values per token, and their carry."""
+    """Bytes that cross a boundary between stages: n·C values per token, and their carry."""
     return sum(tensor.nbytes for tensor in handed_on(model, batch))
 
 
@@ -164,7 +164,7 @@ def _saved(
 
 
 def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemory, dict[str, int]]:
-    """The bytes that come and go, at their fullest moment, and activations by kind."""
+    """The temporary bytes at their fullest moment, and activations by kind."""
     held, halves, split = Counter[int](), Counter[int](), Counter[int]()
     sizes = [sum(stage.saved.values()) for stage in stages]
     most, best, counts = -1, DeviceMemory(*[0] * 7), (Counter[int](), Counter[int]())
@@ -197,9 +197,9 @@ def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemor
 
 
 def _gathered_bytes(parts: list[Transformer], batch: MicroBatch, replicas: DataParallel) -> int:
-    """Bytes that FSDP2 holds of stages that several pipelines share, throughout a step.
+    """Bytes that FSDP2 holds throughout a step, for stages that several pipelines share.
 
-    Parameters are gathered once, and gradients added up before they are reduced, block by block.
+    Parameters are gathered once. Gradients are added up, then reduced block by block.
     """
     if not replicas.sharded:
         return 0

@@ -1,4 +1,4 @@
-"""Settings that would make a pipelined run fit."""
+"""Changes of settings that may make a pipelined run fit into memory."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,12 +19,12 @@ Change = tuple[str, PlannedRun]
 def pipeline_changes(
     model: Transformer, run: PlannedRun, machine: Machine
 ) -> list[Iterator[Change]]:
-    """Changes of a pipeline's layout, each kind from the smallest on; some will not be enough.
+    """Changes of a pipeline's layout, each kind from the smallest on; not every one suffices.
 
     Args:
         model: The model; it may be on the meta device.
         run: A pipelined run.
-        machine: Where it does not fit.
+        machine: The machine on which the run does not fit.
     """
     return [
         _recomputing(run, model),
@@ -52,7 +52,7 @@ def _more_parts(run: PlannedRun) -> Iterator[Change]:
 
 
 def _fewer_sequences(run: PlannedRun) -> Iterator[Change]:
-    """Fewer of as large parts."""
+    """Fewer micro-batches of the same size."""
     assert run.pipeline is not None
     each = run.micro_batch_size // run.pipeline.micro_batches
     for parts in range(run.pipeline.micro_batches - 1, 0, -1):
@@ -66,7 +66,7 @@ def _fewer_sequences(run: PlannedRun) -> Iterator[Change]:
 
 def _other_schedules(run: PlannedRun, model: Transformer) -> Iterator[Change]:
     assert run.pipeline is not None
-    for schedule in sorted(SCHEDULES, key="gpipe".__eq__):  # that one last: its devices wait most
+    for schedule in sorted(SCHEDULES, key="gpipe".__eq__):  # last: its devices wait most
         try:
             pipeline = run.pipeline.under(schedule, model, run.micro_batch_size)
         except UserError:
@@ -76,7 +76,7 @@ def _other_schedules(run: PlannedRun, model: Transformer) -> Iterator[Change]:
 
 
 def _more_devices(run: PlannedRun, model: Transformer, machine: Machine) -> Iterator[Change]:
-    """Twice as many devices each time: in longer pipelines, or in more of them."""
+    """Twice as many devices each time: longer pipelines, or more pipelines."""
     assert run.pipeline is not None
     plan = run.pipeline.plan
     devices = 2 * run.devices

@@ -27,7 +27,7 @@ from mhc_lightning.planning.traffic import StreamTraffic, stream_traffic
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """The settings of a run that decide its needs.
+    """The settings of a run that decide its memory and time.
 
     Attributes:
         batch_size: Sequences per optimizer step, over all devices.
@@ -35,10 +35,10 @@ class PlannedRun:
         sequence_length: Tokens of a sequence.
         max_steps: Optimizer steps.
         precision: Sizes of weights and activations.
-        replicas: Devices, or pipelines, and what each holds.
+        replicas: Devices, or pipelines, and the state that each holds.
         state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
         recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
-        pipeline: How each of the pipelines is laid out; None without any.
+        pipeline: Layout of each pipeline; None without pipelines.
     """
 
     batch_size: int
@@ -80,17 +80,17 @@ class Plan:
     Attributes:
         machine: The machine.
         run: The settings.
-        parameters: Counts.
+        parameters: Parameter counts.
         memory: Bytes per device.
         activations: Bytes kept for backward per device, by kind.
-        activations_without_recompute: Their sum if nothing were recomputed.
-        activations_with_recompute: Their sum if stream operations were recomputed, with the bytes
-            that backward rebuilds at a time.
+        activations_without_recompute: Sum of these bytes if nothing is recomputed.
+        activations_with_recompute: Sum of these bytes if stream operations are recomputed, with the
+            bytes that backward rebuilds at a time.
         recompute_block: Sub-layers per recompute block: the run's, or the best number (eq. 20) if
             it has none; 0 if no connection can be replayed.
-        flops_per_token: Forward and backward.
+        flops_per_token: FLOPs of forward and backward.
         stream_bytes_per_token: Bytes that stream operations move.
-        step_seconds: Of one optimizer step.
+        step_seconds: Seconds of one optimizer step.
         pipeline: The prediction of each device of a pipeline; `memory` and `activations` are those
             of the fullest.
         schedules: The run under every schedule of a pipeline.
@@ -122,12 +122,12 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all devices."""
+        """Tokens per second, over all devices."""
         return self.run.batch_size * self.run.sequence_length / self.step_seconds.total
 
     @property
     def days(self) -> float:
-        """Until the last step."""
+        """Days until the last step."""
         return self.run.max_steps * self.step_seconds.total / 86400
 
     def record(self) -> dict[str, Any]:
@@ -201,12 +201,12 @@ def run_memory(model: Transformer, run: PlannedRun, machine: Machine) -> DeviceM
 
 
 def with_schedules(plan: Plan, model: Transformer, baseline: Transformer | None) -> Plan:
-    """Add the needs under every schedule to a pipeline's plan.
+    """Add the prediction under every schedule to a pipeline's plan.
 
     Args:
         plan: The result of `make_plan` for `model`.
         model: The model.
-        baseline: The model with the ordinary residual connection, to compare with; None for none.
+        baseline: The model with the ordinary residual connection; None for no comparison.
     """
     run = plan.run
     assert run.pipeline is not None

@@ -1,4 +1,4 @@
-"""The sizes in bytes that a trainer's precision setting stands for."""
+"""Sizes in bytes of parameters and activations under a trainer's precision setting."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Precision(NamedTuple):
 
     Attributes:
         weight: One parameter, its gradient, and each of the optimizer's numbers for it.
-        activation: One value of the streams and of what sub-layers compute.
+        activation: One value of the streams or of a sub-layer's tensors.
     """
 
     weight: int
@@ -29,17 +29,17 @@ class Precision(NamedTuple):
 
     @property
     def coefficient(self) -> int:
-        """A connection's parameters and coefficients, and what is accumulated: float32 at least."""
+        """Size of a connection's parameters and coefficients, and of sums: at least float32."""
         return max(4, self.weight)
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of parameters; connections keep theirs in float32 at least."""
+        """Type of parameters; those of connections are at least float32."""
         return _DTYPES[self.weight]
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """Of the streams and of what sub-layers compute."""
+        """Type of the streams and of the tensors of sub-layers."""
         return _DTYPES[self.activation]
 
     @property
@@ -52,7 +52,7 @@ def precision_of(setting: str | int | None) -> Precision:
     """The sizes that `trainer.precision` stands for.
 
     Raises:
-        NotPlannableError: If the setting is none of those that can be planned for.
+        NotPlannableError: The setting cannot be planned.
     """
     sizes = _SIZES.get(str(setting))
     if sizes is None:

@@ -32,8 +32,8 @@ def best_block(model: Transformer) -> int:
 def rebuilt_bytes(model: Transformer, batch: MicroBatch) -> int:
     """Bytes that backward rebuilds for the last recompute block, before it frees any of them.
 
-    They are the streams but for those at the entry, the inputs of all sub-layers, and the tensors
-    of one norm: norms are rebuilt one at a time.
+    They are the streams except those at the entry, the inputs of all sub-layers, and the tensors of
+    one norm: norms are rebuilt one at a time.
     """
     places = places_in_blocks(model, batch.recompute_block)
     if places[-1] is None:

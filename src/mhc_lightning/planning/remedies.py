@@ -1,4 +1,4 @@
-"""Settings that would make a run fit."""
+"""Changes of settings that make a run fit into memory."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -16,15 +16,15 @@ _SHORTEST_SEQUENCE = 128
 
 
 def remedies(model: Transformer, run: PlannedRun, machine: Machine) -> list[str]:
-    """Changes that each make `run` fit on devices such as `machine` has, as overrides.
+    """Changes that each make `run` fit on devices of `machine`'s kind, as overrides.
 
-    Of each kind there is the smallest change that suffices. Where a change of one kind does not
-    suffice, sharding and the smallest micro-batch are tried together.
+    Of each kind of change, the smallest that suffices is given. If no change of one kind suffices,
+    sharding and the smallest micro-batch are tried together.
 
     Args:
         model: The model; it may be on the meta device.
         run: A run that does not fit.
-        machine: Where it does not fit.
+        machine: The machine on which the run does not fit.
     """
 
     def fits(changed: PlannedRun) -> bool:
@@ -78,7 +78,7 @@ def _lower(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
 
 
 def _sharded(run: PlannedRun, machine: Machine) -> Iterator[PlannedRun]:
-    """Twice as many devices each time, and as many as there are if they only need sharding."""
+    """Twice as many devices each time; first the present ones, if only sharding is missing."""
     devices = max(run.replicas.devices, 1 if run.replicas.sharded else machine.devices)
     while devices <= _MOST_DEVICES:
         layout = DataParallel(devices, sharded=True)

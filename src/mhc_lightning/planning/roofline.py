@@ -23,7 +23,7 @@ class StepTime:
         compute: Matrix products and attention.
         traffic: Weights, activations, streams and optimizer state, through device memory.
         communication: Collectives.
-        waiting: The devices of a pipeline, for each other.
+        waiting: Waiting of a pipeline's devices for each other.
     """
 
     compute: float
@@ -50,8 +50,8 @@ def step_time(
     Args:
         model: The model; it may be on the meta device.
         batch: The micro-batch of one device.
-        replicas: The devices, and what each holds.
-        memory: The prediction of `device_memory` for them.
+        replicas: The devices, and the state that each holds.
+        memory: The prediction of `device_memory` for the devices.
         machine: The kind of the devices.
         micro_batches: Micro-batches of each device per step.
     """

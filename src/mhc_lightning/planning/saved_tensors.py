@@ -25,9 +25,9 @@ from mhc_lightning.modules import Connection, GatedHyperConnection
 from mhc_lightning.planning.errors import NotPlannableError
 from mhc_lightning.planning.precision import Precision
 
-# Attributes of modules that are not settings; the last is how values are drawn, where it is one.
+# Attributes of modules that are not settings; `reset_parameters` may be a function on a module.
 _STATE = vars(nn.Module()).keys() - {"training"} | {"reset_parameters"}
-# Of connections whose kernels make the matrices.
+# `mix` of connections whose kernels compute the matrices.
 _NO_MIX = GatedHyperConnection.mix
 
 NORMS, WEIGHT_COPIES = "norms", "weight_copies"
@@ -37,11 +37,11 @@ class Passed(NamedTuple):
     """A tensor that one part of a network hands to the next.
 
     Attributes:
-        size: Its shape.
-        stride: Of each dimension, in elements.
-        dtype: Of its elements.
-        nbytes: Of its storage.
-        kept_as: Its kind, if the part that made it saves it; else empty.
+        size: Shape.
+        stride: Stride of each dimension, in elements.
+        dtype: Type of the elements.
+        nbytes: Bytes of its storage.
+        kept_as: Kind of the tensor, if the part that makes it saves it; else empty.
     """
 
     size: tuple[int, ...]
@@ -97,7 +97,7 @@ class Keeping:
             self.kind = before
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Note that autograd saves a tensor; one that has values was there before."""
+        """Note that autograd saves a tensor; a tensor with values is older and not counted."""
         number = _storage(tensor)
         known = number in self._found or number in self._own
         if not known and isinstance(tensor, FakeTensor):
@@ -113,7 +113,7 @@ class Keeping:
             self._copies.add(_storage(result))
 
     def note_view(self, source: Tensor, result: Tensor) -> None:
-        """Note a view; the view of a tensor that has values was there before as well."""
+        """Note a view; the view of a tensor with values is not counted either."""
         if not isinstance(source, FakeTensor):
             self._held.append(result)
             self._own.add(_storage(result))
@@ -144,19 +144,19 @@ def kept_by(
     precision: Precision,
     fused_norm: bool,
 ) -> Kept:
-    """Count what a forward pass of a module keeps.
+    """Count the tensors that a forward pass of a module saves.
 
     Args:
-        module: A part of a network, on any device; it is left alone.
-        run: Called with a copy of it, a `Keeping` and the tensors that enter; returns those that
-            leave.
-        entering: What enters.
-        kind: What is kept counts as this, unless `run` or a norm says otherwise.
-        precision: Of its parameters, and of what it computes.
+        module: A part of a network, on any device; it is not changed.
+        run: Called with a copy of `module`, a `Keeping` and the entering tensors; returns the
+            leaving tensors.
+        entering: The tensors that enter.
+        kind: Kind of the saved tensors, unless `run` or a norm sets another.
+        precision: Sizes of parameters and of computed values.
         fused_norm: Whether RMSNorm is one operator.
 
     Raises:
-        NotPlannableError: It cannot be run without values.
+        NotPlannableError: The module cannot run on tensors without values.
     """
     shapes = _on_meta(module).to(precision.weight_dtype)
     constants = _constant_bytes(shapes)
@@ -193,7 +193,7 @@ class _Operators(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            # It runs, but torch's shape function for it refuses what is not bfloat16 (torch 2.13).
+            # The operator runs, but torch's shape function for it takes only bfloat16 (torch 2.13).
             return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default:
@@ -204,7 +204,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Replaces functions that a GPU computes in another way, or that need values."""
+    """Replaces functions that a GPU computes differently, or that need values."""
 
     def __init__(self, keeping: Keeping) -> None:
         super().__init__()
@@ -242,8 +242,8 @@ def _fused_rms_norm(
 def _constant_bytes(module: nn.Module) -> int:
     """Bytes of the constants that `mix` of connections saves once for all passes.
 
-    Two passes with values save the same storage for them; without values each pass would count
-    them.
+    Two passes with values save the same storage for the constants. Without values, each pass would
+    count them again.
     """
     total = 0
     for part in module.modules():
@@ -272,7 +272,7 @@ def likeness(module: nn.Module) -> tuple:
     for name, part in module.named_modules():
         settings = {key: value for key, value in vars(part).items() if key not in _STATE}
         if isinstance(part, Connection):
-            del settings["layer_index"]  # where it starts, not what it does
+            del settings["layer_index"]  # changes the initial values alone
         tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
         shapes = tuple((key, t.shape, t.dtype, t.requires_grad) for key, t in tensors)
         found.append((name, type(part), repr(sorted(settings.items())), shapes))

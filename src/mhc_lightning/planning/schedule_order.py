@@ -36,7 +36,7 @@ class Action(NamedTuple):
 
 
 Slot = tuple[Action, ...]
-"""One action, or a forward and a backward that a schedule pairs for each to hide the other's
+"""One action, or a forward and a backward that a schedule pairs, so that each hides the other's
 communication (`OVERLAP_F_B`)."""
 
 Order = tuple[tuple[Slot, ...], ...]
@@ -85,10 +85,10 @@ def _slot(action: Any) -> Slot:
 
 
 def _run_single(cls: Any, plan: StagePlan, stage: int, micro_batches: int) -> tuple[Slot, ...]:
-    """What a schedule with one stage per device does when it runs: it has no list of it to go by.
+    """The slots of a schedule with one stage per device, recorded from a run of it.
 
-    (Its `pipeline_order` is not used by torch when it trains, and is off by one for the last
-    stage under 1F1B.)
+    (In training, torch does not use such a schedule's `pipeline_order`, which is off by one for
+    the last stage under 1F1B.)
     """
     scribe = _Scribe(plan, stage)
     schedule = cls(scribe, micro_batches)
@@ -98,7 +98,7 @@ def _run_single(cls: Any, plan: StagePlan, stage: int, micro_batches: int) -> tu
 
 
 class _Scribe:
-    """Has what a schedule wants of a stage, and computes and sends nothing."""
+    """Records the calls of a schedule in place of a stage; computes and sends nothing."""
 
     submod = None
     has_backward = True
@@ -123,4 +123,4 @@ class _Scribe:
     get_fwd_recv_ops = get_fwd_send_ops = get_bwd_recv_ops = get_bwd_send_ops = _no_messages
 
     def perform_reduce_grad(self, scale: int) -> None:
-        """Nothing to reduce."""
+        """Do nothing: there are no gradients to reduce."""

@@ -1,4 +1,4 @@
-"""Building a model for its shapes alone."""
+"""A context in which models are built for their shapes alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Within it, modules are built on the meta device and some values are not made.
+    """A context that builds modules on the meta device, and draws no values.
 
-    Making them there would change nothing, and loads machinery of torch that takes seconds.
+    Drawing values there would change nothing, but loads parts of torch, which takes seconds.
     """
 
     def __enter__(self) -> "ShapesOnly":
@@ -26,7 +26,7 @@ class ShapesOnly(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        """Let everything happen but drawing values, and give an identity matrix's shape alone."""
+        """Skip the drawing of values, make identity matrices by shape alone, and run the rest."""
         name = getattr(func, "__name__", "")
         if name == "normal_":
             return args[0] if args else (kwargs or {})["tensor"]

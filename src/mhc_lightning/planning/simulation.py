@@ -1,8 +1,9 @@
 """Simulates one pass of a pipeline schedule: when each device runs which action.
 
-Every device has three lanes. On `compute` it runs the slots of its order one after the other, each
-as soon as its inputs have arrived. On `communication` it sends results to neighbours, one at a
-time. On `priority` run the merges of feed-forward sub-layers (arXiv 2512.24880, figure 4).
+Every device has three lanes. On `compute` the device runs the slots of its order one after the
+other, each as soon as its inputs have arrived. On `communication` the device sends results to
+neighbours, one at a time. On `priority` run the merges of feed-forward sub-layers (arXiv
+2512.24880, figure 4).
 
 Assumed in both modes:
 
@@ -12,13 +13,13 @@ Assumed in both modes:
 - streams are rebuilt before each backward action that needs them: a backward pass that is split in
   two rebuilds them twice, as autograd does.
 
-Not overlapped, everything is on the critical path: while a device sends it does not compute,
+Not overlapped, everything is on the critical path: a device does not compute while it sends,
 rebuilding waits for the gradient, and a pair is a forward and then a backward.
 
 Overlapped, as in the paper: transfers run beside computing. Rebuilding does not wait, because the
 streams that entered a block are on the device already. In a pair, the merges of one pass run beside
 the computing of the other: the pair takes as long as the busier of both lanes, and its results are
-ready when it ends. If waiting for a gradient would cost more than that saves, the two passes run
+ready when it ends. If the wait for a gradient costs more than the pair saves, the two passes run
 one after the other. Other operations of a pair share the device and gain nothing. (No dispatch or
 combine of experts is simulated: experts are not spread over devices.)
 
@@ -43,11 +44,11 @@ class StageTimes:
     Attributes:
         forward: The forward pass, merges included.
         backward: The whole backward pass, merges included, nothing rebuilt.
-        backward_weight: The part of it that weights' gradients take; None if it is not known, and
-            schedules that split the backward pass cannot be simulated.
+        backward_weight: The part of `backward` that computes gradients of weights. None if it is
+            not known: then schedules that split the backward pass cannot be simulated.
         replay: Rebuilding streams in backward.
-        merge_forward: Merges of feed-forward sub-layers, of `forward`.
-        merge_backward: The same of `backward`.
+        merge_forward: The part of `forward` that merges of feed-forward sub-layers take.
+        merge_backward: The part of `backward` that these merges take.
     """
 
     forward: float
@@ -77,7 +78,7 @@ class StageTimes:
 
 
 class Lane(StrEnum):
-    """A part of a device that works by itself."""
+    """A part of a device that works independently of the other parts."""
 
     COMPUTE = "compute"
     COMMUNICATION = "communication"
@@ -85,7 +86,7 @@ class Lane(StrEnum):
 
 
 class Activity(StrEnum):
-    """The use of a span of time."""
+    """The activity of a device in a span of time."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -109,11 +110,11 @@ class Span(NamedTuple):
 
     Attributes:
         device: Number of the device, from 0.
-        lane: The part of it that is busy.
+        lane: The part of the device that is busy.
         work: The activity.
-        action: The action; of a transfer, the one whose result is sent.
-        start: Seconds from the first action on.
-        end: The same.
+        action: The action; for a transfer, the action whose result is sent.
+        start: Beginning, in seconds after the first action begins.
+        end: End, in seconds after the first action begins.
     """
 
     device: int
@@ -140,7 +141,7 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """From the first action to the end of the last."""
+        """Seconds from the first action to the end of the last."""
         return max(span.end for span in self.spans)
 
     def busy(self, device: int) -> float:
@@ -163,7 +164,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Share of all devices' time for which they neither compute nor wait for own transfers."""
+        """Share of all devices' time in which they neither compute nor wait for own transfers."""
         used = sum(self.busy(d) + self.sending(d) for d in range(self.devices))
         return 1 - used / (self.devices * self.seconds)
 
@@ -179,15 +180,15 @@ def simulate(
     """Run every device through its order.
 
     Args:
-        plan: The stages, and who holds which.
+        plan: The stages, and the device of each.
         order: The result of `schedule_order`.
-        times: Of each stage.
-        transfers: Seconds to hand a micro-batch on from each stage but the last, and its gradient
-            back; stages on the same device need none.
-        overlapped: Which mode.
+        times: Times of each stage.
+        transfers: Seconds to send a micro-batch from each stage but the last, and its gradient
+            back; transfers between stages on the same device take no time.
+        overlapped: True for the overlapped mode.
 
     Raises:
-        UserError: The schedule splits the backward pass and the times do not.
+        UserError: The schedule splits the backward pass, and the times do not.
     """
     run = _Simulation(plan, times, transfers, overlapped)
     left = [list(reversed(slots)) for slots in order]
@@ -217,7 +218,7 @@ class _Simulation:
         self._times = times
         self._transfers = transfers
         self._overlapped = overlapped
-        self._free = [0.0] * plan.devices  # the time from which it is idle
+        self._free = [0.0] * plan.devices  # time from which each device is idle
         self._link_free = [0.0] * plan.devices
         self._there: dict[tuple[bool, int, int], float] = {}  # (forward, stage, micro-batch)
 
@@ -276,7 +277,7 @@ class _Simulation:
         end = start + max(seconds_forward + seconds_backward - hidden, hidden)
         alone = max(free, of_forward or 0.0)
         then = max(alone + seconds_forward, of_backward or 0.0)
-        if then + seconds_backward <= end:  # it does not pay to wait for a late gradient
+        if then + seconds_backward <= end:  # waiting for the gradient costs more than a pair saves
             self._compute(device, forward, alone, seconds_forward)
             self._compute(device, backward, then, seconds_backward)
             end = self._free[device]

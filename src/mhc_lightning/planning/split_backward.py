@@ -30,7 +30,7 @@ def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:
     for each in sub_layers(part):
         connection, body = each.connection, each.body
         if next(connection.parameters(), None) is not None:
-            # The merge of the sub-layer before, and the read of this one.
+            # The merge of the previous sub-layer, and the read of this sub-layer.
             per_token += (connection.num_streams + 1) * dim * value
         per_token += norm + values_behind_weights(body) * value
     return per_token * batch.tokens
@@ -59,7 +59,7 @@ def _(body: SwiGLU) -> int:
 
 @values_behind_weights.register
 def _(body: MixtureOfExperts) -> int:
-    """The router, and the same of each active expert."""
+    """The router, and the products of each active expert."""
     expert_dim, width = body.down.shape[1:]
     routed = body.num_experts + body.num_active_experts * (2 * expert_dim + width)
     return routed + (0 if body.shared is None else values_behind_weights(body.shared))

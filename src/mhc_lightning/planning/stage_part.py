@@ -8,14 +8,14 @@ from mhc_lightning.modules import Transformer
 
 
 def part_of(model: Transformer, blocks: range) -> Transformer:
-    """Consecutive blocks of a model, with its embedding and its head where they are at the end.
+    """Consecutive blocks of a model, with the embedding or the head at the model's ends.
 
     Args:
         model: The whole model; the part shares its modules.
-        blocks: Which blocks.
+        blocks: Numbers of the blocks.
 
     Returns:
-        A network to count things of, not to run: what it does not have is an `nn.Identity`.
+        A network for counting, not for running: missing modules are `nn.Identity`.
     """
     part = copy.copy(model)
     part._modules = dict(model._modules)

@@ -30,10 +30,10 @@ def stage_times(
 
     Args:
         model: The whole model; it may be on the meta device.
-        plan: Its stages.
+        plan: The stages.
         batch: A micro-batch.
         replicas: The pipelines that share the stages' state.
-        machine: What the devices are.
+        machine: The devices.
     """
     return [
         _stage_times(part_of(model, blocks), batch, replicas, machine, plan.kind.splits_backward)
@@ -48,13 +48,13 @@ def transfer_times(
     replicas: DataParallel,
     machine: Machine,
 ) -> list[float]:
-    """Seconds to hand a micro-batch's streams on from each stage but the last.
+    """Seconds to send a micro-batch's streams from each stage but the last.
 
     Args:
         model: The whole model; it may be on the meta device.
-        plan: Its stages.
+        plan: The stages.
         batch: A micro-batch.
-        replicas: The pipelines: neighbours in one are as many ranks apart as there are.
+        replicas: The pipelines; their number is the distance in ranks of a pipeline's neighbours.
         machine: Devices and their links; the slowest of the pipelines counts.
     """
     kind, size = machine.kind, boundary_bytes(model, batch)
@@ -104,7 +104,7 @@ def _stage_times(
     )
     to_input = seconds(products + attention * 2 / 3, kept / 2 + weights + streams_back * tokens)
     to_weight = seconds(products, kept / 2 + weights)
-    # Tokens have no gradient: torch leaves the whole backward pass to the second half there.
+    # Tokens have no gradient: torch runs this stage's whole backward pass in the second half.
     first = splits and has_embedding(part)
     return StageTimes(
         forward=forward,

@@ -18,9 +18,9 @@ class ScheduleKind:
     Attributes:
         engine_name: The schedule's class in `torch.distributed.pipelining`.
         stages_per_device: Fixed number of stages on each device, or None for two or more.
-        v_shaped: Whether a device's second stage lies mirrored, so that the first device holds the
-            last stage too; otherwise stages go round the devices in a loop.
-        splits_backward: Whether gradients of inputs and of weights are taken at different times.
+        v_shaped: Whether the devices' second stages are in reverse order, so that the first device
+            also holds the last stage; otherwise stages go round the devices in a loop.
+        splits_backward: Whether gradients of inputs and of weights are computed at different times.
         pairs_stages: Whether one stage of a device runs forward while the other runs backward.
     """
 
@@ -83,7 +83,7 @@ class StagePlan:
             batch: Sequences of one forward pass.
 
         Raises:
-            UserError: Says what would do.
+            UserError: The batch or the number does not fit; says which number would.
         """
         if count < 1:
             raise UserError(f"strategy.microbatches must be at least 1, or null, not {count}")
@@ -113,7 +113,7 @@ class StagePlan:
 
 
 def block_cost(module: nn.Module) -> float:
-    """Relative time of a token in a module: the weights that multiply it, those of a lookup once.
+    """Relative time of a token in a module: the weights that multiply it; of a lookup, one row.
 
     Of routed experts only the active share counts. Works on `meta`.
     """
@@ -141,13 +141,13 @@ def plan_stages(
     """Cut blocks into consecutive stages.
 
     Args:
-        costs: Of each block.
+        costs: Cost of each block.
         schedule: A key of `SCHEDULES`.
         devices: Devices of one pipeline.
-        before: Cost of what the first stage does before its blocks (the embedding).
-        after: Cost of what the last stage does after its blocks (the head).
-        blocks_per_stage: Blocks of each stage, in place of the cut in which the slowest stage is
-            as fast as it can be and, of those, the times differ least.
+        before: Cost of the first stage before its blocks (the embedding).
+        after: Cost of the last stage after its blocks (the head).
+        blocks_per_stage: Blocks of each stage. By default, the slowest stage is as fast as
+            possible; among such cuts, the times differ least.
 
     Raises:
         UserError: The schedule does not exist, or the stages do not fit it or the blocks.
@@ -193,7 +193,7 @@ def cut_network(
         network: Has `blocks`, and names its `parts_before_blocks` and `parts_behind_blocks`.
         schedule: A key of `SCHEDULES`.
         devices: Devices of one pipeline.
-        blocks_per_stage: As `plan_stages` takes them.
+        blocks_per_stage: See `plan_stages`.
 
     Raises:
         UserError: The network or the devices do not fit the schedule.
@@ -241,10 +241,10 @@ def _balanced(costs: Sequence[float], count: int, before: float, after: float) -
 
 
 def pipeline_size_of(devices: int, pipeline_size: int | None) -> int:
-    """Devices of one pipeline; all there are, unless said otherwise.
+    """Devices of one pipeline; by default all devices.
 
     Raises:
-        UserError: The devices are no multiple of it.
+        UserError: The devices are not a multiple of `pipeline_size`.
     """
     size = devices if pipeline_size is None else pipeline_size
     if size < 1 or devices % size:

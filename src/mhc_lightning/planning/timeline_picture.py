@@ -1,4 +1,4 @@
-"""The picture of a pipeline's pass: devices against time, nothing overlapped and overlapped.
+"""The picture of a pipeline's pass: devices against time, without and with overlap.
 
 Uses matplotlib's object interface, so nothing here touches a display or pyplot's global state.
 """
@@ -18,7 +18,7 @@ _IDLE = "#ececec"
 
 
 class _Look(NamedTuple):
-    """The colours of an activity on a device's first and later stages, and of its numbers."""
+    """The colours of an activity: on a device's first stage, on later stages, and of numbers."""
 
     label: str
     first: str
@@ -35,26 +35,26 @@ _LOOKS = {
     Activity.SEND: _Look("communication", "#4b4b5c", "#4b4b5c"),
     Activity.MERGE: _Look("merges, high priority", "#9a6fb0", "#9a6fb0"),
 }
-# Of a device's row, from its top: where a lane begins, and its height.
+# Beginning of each lane, from the top of a device's row, and height, both as shares of the row.
 _LANES = {
     Lane.PRIORITY: (0.04, 0.12),
     Lane.COMPUTE: (0.16, 0.58),
     Lane.COMMUNICATION: (0.76, 0.16),
 }
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM, _BETWEEN = 15.0, 1.15, 0.25, 1.15, 0.55, 0.75  # inches
-_POINTS = 7.0  # of micro-batch numbers
+_POINTS = 7.0  # size of micro-batch numbers
 
 
 def draw_timelines(name: str, forecast: PipelineForecast, file: str) -> None:
     """Draw one pass, without and with overlap, below each other on the same scale.
 
     Args:
-        name: The experiment's.
-        forecast: What is drawn.
-        file: Where; a PNG.
+        name: Name of the experiment.
+        forecast: The prediction to draw.
+        file: Path of the PNG file.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -126,7 +126,7 @@ def draw_timelines(name: str, forecast: PipelineForecast, file: str) -> None:
 def _devices(
     axes: "Axes", forecast: PipelineForecast, line: Timeline, scale: float, inches: float
 ) -> None:
-    """Every device's lanes; `inches` are those of a unit of time."""
+    """Draw every device's lanes; `inches` is the length of a unit of time."""
     plan = forecast.pipeline.plan
     bars: dict[tuple[int, Lane, str], list[tuple[float, float]]] = defaultdict(list)
     for device in range(plan.devices):
@@ -139,7 +139,7 @@ def _devices(
         length = span.end * scale - start
         later = span.action.stage != plan.stages_of(span.device)[0]
         colour = look.later if later else look.first
-        # A transfer that keeps its device from computing is in the way of that.
+        # A transfer that keeps its device from computing is drawn on the compute lane.
         lane = span.lane if line.overlapped else Lane.COMPUTE
         bars[span.device, lane, colour].append((start, length))
         _number(axes, span, start + length / 2, length * inches, look.ink)
@@ -164,7 +164,7 @@ def _devices(
 
 
 def _number(axes: "Axes", span: Span, middle: float, inches: float, ink: str) -> None:
-    """A micro-batch's number, where there is room."""
+    """Write a micro-batch's number, where there is room."""
     text = str(span.action.micro_batch)
     if span.lane is not Lane.COMPUTE or span.work is Activity.REPLAY:  # too thin, too many
         return

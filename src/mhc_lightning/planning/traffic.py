@@ -1,7 +1,7 @@
 """Bytes that the stream operations of all sub-layers read and write per token.
 
-The element counts are those of arXiv 2512.24880, Table 2, and of its fused kernels; backward is
-counted the same way, each operation reading its operands and writing its results once.
+The element counts are those of arXiv 2512.24880, Table 2, and of its fused kernels. Backward is
+counted the same way: each operation reads its operands and writes its results once.
 """
 
 from typing import NamedTuple
