@@ -234,7 +234,7 @@ def test_copies_in_place_of_links_are_not_written_over(tmp_path, form, name):
     copy.unlink(missing_ok=True)
     (shutil.copytree if form else shutil.copy)(saved, copy)
     for resume in (copy, saved):
-        with pytest.raises(UserError, match=f"{name} is no link but a copy.*delete it if"):
+        with pytest.raises(UserError, match=f"{name} should be a link, .*; delete it if"):
             run(tmp_path, 8, resume=resume, **form)
     assert not fault_in(copy) and not fault_in(saved)
     (shutil.rmtree if form else os.unlink)(copy)

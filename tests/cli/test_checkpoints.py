@@ -62,9 +62,9 @@ def test_a_copy_in_place_of_the_link_is_no_reason_to_start_over(
     last.unlink()
     shutil.copy(saved, last)
     assert find(folder) == "step_00000008.ckpt"
-    assert "last is no link but a copy" in capsys.readouterr().err
+    assert "last is a copy instead of a link" in capsys.readouterr().err
     for name in sorted(os.listdir(folder / "checkpoints")):
         if name != "last":
             (folder / "checkpoints" / name).unlink()
-    with pytest.raises(UserError, match=r"no sound checkpoint.*last is no link but a copy"):
+    with pytest.raises(UserError, match=r"no sound checkpoint.*last is a copy instead of a link"):
         find(folder)

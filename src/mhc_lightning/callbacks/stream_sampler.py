@@ -71,8 +71,8 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
     sampled training step. `Observation.after` links them into chains by their streams: a sub-layer
     continues the chain whose output it reads. Two views of one network, a teacher and a student,
     or a generator and a critic are chains of their own; weights that are shared within a pass are
-    in one chain. In a model that neither merges by `mhc_lightning.kernels` nor records gradients
-    nor passes streams from module to module, a new chain begins where a module is met again.
+    in one chain. A model may do none of these: merge by `mhc_lightning.kernels`, record gradients,
+    pass streams from module to module. A new chain then begins where a module is called again.
     Without gradients, a copy of the streams (on another device) begins one, too. Streams of zero
     tokens are left out.
 

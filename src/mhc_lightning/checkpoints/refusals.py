@@ -1,4 +1,4 @@
-"""Every reason for which a checkpoint is refused, in the order in which a command asks.
+"""Every reason for which a checkpoint is refused, and the function that decides it.
 
 | reason | decided by |
 |---|---|
@@ -14,8 +14,11 @@
 | its optimizer is of other parameters | `optimizers.parameter_names.check_names` |
 | it was trained on other data | `data.resume.check_same_stream` |
 
-To be written over is refused elsewhere: `cli.run_folder` keeps the run that a folder holds, and
-`optimizers.finiteness` has no state saved that is not finite.
+Commands decide the reasons in this order; in `fit`, Lightning then restores the data module before
+the optimizer. `fit` itself reads no tokenizer from a checkpoint: its data bring one.
+
+Two refusals are not about loading: `cli.run_folder` refuses to overwrite a run, and
+`optimizers.finiteness` refuses to save a state that is not finite.
 """
 
 import io

@@ -33,8 +33,8 @@ class RunCheckpoint(Checkpoint):
     A checkpoint is saved
 
     - every `every_n_steps` steps, and at the end of the run;
-    - on SIGTERM: at the next optimizer step, or within a validation at once (at the validation's
-      end if a callback has lent the module other weights for it);
+    - on SIGTERM: at the next optimizer step, or within a validation at once (at its end if a
+      callback has swapped the weights: averages, say);
     - when a validation is among the best;
     - when `save_at_step_end` was called.
 

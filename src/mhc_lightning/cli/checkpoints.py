@@ -73,7 +73,7 @@ def _newest_sound(folder: Path, output_dir: Path) -> Path | None:
     if link.is_symlink() and not link.exists():
         faults.append((os.readlink(link), "missing"))
     elif link.exists() and not link.is_symlink():
-        faults.append((str(link), "no link but a copy of one (step_…, a name to give it)"))
+        faults.append((str(link), "a copy instead of a link (rename it to step_…)"))
     for path in candidates:
         fault = fault_in(path)
         if fault is None:

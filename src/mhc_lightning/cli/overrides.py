@@ -54,7 +54,7 @@ def with_known_key(word: str, keys: set[str], groups: dict[str, list[str]], sect
 
 
 def with_readable_value(word: str, plain: DictConfig) -> str:
-    """The override as Hydra can read it; a list or a section takes nothing that it cannot.
+    """The override as Hydra reads it: an unreadable value is quoted, but not for a list or section.
 
     Args:
         word: The override.

@@ -33,8 +33,8 @@ def require_links(folder: Path, names: Collection[str]) -> None:
     for path in (folder / name for name in names):
         if path.exists() and not path.is_symlink():
             raise UserError(
-                f"{path} is no link but a copy, as some tools leave in place of one; delete it if"
-                " what it is a copy of is there too, else give it that name (step_…)"
+                f"{path} should be a link, but is a copy, as some tools leave in place of one;"
+                " delete it if the original is there too, else rename it to step_…"
             )
     probe = folder / f"{ASIDE}probe"
     try:

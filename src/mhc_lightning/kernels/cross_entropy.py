@@ -99,7 +99,7 @@ def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> list[tuple[Tens
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Refuse a target that is no class; on a GPU where it meets one, as nobody waits for that.
+    """Refuse a target that is no class. On a GPU the device stops by itself, later: nothing waits.
 
     Raises:
         UserError: A target is neither from 0 to `vocabulary - 1` nor `ignore_index`.

@@ -64,9 +64,9 @@ class Connection(KeepsFloat32):
         layer_index: The number of the sub-layer in the network, from 0.
 
     Attributes:
-        replays: True if `aggregate_streams` and `merge_streams`, with the mappings that are second
-            in `read`'s state, repeat this connection's `read` and `write`. Recomputation then
-            rebuilds its streams; it keeps those of other connections. A class that overrides
+        replays: True if the mappings in the state of `read` (its second item), given to
+            `aggregate_streams` and `merge_streams`, repeat `read` and `write`. Recomputation then
+            rebuilds the streams; it keeps those of other connections. A class that overrides
             `read`, `write` or `follow` does not inherit it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Projections that may be fused into another computation: calling them does nothing else."""
+"""Projections that compute `x · weightᵀ` and nothing else, so that they may be fused."""
 
 from torch import Tensor, nn
 

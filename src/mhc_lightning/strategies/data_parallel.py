@@ -9,8 +9,7 @@ class DataParallelStrategy(WatchedStrategy, DDPStrategy):
     """Lightning's DDPStrategy, whose processes watch over each other.
 
     Args:
-        timeout_seconds: Longest time that a process waits for another; one that others wait for
-            longer counts as hung.
+        timeout_seconds: Seconds that a process waits for another before that one counts as hung.
         gradient_as_bucket_view: True to make gradients views of the buckets that are sent, which
             saves copies.
     """

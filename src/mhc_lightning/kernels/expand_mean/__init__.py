@@ -1,4 +1,4 @@
-"""The streams' beginning and end: n copies of one tensor after the embedding, their mean at last.
+"""The two ends of the streams: n copies of the embedding at first, their mean at last.
 
 The wide tensor is never written for their sake: expanding is a view, and so is the gradient of the
 mean.

@@ -26,8 +26,8 @@ def stream_mappings(
 
     The n streams of a token are normalised together, `x / sqrt(mean(x²) + eps)`, projected by
     `phi`, scaled by `alpha`, shifted by `bias` (order: pre | post | residual, row-major), and
-    passed through σ, 2σ and Sinkhorn-Knopp. Or through σ, 2σ and `mix`, which sets the variants
-    of mHC apart: there may then be any number m of coefficients instead of the last n².
+    passed through σ, 2σ and Sinkhorn-Knopp. A `mix` takes the place of Sinkhorn-Knopp (in the
+    variants of mHC); the last n² coefficients may then be any number m.
 
     Args:
         streams: [..., n, C].
