@@ -8,7 +8,7 @@ _MINUS = "−"
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits: 0.0412, 3,012, 1.5e−7, NaN, infinite.
+    """A number with `digits` significant digits: 0.0412, 3,012, 1.5e−7, NaN, infinite.
 
     An exponent appears only below 1e-4 and from 1e7 on.
     """
@@ -115,7 +115,7 @@ def format_list(words: Sequence[str]) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """Nested values for JSON, which has no NaN and no infinity: these become texts."""
+    """Nested values for JSON; NaN and infinity, which JSON lacks, become strings."""
     if isinstance(value, dict):
         return {key: json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -12,7 +12,7 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.kernels.precision import widened
 from mhc_lightning.modules import Transformer
 
-_SEEDS = 2**64  # those that torch's generators tell apart
+_SEEDS = 2**64  # number of seeds that torch's generators distinguish
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Sampling:
     Args:
         max_new_tokens: The largest number of new tokens.
         temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Keep the k likeliest tokens, and all that are as likely as the k-th.
+        top_k: Keep the k likeliest tokens, and all tokens as likely as the k-th.
         top_p: Keep the likeliest tokens whose probabilities add up to at least p.
         seed: Makes the draw repeatable; at least 0 and below 2**64.
 
@@ -75,7 +75,7 @@ def generate(
         top_k: The number of likeliest tokens to keep.
         top_p: The probability to keep.
         seed: The seed of the draw.
-        end_token: Stop when it is drawn; it is not yielded.
+        end_token: Token that ends the continuation when it is drawn; it is not yielded.
 
     Raises:
         UserError: An argument is out of range.
@@ -94,7 +94,7 @@ def generate_together(
     end_token: int | None = None,
     is_over: Callable[[int, int], bool] = lambda prompt, token: False,
 ) -> Iterator[tuple[int, int]]:
-    """Continue several prompts of any lengths at once, each as it would be on its own.
+    """Continue several prompts of any lengths at once, each as if it were alone.
 
     Each prompt is read once. A new token then costs the computation of one token, and attention to
     all preceding ones (see `Transformer.forward_cached`). Finished prompts leave the batch.
@@ -103,15 +103,15 @@ def generate_together(
         model: The network, in evaluation mode.
         prompts: At least one token each.
         samplings: The settings of each prompt.
-        end_token: Ends a continuation when it is drawn; it is not yielded.
-        is_over: Called with a prompt's index and a token that was yielded; True if that token ends
-            the continuation.
+        end_token: Token that ends a continuation when it is drawn; it is not yielded.
+        is_over: Called with a prompt's index and a yielded token; True if that token ends the
+            continuation.
 
     Yields:
         (index of the prompt, token), each prompt's tokens in their order.
 
     Raises:
-        UserError: A prompt is empty, or the network states no probabilities (NaN).
+        UserError: A prompt is empty, or the network gives no probabilities (NaN).
     """
     if not all(prompts):
         raise UserError('the prompt is empty: give at least one character, prompt="…"')
@@ -190,7 +190,7 @@ def _distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if sampling.top_k is not None and sampling.top_k < len(scaled):
         scaled = scaled.masked_fill(scaled < scaled[sampling.top_k - 1], -math.inf)
     probabilities = scaled.softmax(-1)
-    if sampling.top_p is not None and sampling.top_p < 1:  # rounding must not cut any off at 1
+    if sampling.top_p is not None and sampling.top_p < 1:  # at 1, rounding must not remove tokens
         before = probabilities.cumsum(0) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     return probabilities, tokens

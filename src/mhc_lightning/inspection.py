@@ -32,7 +32,7 @@ class Inspection:
         row_error: The largest `|row sum - 1|` of any token [L].
         column_error: The largest `|column sum - 1|` of any token [L]: for mHC, the error that the
             finitely many Sinkhorn iterations leave.
-        diagonal: Mean of the matrix's diagonal [L].
+        diagonal: Mean of the mixing matrix's diagonal [L].
         read: Mean pre mapping of each sub-layer, [n].
         write: Mean post mapping of each sub-layer, [n].
         matrices: Mixing matrix of each sub-layer, averaged over tokens, [n, n].

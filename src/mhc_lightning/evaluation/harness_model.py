@@ -1,4 +1,4 @@
-"""A network as a language model of the harness: it scores and continues texts.
+"""The model interface of the harness, for a network: scores and continues texts.
 
 lm_eval's own `HFLM` needs a model of transformers, with its cache and its `generate`.
 """
@@ -28,10 +28,10 @@ class HarnessModel(TemplateLM):
 
     Args:
         model: The network, in evaluation mode, on its device.
-        tokenizer: The tokenizer of its training.
+        tokenizer: The tokenizer that the network was trained with.
         batch_size: Sequences per forward pass.
         max_length: Largest number of tokens in a sequence.
-        seed: Seed of the sampling, for tasks that do not take the likeliest tokens.
+        seed: Seed of the sampling, for tasks that do not use greedy decoding.
 
     Attributes:
         shortened: Number of requests whose context lost its beginning because of `max_length`.
@@ -111,12 +111,12 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop text, the end of the document, or the task's limit.
+        """Continuations, each up to a stop text, the end of the document, or the task's limit.
 
         Prompts of similar length are continued in one batch. The batch does not change the texts.
 
         Raises:
-            UserError: A task asks for more new tokens than `max_length` leaves room for.
+            UserError: A task needs more new tokens than `max_length` leaves room for.
         """
         continuations = [
             self._prepare(request.args[0], request.args[1], self.seed + number)
@@ -187,7 +187,7 @@ class _Continuation:
         self.text += self._stream.push(token)
 
     def finish(self) -> None:
-        """Add the text still held back, and cut the text at the first stop."""
+        """Add the text that the decoder holds back, and cut the text at the first stop."""
         self.text += self._stream.flush()
         places = [self.text.find(stop) for stop in self._stops if stop in self.text]
         self.text = self.text[: min(places, default=None)]

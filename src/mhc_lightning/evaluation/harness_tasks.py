@@ -16,7 +16,7 @@ from mhc_lightning.evaluation.harness_model import HarnessModel
 TASKS = Path(__file__).parent / "tasks"
 _REPORTED = ("results", "groups", "group_subtasks", "n-shot", "n-samples", "versions",
              "higher_is_better")  # fmt: skip
-# Exceptions of loading a task whose files or data are wrong or out of reach.
+# Exceptions when a task is loaded whose files or data are wrong or unreachable.
 _TASK_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 
 
@@ -24,7 +24,7 @@ def task_manager(include_path: str | Path | None = None) -> TaskManager:
     """The tasks of the harness, this package's group `paper`, and the tasks in a folder.
 
     Raises:
-        UserError: The folder does not exist, or a file in it is no YAML.
+        UserError: The folder does not exist, or a file in it is not YAML.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise UserError(f"evaluate.include_path={include_path} is no folder")
@@ -92,7 +92,7 @@ def run_tasks(
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=seed)
     results = evaluate(lm=model, task_dict=loaded, limit=limit, log_samples=False)
-    assert results is not None  # None in other processes than the first
+    assert results is not None  # None in all processes but the first
     report = {name: _plain(results[name]) for name in _REPORTED if name in results}
     return {**report, "shortened": model.shortened}
 

@@ -1,1 +1,1 @@
-"""Files that no crash can lose or damage: atomic writing, and checksums."""
+"""Protection of files against crashes and damage: atomic writing, and checksums."""

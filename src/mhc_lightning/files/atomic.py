@@ -1,4 +1,4 @@
-"""Files and links written so that no crash can lose what was there."""
+"""Writing of files, folders and links, in which no crash can lose the old content."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from typing import IO
 
 from mhc_lightning.errors import UserError
 
-ASIDE = ".aside-"  # begins the names of what is not complete yet
+ASIDE = ".aside-"  # begins the names of incomplete files and folders
 
 
 def point_link(link: Path, target_name: str) -> None:
@@ -24,10 +24,10 @@ def point_link(link: Path, target_name: str) -> None:
 
 
 def require_links(folder: Path, names: Collection[str]) -> None:
-    """Make sure that links of these names can be made, and replace nothing but links.
+    """Check that links of these names can be made, and would replace nothing but links.
 
     Raises:
-        UserError: One of them is a file or folder, or the file system has no symbolic links.
+        UserError: A name is a file or folder, or the file system has no symbolic links.
         OSError: The folder cannot be written to.
     """
     for path in (folder / name for name in names):
@@ -59,8 +59,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
     """Open a file beside `path` for writing; at the end it replaces `path` in one durable step.
 
-    If the block raises, `path` stays as it was. Several processes may write the same path at a
-    time: the last one counts.
+    If the block raises an exception, `path` stays as it was. Several processes may write the same
+    path at a time: the last to finish counts.
     """
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=ASIDE)
     try:
@@ -82,16 +82,16 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
     For one writer at a time: a path that a killed process left aside is removed.
 
-    A file is replaced in one atomic step. A folder that is there already is moved away first, and
-    moved back if the new one cannot take its name. After an exception nothing is left aside, and
-    `path` is as it was.
+    A file is replaced in one atomic step. An existing folder is moved away first, and moved back
+    if the new folder cannot take its name. After an exception nothing is left aside, and `path` is
+    as it was.
 
     Args:
         path: The file or folder.
-        durable: True to have all of it reach the disk (fsync) before it takes the name.
+        durable: True to write all content to the disk (fsync) before the new path takes the name.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file or folder cannot be written.
     """
     aside = path.with_name(f"{ASIDE}{path.name}")
     try:
@@ -109,10 +109,10 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def put_in_place(aside: Path, path: Path) -> None:
-    """Give what is complete its name, in place of a file or folder that has it.
+    """Rename the complete file or folder `aside` to `path`, and replace what has that name.
 
     Raises:
-        OSError: It cannot be renamed; `path` is as it was.
+        OSError: `aside` cannot be renamed; `path` is as it was.
     """
     if not path.is_dir() or path.is_symlink():
         os.replace(aside, path)
@@ -129,10 +129,10 @@ def put_in_place(aside: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, link or folder, if it is there.
+    """Delete a file, link or folder, if it exists.
 
     Raises:
-        OSError: It cannot be deleted.
+        OSError: The path cannot be deleted.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -141,7 +141,7 @@ def remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or all files of a folder, reach the disk."""
+    """Write a file, or all files of a folder, to the disk (fsync)."""
     if path.is_dir():
         for inside in path.iterdir():
             _sync(inside)

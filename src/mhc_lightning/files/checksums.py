@@ -8,8 +8,8 @@ from typing import Any
 
 _BLOCK_BYTES = 1 << 18
 
-# State of each file whose checksum was found right in this process (or the one it was forked from),
-# by path and checksum. A chunk that is opened again is read again only if its state changed.
+# State of each file whose checksum this process (or the parent, before a fork) verified, by path
+# and checksum. A chunk that is opened again is read again only if its state changed.
 _verified: dict[tuple[str, str], tuple[int, ...]] = {}
 
 
@@ -20,7 +20,7 @@ def file_sha256(path: Path) -> str:
 
 
 def file_xxh3(path: Path) -> str:
-    """Hexadecimal XXH3 (128 bits) of a file: finds accidents, ten times as fast as SHA-256."""
+    """Hexadecimal XXH3 (128 bits) of a file: detects accidents, ten times as fast as SHA-256."""
     import xxhash
 
     with path.open("rb", buffering=0) as stream:
@@ -58,7 +58,7 @@ def has_checksum(descriptor: int, path: Path, xxh3: str, sha256: str) -> bool:
 
 
 def _state(descriptor: int) -> tuple[int, ...]:
-    """Device, inode, size and modification time of an open file: they change with its content."""
+    """Device, inode, size and modification time of an open file, which change with its content."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 

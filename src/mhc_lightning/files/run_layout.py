@@ -1,10 +1,10 @@
-"""The names of what lies in a run folder; without torch, for all who read or write one."""
+"""Names of the files in a run folder; imports no torch, for all readers and writers."""
 
 CONFIG = "config.yaml"
-"""Every setting, resolved: an experiment that `--config` takes."""
+"""Every setting, resolved; `--config` takes this file as an experiment."""
 
 ENVIRONMENT = "environment.json"
-"""Versions, devices, command line and end of the run."""
+"""Versions, devices and command line of the run, and how it ended."""
 
 METRICS = "metrics.csv"
 """One row per logged optimizer step."""

@@ -1,8 +1,8 @@
 """Models exported and imported: safetensors folders, and the layout of DeepSeek-V4.
 
-`exporting` writes a folder; `exported_model` opens one, and refuses a damaged one; `compatibility`
-refuses other tensors; `model_settings` compares settings and builds networks; `importing` makes a
-checkpoint.
+`exporting` writes a folder. `exported_model` opens a folder, and refuses a damaged one.
+`compatibility` refuses other tensors. `model_settings` compares settings and builds networks.
+`importing` makes a checkpoint.
 """
 
 from mhc_lightning.interchange.exported_model import Exported, load_exported, open_exported

@@ -12,7 +12,7 @@ sums; this package has no such epsilon. For coefficients of a few units, `hc_eps
 mappings by less than 1e-4 (by 2e-3 for coefficients around 8, where it enlarges tiny entries). With
 `hc_eps=0` in the V4 model, the mappings are equal.
 
-V4 reads its streams out by a mapping of its own (`hc_head`), this package by their mean. On export
+V4 reads out its streams by a separate mapping (`hc_head`), this package by their mean. On export
 the mean becomes a head of equal constant weights. On import any other head is refused.
 """
 
@@ -45,7 +45,7 @@ _CONNECTION = re.compile(r"^layers\.\d+\.hc_(attn|ffn)_(fn|base|scale)$|^hc_head
 
 @dataclass(frozen=True)
 class DeepseekV4Settings:
-    """The settings of connections in V4's configuration, under their names there.
+    """The settings of connections, under their names in V4's configuration.
 
     Attributes:
         hc_mult: Streams n.
@@ -93,7 +93,7 @@ def connection_from_deepseek_v4(
 def to_deepseek_v4(
     model: Transformer, *, transformers_names: bool = False
 ) -> tuple[dict[str, Tensor], DeepseekV4Settings]:
-    """The connections of a network, and the read-out of its streams, in V4's layout.
+    """A network's connections, and the read-out of its streams, in V4's layout.
 
     Args:
         model: A network with mHC connections.
@@ -184,8 +184,8 @@ def connections_in(names: Iterable[str]) -> dict[str, dict[str, str]]:
         names: The names of all its tensors, in DeepSeek's files or in transformers.
 
     Returns:
-        For each connection, by DeepSeek's name (`layers.0.hc_attn`), the names of those of `fn`,
-        `base` and `scale` that exist.
+        For each connection, by DeepSeek's name (`layers.0.hc_attn`), the names of its tensors `fn`,
+        `base` and `scale`, as far as they exist.
     """
     connections: dict[tuple[int, str], dict[str, str]] = {}
     for name in names:
@@ -228,7 +228,7 @@ def static_mappings(base: Tensor, settings: DeepseekV4Settings) -> StreamMapping
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors whose values cannot be copied as they are meant.
+    """Refuse tensors whose values cannot be copied as weights.
 
     Raises:
         UserError: A tensor is quantised or not finite.
@@ -249,7 +249,7 @@ def _deepseek_name(name: str) -> str:
 
 
 def _transpose_comb(rows: Tensor, n: int) -> Tensor:
-    """[n² + 2n, ...] with the n x n block of the mixing matrix transposed; its own inverse."""
+    """Transpose the n x n block of the mixing matrix in [n² + 2n, ...]; its own inverse."""
     mappings, mixing = rows.split([2 * n, n * n])
     return torch.cat([mappings, mixing.unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)])
 
@@ -268,7 +268,7 @@ def _connections(model: Transformer) -> dict[tuple[int, str], ManifoldHyperConne
     """Connections by (block, sub-layer).
 
     Raises:
-        UserError: A connection is no mHC connection, or differs in its settings from the others.
+        UserError: A connection is not an mHC connection, or its settings differ from the others.
     """
     connections = {}
     for layer, block in enumerate(model.blocks):

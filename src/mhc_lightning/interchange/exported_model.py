@@ -1,4 +1,4 @@
-"""An exported model, read back: a folder of tensors, the settings of the network, its tokenizer."""
+"""An exported model, opened: the tensors, the settings of the network, and the tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Exported:
-    """An opened export: its record is read, its tensors are not yet.
+    """An exported model whose record is read; the tensors are read on request.
 
     Attributes:
         folder: The folder.
@@ -46,7 +46,7 @@ class Exported:
         """The tokenizer that the model was trained with.
 
         Raises:
-            UserError: Its file is missing or was changed.
+            UserError: The tokenizer's file is missing or was changed.
         """
         return tokenizer_from_record(self.tokenizer_record, self.folder)
 
@@ -88,7 +88,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def has_own_record(folder: Path) -> bool:
-    """True if the record in `folder` is this package's: other models have such files too."""
+    """True if this package wrote the record in `folder`; other models have such files too."""
     try:
         record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -154,13 +154,13 @@ def load_exported(folder: str | Path) -> Transformer:
 
 
 def materialize(model: Transformer, tensors: Mapping[str, Tensor]) -> Transformer:
-    """Replace the `meta` tensors of a network by real ones, and set evaluation mode."""
+    """Replace the `meta` tensors of a network by `tensors`, and set evaluation mode."""
     model.load_state_dict(tensors, assign=True)  # keeps the dtypes of the file
     return model.eval()
 
 
 def check_settings(exported: Exported, settings: Mapping[str, Any]) -> None:
-    """Compare the settings of an exported model with configured ones; tensors do not show them.
+    """Compare an exported model's settings with configured ones; tensors do not show settings.
 
     Args:
         exported: The exported model.

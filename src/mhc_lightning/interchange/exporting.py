@@ -1,4 +1,4 @@
-"""`export_model`: a model as a folder of safetensors, its settings and its tokenizer."""
+"""`export_model` writes a model as a folder: safetensors, settings and tokenizer."""
 
 import json
 import shutil
@@ -43,15 +43,15 @@ def export_model(
 ) -> None:
     """Write a model as safetensors with a `config.json` and its tokenizer.
 
-    The files are written aside; the folder appears under its name when it is complete.
+    The files are written beside `folder`, which appears only when it is complete.
 
     Args:
         model: The network, or its state dict, whose tensors are looked up one file at a time.
         folder: The new folder.
         settings: The section `model` of the run's configuration, `connection` within it
             (`_target_` names a class).
-        tokenizer: The tokenizer of its training.
-        step: Optimizer steps of its training.
+        tokenizer: The tokenizer that the model was trained with.
+        step: Optimizer steps of the training.
         shard_bytes: Largest number of bytes of tensors in one file.
         overwrite: Replace an exported model that the folder already holds.
 

@@ -1,4 +1,4 @@
-"""The settings of a network, as an exported model records them: compared, and built from."""
+"""The recorded settings of a network: their comparison, and networks built from them."""
 
 import importlib
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _TRAINING_SETTINGS = ("init_std", "bias_update_speed")
 
 
 def section_record(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The class of a section of a configuration, and its arguments without the connection."""
+    """A section of a configuration: its class, and its arguments without the connection."""
     arguments = {
         key: value
         for key, value in section.items()
@@ -52,7 +52,7 @@ def build_network(
 ) -> Transformer:
     """A network from the records of its two sections.
 
-    Only subclasses of `Connection` and `Transformer` are ever called, whatever a record names.
+    Only subclasses of `Connection` and `Transformer` are called, whatever a record names.
 
     Args:
         model: The `section_record` of the network.

@@ -30,8 +30,8 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
     """Write tensors to `folder`, in their order, as they are (dtype and bits).
 
     Args:
-        tensors: By name. Tensors that share memory, as tied weights do, are each written:
-            `huggingface_hub.save_torch_state_dict` would drop all but one.
+        tensors: Tensors by name. Each of several tensors that share memory (tied weights) is
+            written: `huggingface_hub.save_torch_state_dict` would drop all but one.
         folder: Folder for the files.
         shard_bytes: Largest number of bytes of tensors in one file; a larger tensor gets a file of
             its own.
@@ -60,13 +60,13 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in `folder`, without reading the tensors.
 
     Raises:
-        UserError: A file is missing or damaged, a tensor is in two files, or a tensor is quantised:
-            it is not of a floating-point type of at least 16 bits.
+        UserError: A file is missing or damaged, a tensor is in two files, or a tensor is quantised
+            (not of a floating-point type of at least 16 bits).
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in _files(folder):
         with _opened(file) as content:
-            for name in content.keys():  # noqa: SIM118  (it is no mapping)
+            for name in content.keys():  # noqa: SIM118  (not a mapping)
                 if name in shapes:
                     raise UserError(f"{folder} holds {name} twice, in {file.name} too")
                 part = content.get_slice(name)
