@@ -75,7 +75,7 @@ MOVED = {
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """Finds the modules of `MOVED` under their old names, after all other finders have not."""
+    """Finds the modules of `MOVED` under their old names, if no other finder has found them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -99,7 +99,7 @@ def keep_old_names() -> None:
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's `__getattr__`, for names that were renamed within it.
+    """A module's `__getattr__`, for names that were renamed within the module.
 
     Args:
         module: The module's `__name__`.

@@ -1,10 +1,10 @@
 """Explains the error of a torchvision that cannot load, which keeps Lightning from loading.
 
 litdata requires torchvision, and the build that a package index serves by default is linked
-against a CUDA torch. Beside a CPU torch, or beside a torch of another version, importing it fails
-somewhere inside with an error such as `operator torchvision::nms does not exist`. torchmetrics
-imports torchvision wherever it is installed, and Lightning imports torchmetrics, so the user meets
-this error, under the frames of four libraries, at the first use of this package.
+against a CUDA torch. Beside a CPU torch, or beside a torch of another version, its import fails
+with an error such as `operator torchvision::nms does not exist`. torchmetrics imports
+torchvision wherever it is installed, and Lightning imports torchmetrics. So the user meets this
+error, under the frames of four libraries, at the first use of this package.
 """
 
 import functools
@@ -36,7 +36,7 @@ def _execute(exec_module: Callable[[ModuleType], None], module: ModuleType) -> N
     """Run torchvision's own `__init__`.
 
     Raises:
-        BrokenTorchvisionError: If that fails, from the error that it failed with.
+        BrokenTorchvisionError: The import fails; raised from the error of the import.
     """
     try:
         exec_module(module)
@@ -68,8 +68,8 @@ class _TorchvisionFinder(MetaPathFinder):
 def explain_failures() -> None:
     """Make a failing `import torchvision` in this process say how to fix it.
 
-    Costs one entry in `sys.meta_path`: torch and torchvision are not imported here, and a
-    torchvision that loads, or is absent, behaves exactly as it would otherwise. Calling it again
+    The cost is one entry in `sys.meta_path`. This function imports neither torch nor torchvision. A
+    torchvision that loads, or is absent, behaves exactly as it would otherwise. A second call
     changes nothing.
     """
     if not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):

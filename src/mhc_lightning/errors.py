@@ -16,7 +16,7 @@ class RunFaultError(Exception):
     """A process of the run died, hung, was cut off or failed; the others end with it.
 
     Attributes:
-        exit_code: The run's: 4, or the one of the failure in another process.
+        exit_code: The exit code of the run: 4, or that of the failure in another process.
         printed: True if standard error shows the text already.
     """
 
@@ -31,7 +31,7 @@ class RunFaultError(Exception):
 class NonFiniteLossError(Exception):
     """The loss, a gradient or a weight to be saved became NaN or infinite (exit code 3).
 
-    Raised before the optimizer step, or before a checkpoint is written.
+    The error is raised before the optimizer step, or before a checkpoint is written.
 
     Attributes:
         what: The event: "the loss became NaN".

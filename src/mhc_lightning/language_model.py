@@ -27,7 +27,8 @@ from mhc_lightning.strategies.sharding import shard_by_mesh
 def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
     """Split a batch [B, S + 1] into the tokens that are read and the targets, each [B, S].
 
-    Padding (-100) is read as token 0; causal attention shows it to further padding only.
+    The network reads padding (-100) as token 0. Under causal attention only further padding attends
+    to it.
 
     Raises:
         UserError: A token follows padding, and would attend to it.
@@ -104,8 +105,8 @@ class LanguageModel(pl.LightningModule):
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of a whole state dict.
 
-        A network on `meta` loads them when it is sharded, each process its part; the tensors must
-        not change until then.
+        A network on `meta` loads the weights when it is sharded, each process its own part. The
+        tensors must not change until then.
         """
         if any(parameter.is_meta for parameter in self.parameters()):
             self._pending_weights = weights
@@ -118,7 +119,7 @@ class LanguageModel(pl.LightningModule):
             self._pending_weights = None
 
     def on_fit_start(self) -> None:
-        """Check the trainer's clipping; load pending weights, since no parameter is on meta now.
+        """Check the trainer's clipping; load pending weights, now that no parameter is on `meta`.
 
         Raises:
             UserError: The trainer would clip gradients wrongly.
@@ -165,7 +166,7 @@ class LanguageModel(pl.LightningModule):
             rank_zero_warn(f"the optimizer has other settings than in the checkpoint: {words}")
 
     def on_validation_start(self) -> None:
-        """Load pending weights, since no parameter is on meta now."""
+        """Load pending weights, now that no parameter is on `meta`."""
         self._load_pending_weights()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -182,8 +183,8 @@ class LanguageModel(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the sums over validation tokens: of their losses, and of their number."""
-        # float64 hides the order and size of batches. Apple's GPUs have no float64.
+        """Reset the sum of the validation tokens' losses, and their number."""
+        # In float64 the order and size of batches do not show. Apple's GPUs have no float64.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self._validation_sums = torch.zeros(2, dtype=dtype, device=self.device)
 
@@ -230,7 +231,8 @@ class LanguageModel(pl.LightningModule):
         change the gradients there, and the norm is that of the gradients that are clipped.
 
         Raises:
-            NonFiniteLossError: Before the step changes any weight.
+            NonFiniteLossError: A loss or the gradient norm is not finite. The step has changed no
+                weight yet.
         """
         trained = [p for p in self.parameters() if p.grad is not None]
         norm = global_norm(trained, layout_of(self.trainer.strategy).pipeline_group)
@@ -247,9 +249,10 @@ class LanguageModel(pl.LightningModule):
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then rebalance the experts (here, so that no checkpoint falls between the two).
+        """Step, then rebalance the experts, so that no checkpoint falls between the two.
 
-        A skipped update, whose gradients a callback has removed, does not rebalance them.
+        If a callback has removed the gradients, the update is skipped, and the experts are not
+        rebalanced.
         """
         super().optimizer_step(*args, **kwargs)
         updated = any(parameter.grad is not None for parameter in self.parameters())

@@ -24,7 +24,7 @@ __all__ = ["RunCheckpoint"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded at first use: it imports Lightning, which readers of a run's folder do without.
+    # `run_checkpoint` loads at first use: it imports Lightning, which readers of a run do not need.
     if name != "RunCheckpoint":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module("mhc_lightning.checkpoints.run_checkpoint").RunCheckpoint

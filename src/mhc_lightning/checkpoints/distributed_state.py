@@ -1,12 +1,13 @@
 """The state of a module that is spread over processes, and of its optimizers.
 
-Whole, it is the state that a single device would save: an optimizer's parameters are numbered as in
-the whole module. In parts, each process keeps its own tensors, by the names of the whole module.
+A whole state is the state that a single device would save: an optimizer's parameters are numbered
+as in the whole module. In a state in parts, each process keeps its own tensors, by the names of the
+whole module.
 
-`torch.distributed.checkpoint.state_dict` is not used for optimizers: it runs an optimizer step to
+`torch.distributed.checkpoint.state_dict` does not suit optimizers: it runs an optimizer step to
 make missing state, fails if only some parameters have state, accepts state of other parameters, and
-does not gather over the stages of a pipeline. Whole files stay numbered anyway, because Lightning's
-own strategies read and write them.
+does not gather over the stages of a pipeline. Whole files number parameters in any case, because
+Lightning's own strategies read and write such files.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +32,7 @@ class DistributedState:
 
     Args:
         module: The module, still whole; it may be on `meta`. It becomes this process's part.
-        device: The device from which this process sends, and to which it receives.
+        device: The device from which this process sends, and on which it receives.
         shards: The processes that hold shards of the same tensors; None if each process has all of
             every tensor.
         stages: The processes of a pipeline; None without one.
@@ -232,7 +233,7 @@ class DistributedState:
 
 
 def _saved_groups(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """An optimizer's groups, with the names of the whole one's parameters for `params`."""
+    """An optimizer's groups; their `params` are the names of the whole optimizer's parameters."""
     groups = optimizer.state_dict()["param_groups"]
     return [
         {**group, "params": list(listed), **({NAMES: list(listed)} if NAMES in group else {})}

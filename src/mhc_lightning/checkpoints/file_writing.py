@@ -11,11 +11,11 @@ from mhc_lightning.files.atomic import replacing
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write `checkpoint` to `path`, which stays as it was until the new file is complete.
+    """Write `checkpoint` to `path`; a file there does not change until the new one is complete.
 
     Raises:
-        OSError: The file could not be written (disk full, permissions, …). `path` is untouched
-            and nothing is left aside.
+        OSError: The file could not be written (disk full, permissions, …). `path` is untouched,
+            and no partial file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -31,7 +31,7 @@ def keeping_errors(file: IO[bytes]) -> Iterator[IO[bytes]]:
     """A stream to `file` for torch, whose archive writer hides why the system refused a write.
 
     Raises:
-        OSError: The reason, in place of torch's error.
+        OSError: The system refused a write; raised in place of torch's error.
     """
     stream = _ErrorKeepingWriter(file)
     try:

@@ -1,8 +1,8 @@
 """The index of a checkpoint folder: its tensors, and the files that their bytes lie in.
 
-A folder is in the format of `torch.distributed.checkpoint`: each process's tensors in a file
-`__<process>_0.distcp`, and the index in `.metadata`. Everything that is no tensor is in `run.ckpt`,
-a file of `torch.save`.
+A folder has the format of `torch.distributed.checkpoint`: each process's tensors are in a file
+`__<process>_0.distcp`, and the index is in `.metadata`. All other content is in `run.ckpt`, a file
+of `torch.save`.
 """
 
 import io
@@ -28,8 +28,8 @@ def read_index(folder: Path) -> Metadata:
     """The index of a folder's tensors.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is no index of this package; says why.
+        OSError: The index cannot be read.
+        ValueError: The file is no index of this package; the message says why.
     """
     content = (folder / INDEX).read_bytes()
     try:

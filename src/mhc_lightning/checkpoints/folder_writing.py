@@ -30,7 +30,8 @@ def save_folder(
 ) -> "Future[Any]":
     """Write a checkpoint folder; every process of the run calls this with its own tensors.
 
-    Everything goes to a folder aside, reaches the disk (fsync), and only then takes the name.
+    All files go to a temporary folder and reach the disk (fsync). Only then does the folder take
+    the checkpoint's name.
 
     Args:
         tensors: Nested dicts of tensors, DTensors among them.
@@ -42,8 +43,8 @@ def save_folder(
             while the run goes on.
 
     Returns:
-        A future that is done after `commit`, or fails alike on every process: with an OSError if
-        any of them met one, and then nothing is left aside.
+        A future that is done after `commit`, or fails alike on every process. It fails with an
+        OSError if any process met one, and then no temporary folder is left.
     """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     writer = _Writer(path, copy.deepcopy(content) if asynchronous else content, commit)
@@ -76,7 +77,7 @@ class _Writer(dcp.FileSystemWriter):
             shutil.rmtree(self._aside, ignore_errors=True)
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Copy to CPU memory, before the run goes on."""
+        """Copy the tensors to CPU memory, before the run goes on."""
         self.per_thread_copy_ahead = 0  # nothing is left to be copied from a GPU
         return _copied(state_dict)
 

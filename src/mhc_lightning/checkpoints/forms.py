@@ -33,7 +33,7 @@ class WholeFile:
     def write(
         self, trainer: pl.Trainer, taken: dict[str, Any], path: Path, commit: Callable[[], None]
     ) -> "Future[Any]":
-        """Write a state of `take`; on return it is done or has failed, alike on every process."""
+        """Write a state of `take`; on return the write is done, or has failed on every process."""
 
         def write() -> None:
             write_checkpoint(taken, path)
@@ -46,11 +46,11 @@ class ShardedFolder:
     """A folder, to which each process writes its own part.
 
     Args:
-        strategy: The run's, with its process group.
+        strategy: The run's strategy, with its process group.
         asynchronous: True to let the run go on while shards are written.
 
     Raises:
-        UserError: The strategy spreads a model in a way that is unknown here.
+        UserError: The strategy spreads a model in a way that this package does not know.
     """
 
     is_folder = True
@@ -110,10 +110,10 @@ def choose_form(
     """The form of a run's checkpoints; every process calls this, once all have met.
 
     Args:
-        strategy: The run's.
-        sharded: `auto` takes folders if the model is spread over several processes, and if shards
-            are written while the run goes on.
-        asynchronous: True if they are.
+        strategy: The run's strategy.
+        sharded: True for folders, False for files; `auto` takes folders if the model is spread
+            over several processes, and if `asynchronous`.
+        asynchronous: True if shards are written while the run goes on.
 
     Raises:
         UserError: The strategy does not support the form.

@@ -11,8 +11,8 @@ def counters_at_step_end(loops: dict[str, Any], validation_pending: bool) -> dic
 
     Args:
         loops: The state, taken at the end of a step or within the validation after it.
-        validation_pending: True to say "at the first batch of the step's validation" instead.
-            Lightning then goes back to the start of that validation before it trains on.
+        validation_pending: True for a copy that says "at the first batch of the step's validation"
+            instead. Lightning then goes back to the start of that validation before it trains on.
     """
     loops = copy.deepcopy(loops)
     fit = loops["fit_loop"]

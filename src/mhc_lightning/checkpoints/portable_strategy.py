@@ -26,7 +26,7 @@ class PortableStrategy(ModelParallelStrategy):
 
     @contextmanager
     def in_parts(self) -> Iterator[None]:
-        """Within the block, make state dicts this process's part, without optimizers' state."""
+        """Within, state dicts hold this process's part only, without the optimizers' state."""
         self._gathers = False
         try:
             yield

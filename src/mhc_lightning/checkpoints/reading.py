@@ -19,8 +19,8 @@ def load_checkpoint(path: Path, *, trusted: bool) -> dict[str, Any]:
         trusted: True to rebuild pickled Python objects in it, which can run code.
 
     Raises:
-        UserError: It is not a checkpoint of this package, or holds pickled objects and is not
-            trusted.
+        UserError: `path` is not a checkpoint of this package, or it holds pickled objects and is
+            not trusted.
     """
     return (load_folder if path.is_dir() else load_file)(path, trusted=trusted)
 
@@ -39,8 +39,9 @@ def load_folder(path: Path, *, trusted: bool) -> dict[str, Any]:
     """`load_checkpoint` of a folder.
 
     Returns:
-        The content of a checkpoint file, but `state_dict` is read as it is looked up, and the
-        `optimizer_states` are their `param_groups` alone, with the names of the parameters.
+        The content of a checkpoint file, with two differences: a tensor of `state_dict` is read
+        when it is looked up, and `optimizer_states` hold only their `param_groups`, with the names
+        of the parameters.
     """
     checkpoint = load_file(path / RUN, trusted=trusted)
     return {**checkpoint, "state_dict": SavedTensors(path, "state_dict.")}
@@ -50,7 +51,7 @@ def load_whole_folder(path: Path, *, trusted: bool) -> dict[str, Any]:
     """Read a checkpoint folder into CPU memory, as if one process had written one file.
 
     Raises:
-        UserError: As `load_checkpoint`.
+        UserError: As for `load_checkpoint`.
     """
     checkpoint = load_folder(path, trusted=trusted)
     checkpoint["state_dict"] = checkpoint["state_dict"].read()

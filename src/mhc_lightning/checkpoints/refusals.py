@@ -14,8 +14,8 @@
 | its optimizer is of other parameters | `optimizers.parameter_names.check_names` |
 | it was trained on other data | `data.resume.check_same_stream` |
 
-Commands decide the reasons in this order; in `fit`, Lightning then restores the data module before
-the optimizer. `fit` itself reads no tokenizer from a checkpoint: its data bring one.
+Commands decide the reasons in this order, but in `fit` Lightning restores the data module before
+the optimizer. `fit` reads no tokenizer from a checkpoint: its data bring one.
 
 Two refusals are not about loading: `cli.run_folder` refuses to overwrite a run, and
 `optimizers.finiteness` refuses to save a state that is not finite.
@@ -36,7 +36,8 @@ from mhc_lightning.errors import UserError
 def fault_in(path: Path) -> str | None:
     """The fault of a checkpoint, a file or folder; None if it is sound.
 
-    Reads all of it, because loading does not compare the tensors' checksums.
+    This function reads the whole checkpoint, because loading does not compare the tensors'
+    checksums.
     """
     return _fault_in_folder(path) if path.is_dir() else _fault_in_file(path)
 
@@ -54,10 +55,10 @@ def load_error(path: Path, error: Exception) -> UserError:
 
 
 def require_model(path: Path, checkpoint: Any) -> None:
-    """Refuse what torch loads but is no checkpoint.
+    """Refuse content that torch loads but that is no checkpoint.
 
     Raises:
-        UserError: There is no `state_dict`, or it is no mapping.
+        UserError: The content has no `state_dict`, or `state_dict` is no mapping.
     """
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"checkpoint {path} has no model in it (no `state_dict`)")

@@ -17,10 +17,10 @@ class Retention:
     """Decides which checkpoints may be deleted.
 
     Args:
-        keep_last: How many of the newest to keep; None keeps all.
-        keep_every: Keep for good those at multiples of this many steps.
-        keep_best: How many to keep by their score.
-        monitor: The metric that scores are values of.
+        keep_last: Number of the newest checkpoints to keep; None keeps all.
+        keep_every: Keep for good the checkpoints at multiples of this many steps.
+        keep_best: Number of the best checkpoints to keep, by their score.
+        monitor: The metric whose values are the scores.
         mode: `min` if a lower score is better, else `max`.
 
     Attributes:
@@ -66,8 +66,8 @@ class Retention:
     def load_state_dict(self, state: dict[str, Any], existing: set[int]) -> None:
         """Restore `state_dict`, as far as the checkpoints still exist.
 
-        Scores by another metric or mode cannot be compared with those to come: the best ones by
-        them are kept for good, with a warning, and the best are chosen anew.
+        Scores by another metric or mode cannot be compared with later scores. The best checkpoints
+        by such scores are then kept for good, with a warning, and the best are chosen anew.
 
         Args:
             state: The state.
@@ -114,12 +114,12 @@ class Retention:
     def prune(self, folder: Path, newest: int, spared: Iterable[int]) -> None:
         """Delete the checkpoints that need not be kept, once that of step `newest` is complete.
 
-        Later steps stay: they belong to an abandoned branch of the run, and are overwritten as this
-        one reaches them.
+        Checkpoints of later steps stay: they belong to an abandoned branch of the run, and this
+        branch overwrites them when it reaches their steps.
 
         Args:
             folder: The folder of the checkpoints.
-            newest: The step.
+            newest: The step of the newest checkpoint.
             spared: The result of `spared` when the writing of `newest` began.
 
         Raises:
@@ -136,10 +136,10 @@ class Retention:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint, if it is there, so that no half of it keeps its name.
+    """Delete a checkpoint, if it exists, so that no half-deleted checkpoint keeps the name.
 
     Raises:
-        OSError: It could not be deleted.
+        OSError: The checkpoint could not be deleted.
     """
     if path.is_dir() and not path.is_symlink():
         aside = path.with_name(f"{ASIDE}removed-{path.name}")

@@ -90,7 +90,7 @@ class RunCheckpoint(Checkpoint):
 
     @property
     def dirpath(self) -> str:
-        """The folder, by the name that Lightning's own checkpoint callback uses."""
+        """The folder, under the name that Lightning's own checkpoint callback uses."""
         return str(self.folder)
 
     def save_at_step_end(self) -> None:
@@ -161,14 +161,14 @@ class RunCheckpoint(Checkpoint):
         self._due = last or self._termination.agreed or step % (self.every_n_steps or step + 1) == 0
         if self._asked:
             self._asked, self._due = False, True
-            written = {*saved_steps(self.folder), self.saver.saved_step}  # or being written
+            written = {*saved_steps(self.folder), self.saver.saved_step}  # or still being written
             before = sorted(earlier for earlier in written if 0 <= earlier < step)
             self.retention.kept |= {step, *before[-1:]}
         epoch_loop = trainer.fit_loop.epoch_loop
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         if self._due or epoch_loop._should_check_val_fx(fetcher):
-            # Tensors in it are the live ones: nothing changes them before it is written.
+            # The snapshot holds the live tensors: nothing changes them before it is written.
             self._snapshot = self.saver.take(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -187,7 +187,7 @@ class RunCheckpoint(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """After SIGTERM within a validation, save the step it belongs to, and end the run."""
+        """After SIGTERM within a validation, save the validated step, and end the run."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._termination.agree(trainer)
             self._leave_validation_if_asked(trainer)

@@ -23,7 +23,7 @@ class SavedTensors(Mapping[str, Tensor]):
 
     Args:
         folder: The checkpoint.
-        prefix: The beginning of the names of those that are meant, left out here.
+        prefix: Take only tensors whose names begin with this prefix, which is left out.
 
     Attributes:
         on_meta: Shapes and dtypes by name, in tensors on `meta`.
@@ -51,7 +51,7 @@ class SavedTensors(Mapping[str, Tensor]):
         """Fill tensors by name; of a DTensor, the part that this process holds.
 
         Raises:
-            UserError: There is none of a name or shape, or it cannot be read.
+            UserError: A target has no saved tensor of its name and shape, or it cannot be read.
         """
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:

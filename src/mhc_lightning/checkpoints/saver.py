@@ -28,7 +28,7 @@ class CheckpointSaver:
         folder: The folder of the checkpoints.
         retention: Decides which of them to keep.
         sharded: True for folders, False for files, or `auto`; see `choose_form`.
-        asynchronous: True to let the run go on while one is written.
+        asynchronous: True to let the run go on while a checkpoint is written.
 
     Attributes:
         saved_step: The step of the last checkpoint that was saved, or is being written.
@@ -72,7 +72,7 @@ class CheckpointSaver:
     def point_best(self) -> None:
         """In the first process of a resumed run, let `best` name the best checkpoint so far.
 
-        It may name a later one, of an abandoned branch, which will be overwritten.
+        The link may name a later checkpoint of an abandoned branch, which will be overwritten.
         """
         if self.resumed_from is None:
             return
@@ -96,7 +96,7 @@ class CheckpointSaver:
         return trainer.strategy.reduce_boolean_decision(same)
 
     def save(self, trainer: pl.Trainer, taken: dict[str, Any]) -> None:
-        """Save a state of `take`, or begin to; on return the state is no longer needed.
+        """Save a state of `take`, or begin to save it; on return the state is no longer needed.
 
         Raises:
             NonFiniteLossError: The state is not finite. Nothing is written or deleted for it.
@@ -119,7 +119,7 @@ class CheckpointSaver:
         """Handle the end of the writing, if it has ended; a failure is a warning.
 
         Args:
-            wait: True to wait for the end. Only then do all processes know the same.
+            wait: True to wait for the end. Only then do all processes know the same outcome.
         """
         if self._writing is None or not (wait or self._writing[1].done()):
             return

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class Termination:
-    """Takes SIGTERM over from Lightning, which may stop between two micro-batches of a step.
+    """Handles SIGTERM instead of Lightning, which may stop between two micro-batches of a step.
 
     Attributes:
         agreed: True once all processes know that the run is to end.
@@ -34,7 +34,7 @@ class Termination:
         Raises:
             SIGTERMException: Always.
         """
-        # A launcher ends the other processes when one leaves: not before all is written.
+        # A launcher ends the other processes when one leaves, so none leaves before all is written.
         trainer.strategy.barrier("RunCheckpoint")
         raise SIGTERMException(128 + signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""Functions on tensors: residual streams, and the loss. They know nothing of the package."""
+"""Functions on tensors, for residual streams and the loss, independent of networks and training."""
 
 from mhc_lightning.kernels.aggregate import aggregate_streams
 from mhc_lightning.kernels.backend import fuses_seams

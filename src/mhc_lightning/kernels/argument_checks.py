@@ -7,7 +7,7 @@ from mhc_lightning.errors import UserError
 
 
 def check_shape(name: str, tensor: Tensor, shape: list[int], streams: Tensor) -> None:
-    """Raise ValueError unless `tensor` has the shape that the streams ask for."""
+    """Raise ValueError unless `tensor` has the shape that the streams require."""
     if list(tensor.shape) != shape:
         raise ValueError(
             f"{name} must be {shape} for streams {list(streams.shape)}, not {list(tensor.shape)}"
@@ -23,10 +23,10 @@ def check_iterations(num_iterations: int) -> None:
 def check_values(hold: Tensor, message: str) -> None:
     """Raise UserError unless a boolean scalar is true.
 
-    On CUDA nobody waits for it: the device stops where it is false. In compiled code too it is an
-    assertion, of RuntimeError.
+    On CUDA the host does not wait for the value: the device stops if the value is false. In
+    compiled code the check is an assertion as well, which raises RuntimeError.
     """
-    if hold.device.type not in ("cpu", "cuda", "meta"):  # which torch has an assertion for
+    if hold.device.type not in ("cpu", "cuda", "meta"):  # torch has an assertion for these
         if not bool(hold):
             raise UserError(message)
         return

@@ -24,11 +24,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def implementation(operator: str, streams: Tensor, *coefficients: Tensor) -> ModuleType:
     """The module that computes an operator of these operands.
 
-    The environment variable `MHC_LIGHTNING_KERNELS` says `auto` (the default), `triton` or `torch`.
-    Triton's kernels take up to 8 streams of float32, bfloat16 or float16 with float32 coefficients,
-    of which a token has at most 32 or n² + 2n, on a GPU or under `TRITON_INTERPRET=1`. Anything
-    else runs in plain torch. So does everything, with a warning, under `auto` where Triton is
-    missing or broken. Tensors without numbers take plain torch, for the shapes of its results.
+    The environment variable `MHC_LIGHTNING_KERNELS` is `auto` (the default), `triton` or `torch`.
+    Triton's kernels run on a GPU or under `TRITON_INTERPRET=1`. They take up to 8 streams of
+    float32, bfloat16 or float16 with float32 coefficients, at most 32 or n² + 2n per token. Other
+    operands run in plain torch. Under `auto`, where Triton is missing or broken, all operands run
+    in plain torch, with a warning. Tensors without numbers take plain torch, for the shapes of its
+    results.
 
     Args:
         operator: A folder of `mhc_lightning.kernels`, such as `"merge"`.
@@ -54,8 +55,8 @@ def _module(operator: str, name: str) -> ModuleType:
 def fuses_seams(streams: Tensor, *coefficients: Tensor) -> bool:
     """True if merging and reading run as one kernel, which moves less than two.
 
-    This holds for Triton on NVIDIA's chips of compute capability 8.0 or more and up to 4 streams.
-    More streams do not fit the registers of a program, and its tiles do not fit the shared memory
+    Triton fuses them for up to 4 streams on NVIDIA's chips of compute capability 8.0 or more. More
+    streams do not fit the registers of a program. The kernel's tiles do not fit the shared memory
     of AMD's chips.
     """
     fits = streams.shape[-2] <= MOST_FUSED_STREAMS and torch.version.hip is None

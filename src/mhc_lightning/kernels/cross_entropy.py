@@ -1,7 +1,7 @@
 """Output projection and cross-entropy together, a chunk of tokens at a time.
 
 With a vocabulary of 129,280 the logits of one 4,096-token sequence take 2 GiB in float32. Here
-no more than a chunk of them exists, and its gradient is taken at once, so nothing is recomputed.
+only one chunk of logits exists at a time. Its gradient is taken at once, so nothing is recomputed.
 """
 
 import torch
@@ -24,8 +24,8 @@ _CHUNK_LOGITS = 2**26
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forward keeps the gradients of the losses' sum; backward divides them by their number.
 
-    Undivided they are as large as weights and hidden values, which float16 holds. Divided by
-    thousands of tokens they would vanish in it before a loss scale could raise them.
+    Undivided gradients are as large as weights and hidden values, which float16 holds. Divided by
+    thousands of tokens they would vanish in float16 before a loss scale could raise them.
     """
 
     @staticmethod
@@ -99,7 +99,7 @@ def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> list[tuple[Tens
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Refuse a target that is no class. On a GPU the device stops by itself, later: nothing waits.
+    """Refuse a target that is no class. A GPU stops by itself, later: the host does not wait.
 
     Raises:
         UserError: A target is neither from 0 to `vocabulary - 1` nor `ignore_index`.
@@ -118,8 +118,8 @@ def linear_cross_entropy(
     """Mean cross-entropy of `hidden @ weight.T` against `targets`, in nats.
 
     Products run in the dtype of `hidden`, softmax and sums in float32 (float64 for float64).
-    Gradients are rounded to the dtypes of `hidden` and `weight` after they have been multiplied
-    by the one that comes in, so that a loss scale does its work in float16.
+    Gradients are multiplied by the incoming gradient before they are rounded to the dtypes of
+    `hidden` and `weight`, so that a loss scale does its work in float16.
 
     Args:
         hidden: [tokens, C].

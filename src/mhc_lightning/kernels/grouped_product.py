@@ -13,8 +13,8 @@ from mhc_lightning.kernels.transforms import transforming
 def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Multiply each run of `rows` by its own matrix, in the dtype of `rows`.
 
-    Within a transform of `torch.func`, which may batch where the runs end, every matrix
-    multiplies all rows: E times the work.
+    Within a transform of `torch.func`, which may batch `ends`, every matrix multiplies all rows: E
+    times the work.
 
     Args:
         rows: [R, in], one run after the other.
@@ -27,8 +27,8 @@ def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     weights = weights.to(rows.dtype)
     if transforming():
         return _by_choice(rows, weights, ends)
-    # torch's own takes no float64 and no rows of a width that is not a multiple of 16 bytes, and
-    # can only be traced in bfloat16.
+    # torch's `grouped_mm` takes no float64, and only widths that are multiples of 16 bytes. It can
+    # be traced in bfloat16 only.
     aligned = all(width * rows.dtype.itemsize % 16 == 0 for width in weights.shape[1:])
     traced = torch.compiler.is_compiling() or rows.is_meta or isinstance(rows, FakeTensor)
     if aligned and rows.dtype != torch.float64 and not (traced and rows.dtype != torch.bfloat16):
@@ -37,7 +37,7 @@ def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def _by_choice(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """The products of all rows with each matrix, of which its run's are taken."""
+    """The products of all rows with each matrix, from which each run takes its own."""
     places = torch.arange(rows.shape[0], device=rows.device)[:, None]
     products = rows @ weights[-1]
     for k in reversed(range(weights.shape[0] - 1)):

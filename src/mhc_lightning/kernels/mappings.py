@@ -27,7 +27,7 @@ class StreamMappings(NamedTuple):
 
 
 class MappingGrads(NamedTuple):
-    """Gradients of the three mappings, shaped like them; None where nothing comes back."""
+    """Gradients of the three mappings, of the same shapes; None for a mapping without gradient."""
 
     pre: Tensor | None
     post: Tensor | None
@@ -39,13 +39,13 @@ class MappingGrads(NamedTuple):
 
 
 class MappingRule(NamedTuple):
-    """The rule and its constants.
+    """The rule that makes mappings of raw coefficients, and its constants.
 
     Attributes:
-        name: `"sinkhorn"`: mHC, all streams of a token normalised and projected together, then
-            σ, 2σ and Sinkhorn-Knopp (arXiv 2512.24880, eqs. 7–9). `"gates"`: the same but for
-            the last; logits of any number are left as they are, for a `Mix`. `"tanh"` and
-            `"linear"`: HC (eq. 5), each stream by itself, with or without tanh.
+        name: `"sinkhorn"` is mHC: all streams of a token are normalised and projected together, and
+            pass through σ, 2σ and Sinkhorn-Knopp (arXiv 2512.24880, eqs. 7–9). `"gates"` is the
+            same without Sinkhorn-Knopp: the logits, of any number, go to a `Mix` unchanged.
+            `"tanh"` and `"linear"` are HC (eq. 5): each stream by itself, with or without tanh.
         num_iterations: Sinkhorn iterations, at least 1.
         eps: Added to the mean square, inside the square root.
     """

@@ -10,7 +10,7 @@ merge_observers: list[Callable[[Tensor, Tensor], None]] = []
 
 
 def note_merge(residual: Tensor, merged: Tensor) -> None:
-    """Tell the observers which streams came of mixing with a residual mapping."""
+    """Tell the observers of a merge: its residual mapping, and the merged streams."""
     if not torch.compiler.is_compiling():  # a compiled program has no guard on the list
         for observer in merge_observers:
             observer(residual, merged)

@@ -1,8 +1,8 @@
 """Registers operators with torch: schema and shape function; a forward-mode derivative raises.
 
 A body is written once. In its annotations a NamedTuple stands for its fields, one argument each, so
-that long lists of operands have one definition. Run on tensors without numbers (fake or meta) the
-body is its own shape function, since `implementation` then gives the reference.
+that long lists of operands have one definition. The body is also its shape function: on tensors
+without numbers (fake or meta), `implementation` gives the reference.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def operator(name: str) -> Callable[[Callable], Any]:
             mutates_args=(),
             schema=f"({schema}) -> {_results(results)}",
         )
-        registered.register_fake(shapes)  # which no number of iterations changes
+        registered.register_fake(shapes)  # no number of iterations changes shapes
         return registered
 
     return define
@@ -84,7 +84,7 @@ def _parameters(hints: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, hint in hints.items():
         fields = _fields(hint) or {name: hint}
-        # `grads.pre` beside `operands.pre`: the name of the argument tells one from the other.
+        # `grads.pre` beside `operands.pre`: the second one gets the name of its argument too.
         flat |= {f"{name}_{field}" if field in flat else field: t for field, t in fields.items()}
     return flat
 
@@ -97,7 +97,7 @@ def _results(hint: Any) -> str:
 
 
 def _groups(hints: dict[str, Any]) -> list[tuple[Callable | None, int, int]]:
-    """By argument of the body: the NamedTuple to make, if any, and its range of flat arguments."""
+    """For each argument of the body: its NamedTuple, if any, and its range of flat arguments."""
     groups, first = [], 0
     for hint in hints.values():
         last = first + len(_fields(hint) or [hint])

@@ -1,10 +1,9 @@
 """Operators within transforms of `torch.func` and forward-mode derivatives.
 
-An operator is opaque: it brings a backward pass of its own, but no rule for batching and none for
-tangents, which torch then drops silently. Within a transform the public functions therefore
-run the reference's forward pass instead: plain torch, which can be batched and differentiated in
-both directions, any number of times. Where only the backward pass is transformed, the reference is
-differentiated there.
+An operator is opaque: it has its own backward pass, but no rule for batching and none for tangents,
+which torch then drops silently. So within a transform the public functions run the reference's
+forward pass instead: plain torch, which can be batched and differentiated in both directions, any
+number of times. If only the backward pass is transformed, the reference is differentiated there.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ def transforming() -> bool:
 def ordinary(tensor: Tensor) -> bool:
     """True if a tensor holds numbers and nothing records or replaces the calls on it.
 
-    Only then may results be cached for later calls. A compiler, an export, a fake or another
+    Results may be cached for later calls only then. A compiler, an export, a fake or another
     dispatch mode, or a transform would put tensors of its own kind into the cache.
     """
     return (
@@ -49,9 +48,10 @@ def plain_gradients(
 
     Args:
         plain: Takes the operator's inputs, and returns what has gradients.
-        ctx: Its `saved_tensors` begin with the operands, and `constants` are the other inputs.
+        ctx: The context, whose `saved_tensors` begin with the operands, and whose `constants` are
+            the other inputs.
         operands: Number of inputs that are tensors (or None); they come first.
-        grads: Of what `plain` returns, None where nothing comes back.
+        grads: Gradients of the results of `plain`, None for a result without gradient.
     """
     inputs = ctx.saved_tensors[:operands]
     needs = ctx.needs_input_grad

@@ -17,9 +17,9 @@ from mhc_lightning.modules.rotary import rotary_angles, rotate
 class LatentCache:
     """The latent and the rotary key of every earlier token.
 
-    Rows may have different lengths. `write` puts new tokens at the end of each row; `advance` then
-    sets how many of them count. The others are padding: no token attends to them, and the next
-    `write` overwrites them.
+    Rows may have different lengths. `write` puts new tokens at the end of each row. `advance` then
+    sets how many of them count. The others are padding: no token attends to padding, and the next
+    `write` overwrites it.
 
     Args:
         latents: Memory for normalised latents [B, max_length, kv_rank], finite.
@@ -45,11 +45,11 @@ class LatentCache:
         """Write S tokens at the end of each row.
 
         Returns:
-            Latents [B, T, kv_rank] and keys [B, T, rope_dim], as long as the longest row; values
-            after a shorter row's new tokens have no meaning.
+            Latents [B, T, kv_rank] and keys [B, T, rope_dim]; T is the length of the longest row.
+            Values after a shorter row's new tokens have no meaning.
 
         Raises:
-            UserError: There is no room left.
+            UserError: The cache has no room left.
         """
         end = self.longest + latents.shape[1]
         if end > self._latents.shape[1]:
@@ -79,8 +79,8 @@ class LatentCache:
 class LatentAttention(nn.Module):
     """Causal attention whose keys and values come from one low-rank latent per token.
 
-    Each head's query and key have `head_dim` values without and `rope_dim` with rotary
-    position; the rotary key is shared by the heads.
+    Each head's query and key have `head_dim` values without rotary position and `rope_dim` values
+    with it. The heads share the rotary key.
 
     Args:
         dim: Width C of input and output.
@@ -130,8 +130,8 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, cache: LatentCache | None = None) -> Tensor:
         """Attend causally: [B, S, C] -> [B, S, C].
 
-        With a cache, `x` continues its tokens and is written to it. Padding follows the tokens of
-        a row, so no token attends to it.
+        With a cache, `x` continues the cached tokens and is written to the cache. Padding follows
+        the tokens of a row, so no token attends to padding.
         """
         batch, length, _ = x.shape
         if cache is None:
@@ -171,13 +171,14 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Attention [B, H, S, head_dim] that builds all keys and values.
 
-        Attends causally to the sequence itself, or to the `visible` [B, 1, S, T] of T tokens.
+        Queries attend causally to the sequence itself, or to the `visible` [B, 1, S, T] of T
+        tokens.
         """
         per_head = (self.num_heads, 2 * self.head_dim)
         key_value = self.key_value(latents).unflatten(-1, per_head).transpose(1, 2)
         key, value = key_value.chunk(2, dim=-1)
         shared = rope_keys[:, None].expand(-1, self.num_heads, -1, -1)
-        # Fused attention needs equal widths: values are padded with zeros, cut off below.
+        # Fused attention needs equal widths: values get zeros appended, which are cut off below.
         mixed = F.scaled_dot_product_attention(
             torch.cat([query, rope_query], dim=-1),
             torch.cat([key, shared], dim=-1),
@@ -198,8 +199,9 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Attention [B, H, S, head_dim] for few new tokens and many cached ones.
 
-        It builds no keys and values of cached tokens. The projection of keys moves to the query,
-        and that of values behind the weighted sum. `weight` holds both projections.
+        This function builds no keys and values of cached tokens. The key projection is applied to
+        the query instead, and the value projection to the weighted sum of latents. `weight` holds
+        both projections.
         """
         weight = weight.view(self.num_heads, 2, self.head_dim, self.kv_rank)
         key_weight, value_weight = weight.to(query.dtype).unbind(1)

@@ -32,8 +32,8 @@ class Block(nn.Module):
     """Attention and feed-forward, each behind its own connection.
 
     Attributes:
-        merge_last: Merges the feed-forward's output. A pipeline replaces `Unmerged.merge` by a
-            merge on another stream of the device.
+        merge_last: The function that merges the feed-forward's output. A pipeline replaces
+            `Unmerged.merge` by a merge on another stream of the device.
     """
 
     def __init__(

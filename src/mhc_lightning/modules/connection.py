@@ -18,8 +18,8 @@ Merged = tuple[Tensor, Tensor | None]  # streams [..., n, C] and the carry for t
 class MappingsWindow(nn.Module):
     """The one window for observers: an identity through which all mappings pass.
 
-    A forward hook on it sees them. Observers accept any module that returns a `StreamMappings`, so
-    other projects can use this class or their own.
+    A forward hook on the window sees the mappings. Observers accept any module that returns a
+    `StreamMappings`, so other projects can use this class or their own.
     """
 
     def forward(self, streams: Tensor, mappings: StreamMappings) -> StreamMappings:
@@ -50,13 +50,13 @@ class Unmerged(NamedTuple):
 class Connection(KeepsFloat32):
     """Base of all connections: `streams = connection(streams, sublayer)`.
 
-    A new variant implements `mappings`; it overrides `read`, `write` or `follow` if it fuses steps
+    A new variant implements `mappings`. It overrides `read`, `write` or `follow` if it fuses steps
     or reads and writes differently. A variant with the gates of mHC derives from
     `GatedHyperConnection` and implements `mix` alone.
 
-    A `Transformer` does not call a connection, but its `run`: hooks belong on its `window`.
-    Parameters stay float32 when a model is cast to a lower precision, and become float64 with
-    `.double()`.
+    A `Transformer` calls a connection's `run`, not the connection itself. So hooks belong on the
+    connection's `window`. Parameters stay float32 when a model is cast to a lower precision, and
+    become float64 with `.double()`.
 
     Args:
         dim: Width C of one stream.
@@ -64,10 +64,10 @@ class Connection(KeepsFloat32):
         layer_index: The number of the sub-layer in the network, from 0.
 
     Attributes:
-        replays: True if the mappings in the state of `read` (its second item), given to
-            `aggregate_streams` and `merge_streams`, repeat `read` and `write`. Recomputation then
-            rebuilds the streams; it keeps those of other connections. A class that overrides
-            `read`, `write` or `follow` does not inherit it.
+        replays: True if `aggregate_streams` and `merge_streams` repeat `read` and `write` when
+            given the mappings in the state of `read` (its second item). Recomputation then
+            rebuilds the streams; it keeps the streams of other connections. A class that overrides
+            `read`, `write` or `follow` does not inherit this attribute.
 
     Raises:
         UserError: An argument is out of range.
@@ -93,7 +93,7 @@ class Connection(KeepsFloat32):
         """Initialise the parameters, within `whole_parameters`; without parameters, do nothing.
 
         Raises:
-            TypeError: There are parameters, and the class does not initialise them.
+            TypeError: The class has parameters and does not initialise them.
         """
         if next(self.parameters(recurse=False), None) is not None:
             raise TypeError(f"{type(self).__name__} does not implement reset_parameters()")

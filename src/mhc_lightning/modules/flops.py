@@ -9,8 +9,8 @@ from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 def training_flops_per_token(network: nn.Module, sequence_length: int) -> int:
     """FLOPs of forward and backward per token, without recomputation.
 
-    Counts 6 per parameter that multiplies a token (the active experts only, no embedding), and
-    causal attention at half of S keys per query.
+    The count is 6 per parameter that multiplies a token (the active experts only, no embedding),
+    plus causal attention with half of S keys per query.
     """
     matrix_parameters = attention_flops = 0
     for module in network.modules():

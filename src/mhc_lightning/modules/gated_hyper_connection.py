@@ -17,7 +17,7 @@ from mhc_lightning.modules.connection import Connection, Unmerged
 from mhc_lightning.modules.initialisation import whole_parameters
 
 # The mHC paper gives an initialisation of alpha only. This logit is the choice of this package, and
-# of mHC-lite's code: sub-layer k prefers to read stream k mod n, which breaks their symmetry.
+# of mHC-lite's code: sub-layer k prefers to read stream k mod n. That breaks the streams' symmetry.
 _READ_LOGIT = 1.0
 
 
@@ -29,8 +29,8 @@ class GatedHyperConnection(Connection):
 
     - `phi` is zero, so the mappings are static.
     - Every stream is written with weight one.
-    - Streams start as copies, which a doubly stochastic matrix leaves equal. So a read differs in
-      scale only, and the sub-layer's norm removes the scale.
+    - Streams start as copies, which a doubly stochastic matrix leaves equal. So a read differs from
+      the residual network's in scale only, and the sub-layer's norm removes the scale.
 
     Args:
         dim: Width C of one stream.
@@ -83,12 +83,13 @@ class GatedHyperConnection(Connection):
     def mix(self, logits: Tensor) -> Tensor:
         """Mixing matrices [..., n, n] of logits [..., m], token by token.
 
-        Differentiable and in the logits' dtype, float32 or float64; without parameters.
+        An implementation is differentiable, has no parameters, and keeps the logits' dtype, float32
+        or float64.
         """
         raise TypeError(f"{type(self).__name__} does not implement mix()")
 
     def _rule(self) -> dict[str, Any]:
-        """The arguments of the kernels that are no parameters."""
+        """The kernels' arguments that are not parameters."""
         return {"mix": self.mix, "eps": self.eps}
 
     def mappings(self, streams: Tensor) -> StreamMappings:
@@ -104,7 +105,7 @@ class GatedHyperConnection(Connection):
         return u, (old_streams, self.window(streams, mappings)._replace(pre=mappings.pre))
 
     def follow(self, unmerged: Unmerged) -> tuple[Tensor, Tensor, Any]:
-        """Merge and read in one step where both connections are alike and kernels fuse it."""
+        """Merge and read in one step if both connections are alike and the kernels can fuse it."""
         if type(unmerged.connection) is not type(self) or not fuses_seams(
             unmerged.streams, self.phi
         ):

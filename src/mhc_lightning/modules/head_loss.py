@@ -21,8 +21,8 @@ def count_targets(targets: Tensor, ignore_index: int) -> Tensor:
 def mean_head_loss(output: nn.Module, hidden: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Mean cross-entropy of targets [B, S] for `hidden` [B, S, C], a float32 scalar.
 
-    The logits [B, S, V] never exist at once, unless `output` is no plain projection and has to be
-    called: see `plain_weight`.
+    The logits [B, S, V] exist at once only if `output` is no plain projection and has to be called:
+    see `plain_weight`.
     """
     weight = plain_weight(output)
     if weight is None:

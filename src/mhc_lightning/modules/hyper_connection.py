@@ -18,8 +18,8 @@ class HyperConnection(Connection):
     """n streams mixed by learned, unconstrained mappings.
 
     The initialisation is the authors': sub-layer k reads stream k mod n, writes to all streams with
-    weight one and mixes none of them, so that the network starts exactly as the pre-norm residual
-    network. With n = 1 it is a learned scaling of the residual and of the output.
+    weight one and mixes none of them. So the network starts exactly as the pre-norm residual
+    network. With n = 1 the connection is a learned scaling of the residual and of the output.
 
     Args:
         dim: Width C of one stream.

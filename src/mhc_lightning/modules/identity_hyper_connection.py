@@ -10,8 +10,8 @@ class IdentityHyperConnection(GatedHyperConnection):
     """n streams with the identity as mixing matrix: only the gates to read and write are learned.
 
     Every gain of the residual path is exactly one, at any depth. There are 2n coefficients per
-    token. Reading and writing start as in `ManifoldHyperConnection`. That is our choice: of models
-    trained with it, only a read near 1/n and a write near 1 are published.
+    token. Reading and writing start as in `ManifoldHyperConnection`. This start is the choice of
+    this package: publications state only that trained models read near 1/n and write near 1.
 
     Args:
         dim: Width C of one stream.

@@ -23,8 +23,8 @@ class NormalMatrices:
     """The `reset_parameters` of a module whose matrices are drawn from a normal distribution.
 
     Rows (along the first dimension) are drawn in groups, each from its own generator, on the CPU
-    and in float32. So a device that holds some rows of a matrix draws only those, and they equal
-    the rows of the whole matrix. A bias, and an embedding's padding row, become zero.
+    and in float32. So a device that holds some rows of a matrix draws those rows only, and they
+    equal the rows of the whole matrix. A bias and an embedding's padding row become zero.
 
     Args:
         module: The module.
@@ -70,8 +70,8 @@ class NormalMatrices:
 def plan_normal(network: nn.Module, seed: int, std: float) -> list[NormalMatrices]:
     """Make the draws of all linear maps, embeddings and experts of a network.
 
-    Each module's `reset_parameters` becomes its draw. Each has its own seeds, in the order of
-    `network.modules()`, so that modules can be drawn in any order. Experts are modules with
+    Each module's `reset_parameters` becomes its draw. Each draw has its own seeds, assigned in the
+    order of `network.modules()`, so modules can be drawn in any order. Experts are modules with
     `matrices`.
     """
     planned = []
@@ -91,7 +91,7 @@ def reset_modules(network: nn.Module) -> None:
     """Reset the parameters and buffers of every module below `network`.
 
     Raises:
-        UserError: A module owns some, and has no `reset_parameters()`.
+        UserError: A module owns parameters or buffers, and has no `reset_parameters()`.
     """
     for name, module in network.named_modules():
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -122,7 +122,8 @@ def reset_module(module: nn.Module, name: str) -> None:
 def whole_parameters(module: nn.Module) -> Iterator[None]:
     """Within, a module's own sharded parameters are whole, ordinary, and on the CPU.
 
-    They are uninitialised, to be filled; at the exit their values go to the shards.
+    The whole parameters are uninitialised, for the caller to fill. At the exit their values go to
+    the shards.
     """
     parameters = module._parameters
     sharded: dict[str, Any] = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
@@ -140,7 +141,7 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
 
 
 def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows of a tensor that this process holds, in place, and the number of the first.
+    """The rows of a tensor that this process holds, in place, and the first row's number.
 
     Raises:
         UserError: The tensor is not sharded by rows over one dimension of a mesh.

@@ -13,9 +13,9 @@ from mhc_lightning.modules.permutations import MOST_PERMUTED, mixed_permutations
 class KroneckerHyperConnection(GatedHyperConnection):
     """n streams mixed by Kronecker products of doubly stochastic matrices.
 
-    One factor for each prime factor i of n, each a convex combination of the i! permutations. Rows
-    and columns sum to one to rounding, without iterations. There are Σ i! + 2n coefficients per
-    token: 12 for n = 4, where mHC has 24 and mHC-lite 32.
+    Each prime factor i of n has one matrix, a convex combination of the i! permutations. Rows and
+    columns sum to one to rounding, without iterations. There are Σ i! + 2n coefficients per token:
+    12 for n = 4, where mHC has 24 and mHC-lite 32.
 
     Mixing starts as in its authors' code, with logit 0 for the identity and -8 for the others;
     reading and writing start as in `ManifoldHyperConnection`.

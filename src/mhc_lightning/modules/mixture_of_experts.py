@@ -45,7 +45,8 @@ class LoadBalance(KeepsFloat32):
     def count(self, tokens: Tensor) -> None:
         """Add to the load: `tokens` [num_experts].
 
-        Does nothing within a transform of `torch.func`, which may change no outside tensor.
+        Within a transform of `torch.func` this method does nothing: a transform may change no
+        outside tensor.
         """
         if transforming():
             return
@@ -64,7 +65,7 @@ class LoadBalance(KeepsFloat32):
     def update(self) -> None:
         """Raise the bias of underloaded experts and lower that of overloaded ones; reset the load.
 
-        Called once per optimizer step, with `load` summed over data-parallel ranks.
+        The caller sums `load` over data-parallel ranks, and calls this once per optimizer step.
         """
         self._follow_bias()
         self.bias += self.update_speed * (self.load.mean() - self.load).sign()

@@ -14,8 +14,8 @@ class PermutationHyperConnection(GatedHyperConnection):
     token; n²·n! temporary values turn them into the matrix.
 
     Mixing starts as in its authors' code, with logit 0 for the identity and -8 for the others.
-    Reading and writing start as in `ManifoldHyperConnection`: their code writes with unequal
-    weights, so that their network does not start as the residual one.
+    Reading and writing start as in `ManifoldHyperConnection`. The authors' code writes with unequal
+    weights instead, so their network does not start as the residual network.
 
     Args:
         dim: Width C of one stream.

@@ -22,7 +22,7 @@ def starting_logits(size: int) -> list[float]:
 def mixed_permutations(logits: Tensor, size: int) -> Tensor:
     """The mean of all permutation matrices, weighted by a softmax of the logits.
 
-    Doubly stochastic up to the rounding of the sums.
+    The result is doubly stochastic up to the rounding of the sums.
 
     Args:
         logits: [..., size!], in the lexicographic order of permutations.

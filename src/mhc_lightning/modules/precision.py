@@ -17,8 +17,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 class KeepsFloat32(nn.Module):
     """A module whose own tensors stay float32 under `.half()` and `.bfloat16()`.
 
-    `.double()` makes them float64, and devices change as usual. Precision plugins cast in the same
-    way.
+    `.double()` makes these tensors float64. Moves between devices work as usual. Casts by precision
+    plugins follow the same rule.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -1,13 +1,13 @@
 """Recomputing streams in backward, a block of sub-layers at a time (arXiv 2512.24880, section 4.3).
 
-Forward: a handle replaces each tensor that autograd saves of a sub-layer's streams, input and
-normalised input. Backward: the first handle that is opened repeats the stream operations of its
-block. They need the streams that entered the block, the outputs of its sub-layers and their
-mappings, which are kept anyway. Attention and feed-forward do not run again, and neither do
-projections and Sinkhorn-Knopp. `replay.py` has the rebuilding, this file the recording.
+In forward, a handle replaces each tensor that autograd saves of a sub-layer's streams, input and
+normalised input. In backward, the first handle that is opened repeats the stream operations of its
+block. These operations need the streams that entered the block, the outputs of its sub-layers and
+their mappings, which are kept anyway. Attention, feed-forward, projections and Sinkhorn-Knopp do
+not run again. `replay.py` rebuilds tensors; this file records them.
 
-Autograd calls the innermost saved-tensor hooks only, so tensors that are kept go through the hooks
-that surround `recomputing`. Handles identify tensors by their storage: views cost nothing.
+Autograd calls the innermost saved-tensor hooks only. So this file passes tensors that are kept to
+the hooks that surround `recomputing`. Handles identify tensors by storage: views cost nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -90,7 +90,7 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Pending:
-    """A saved tensor, as long as it is unknown whether it can be rebuilt."""
+    """A saved tensor of which it is not yet known whether it can be rebuilt."""
 
     __slots__ = ("content",)
 
@@ -99,7 +99,7 @@ class _Pending:
 
 
 class _Kept(NamedTuple):
-    """A tensor that cannot be rebuilt; as its own hook, autograd does not check its version."""
+    """A tensor that cannot be rebuilt. `open` checks its version, because autograd does not."""
 
     tensor: Tensor
     version: int
@@ -115,7 +115,7 @@ class _Kept(NamedTuple):
 
 
 class _Foreign(NamedTuple):
-    """A tensor in the keeping of the hooks around ours."""
+    """A tensor that the surrounding saved-tensor hooks keep."""
 
     packed: Any
     unpack: Callable[[Any], Tensor]
@@ -140,7 +140,7 @@ class _Recording:
         self._block: ReplayBlock | None = None
         self._known: dict[int, _Known] = {}
         self._pending: list[_Pending] = []
-        self._reading = True  # or else a sub-layer is running
+        self._reading = True  # False while a sub-layer is running
         self._output: Tensor | None = None
         # The norm that is running: its block, its sub-layer, and the elements of its input.
         self._norm: tuple[ReplayBlock, int, int] | None = None
@@ -187,7 +187,7 @@ class _Recording:
         self._known, self._reading = now, False
 
     def returned(self, output: Tensor) -> None:
-        """Record a sub-layer's output; of its tensors, the merge will save the streams only."""
+        """Record a sub-layer's output; of its known tensors, the merge saves only the streams."""
         self._output, self._reading = output, True
         self._known = {at: known for at, known in self._known.items() if known.key[1] == STREAMS}
 

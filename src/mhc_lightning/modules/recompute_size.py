@@ -8,11 +8,12 @@ from mhc_lightning.errors import UserError
 def best_recompute_size(num_sublayers: int | Sequence[int], num_streams: int) -> int:
     """The L_r that keeps the fewest values (arXiv 2512.24880, eq. 20); the smallest of equals.
 
-    Minimises `n·Σ⌈L_s / L_r⌉ + (n + 2)·L_r` over pipeline stages of L_s sub-layers, which no
-    block straddles.
+    L_r minimises `n·Σ⌈L_s / L_r⌉ + (n + 2)·L_r`. The sum runs over pipeline stages of L_s
+    sub-layers; no recompute block reaches into another stage.
 
     Args:
-        num_sublayers: Sub-layers, two per Transformer block: of the network, or of each stage.
+        num_sublayers: Number of sub-layers of the network or of each stage, two per Transformer
+            block.
         num_streams: n.
     """
     stages = [num_sublayers] if isinstance(num_sublayers, int) else num_sublayers
@@ -30,14 +31,14 @@ def resolve_recompute(
 
     Args:
         setting: `"auto"`, `"off"` (False and None are the same), or sub-layers per block.
-        num_sublayers: Of the network, or of each pipeline stage.
+        num_sublayers: Number of sub-layers of the network, or of each pipeline stage.
         num_streams: n.
 
     Returns:
         Sub-layers per recompute block; 0 for none.
 
     Raises:
-        UserError: The setting is none of these.
+        UserError: The setting has another value.
     """
     if setting is None or setting is False or setting == "off":
         return 0

@@ -41,7 +41,7 @@ class NormReplay(NamedTuple):
 def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
     """`torch.autocast`, or none, that does not clear the cache of cast weights.
 
-    At its exit from autograd's thread, torch's own would drop copies that forward passes share.
+    `torch.autocast` would, at its exit in autograd's thread, drop copies that forward passes share.
     """
     enabled, before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     torch.set_autocast_enabled(device, dtype is not None)
@@ -61,7 +61,7 @@ class ReplayBlock:
         self._mappings: list[StreamMappings] = []
         self._outputs: list[Tensor] = []
         self._norms: dict[int, NormReplay] = {}
-        # For each key, the number of handles, and of handles that were opened.
+        # For each key: the number of handles, and the number of handles that were opened.
         self._handles: dict[Key, int] = {}
         self._opened: dict[Key, int] = {}
         self._rebuilt: dict[Key, Any] = {}
@@ -103,7 +103,7 @@ class ReplayBlock:
     def _rebuild(self, key: Key) -> None:
         index, kind = key
         if kind == NORMED:
-            # One norm at a time: sharded parameters are gathered while their own layer runs.
+            # Norms are rebuilt singly: sharded parameters are whole only while their layer runs.
             read = (index, READ)
             if read not in self._rebuilt:
                 self._replay(also=read)
@@ -114,7 +114,7 @@ class ReplayBlock:
             self._replay(also=key)
 
     def _replay(self, also: Key) -> None:
-        # Backward starts at the last sub-layer: tensors after a missing one were used before.
+        # Backward starts at the last sub-layer: it has used all tensors after a missing one.
         until = also[0] if self._rebuilt else len(self)
 
         def wanted(kind: str) -> list[bool]:
@@ -164,9 +164,9 @@ class NormHandle(NamedTuple):
     """Stands for one of the tensors that autograd saves for a norm.
 
     Attributes:
-        block: The block that rebuilds it.
-        key: The key of the norm's output, with which it is rebuilt.
-        number: Its position among the norm's saved tensors.
+        block: The block that rebuilds the tensor.
+        key: The key of the norm's output, with which the tensor is rebuilt.
+        number: The tensor's position among the norm's saved tensors.
     """
 
     block: ReplayBlock

@@ -9,8 +9,8 @@ def rotary_angles(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines [..., length, dim] of the rotation at `positions` [..., length].
 
-    Computed from constants at each use: a stored table would be rounded by `.bfloat16()`, and lost
-    when the module is materialised from meta.
+    Each call computes them from constants: a stored table would be rounded by `.bfloat16()`, and
+    lost when the module is materialised from meta.
     """
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim
     angles = positions.to(dtype).unsqueeze(-1) * theta**-exponents

@@ -14,10 +14,10 @@ from mhc_lightning.modules.manifold_hyper_connection import ManifoldHyperConnect
 class SinglePassHyperConnection(ManifoldHyperConnection):
     """mHC whose pre mapping is for the next sub-layer, so that one pass merges and reads.
 
-    `new = residual · streams + post · F(carry · streams)`, where `carry` is the pre mapping of
-    the preceding connection. The first sub-layer reads stream 0, and the network is read out with
-    the pre mapping of its last connection. The carry travels with the streams: call `read` and
-    `write` (or `follow`) in order. Only the first connection can be called by itself.
+    A sub-layer computes `new = residual · streams + post · F(carry · streams)`, where `carry` is
+    the pre mapping of the preceding connection. The first sub-layer reads stream 0. The network is
+    read out with the pre mapping of its last connection. The carry travels with the streams: call
+    `read` and `write` (or `follow`) in order. Only the first connection can be called by itself.
 
     The arguments, and the start as the pre-norm residual network, are those of
     `ManifoldHyperConnection`.
@@ -32,7 +32,7 @@ class SinglePassHyperConnection(ManifoldHyperConnection):
         """Aggregate with `carry` [..., n] and compute the mappings.
 
         Raises:
-            ValueError: A sub-layer other than the first gets no carry.
+            ValueError: `carry` is missing, and this is not the first sub-layer.
         """
         if carry is None:
             carry = self._first_carry(streams)

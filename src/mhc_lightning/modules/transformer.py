@@ -35,8 +35,8 @@ from mhc_lightning.modules.recompute_size import resolve_recompute
 class Transformer(nn.Module):
     """Embedding, blocks and head (DeepSeek-V3 style: latent attention, SwiGLU or experts).
 
-    Streams are expanded once, as copies of the embedding, and read out once before the final norm,
-    as their mean (or sum: the norm removes the factor).
+    The embedding is copied to all streams once. The streams are read out once before the final
+    norm, as their mean (or sum: the norm removes the factor).
 
     Args:
         connection: Builds a connection from `dim`, `num_streams` and `layer_index`.
@@ -112,7 +112,8 @@ class Transformer(nn.Module):
             norm_eps=(norm_eps, 0),
             init_std=(init_std, 0),
         )
-        # Before the layers draw, which they do not on meta: both builds get the same seed.
+        # Layers draw from torch's generator, though not on meta. The seed is drawn first, so that
+        # both builds get the same seed.
         with unset_fake_temporarily():
             self.init_seed = int(torch.randint(2**32, (), device="cpu"))
         self.vocab_size = vocab_size
@@ -168,13 +169,13 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> streams [B, S, n, C], all copies of the embedding.
 
-        Under autocast the streams take its dtype, so that n·C values per token travel in it.
+        Under autocast the streams take autocast's dtype: n·C values per token travel in it.
         """
         x = self.embedding(tokens)
         return expand_streams(x.to(autocast_dtype(x) or x.dtype), self.num_streams)
 
     def carry_like(self, streams: Tensor) -> Tensor | None:
-        """An uninitialised carry, as blocks return beside streams [B, S, n, C], or None."""
+        """An uninitialised carry, as blocks return it beside streams [B, S, n, C], or None."""
         first = next(m for m in self.blocks.modules() if isinstance(m, Connection))
         return first.carry_like(streams)
 
@@ -297,7 +298,7 @@ class Transformer(nn.Module):
             cannot be replayed (an ordinary residual has nothing to gain).
 
         Raises:
-            UserError: The setting is none of these.
+            UserError: The setting has another value.
         """
         stages = [2 * blocks for blocks in blocks_per_stage or [len(self.blocks)]]
         size = resolve_recompute(setting, stages, self.num_streams)
@@ -309,8 +310,8 @@ class Transformer(nn.Module):
     def compile_sublayers(self) -> None:
         """Compile attention and feed-forward in place, one region each.
 
-        Connections stay in Python: their arithmetic is a few fused operators already, and hooks on
-        their windows stay visible.
+        Connections are not compiled: their arithmetic is a few fused operators already, and hooks
+        on their windows go on working.
         """
         for module in self.modules():
             if isinstance(module, PreNorm):

@@ -41,11 +41,12 @@ class NonFinite(NamedTuple):
 def require_finite(trainer: pl.Trainer) -> None:
     """Stop all processes if a trained parameter or an optimizer's state is not finite.
 
-    Every process must call it. Frozen parameters and buffers may hold any value: a mask may hold
-    infinities, say. Waits for the device once.
+    Every process must call this function, which waits for the device once. Frozen parameters and
+    buffers may hold any value: a mask may hold infinities, say.
 
     Raises:
-        NonFiniteLossError: On every process; names the first tensor, and the ranks that hold it.
+        NonFiniteLossError: A value is not finite. Every process raises it. The message names the
+            first such tensor, and the ranks that hold it.
     """
     module, optimizers = trainer.lightning_module, trainer.strategy.optimizers
     if trainer.strategy.reduce_boolean_decision(_is_finite(module, optimizers)):

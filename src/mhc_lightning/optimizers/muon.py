@@ -17,8 +17,8 @@ from torch.optim.adamw import adamw
 # Eight steps that drive all singular values near one, and two that converge to one.
 _NEWTON_SCHULZ = 8 * [(3.4445, -4.7750, 2.0315)] + 2 * [(2.0, -1.5, 0.5)]
 
-# The norm at which an update is halved. It is far below norms that matter in training (1e-5 of a
-# clipped gradient's is common), so that a decayed direction, or pure rounding, moves nothing.
+# The norm at which an update is halved. Norms that matter in training are far larger (1e-5 of a
+# clipped gradient's norm is common). So a decayed direction, or pure rounding, moves nothing.
 _FADES_AT = 1e-7
 
 
@@ -35,20 +35,20 @@ class MuonAdamW(torch.optim.Optimizer):
     A matrix whose gradient is zero (an expert without tokens) follows its momentum, as in other
     implementations, until the momentum has decayed: see `orthogonalise`.
 
-    Schedulers that cycle the momentum, such as `OneCycleLR`, cycle AdamW's first beta and leave
-    Muon's momentum.
+    Schedulers that cycle the momentum, such as `OneCycleLR`, cycle AdamW's first beta and do not
+    change Muon's momentum.
 
     Args:
         groups: Parameter groups: dicts with `params`, `muon`, and values that differ from those
-            below. The parameters of a Muon group are matrices [m, n] or stacks [..., m, n]. A
-            group that is added later without `muon` is AdamW's.
+            below. The parameters of a Muon group are matrices [m, n] or stacks [..., m, n]. AdamW
+            trains a group that is added later without `muon`.
         lr: Learning rate of both.
         momentum: β of Muon.
         update_rms: Root mean square of a Muon update before the learning rate: about that of
             AdamW's updates, so that both can share a learning rate.
         betas: AdamW's betas.
         eps: AdamW's epsilon.
-        weight_decay: Of both; multiplied by the learning rate.
+        weight_decay: Weight decay of both; multiplied by the learning rate.
         fused: Whether AdamW runs as one kernel.
 
     Raises:
@@ -97,7 +97,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Train more parameters, from the next step on.
 
         Raises:
-            ValueError: As the class.
+            ValueError: As for the class.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -185,11 +185,12 @@ def _orthogonal_like(matrices: Tensor) -> Tensor:
 def orthogonalise(matrices: Tensor) -> Tensor:
     """The nearly orthogonal factor of matrices [..., m, n]: their singular values become one.
 
-    Accurate for all norms that the dtype can hold. A norm not well above 1e-7 is treated as the
-    rest of a decayed momentum, or as rounding: the factor is multiplied by norm / (norm + 1e-7),
-    with the Frobenius norm of each matrix. Zeros give zeros.
+    The result is accurate for all norms that the dtype can hold. A norm not well above 1e-7 is
+    treated as the rest of a decayed momentum, or as rounding: the factor is multiplied by
+    norm / (norm + 1e-7), with the Frobenius norm of each matrix. Zeros give zeros.
 
-    Iterates in bfloat16 on a GPU and in float32 elsewhere, for float64 matrices in float64.
+    The iteration runs in bfloat16 on a GPU and in float32 elsewhere, or in float64 for float64
+    matrices.
 
     Returns:
         The factors [..., m, n], in the dtype of `matrices`.

@@ -1,8 +1,8 @@
 """The names of the parameters that an optimizer's saved state belongs to.
 
 torch saves state by the positions of parameters. If a resumed run freezes or trains other
-parameters, the positions shift: moments would go to the wrong parameter or, with another shape, be
-read beyond their end.
+parameters, the positions shift. Moments would then go to the wrong parameter or, if its shape
+differs, be read beyond their end.
 """
 
 from collections.abc import Mapping, Sequence

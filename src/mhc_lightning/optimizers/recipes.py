@@ -55,7 +55,7 @@ class OptimizerRecipe(ABC):
             raise UserError(
                 f"optimizer.betas must be two numbers from 0 to below 1, not {list(self.betas)}"
             )
-        # An eps that vanishes turns a value without any gradient so far into 0 / 0.
+        # With an eps that vanishes, a value that has had no gradient yet becomes 0 / 0.
         if not torch.finfo(torch.float32).tiny <= self.eps < math.inf:
             raise UserError(
                 f"optimizer.eps must be a positive number that float32 holds, not {self.eps}"
@@ -76,8 +76,8 @@ class OptimizerRecipe(ABC):
     def build(self, module: nn.Module, total_steps: int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer and the scheduler (to be stepped once per optimizer step).
 
-        Warns if parameters are kept in a precision that loses updates. The optimizer's saved state
-        is loaded for the same parameters only: see `keep_names`.
+        The method warns of parameters kept in a precision that loses updates. The optimizer loads
+        saved state of the same parameters only: see `keep_names`.
 
         Args:
             module: The module to train; its frozen parameters are left out.

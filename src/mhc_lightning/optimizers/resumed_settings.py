@@ -26,11 +26,11 @@ def keep_present_settings(
 
     Args:
         settings: The result of `group_settings` for the new optimizer.
-        optimizer: The optimizer, its state loaded.
-        scheduler: Its scheduler, loaded too.
+        optimizer: The optimizer, with its state loaded.
+        scheduler: The optimizer's scheduler, with its state loaded.
 
     Returns:
-        Saved and present value of each setting that differs, by name.
+        The saved and the present value of each setting that differs, by name.
     """
     changed: dict[str, tuple[Any, Any]] = {}
     for group, present in zip(optimizer.param_groups, settings, strict=False):

@@ -72,9 +72,9 @@ def follow_present_schedule(
     """Replace the loaded learning rates by those of the present schedule.
 
     Args:
-        optimizer: Its groups' `initial_lr` are the present peak learning rates.
-        scheduler: The optimizer's scheduler; its count of steps was loaded.
-        num_groups: How many of the optimizer's groups, from the first, follow the schedule.
+        optimizer: The optimizer, whose groups' `initial_lr` are the present peak learning rates.
+        scheduler: The optimizer's scheduler, with its count of steps loaded.
+        num_groups: Number of the optimizer's groups, from the first, that follow the schedule.
 
     Returns:
         The loaded and the present learning rate of the first group in which they differ, or None.

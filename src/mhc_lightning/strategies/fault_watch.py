@@ -24,7 +24,7 @@ _STALLED = "(strategy.timeout_seconds)"
 
 
 class _Beat(NamedTuple):
-    """The last heartbeat of a process, and the time at which this one first read it."""
+    """The last heartbeat of a process, and the time at which this process first read it."""
 
     text: str
     since: float
@@ -42,16 +42,18 @@ class FaultWatch(threading.Thread):
 
     - A process that raises an exception reports it.
     - A process that was killed, stopped or cut off no longer sends heartbeats.
-    - A process whose main thread hangs goes on sending them. Each heartbeat says if the main thread
-      is in a communication, and for how long it has been at the same place. When a process has
-      waited for `timeout` seconds, it waits for those that are not in a communication.
+    - A process whose main thread hangs goes on sending heartbeats. Each heartbeat says if the main
+      thread is in a communication, and for how long it has been at the same place. When a process
+      has waited for `timeout` seconds, the fault lies with the processes that are not in a
+      communication.
 
     A process that is busy alone for long (compilation, a checkpoint, its data) is therefore no
-    fault until another has waited for it that long, which a communication would not survive anyway.
+    fault until another process has waited for `timeout` seconds. A communication would not survive
+    that wait anyway.
 
-    The first fault of a run is printed by every other process; where processes share a standard
-    error, by one of them. Each process ends at the latest `_GRACE_SECONDS` afterwards, because what
-    its main thread waits for will not come; the one that hangs shows its stack before it does.
+    Every other process prints the first fault of a run; of processes that share a standard error,
+    one prints it. Each process ends at most `_GRACE_SECONDS` later, because its main thread would
+    wait in vain. The process that hangs shows its stack before it ends.
 
     Args:
         store: Shared by all processes.
@@ -62,13 +64,13 @@ class FaultWatch(threading.Thread):
         timeout: Longest time in seconds that a process waits for another.
         meeting_point: The holder of the store, if that is not rank 0.
         waits_show: True if a communication keeps the main thread until it is done, as with gloo.
-            With NCCL it does not: there it is a fault if all main threads are at the same place for
-            `timeout` seconds, and all are named. (Not run on a GPU yet.)
+            With NCCL it does not: there the fault is that all main threads stay at the same place
+            for `timeout` seconds, and the message names all. (Not run on a GPU yet.)
         backward_waits: True if backward passes communicate without a frame in Python (DDP).
         ended: Gives the return codes of ended processes that this one started, by rank.
         leave: Called before the watch ends this process.
-        shared_output: Name of the standard error that this process shares with others; empty if it
-            has one of its own.
+        shared_output: Name of the standard error that this process shares with others; empty if
+            this process has its own.
     """
 
     def __init__(
@@ -109,7 +111,8 @@ class FaultWatch(threading.Thread):
     def run(self) -> None:
         """Wait for a fault, until `end`.
 
-        Another thread talks to the store, which may not answer at all if its holder has the fault.
+        Another thread talks to the store, because the store may not answer if the faulty process
+        holds it.
         """
         threading.Thread(target=self._talk, daemon=True, name="fault-watch-talk").start()
         while not self._done:
@@ -136,12 +139,13 @@ class FaultWatch(threading.Thread):
     def report(self, error: BaseException) -> tuple[Fault, bool]:
         """Report an exception in this process, unless it follows from another process's fault.
 
-        It follows if another process reported before or, within some seconds, sends no heartbeat.
+        The exception follows from another fault if another process reported one before, or sends no
+        heartbeat within some seconds.
 
         Returns:
             The first fault of the run, and True if it is printed, here or by a process with the
-            same standard error. This process's own is left to whoever handles the exception, except
-            where others share its standard error.
+            same standard error. The exception's handler prints this process's own fault, unless
+            other processes share its standard error.
         """
         own = fault_of(self._own_name, self._doing(), error)
         try:
@@ -159,17 +163,17 @@ class FaultWatch(threading.Thread):
         if printed:
             self._print(first)
         self._printed = True
-        with contextlib.suppress(Exception):  # of a store that is gone, whose end is printed by now
+        with contextlib.suppress(Exception):  # if the store is gone, the fault is printed already
             self._let_others_read()
         return first, printed
 
     def end(self) -> None:
-        """Stop, and let no other process miss this one's heartbeats."""
+        """Stop, and tell the other processes not to expect heartbeats any more."""
         self._done = True
         try:
             with self._lock:
                 self._store.set(f"beat/{self._rank}", "done")
-        except Exception:  # no process is left that could miss them
+        except Exception:  # no process is left that could expect heartbeats
             return
 
     def _talk(self) -> None:
@@ -228,7 +232,7 @@ class FaultWatch(threading.Thread):
         return self._stalled()
 
     def _stalled(self) -> Fault | None:
-        """The fault of processes that others have waited for too long, if there are any."""
+        """The fault of processes that others have waited for too long; None if there are none."""
         known = sorted({self._rank: self._own, **self._beats}.items())
         beats = {rank: beat for rank, beat in known if beat.awaited}
         still = [beat.sight.still for beat in beats.values()]
@@ -286,7 +290,7 @@ class FaultWatch(threading.Thread):
                 print(f"error: {fault.text}", file=sys.stderr, flush=True)
 
     def _may_print(self) -> bool:
-        if not self._shared_output or self._store_is_lost:  # rather two lines than none
+        if not self._shared_output or self._store_is_lost:  # two lines are better than none
             return True
         try:
             with self._lock:

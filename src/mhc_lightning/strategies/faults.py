@@ -18,7 +18,7 @@ class Fault(NamedTuple):
     Attributes:
         text: One line, which names the process.
         code: The exit code of every process of the run.
-        follows: True if it may only follow from the end of another process.
+        follows: True if the fault may be a mere consequence of another process's end.
     """
 
     text: str
@@ -50,7 +50,7 @@ def fault_of(who: str, doing: str, error: BaseException) -> Fault:
 
 
 def machine_fault(error: BaseException) -> str | None:
-    """The machine's fault behind an exception, with advice; None if it is not the machine's."""
+    """The machine's fault behind an exception, with advice; None for any other cause."""
     message = one_line_message(error)
     if (
         isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -11,7 +11,7 @@ class FullyShardedStrategy(WatchedStrategy, PortableStrategy):
 
     The LightningModule shards itself over `device_mesh["data_parallel"]`. A run resumes under any
     strategy and number of devices. A module may come with its network on `meta`: no process ever
-    builds it whole, `configure_model` gives this process's part memory and values.
+    builds the network whole. `configure_model` gives memory and values to this process's part.
 
     Args:
         timeout_seconds: Longest time that a process waits for another; one that others wait for
@@ -22,7 +22,7 @@ class FullyShardedStrategy(WatchedStrategy, PortableStrategy):
         super().__init__(timeout_seconds, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Size the mesh by the number of processes, which is known only now."""
+        """Set the size of the mesh to the number of processes, which is known only now."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 

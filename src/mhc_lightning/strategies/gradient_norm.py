@@ -16,11 +16,11 @@ def global_norm(
 ) -> Tensor:
     """The Euclidean norm of all gradients, a scalar that is the same on every process.
 
-    The dtype is float32, or wider if the gradients' is. The norm is right also if the dtype cannot
-    hold the squares.
+    The dtype is float32, or the gradients' dtype if that is wider. The norm is right even if the
+    dtype cannot hold the squares.
 
     Args:
-        parameters: Those of this process; sharded ones count whole.
+        parameters: The parameters of this process; sharded ones count whole.
         pipeline_group: The processes of the pipeline, if there is one.
     """
     grads = [p.grad for p in parameters if p.grad is not None]

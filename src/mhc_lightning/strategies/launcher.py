@@ -20,9 +20,9 @@ _STARTED_BY = "MHC_LIGHTNING_STARTED_BY"  # the first process, in the environmen
 class WatchingLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher, which also knows how the processes that it started have ended.
 
-    It watches until the processes watch over each other (`stop_watching`), that is, until they have
-    met. If a started process ends before, the first one says so and ends the others; if the first
-    one ends, so do the others.
+    The launcher watches until the processes have met and watch over each other (`stop_watching`).
+    If a started process ends before, the first process says so and ends the others. If the first
+    process ends, the others end too.
     """
 
     _started_by = int(os.environ.get(_STARTED_BY, "0"))
@@ -50,8 +50,8 @@ class WatchingLauncher(_SubprocessScriptLauncher):
     def shared_output(self) -> str:
         """Name of the standard error that the processes of a node share; empty if each has its own.
 
-        Processes that this launcher starts inherit one; those of another launcher may be logged
-        apart.
+        Processes that this launcher starts inherit one. Processes of another launcher may each have
+        a log of their own.
         """
         started_here = bool(self.procs) or bool(self._started_by)
         return f"node {self.cluster_environment.node_rank()}" if started_here else ""
@@ -68,7 +68,7 @@ class WatchingLauncher(_SubprocessScriptLauncher):
             process.kill()  # a stopped process ignores other signals
 
     def _call_children_scripts(self) -> None:
-        # Without it, C++ prints a stack for each connection that ends with the first process.
+        # By default, C++ prints a stack for each connection that the first process ends.
         theirs = {_STARTED_BY: str(os.getpid()), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         added = {name: value for name, value in theirs.items() if name not in os.environ}
         os.environ.update(added)
@@ -103,7 +103,7 @@ class WatchingLauncher(_SubprocessScriptLauncher):
 def _relieve_observer() -> None:
     """End Lightning's observer of started processes.
 
-    It kills all of them as soon as one has died, before any can report which one.
+    The observer kills all processes as soon as one has died, before any can report which one.
     """
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):

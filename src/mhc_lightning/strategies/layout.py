@@ -14,14 +14,14 @@ class Layout:
     """One process's view of the layout. Groups are None until the processes have met.
 
     Attributes:
-        data_parallel_size: Shares that a batch is cut into. The stages of a pipeline, and
-            tensor-parallel processes, have one share in common.
+        data_parallel_size: Number of shares that a batch is cut into. The stages of a pipeline
+            have one share in common, and so do tensor-parallel processes.
         data_parallel_rank: The share of this process; 0 until the processes have met.
         data_parallel_group: The processes that hold the same part of the model as this one, and
             other shares of the batch; None for all processes.
         pipeline_group: The processes of this one's pipeline, in order; None without a pipeline.
         running_micro_batch: Gives (stage, micro-batch) of the forward pass that is running in this
-            process, or None while none is; itself None without a pipeline.
+            process, or None between passes. The attribute is None without a pipeline.
         materialises_module: True if a module may come on `meta`: each process then gives memory
             and values to its own part only.
     """

@@ -42,8 +42,8 @@ class Sight(NamedTuple):
     """The state of a thread at one look.
 
     Attributes:
-        waits: True if it is in a communication with other processes.
-        still: Seconds for which it has been seen at the same place, look by look.
+        waits: True if the thread is in a communication with other processes.
+        still: Seconds for which consecutive looks have seen the thread at the same place.
         where: The place in the innermost code that is not torch's.
     """
 
@@ -67,7 +67,7 @@ class ThreadView:
         self._since = time.monotonic()
 
     def look(self) -> Sight:
-        """The thread's present state. Call it often: it compares with the last call."""
+        """The thread's present state. Call this often: each look compares with the last one."""
         frame = sys._current_frames().get(self._thread)
         place, where, files = [], "", []
         while frame is not None:

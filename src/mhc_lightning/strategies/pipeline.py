@@ -32,9 +32,9 @@ from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 class PipelineStrategy(WatchedStrategy, PortableStrategy):
     """Cuts a network into stages on different devices; several pipelines are data-parallel.
 
-    The LightningModule stays as it is: it has one network that is a `PipelinedNetwork` (as
+    The LightningModule needs no change: it has one network that is a `PipelinedNetwork` (as
     `Transformer` is), and returns `network.loss(tokens, targets)` from `training_step`. The loss is
-    the same on every process. The backward pass has run when `network.loss` returns: values
+    the same on every process. The backward pass has run when `network.loss` returns. So values
     computed from the loss afterwards have no gradient, and a `training_step` that returns anything
     else is refused.
 
@@ -58,8 +58,8 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
     A module may come with its network on `meta`: each process gives memory and values only to its
     stages.
 
-    If a process fails or hangs, the others print which (its rank and stages) and why, and end;
-    so does the one that hangs.
+    If a process fails or hangs, the others print its rank, its stages and the cause, and end. A
+    process that hangs ends too.
 
     Raises:
         UserError: There is no such schedule, or `timeout_seconds` is not above 0.
@@ -90,7 +90,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
     # ---- the layout
 
     def layout(self) -> Layout:
-        """Pipelines share the batch; the sizes are known before any process group is.
+        """Pipelines share the batch; the sizes are known before any process group exists.
 
         Raises:
             UserError: The devices cannot be shared out.
@@ -167,8 +167,8 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             self.check(self.lightning_module, batch)
         self._setup_distributed()
         replicas = self.layout().data_parallel_size
-        # Dimensions are looked up by name, so that one can be added (expert parallelism, out of the
-        # data-parallel one).
+        # Code looks dimensions up by name, so that one can be added (expert parallelism, cut out of
+        # the data-parallel dimension).
         self._device_mesh = init_device_mesh(
             self.root_device.type,
             (self.world_size // replicas, replicas),
@@ -196,7 +196,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
         """Run the module's `training_step`, in which the network's loss runs the schedule.
 
         Raises:
-            UserError: It returned anything but that loss.
+            UserError: The module's step returned anything but that loss.
         """
         assert self._engine is not None
         self._engine.last_loss = None

@@ -34,9 +34,9 @@ class PipelineEngine:
 
     Args:
         stages: The stages of this process, ascending.
-        plan: All stages, and who holds which.
+        plan: All stages, and the process that holds each.
         group: The processes of one pipeline, in order.
-        device: This process's.
+        device: This process's device.
         micro_batches: Number of micro-batches of a batch; None for single sequences.
         share: Gives the weight of one batch in an optimizer step (1 / accumulated batches).
         activity: Gets the name of the running pass.
@@ -88,8 +88,8 @@ class PipelineEngine:
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
         """The mean loss, a scalar without a graph; with gradients on, backward has run.
 
-        Gradients are added to those that parameters have. All targets of the batch weigh the same,
-        in whichever micro-batch they are.
+        The pass adds gradients to those that parameters have. All targets of the batch weigh the
+        same, in whichever micro-batch they are.
         """
         if not torch.is_grad_enabled():
             means = self._forward("head_loss", tokens, targets, options)

@@ -15,9 +15,9 @@ from mhc_lightning.errors import UserError
 class PipelinedNetwork(Protocol):
     """The protocol of a network that can be cut into stages, as `Transformer` can.
 
-    A LightningModule calls `network.loss(tokens, targets)` in `training_step`, and that or
+    A LightningModule calls `network.loss(tokens, targets)` in `training_step`, and the same or
     `network.token_losses(tokens, targets)` in `validation_step`. Without a pipeline these are the
-    network's own methods. Further arguments by name are passed on to the head's methods. In a
+    network's own methods. Both pass further arguments by name on to the head's methods. In a
     network without carries, a carry is None.
 
     Three more methods are optional:
@@ -161,7 +161,7 @@ class Stage(nn.Module):
 class _ContiguousGradient(torch.autograd.Function):
     """The identity with a contiguous gradient: only contiguous tensors can be sent.
 
-    Hooks on its result end with the step; its argument is a buffer that outlives the step.
+    Hooks on the result end with the step. The argument is a buffer that outlives the step.
     """
 
     @staticmethod
@@ -191,7 +191,7 @@ def find_network(root: nn.Module) -> nn.Module:
     """The one submodule of a LightningModule that can be cut into stages.
 
     Raises:
-        UserError: There is none, or more than one, or one part is needed at both ends.
+        UserError: There is no such submodule, there are several, or both ends need the same part.
     """
     networks = [m for m in root.modules() if m is not root and isinstance(m, PipelinedNetwork)]
     if len(networks) != 1:

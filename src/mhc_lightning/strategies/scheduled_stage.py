@@ -72,7 +72,7 @@ class StageStreams:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """The same, also after the work of the caller's stream so far."""
+        """`on_compute`, but also after the work of the caller's stream so far."""
         self.compute.wait_stream(self.backend.current_stream())
         with self.on_compute():
             yield
@@ -99,16 +99,16 @@ class OverlappingStage(ScheduledStage):
     """A stage on a stream of its own, so that a device's stages can run at the same time.
 
     Under DualPipeV a device's two stages are paired for most of a step: the forward pass of one
-    micro-batch in one stage, the backward pass of another in the other (OVERLAP_F_B). torch's
-    runtime launches both on one stream, where the second can only follow the first. With a stream
-    for each stage the device may run both. Autograd runs the backward of an operator on the
-    operator's stream, so each stage's backward pass is on its stream too. Within a stage all
-    micro-batches stay in order, and so do all float operations.
+    micro-batch in one stage, and the backward pass of another micro-batch in the other stage
+    (OVERLAP_F_B). torch's runtime launches both on one stream, where the second can only follow the
+    first. With a stream for each stage the device may run both. Autograd runs the backward of an
+    operator on the operator's stream, so each stage's backward pass is on its stream too. Within a
+    stage all micro-batches stay in order, and so do all float operations.
 
-    A stage's stream waits for the runtime's, which waits for received tensors, and for the other
-    stage's stream only if that stage's result is its input. A result is sent from the stage's
-    stream as soon as its pass is launched, without waiting for the paired pass. Sends keep torch's
-    order.
+    A stage's stream waits for the runtime's stream, which waits for received tensors. It waits for
+    the other stage's stream only if that stage's result is its input. A result is sent from the
+    stage's stream as soon as its pass is launched, without waiting for the paired pass. Sends keep
+    torch's order.
 
     `register_custom_function(OVERLAP_F_B, …)` would have to repeat the runtime's bookkeeping, and
     needs torch 2.13. Not run on a GPU yet.
@@ -181,7 +181,7 @@ class OverlappingStage(ScheduledStage):
         return []
 
     def clear_runtime_states(self) -> None:
-        """Wait for all sends, and have the caller's stream wait for this stage's."""
+        """Wait for all sends, and have the caller's stream wait for this stage's stream."""
         for works in self._works:
             _wait_batch_p2p(works)
         self._works.clear()

@@ -27,7 +27,7 @@ def shard(
     """Shard parameters, gradients and optimizer state over the devices of `mesh`, in place.
 
     Each block is gathered for its own forward and backward pass only. Connections form groups of
-    their own, because they compute in float32 whatever the rest is gathered in. A model built on
+    their own, because they compute in float32 whatever `param_dtype` is. A model built on
     `meta` gets memory and initial values shard by shard, so it never has to fit one device or
     process. The values are those of a model that was built whole from the same `init_seed`.
 
@@ -47,7 +47,7 @@ def shard(
 def shard_by_mesh(module: pl.LightningModule, network: Transformer) -> None:
     """`shard` a module's network in `configure_model`, as its trainer's strategy asks for it.
 
-    The strategy is any that gives the module a device mesh: this package's or Lightning's.
+    Any strategy that gives the module a device mesh will do: this package's or Lightning's.
     """
     assert module.device_mesh is not None
     strategy = module.trainer.strategy
@@ -72,7 +72,7 @@ def shard_parts(
         param_dtype: The dtype in which parameters are gathered; None keeps theirs.
         reshard_after_forward: True to free gathered parameters until the backward pass.
     """
-    # Blocks hand float32 mappings to each other: nothing that enters them may be cast.
+    # Blocks hand float32 mappings to each other: nothing that enters a block may be cast.
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -29,8 +29,8 @@ class WatchedStrategy(ParallelStrategy):
 
     Attributes:
         activity: The activity of the main thread.
-        fault: The fault that ended the run, if another process or the machine caused it, or if it
-            is printed already.
+        fault: The fault that ended the run; set if another process or the machine caused it, or if
+            it is printed already.
 
     Raises:
         UserError: `timeout_seconds` is not above 0.
@@ -49,7 +49,7 @@ class WatchedStrategy(ParallelStrategy):
         self._watch: FaultWatch | None = None
 
     def start_watch(self, part: str | None = None) -> None:
-        """Begin to watch; every process calls this, and then waits for the others.
+        """Begin to watch. Every process must call this, and then waits for the others.
 
         Args:
             part: The part of the network that this process holds, for messages. A later call can

@@ -1,9 +1,9 @@
 """Reading from and writing to streams [T, n, C] with given mappings.
 
-Products are batched small matrices per token, in the mappings' precision (float32 or float64)
-whatever the streams' dtype: rounding a mixing matrix to bfloat16 makes the signal drift over many
-sub-layers. They are given dense tensors: of others, such as streams that are views of one tensor or
-the gradient of a sum, torch multiplies and copies one token's matrix after the other.
+Products are batches of small matrices, one per token. Their precision is that of the mappings
+(float32 or float64), whatever the streams' dtype: with a mixing matrix rounded to bfloat16, the
+signal drifts over many sub-layers. Their operands are made dense: torch would multiply and copy
+others (streams that are views of one tensor, the gradient of a sum) one token at a time.
 """
 
 import torch

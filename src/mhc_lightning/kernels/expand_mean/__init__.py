@@ -1,7 +1,6 @@
-"""The two ends of the streams: n copies of the embedding at first, their mean at last.
+"""The two ends of the streams: n copies of the embedding first, the mean of the streams last.
 
-The wide tensor is never written for their sake: expanding is a view, and so is the gradient of the
-mean.
+Neither end writes a tensor of all streams: expanding is a view, and so is the gradient of the mean.
 """
 
 from typing import Any
@@ -37,7 +36,7 @@ def _expanded(x: Tensor, num_streams: int) -> Tensor:
 
 
 class _Expand(torch.autograd.Function):
-    """No operator, since the result of an operator cannot be a view."""
+    """Expanding. It is no operator, since the result of an operator cannot be a view."""
 
     @staticmethod
     def forward(ctx, x, num_streams):  # type: ignore[no-untyped-def]

@@ -9,5 +9,5 @@ def mean_forward(streams: Tensor) -> Tensor:
 
 
 def expand_backward(grad: Tensor) -> Tensor:
-    """Gradient of the tensor that all streams are views of, their sum: [T, n, C] -> [T, C]."""
+    """Gradient of the expanded tensor, the sum of the streams' gradients: [T, n, C] -> [T, C]."""
     return grad.sum(1).contiguous()

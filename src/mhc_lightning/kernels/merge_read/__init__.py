@@ -41,7 +41,8 @@ def merge_and_read(
 
     Kernels move (3n + 2)·C elements per token forward and (4n + 4)·C backward, where the
     two steps move (4n + 2)·C and more. With `carry`, the new streams are read with mappings that
-    are known already (single-pass mHC, arXiv 2609.19969), in (2n + 2)·C and (3n + 3)·C.
+    are known already (single-pass mHC, arXiv 2609.19969): kernels then move (2n + 2)·C and
+    (3n + 3)·C.
 
     Args:
         streams: [..., n, C].
@@ -104,7 +105,7 @@ def merge_read_backward_op(
     grads: MappingGrads,
     rule: MappingRule,
 ) -> MergeReadGrads:
-    """Gradients of the operands; that of a carry without any is zero."""
+    """Gradients of the operands; a carry that has no gradient gets zero."""
     streams, _, residual, _, phi, *_ = operands
     result = implementation("merge_read", streams, phi, residual).merge_read_backward(
         operands, new, projection, new_grad, read_grad, grads, rule

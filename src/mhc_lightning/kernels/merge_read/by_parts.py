@@ -21,8 +21,8 @@ def merge_read_forward(
     Args:
         merge: `kernels.merge.reference` or `kernels.merge.triton`.
         read: `kernels.read.reference` or `kernels.read.triton`.
-        operands: Of both.
-        rule: The next connection's.
+        operands: The operands of both.
+        rule: The next connection's rule.
     """
     new = merge.merge_forward(*operands.merge)
     return MergeReadResults(new, *read.read_forward(operands.read(new), rule, want_read=True))

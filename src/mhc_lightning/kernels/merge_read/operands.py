@@ -11,7 +11,7 @@ from mhc_lightning.kernels.read.operands import ReadOperands
 
 
 class MergeReadOperands(NamedTuple):
-    """The tensors that merging and reading have gradients of.
+    """The tensors of which merging and reading have gradients.
 
     Attributes:
         streams: [T, n, C].

@@ -1,7 +1,7 @@
 """A connection's mappings, and its sub-layer's input, from one pass over the streams.
 
-Reading also hands the streams on: the gradient that comes back through the merge is then added
-inside the kernel that finishes the streams' gradient, and autograd never adds stream-sized tensors.
+Reading also returns the streams. So the kernel that finishes the streams' gradient adds the
+gradient that comes back through the merge, and autograd never adds stream-sized tensors.
 """
 
 from torch import Tensor
@@ -71,8 +71,8 @@ def read_streams(
         mix: As in `stream_mappings`.
 
     Returns:
-        The streams to merge into (the same values; use these, so that gradients accumulate here),
-        the sub-layer's input [..., C], and the mappings.
+        The streams [..., n, C] to merge into (the same values; with these, gradients accumulate
+        here), the sub-layer's input [..., C], and the mappings.
 
     Raises:
         ValueError: If the shapes don't fit or `num_iterations` < 1.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ReadOperands(NamedTuple):
-    """The tensors that reading has gradients of.
+    """The tensors of which reading has gradients.
 
     Attributes:
         streams: [T, n, C].
@@ -56,7 +56,7 @@ class Projection(NamedTuple):
 
 
 class ReadNeeds(NamedTuple):
-    """True for the gradients that are asked for, of those that can be left out."""
+    """For each gradient that can be left out, True if it is needed."""
 
     streams: bool
     phi: bool
@@ -64,7 +64,7 @@ class ReadNeeds(NamedTuple):
 
 
 class ReadGrads(NamedTuple):
-    """Gradients of `ReadOperands`, None where not needed or not there."""
+    """Gradients of `ReadOperands`, None if not needed or if there is no such operand."""
 
     streams: Tensor | None
     phi: Tensor | None

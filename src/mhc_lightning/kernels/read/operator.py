@@ -38,7 +38,7 @@ def read_backward_op(
     rule: MappingRule,
     needs: ReadNeeds,
 ) -> ReadGrads:
-    """Gradients of the operands; that of a carry without any is zero."""
+    """Gradients of the operands; a carry that has no gradient gets zero."""
     kernels = implementation("read", operands.streams, operands.phi)
     result = kernels.read_backward(operands, projection, kept_grad, read_grad, grads, rule, needs)
     if needs.carry and operands.carry is not None and result.carry is None:
@@ -49,9 +49,9 @@ def read_backward_op(
 class _Read(torch.autograd.Function):
     """`read_op` on streams [..., n, C], with the streams themselves as a further output.
 
-    The kept streams are a view of the given ones, which the result of an operator cannot be. They
-    are not made of the flat ones: to an exporter with sizes of its own, splitting tokens again
-    would say something about those.
+    The kept streams are a view of the given streams, which the result of an operator cannot be.
+    They are not made from the flat streams: an exporter with symbolic sizes would infer constraints
+    on these sizes from splitting the tokens again.
     """
 
     @staticmethod

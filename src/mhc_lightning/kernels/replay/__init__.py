@@ -1,6 +1,7 @@
 """Redoing a stretch of stream operations with mappings that are known: no projection, no Sinkhorn.
 
-Recomputation calls it in backward, where no gradient of it is asked for, so it is no operator.
+Recomputation calls `replay_streams` in backward, where nothing needs its gradient. So it is not
+registered as an operator.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def replay_streams(
     """Rebuild the streams and inputs of consecutive sub-layers from the streams of the first.
 
     `streams[k + 1] = residual[k] · streams[k] + post[k] · outputs[k]` and
-    `reads[k] = pre[k] · streams[k]`, rounded where the operators round.
+    `reads[k] = pre[k] · streams[k]`, rounded at the same places as in the operators.
 
     Args:
         entry: Streams [..., n, C] of the first sub-layer.

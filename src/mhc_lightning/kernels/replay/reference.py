@@ -19,11 +19,11 @@ def replay_forward(
     """Streams [T, n, C] and inputs [T, C] of each sub-layer, None where not wanted.
 
     Args:
-        entry: [T, n, C], what the first sub-layer was given.
-        outputs: [T, C] of every sub-layer but the last.
-        mappings: [T, n], [T, n] and [T, n, n] of every sub-layer.
-        want_streams: By sub-layer; False for the first.
-        want_reads: By sub-layer.
+        entry: Streams [T, n, C] of the first sub-layer.
+        outputs: Outputs [T, C] of all sub-layers but the last.
+        mappings: Mappings [T, n], [T, n] and [T, n, n] of each sub-layer.
+        want_streams: By sub-layer, True if its streams are wanted; False for the first.
+        want_reads: By sub-layer, True if its input is wanted.
     """
     current = entry
     streams: list[Tensor | None] = []

@@ -15,9 +15,9 @@ from mhc_lightning.kernels.transforms import plain_gradients, transformable, tra
 def sinkhorn_knopp(logits: Tensor, num_iterations: int = 20) -> Tensor:
     """Map logits to (nearly) doubly stochastic matrices; eq. 9 of arXiv 2512.24880.
 
-    Exponentiate, then divide by column sums, then by row sums, `num_iterations` times. Row sums
-    are exact to rounding; the error of the truncation shows in the column sums. The gradient is
-    that of the truncated iteration itself, not of its limit.
+    The function exponentiates the logits, then divides by column sums and by row sums
+    `num_iterations` times. Row sums are exact to rounding; the error of the truncation shows in the
+    column sums. The gradient is that of the truncated iteration itself, not of its limit.
 
     Args:
         logits: [..., n, n] of any floating dtype and any size.

@@ -1,8 +1,8 @@
 """Sinkhorn-Knopp (arXiv 2512.24880, eq. 9) on matrices [n, n, tokens], and its exact gradient.
 
 The first iteration works on logarithms, so that logits of any size neither overflow nor leave an
-empty row; after it every row and column holds an entry of at least 1/n², and the others work on
-the matrix itself. With the tokens last, the sums run over whole vectors of tokens.
+empty row. After it every row and column holds an entry of at least 1/n², so the later iterations
+work on the matrix itself. With the tokens last, the sums run over whole vectors of tokens.
 """
 
 import torch
@@ -29,8 +29,9 @@ def sinkhorn_forward(logits: Tensor, num_iterations: int) -> Tensor:
 def sinkhorn_backward(grad: Tensor, logits: Tensor, num_iterations: int) -> Tensor:
     """Gradient [n, n, tokens] of the logits, given that of the matrices.
 
-    Recomputes every iterate and walks all of them back. In logarithmic coordinates a normalisation
-    is `y = x - logsumexp(x)`, so its gradient is `G - M · ΣG` along the same axis.
+    The function recomputes every iterate and goes back through all of them. In logarithmic
+    coordinates a normalisation is `y = x - logsumexp(x)`, so its gradient is `G - M · ΣG` along the
+    same axis.
     """
     iterates = logits.new_empty((2 * num_iterations, *logits.shape))
     iterates[0], iterates[1] = _first_iteration(logits)

@@ -15,8 +15,9 @@ import torch
 def trouble_with_triton(device: torch.device) -> str | None:
     """The reason why Triton's kernels cannot run on a device, and the fix; None if they can.
 
-    Imports the kernels and launches a small one. Most of what can be wrong shows only then: Triton
-    builds its launcher with the machine's C compiler and Python's headers, and loads the driver.
+    The function imports the kernels and launches a small one. Most faults show only in a launch:
+    Triton builds its launcher with the machine's C compiler and Python's headers, and loads the
+    driver.
 
     Returns:
         One line, such as `"Triton is not installed: pip install triton"`.
@@ -36,7 +37,7 @@ def trouble_with_triton(device: torch.device) -> str | None:
 
 
 def _diagnosis(error: Exception) -> tuple[str, str]:
-    """The cause in a few words, and what to do."""
+    """The cause in a few words, and the fix."""
     text = " ".join(str(error).split())
     if isinstance(error, subprocess.CalledProcessError):
         command = error.cmd[0] if isinstance(error.cmd, list) else error.cmd
@@ -58,7 +59,7 @@ def _diagnosis(error: Exception) -> tuple[str, str]:
 
 
 def _requirement() -> str:
-    """The version of Triton that this torch asks for."""
+    """The version of Triton that this torch requires."""
     try:
         asked = metadata.requires("torch") or []
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
 """Block sizes of the Triton kernels: measured ones where there are any, else the kernel's own.
 
-A choice is looked up by device, kernel, streams, width and dtype: in the user's own table, which
-`python -m mhc_lightning tune` writes, then in the one shipped for the device
+A kernel looks its block sizes up by device, kernel, streams, width and dtype. The user's own table,
+which `python -m mhc_lightning tune` writes, comes before the table shipped for the device
 (`tuned/<device>.json`). Without a GPU, under Triton's interpreter as well, every kernel runs with
 its default.
 """
@@ -37,12 +37,12 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# A table: kernel -> shape_key -> Config. Its file also says what it was measured on.
+# A table: kernel -> shape_key -> Config. Its file also names the device and versions measured.
 Table = dict[str, dict[str, Config]]
 
 
 class Lookup(NamedTuple):
-    """A kernel that asked for its block sizes, for which shape, and what it got."""
+    """A kernel that looked up its block sizes, the shape, and the block sizes that it got."""
 
     kernel: str
     key: str
@@ -64,7 +64,7 @@ def configured(kernel: str, n: int, width: int, dtype: torch.dtype, default: Con
         default: The block sizes where nothing was measured.
 
     Returns:
-        The choice of a surrounding `choose`, else of the device's tables, else `default`.
+        The block sizes of a surrounding `choose`, else of the device's tables, else `default`.
     """
     device, key = _current_device(), shape_key(n, width, dtype)
     config = default
@@ -79,7 +79,7 @@ def configured(kernel: str, n: int, width: int, dtype: torch.dtype, default: Con
 
 @contextmanager
 def choose(kernel: str, config: Config) -> Iterator[None]:
-    """Run a kernel with `config` whatever the tables say, in this process, until the exit."""
+    """Within, this process runs a kernel with `config`, whatever the tables say."""
     before = dict(_overrides)
     _overrides[kernel] = config
     try:
@@ -91,7 +91,7 @@ def choose(kernel: str, config: Config) -> Iterator[None]:
 
 @contextmanager
 def noted_lookups() -> Iterator[list[Lookup]]:
-    """Gives a list that takes every lookup of this process until the exit."""
+    """Within, a list of every lookup of this process."""
     global _lookups
     before, _lookups = _lookups, []
     try:
@@ -116,7 +116,7 @@ def user_table(device: str) -> Path:
 
 
 def read_table(path: Path) -> Table:
-    """Read a table; one that does not exist is empty, one that is damaged too, with a warning."""
+    """Read a table. A missing table is empty; a damaged one is empty too, with a warning."""
     try:
         choices = json.loads(path.read_text(encoding="utf-8"))["choices"]
         return {
@@ -131,10 +131,10 @@ def read_table(path: Path) -> Table:
 
 
 def _config(values: Sequence[int]) -> Config:
-    """A choice as a file has it.
+    """The block sizes of a table's entry.
 
     Raises:
-        ValueError, TypeError: No kernel could be cut so.
+        ValueError, TypeError: No kernel can have these block sizes.
     """
     config = Config(*map(int, values))
     tokens, width, warps, stages = config
@@ -145,13 +145,13 @@ def _config(values: Sequence[int]) -> Config:
 
 
 def add_to_table(path: Path, kernel: str, key: str, config: Config, measured_on: dict) -> None:
-    """Enter a choice in a table's file, made if need be; it is never half written.
+    """Enter block sizes in a table's file, made if need be; the file is never half written.
 
     Args:
         path: The file.
         kernel: The kernel's name.
         key: The shape's `shape_key`.
-        config: The choice.
+        config: The block sizes.
         measured_on: Device and versions, for the file.
     """
     table = read_table(path)

@@ -28,7 +28,7 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Triton's options; that for fused operations is set, since its default changes."""
+        """Triton's options. The one for fused operations is explicit, since its default changes."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
         }
 
     def run(self) -> None:
-        """Launch it on the device of its tensors, whichever is the current one."""
+        """Launch the kernel on the device of its tensors, whichever device is current."""
         tensor = next(argument for argument in self.args if isinstance(argument, torch.Tensor))
         on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
         with on_device:
@@ -70,9 +70,9 @@ def launch(
 
 @contextmanager
 def intercept(handler: Callable[[Launch], None]) -> Iterator[None]:
-    """Hand every launch of this process to `handler` instead, which may `run` it, until the exit.
+    """Within, hand every launch of this process to `handler` instead, which may `run` it.
 
-    Measurements use this: to count what a launch reads, or to compile it and leave it at that.
+    Measurements use this to count what a launch reads, or to compile a launch without running it.
     """
     global _handler
     before, _handler = _handler, handler

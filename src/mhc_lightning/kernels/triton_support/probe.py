@@ -11,9 +11,9 @@ def _mark(target):
 
 
 def launch_something(device: torch.device) -> None:
-    """Compile and launch a kernel; raises whatever keeps Triton from doing so.
+    """Compile and launch a kernel; an error of Triton passes through.
 
-    Not through `launch`: this is no operation, for anybody to count or to time.
+    The kernel does not go through `launch`, because nobody should count or time it.
     """
     target = torch.zeros(1, dtype=torch.int32, device=device)
     if device.type == "cuda":

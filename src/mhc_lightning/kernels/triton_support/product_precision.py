@@ -13,7 +13,7 @@ def product_precision(streams: Tensor) -> str:
     float32 products instead.
 
     Args:
-        streams: The streams, for their dtype and where they are.
+        streams: The streams, for their dtype and their device.
     """
     if streams.element_size() < 4:
         return "tf32"

@@ -25,7 +25,7 @@ _assumed: Target | None = None
 
 
 def target_of(tensor: Tensor) -> Target:
-    """The chip that holds a tensor; for one on the CPU, the surrounding `assume`'s, else Hopper."""
+    """The chip that holds a tensor; for a CPU tensor, the chip of `assume`, by default Hopper."""
     if not tensor.is_cuda:
         return _assumed or _HOPPER
     if torch.version.hip:
@@ -36,7 +36,7 @@ def target_of(tensor: Tensor) -> Target:
 
 @contextmanager
 def assume(target: Target) -> Iterator[None]:
-    """Launch with CPU tensors as `target` would, until the exit: to compile for it, not to run.
+    """Within, launch with CPU tensors as for `target`: to compile for the chip, not to run.
 
     Args:
         target: The chip.

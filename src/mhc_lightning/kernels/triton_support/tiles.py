@@ -1,10 +1,16 @@
 """Loads, stores and alignments that the kernels over [T, n, C] streams share.
 
-Names and shapes in all Triton kernels of this package: T tokens, of which a program has
-`block_tokens` (BT); n streams; C channels, `width`, of which a program takes `block_width` (BC) at
-a time; K coefficients of a token, `count`, padded to `padded_count` for products. Pointers end in
-`_ptr`, strides in `_stride`; constants are lower-case as the host's are. `token` and `channel` are
-the indices [BT] and [BC], `row` and `column` the same as they lie in a tile, [BT, 1] and [1, BC].
+All Triton kernels of this package share these names and shapes:
+
+- T tokens, of which a program has `block_tokens` (BT)
+- n streams
+- C channels, `width`, of which a program takes `block_width` (BC) at a time
+- K coefficients of a token, `count`, padded to `padded_count` for products
+- `token` and `channel`: the indices [BT] and [BC]
+- `row` and `column`: the same indices in the shape of a tile, [BT, 1] and [1, BC]
+
+Names of pointers end in `_ptr`, names of strides in `_stride`. Constants are lower-case, as the
+host's are.
 """
 
 import math
@@ -18,7 +24,7 @@ WARP_BYTES = 32 * VECTOR_BYTES
 
 
 def vector_width(width: int, *tensors: Tensor) -> int:
-    """Elements that every row and chunk of the operands can be read by, whole and aligned.
+    """Elements of the widest vector that divides every row and chunk of the operands, aligned.
 
     Args:
         width: C.
@@ -38,7 +44,8 @@ def vector_width(width: int, *tensors: Tensor) -> int:
 def strides_in(vector: int, tensor: Tensor) -> tuple[int, ...]:
     """A tensor's strides as the kernels take them: all but the last in units of `vector`.
 
-    A kernel multiplies by `vector`, a constant, and so the compiler knows that rows are aligned.
+    A kernel multiplies by the constant `vector`, from which the compiler knows that rows are
+    aligned.
     """
     *rows, last = _strides(tensor)
     return (*(stride // vector for stride in rows), last)
@@ -46,7 +53,7 @@ def strides_in(vector: int, tensor: Tensor) -> tuple[int, ...]:
 
 def row_block(width: int, itemsize: int, warps: int) -> tuple[int, int]:
     """Tokens and elements of a block of a vector per thread, over as few rows as fit the width."""
-    # Of an odd width a thread takes one element: were it more, warps would lie along the row, and
+    # With an odd width a thread takes one element. With more, warps would lie along the row, and
     # every thread would hold the weights of all the block's tokens.
     elements = 32 * math.gcd(width, VECTOR_BYTES // itemsize)
     tokens = warps
@@ -57,7 +64,7 @@ def row_block(width: int, itemsize: int, warps: int) -> tuple[int, int]:
 
 
 def _strides(tensor: Tensor) -> list[int]:
-    """Strides; along an axis of one element, where torch may say anything, the harmless 0."""
+    """Strides, with 0 for an axis of one element, where torch may give any number."""
     return [
         stride if size > 1 else 0
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
@@ -85,13 +92,13 @@ def row_chunk(tokens, width: tl.constexpr, block_tokens: tl.constexpr, block_wid
 
 @triton.jit
 def pointers(ptr, row, column, token_stride, width_stride, vector: tl.constexpr):
-    """To a tile's elements; the stride of tokens in units of `vector`."""
+    """Pointers to a tile's elements; the stride of tokens is in units of `vector`."""
     return ptr + row * token_stride * vector + column.to(tl.int64) * width_stride
 
 
 @triton.jit
 def load_streams(first, stride, mask, n: tl.constexpr, vector: tl.constexpr):
-    """The n tiles of the streams, of which the pointers `first` point to stream 0's."""
+    """The n tiles of the streams; the pointers `first` point to the tile of stream 0."""
     tiles = ()
     for j in tl.static_range(n):
         at = first + j * stride.to(tl.int64) * vector
@@ -128,7 +135,7 @@ def load_stream_tiles(ptr, token, channel, token_stride, stream_stride, width_st
 
 @triton.jit
 def load_weights(ptr, token, in_tokens, count: tl.constexpr):
-    """The `count` numbers that every token has in [T, count], each as a column [BT, 1]."""
+    """The `count` weights of every token in [T, count], each as a column [BT, 1]."""
     weights = ()
     for k in tl.static_range(count):
         weight = tl.load(ptr + token * count + k, mask=in_tokens, other=0.0)
@@ -149,7 +156,7 @@ def weighted_sum(weights, tiles, n: tl.constexpr):
 def merged_stream(i: tl.constexpr, tiles, output, residual, post, n: tl.constexpr):
     """`Σ_j residual[i, j] · tiles[j] + post[i] · output` [BT, BC] in float32 (eq. 3).
 
-    `tiles` are the n streams', `residual` n² columns [BT, 1] and `post` n of them.
+    `tiles` are those of the n streams, `residual` are n² columns [BT, 1], and `post` n columns.
     """
     total = post[i] * output.to(tl.float32)
     for j in tl.static_range(n):

@@ -1,8 +1,8 @@
 """Finds block sizes for a shape by measurement, one kernel after the other.
 
-From the block sizes a kernel has now, the search goes to the best of their neighbours (one of the
-four numbers doubled or halved, stages one more or less) as long as one is faster. A neighbour that
-does not compile for the device, or whose results differ, is left out.
+The search starts from a kernel's present block sizes. It goes to the best of their neighbours (one
+of the four numbers doubled or halved, stages one more or less) as long as a neighbour is faster. A
+neighbour that does not compile for the device, or whose results differ, is left out.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from mhc_lightning.kernels.triton_support.block_sizes import Config, Lookup, choose, noted_lookups
 from mhc_lightning.kernels.triton_support.workloads import Workload
 
-_GAIN = 0.98  # of the time before, at most, or a step of the search is not worth it
+_GAIN = 0.98  # the largest share of the time before for which a step of the search pays
 _STEPS = 4
 # The largest sensible values; matrix products want at least 16 of either block size.
 _MOST = Config(block_tokens=256, block_width=4096, num_warps=16, num_stages=5)
@@ -31,8 +31,8 @@ class Choice(NamedTuple):
         lookup: The kernel, the shape, and the block sizes before.
         config: The best block sizes.
         before: Seconds of a run with the block sizes before.
-        after: Seconds of a run with the best.
-        tried: Block sizes measured.
+        after: Seconds of a run with the best block sizes.
+        tried: Number of block sizes measured.
     """
 
     lookup: Lookup
@@ -80,8 +80,8 @@ def search(lookup: Lookup, seconds: Callable[[Config], float]) -> Choice:
     """Go from a kernel's block sizes to better ones, as far as it pays.
 
     Args:
-        lookup: The kernel, and where to start.
-        seconds: Time of a run with some block sizes; infinite if they are no good.
+        lookup: The kernel, and the block sizes to start from.
+        seconds: Time of a run with some block sizes; infinite if these cannot be used.
     """
     times = {lookup.config: seconds(lookup.config)}
     best = lookup.config

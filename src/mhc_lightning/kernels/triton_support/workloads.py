@@ -34,9 +34,9 @@ class Workload(NamedTuple):
     """A launching function with its arguments.
 
     Attributes:
-        elements: The fewest stream-sized elements per token, in units of C, that it has to read
-            and write; 0 if it touches none.
-        run: Calls the launching function; returns what that returns.
+        elements: The fewest stream-sized elements per token, in units of C, that the function has
+            to read and write; 0 if it touches none.
+        run: Calls the launching function, and returns its result.
     """
 
     elements: int
@@ -59,9 +59,9 @@ def workloads(
         n: Number of streams.
         width: C.
         dtype: Dtype of the streams.
-        device: Where the inputs are.
+        device: Device of the inputs.
         random: True for random inputs, False for uninitialised ones.
-        sub_layers: Of the recompute block that is replayed, at least 1.
+        sub_layers: Number of sub-layers of the recompute block that is replayed, at least 1.
     """
     count = n * n + 2 * n
 
@@ -98,8 +98,8 @@ def workloads(
         "expand_backward": (n + 1, expand_backward, (x,)),
         "merge_forward": (2 * n + 1, merge_forward, merged),
         "merge_backward": (3 * n + 2, merge_backward, (grad, *merged, True, True, True)),
-        # Reads the entry and all outputs but the last; writes all streams but the first, and all
-        # inputs.
+        # The kernel reads the entry and all outputs but the last. It writes all streams but the
+        # first, and all inputs.
         "replay_forward": (
             *(sub_layers * (n + 2) - 1, replay_forward),
             (x, *replayed, [True] * sub_layers),

@@ -15,7 +15,7 @@ def coefficients_forward(
 ) -> StreamMappings:
     """Mappings for raw coefficients [K, tokens] and inverse norms [tokens].
 
-    K is n² + 2n; by the rule `"gates"` it is any number m + 2n, and the last of the mappings are
+    K is n² + 2n. Under the rule `"gates"` K is any number m + 2n, and the last of the mappings is
     the logits [tokens, m].
     """
     logits = _logits(raw, inverse_rms, alpha, bias, n)
@@ -37,10 +37,10 @@ def coefficients_backward(
     width: int,
     rule: MappingRule,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Walk eqs. 19 to 15 back.
+    """Gradients through eqs. 19 to 15, in this order.
 
     Args:
-        grads: Of the mappings, each None if nothing comes through it.
+        grads: Gradients of the mappings, None for a mapping without gradient.
         raw: [K, tokens].
         inverse_rms: [tokens].
         alpha: [3].
@@ -50,8 +50,8 @@ def coefficients_backward(
         rule: As in `coefficients_forward`.
 
     Returns:
-        Gradients of `raw`, of the norm as the factor of x that it adds to the streams' gradient
-        [tokens], of alpha and of bias.
+        Gradients of `raw` [K, tokens], of the norm [tokens] (as the factor of x that it adds to the
+        streams' gradient), of alpha [3] and of bias [K].
     """
     tokens = raw.shape[1]
     logits = _logits(raw, inverse_rms, alpha, bias, n)

@@ -38,7 +38,7 @@ def hyper_coefficients_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `raw`, of the norm (as the factor of x it adds), of alpha and of bias.
 
-    `width` is how many squares a norm is the mean of, C.
+    `width` is C, the number of squares in the mean of a norm.
     """
     z = _activated(raw, inverse_rms, tanh)
     by_stream = z.new_zeros(n + 2, z.shape[1] // n, n)
