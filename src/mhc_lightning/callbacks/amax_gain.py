@@ -32,19 +32,19 @@ class AmaxGain(StreamSampler[_Gains]):
     """Logs how much the residual mappings amplify signals forward and gradients backward.
 
     The forward gain of a matrix is its largest |row sum|, the backward gain its largest |column
-    sum|; single-layer gains take H_l, composite ones H_l ··· H_1 forward and H_L ··· H_l backward
-    (arXiv 2512.24880; 1 is ideal). Gains are taken per token and averaged over all tokens of the
-    sampled micro-batch. Composites are taken along the streams: each forward pass of a step, of one
-    network or of several, is a chain of its own (see `StreamSampler`).
+    sum|. Single-layer gains take H_l; composite gains take H_l ··· H_1 forward and H_L ··· H_l
+    backward (arXiv 2512.24880; 1 is ideal). Gains are taken per token and averaged over all tokens
+    of the sampled micro-batch. Composites are taken along the streams: each forward pass of a step,
+    of one network or of several, is a chain of its own (see `StreamSampler`).
 
     Tags: `amax_gain/{single,composite}/{forward,backward}`, each the largest over sub-layers (of
-    all chains), beside it `…/layer_<k>` for every sub-layer (k from 0 in the order of the calls,
-    through all chains; of a sub-layer whose streams go to several, the largest), and the image
+    all chains); `…/layer_<k>` beside each, for every sub-layer (k from 0 in the order of the calls,
+    through all chains; the largest, if a sub-layer's streams go to several); and the image
     `amax_gain/profile`. The four largest are in `trainer.callback_metrics` too.
 
-    Works in any LightningModule: it watches every module whose output is a `StreamMappings`, and
-    foreign modules from which `extract` makes one. Where sub-layers differ in the number of streams
-    or of tokens, composites are taken within each stretch of equal shape.
+    The callback works in any LightningModule. It watches every module whose output is a
+    `StreamMappings`, and foreign modules from which `extract` makes one. Where sub-layers differ in
+    the number of streams or of tokens, composites are taken within each stretch of equal shape.
 
     Args:
         every_n_steps: Optimizer steps between samples; None takes the trainer's

@@ -8,11 +8,10 @@ from mhc_lightning.errors import UserError
 class EveryNSteps:
     """Every n-th optimizer step, known from the first micro-batch of that step on.
 
-    A step's number is `trainer.global_step` once the step is done, so the first is 1, and a step
+    A step's number is `trainer.global_step` once the step is complete, so the first is 1. A step
     is due where Lightning's own `log_every_n_steps` logs it. Gradient accumulation (Lightning's, or
-    a manual optimization that steps now and then) does not make a step due twice. Where one batch
-    completes several optimizer steps, a multiple of n that was jumped over is due at the next
-    batch.
+    a manual optimization that does not step in every batch) does not make a step due twice. Where
+    one batch completes several optimizer steps, a skipped multiple of n is due at the next batch.
 
     Args:
         every_n_steps: The interval in optimizer steps; None takes `log_intervals` times the
@@ -65,10 +64,10 @@ class EveryNSteps:
 
 
 def refuse_twice(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Refuse a trainer that has a callback twice: called twice a step, it would measure wrongly.
+    """Refuse a trainer that has a callback twice: two calls per step would measure wrongly.
 
     Raises:
-        UserError: The same object is there twice.
+        UserError: The trainer has the same object twice.
     """
     if sum(other is callback for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
         name = type(callback).__name__

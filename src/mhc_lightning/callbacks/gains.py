@@ -28,12 +28,12 @@ def chains(
 
     A model may change its number of streams, or of tokens, from stage to stage; products exist
     only within a stage. Where the streams of one sub-layer go to several, as from a trunk to two
-    branches, there is a chain to the end of each.
+    branches, one chain leads to the end of each branch.
 
     Args:
         residuals: Per sub-layer its matrices [..., n, n].
-        after: Per sub-layer the index, in `residuals`, of the one whose output it reads; None for
-            one that begins a chain. By default each comes after the one before it.
+        after: Per sub-layer the index, in `residuals`, of the sub-layer whose output it reads; None
+            where a chain begins. By default each sub-layer reads the one before it.
     """
     if after is None:
         after = [k - 1 if k else None for k in range(len(residuals))]
@@ -70,10 +70,10 @@ def amax_gains(
     Args:
         residuals: Per sub-layer, in the order of the calls, its matrices [..., n, n], of one token
             or more.
-        after: The index of the one before each, as in `chains`; composites are taken along chains,
-            and of a sub-layer that is in several the largest counts.
-        token_mean: False takes the gain of each token's matrix and averages over tokens, True
-            the gain of the matrix averaged over tokens.
+        after: The predecessor of each sub-layer, as in `chains`. Composites are taken along chains;
+            for a sub-layer in several chains the largest counts.
+        token_mean: False takes the gain of each token's matrix and averages over tokens; True
+            takes the gain of the matrix averaged over tokens.
 
     Returns:
         [4, L], in the order of `GAIN_TAGS`, on the device of the matrices.

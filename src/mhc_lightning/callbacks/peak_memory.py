@@ -1,4 +1,4 @@
-"""The peak memory of a run so far, logged."""
+"""The callback that logs the peak memory of a run so far."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ PEAK_MEMORY = "train/peak_memory_bytes"
 def peak_memory(device: torch.device) -> int | None:
     """The largest number of bytes that this process has held at once; None if it is not known.
 
-    On CUDA the memory that torch had allocated on `device` (without the caching allocator's
-    reserve), on a CPU the process's resident memory, with everything that it has loaded.
+    On CUDA this is the memory that torch had allocated on `device` (without the caching allocator's
+    reserve). On a CPU it is the process's resident memory, loaded libraries included.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def peak_resident_bytes() -> int | None:
-    """The largest resident memory so far, in bytes; None where the system does not tell."""
+    """The largest resident memory so far, in bytes; None where the system does not report it."""
     # Linux's ru_maxrss also counts the program that started this one.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

@@ -1,7 +1,7 @@
 """The progress of training: a bar on a terminal, plain lines anywhere else.
 
 Lightning's `TQDMProgressBar` counts batches instead of optimizer steps, reads metrics from the
-device at every refresh, and writes control characters into files; so this is one of its own.
+device at every refresh, and writes control characters into files. This bar does none of these.
 """
 
 import math
@@ -26,8 +26,8 @@ _ENDLESS_BAR = "{desc} {n_fmt} [{elapsed}{postfix}]"
 class ProgressBar(LightningProgressBar):
     """Optimizer steps done, loss, validation loss, tokens/s and the worst composite gain.
 
-    On a terminal it is one bar over optimizer steps, with a second one during validation. Where
-    the output is a file or a pipe it is one line per logging step, without control characters::
+    On a terminal it is one bar over optimizer steps, with a second one during validation. In a file
+    or a pipe it is one line per logging step, without control characters::
 
         step 50/200  loss 2.871  val loss 2.901  8,412 tokens/s  gain 1.02  00:31<01:33
 
@@ -168,7 +168,7 @@ class ProgressBar(LightningProgressBar):
         parts = []
         loss = _metric(trainer, "train/loss")
         if loss is None and isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
-            # Lightning has divided it for the accumulation of gradients.
+            # Lightning has divided the loss for gradient accumulation.
             loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         if loss is not None:
             parts.append(f"loss {loss:.4f}")

@@ -15,10 +15,10 @@ from mhc_lightning.loggers.trainer_loggers import is_tensorboard
 class RunSummary(pl.Callback):
     """Prints final losses, the largest gains, tokens, time, and where the files are.
 
-    Printed on rank zero at the end of a fit that ended by itself, in plain text. Losses and
-    perplexity are `train/loss`, `val/loss` and `val/perplexity`, where the module logs them;
-    gains and tokens come from the `AmaxGain` and `Throughput` callbacks, where the trainer has
-    them, and are those of this process: a resumed run counts from where it resumed.
+    Rank zero prints it in plain text when a fit ends without an exception. Losses and perplexity
+    are `train/loss`, `val/loss` and `val/perplexity`, where the module logs them. Gains and tokens
+    come from the `AmaxGain` and `Throughput` callbacks, where the trainer has them. They belong to
+    this process: a resumed run counts from the step where it resumed.
     """
 
     def __init__(self) -> None:

@@ -31,7 +31,7 @@ def relative_diversity(streams: Tensor) -> Tensor:
     """
     x = streams.to(torch.promote_types(streams.dtype, torch.float32))
     tiny = torch.finfo(x.dtype).tiny
-    # Squares of very large or small values leave the range; relative to the largest they do not.
+    # Squares of very large or small values leave the range; values relative to the largest do not.
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
     total = x.sum(-2, keepdim=True)
     spread = torch.sub(x, total, alpha=1 / x.shape[-2])  # x − x̄ in one pass
@@ -49,16 +49,16 @@ class StreamDiversity(StreamSampler[dict[str, Tensor]]):
     """Logs the diversity of the streams that enter each sub-layer, and the Sinkhorn residual.
 
     Diversity is, per token, d = sqrt( Σ_i ‖x_i − x̄‖² / Σ_i ‖x_i‖² ) with x̄ the mean stream,
-    averaged over the tokens of the sampled micro-batch: 0 where all streams are equal, in which
-    case n streams do no more than one. The Sinkhorn residual is the largest |row sum − 1| and
-    |column sum − 1| of the residual matrices over all tokens, in float32: the distance from doubly
-    stochastic that finitely many iterations leave (for an unconstrained connection simply that
-    distance).
+    averaged over the tokens of the sampled micro-batch. It is 0 where all streams are equal: n
+    streams then do no more than one. The Sinkhorn residual is the largest |row sum − 1| and
+    |column sum − 1| of the residual matrices over all tokens, in float32. It is the distance from
+    doubly stochastic that finitely many iterations leave (for an unconstrained connection, the
+    distance itself).
 
-    Tags: `stream_diversity/{mean,min}` and `stream_diversity/layer_<k>` (k from 0 in the order
-    of the calls; mean and min leave out the first sub-layer of every forward pass, whose streams
-    are copies of one embedding, if there are others), `sinkhorn_residual/{row,column}` (the
-    largest over sub-layers) and `sinkhorn_residual/{row,column}/layer_<k>`.
+    Tags: `stream_diversity/{mean,min}`, `stream_diversity/layer_<k>` (k from 0 in the order of the
+    calls), `sinkhorn_residual/{row,column}` (the largest over sub-layers) and
+    `sinkhorn_residual/{row,column}/layer_<k>`. If there are other sub-layers, mean and min leave
+    out the first one of every forward pass, whose streams are copies of one embedding.
 
     Args:
         every_n_steps: Optimizer steps between samples; None takes the trainer's

@@ -25,13 +25,13 @@ class _Matrices(NamedTuple):
 class StreamMatrixHeatmap(StreamSampler[_Matrices]):
     """Draws token-averaged stream matrices in the manner of figure 8 of arXiv 2512.24880.
 
-    One picture for each chosen sub-layer, and for the products over the first half, the second
-    half and the whole of the stack (multiplied token by token, then averaged), with row sums on
-    the right, column sums below, and colours that are centred on zero. Tags:
+    It draws one picture for each chosen sub-layer, and one for the product over the first half, the
+    second half and the whole of the stack (multiplied token by token, then averaged). Row sums are
+    on the right, column sums below; colours are centred on zero. Tags:
     `stream_matrices/layer_<k>` and `stream_matrices/composite_<first>_to_<last>`, sub-layers
     counted from 0 in the order of the calls. Products are taken along the streams: each forward
-    pass of a step is a chain of its own (see `StreamSampler`), and where the number of streams or
-    tokens changes, each stretch of equal shape.
+    pass of a step is a chain of its own (see `StreamSampler`). Where the number of streams or
+    tokens changes, each stretch of equal shape is a chain.
 
     Pictures go to TensorBoard and to every logger with a `log_image` method; with neither,
     nothing is sampled.
@@ -40,8 +40,8 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
         layers: Sub-layers to draw, negative ones counted from the end; None takes the first, the
             middle and the last.
         every_n_steps: Optimizer steps between samples; None takes 50 times the trainer's
-            `log_every_n_steps` (drawing takes longer than measuring), and the first step it
-            logs. The last step of a run (`max_steps`) is drawn in any case.
+            `log_every_n_steps` (drawing takes longer than measuring), and the first step that the
+            trainer logs. The last step of a run (`max_steps`) is always drawn.
         extract: `(module, args, output) -> StreamMappings | None` for foreign modules.
 
     Raises:
@@ -68,7 +68,7 @@ class StreamMatrixHeatmap(StreamSampler[_Matrices]):
         for chain in chains(residuals, predecessors(observations)):
             middle = len(chain) // 2
             parts = (chain[:middle], chain[middle:], chain)
-            # Chains that branch off one trunk may begin alike.
+            # Chains that branch off one trunk may share their beginning.
             spans += [part for part in parts if len(part) > 1 and part not in spans]
         means = mean_products(residuals, spans)
         return _Matrices([[layers[k] for k in span] for span in spans], self.depth, means)

@@ -1,4 +1,4 @@
-"""The base class of instruments: callbacks that sample a model's stream mappings now and then."""
+"""The base class of instruments: callbacks that sample a model's stream mappings."""
 
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
@@ -23,7 +23,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
     """Samples the mappings of the first micro-batch of every n-th optimizer step.
 
     An instrument is a subclass in one file. It implements `reduce`, which computes its numbers
-    from the mappings, and nothing else where it logs scalars:
+    from the mappings. An instrument that logs scalars needs nothing else:
 
     ```python
     import torch
@@ -47,23 +47,23 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
     The methods of a subclass, in the order of the calls:
 
     - `note(module, args, output, mappings)`, optional: called for each sub-layer during the forward
-      pass, without gradients, where the sub-layer's arguments are at hand. What it returns becomes
-      `Observation.note`. It serves what is too large to keep, such as the streams.
+      pass, without gradients, where the sub-layer's arguments are at hand. Its result becomes
+      `Observation.note`. It serves values that are too large to keep, such as the streams.
     - `reduce(observations)`: called once per sample, before the backward pass, without gradients.
       It runs on the device and must not wait for it: no `.item()`, no `.tolist()`.
     - `report(trainer, pl_module, step, reduced)`, optional: called once the optimizer step is
       complete. By default it logs a dictionary of scalar tensors. An instrument that draws, or
-      keeps more than numbers, overrides it, logs by `log_scalars` and `log_image`, and returns its
-      numbers, which become `last`.
+      keeps more than numbers, overrides `report`, logs by `log_scalars` and `log_image`, and
+      returns its numbers, which become `last`.
 
-    A subclass with arguments of its own passes the others to `super().__init__`; one that
-    overrides a hook of Lightning calls that of `StreamSampler`.
+    A subclass with arguments of its own passes the others to `super().__init__`. A subclass that
+    overrides a hook of Lightning calls the same hook of `StreamSampler`.
 
     **Cost.** Forward hooks exist from the start of the sampled micro-batch until its backward pass,
     and at no other time: validation, the sanity check, further micro-batches of the same step, the
     forward passes that activation checkpointing replays, and all other steps cost nothing.
 
-    **Processes.** Every rank samples its own micro-batch, and loggers write that of rank zero.
+    **Processes.** Every rank samples its own micro-batch, and loggers write rank zero's sample.
     Under a pipeline the micro-batch is the first that the stages pass on to each other, and every
     process has the sample of all stages.
 
@@ -71,10 +71,10 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
     sampled training step. `Observation.after` links them into chains by their streams: a sub-layer
     continues the chain whose output it reads. Two views of one network, a teacher and a student,
     or a generator and a critic are chains of their own; weights that are shared within a pass are
-    in one chain. A model may do none of these: merge by `mhc_lightning.kernels`, record gradients,
-    pass streams from module to module. A new chain then begins where a module is called again.
-    Without gradients, a copy of the streams (on another device) begins one, too. Streams of zero
-    tokens are left out.
+    in one chain. Links need a model that merges by `mhc_lightning.kernels`, records gradients, or
+    passes streams from module to module. In any other model a new chain begins where a module is
+    called again. Without gradients, a copy of the streams (on another device) begins a chain, too.
+    Streams of zero tokens are left out.
 
     Args:
         every_n_steps: Optimizer steps between samples.
@@ -93,7 +93,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
 
     Raises:
         UserError: `every_n_steps` is not a positive integer; at the first step, `extract` returned
-            something that is not a record of square matrices.
+            a value that is not a record of square matrices.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         return None
 
     def reduce(self, observations: list[Observation]) -> Reduced:
-        """Compute from a sample what `report` needs, on the device and without waiting for it.
+        """Compute from a sample the input of `report`, on the device and without waiting for it.
 
         Args:
             observations: The sub-layers in the order of their calls; at least one, each of at
@@ -176,7 +176,7 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Install hooks if this micro-batch is the first of a step to sample."""
-        self._watcher.close()  # a batch that the module skipped never ended
+        self._watcher.close()  # a batch that the module skipped has no end hook
         step = trainer.global_step + 1
         if self.due_steps.is_due(trainer, step):
             self._step, self._reduced = step, None

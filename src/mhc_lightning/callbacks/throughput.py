@@ -1,8 +1,8 @@
 """The speed of training: tokens per second, and the share of the devices' peak FLOP/s.
 
 Lightning's `ThroughputMonitor` waits for the device after every batch, multiplies by all ranks
-(the stages of a pipeline share one batch), and counts the time of saving checkpoints; so this is
-one of its own.
+(the stages of a pipeline share one batch), and counts the time of saving checkpoints. This
+callback does none of these.
 """
 
 import time
@@ -23,8 +23,8 @@ from mhc_lightning.strategies.layout import layout_of
 def count_batch_tokens(batch: Any) -> int:
     """The tokens of one batch, padding included, since padding takes its time too.
 
-    An integer tensor [B, S + 1] holds B·S tokens (inputs and targets overlap). In a mapping all of
-    `input_ids` counts, and in a sequence all of its first element.
+    An integer tensor [B, S + 1] holds B·S tokens (inputs and targets overlap). In a mapping every
+    element of `input_ids` counts; in a sequence every element of its first item counts.
 
     Raises:
         UserError: The batch is none of these.
@@ -45,8 +45,8 @@ def count_batch_tokens(batch: Any) -> int:
 def peak_device_flops(trainer: pl.Trainer) -> float | None:
     """Peak FLOP/s of one device at the trainer's precision.
 
-    On CUDA the vendor's figure; on a CPU, where there is none, the speed of a large matrix product
-    in a short measurement. None for other devices.
+    On CUDA it is the vendor's figure. A CPU has no such figure: there it is the measured speed of a
+    large matrix product. None for other devices.
     """
     dtype = _compute_dtype(str(trainer.precision))
     device = trainer.strategy.root_device
@@ -58,14 +58,13 @@ def peak_device_flops(trainer: pl.Trainer) -> float | None:
 class Throughput(pl.Callback):
     """Logs `train/tokens_per_second` and, for models that count their FLOPs, `train/mfu`.
 
-    Tokens are those of all data-parallel ranks. The time is that of training, waiting for data
-    included; validation, saving checkpoints and the first step of a run (compilation, warm-up) are
-    left out. A value is the average since the previous one; none is logged where no token was
-    trained on.
+    Tokens are those of all data-parallel ranks. The time is that of training, with the waiting for
+    data. Validation, saving checkpoints and the first step of a run (compilation, warm-up) are left
+    out. A value is the average since the previous one; without trained tokens no value is logged.
 
     Model-FLOPs utilisation is `tokens/s · FLOPs per token / (devices · peak FLOP/s)`, with
-    `pl_module.model.flops_per_token(sequence_length)` if it exists. On a CPU the peak is that of
-    a matrix product measured once at the start.
+    `pl_module.model.flops_per_token(sequence_length)` if it exists. On a CPU the peak is the speed
+    of a matrix product, measured once at the start.
 
     Args:
         every_n_steps: Optimizer steps between values; None takes the trainer's
@@ -174,7 +173,7 @@ class Throughput(pl.Callback):
 
     def _pause(self, trainer: pl.Trainer) -> None:
         if self._clock.running:
-            _synchronize(trainer)  # work that is still queued was training
+            _synchronize(trainer)  # queued work counts as training
             self._clock.pause()
 
 

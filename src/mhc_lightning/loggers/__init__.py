@@ -1,4 +1,4 @@
-"""The loggers of a run, `metrics.csv` and TensorBoard; after resuming, each step is there once."""
+"""The loggers of a run, `metrics.csv` and TensorBoard; resuming leaves each step once."""
 
 from mhc_lightning.loggers.metrics_csv import MetricsCSV
 from mhc_lightning.loggers.tensorboard import TensorBoard

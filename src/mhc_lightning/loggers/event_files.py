@@ -1,7 +1,7 @@
 """TensorBoard's event files: written in whole records, cut back to a step on resuming.
 
-`SummaryWriter(purge_step=...)` would only mark the restart: the points after it stay in the files,
-which most readers then show twice, and its thread dies on a full disk.
+`SummaryWriter(purge_step=...)` would only mark the restart. The points after it stay in the files,
+and most readers show them twice. Its thread dies on a full disk.
 """
 
 import io
@@ -72,7 +72,7 @@ class EventFile:
 
 
 def drop_events_after(step: int, file: Path) -> None:
-    """Rewrite an event file without the events of later steps, and without a cut last event."""
+    """Rewrite an event file without events of later steps, and without a truncated last event."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter

@@ -22,9 +22,9 @@ class MetricsCSV(Logger):
     """Writes every scalar to one table: a row per optimizer step, a column per tag.
 
     Values of the same step (training, then validation) share its row. Numbers keep their full
-    precision: reading them back gives the same bits. The file is complete after every call; a
-    process killed in between leaves at worst a cut last line, which `resume_from` removes. A new
-    tag adds a column, at the end of the header.
+    precision: reading them back gives the same bits. The file is complete after every call. A
+    process killed during a call leaves at worst a truncated last line, which `resume_from` removes.
+    A new tag adds a column at the end of the header.
 
     Args:
         folder: The folder of `metrics.csv`.
@@ -43,7 +43,7 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """Empty: what Lightning keeps by a logger's name, such as checkpoints, is in its folder."""
+        """Empty: files that Lightning puts under this name, such as checkpoints, go to `folder`."""
         return ""
 
     @property
@@ -91,7 +91,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def resume_from(self, step: int) -> None:
-        """Drop the rows after `step`, and a line that a killed process left cut.
+        """Drop the rows after `step`, and a last line that a killed process left truncated.
 
         Raises:
             UserError: The file has no column `step`.
@@ -102,7 +102,7 @@ class MetricsCSV(Logger):
             self._rewrite([row for row in self._rows() if int(row[STEP]) <= step])
 
     def _open(self) -> list[str]:
-        """The columns; the first call makes the file, or removes its cut last line.
+        """The columns; the first call makes the file, or removes its truncated last line.
 
         Raises:
             UserError: The file has no column `step`.
@@ -118,7 +118,7 @@ class MetricsCSV(Logger):
                     " file away, or choose another folder"
                 )
             self._columns = columns
-            self._rewrite(self._rows())  # without a cut last line
+            self._rewrite(self._rows())  # without a truncated last line
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._columns = [STEP]

@@ -17,9 +17,9 @@ def log_scalars(
 ) -> None:
     """Log scalars to every logger at `step`; must be called inside a callback hook.
 
-    The step is given to the loggers explicitly, because Lightning counts batches that stepped,
-    from 0, for modules that log no `step` of their own. Loggers write on rank zero only, so these
-    are rank zero's numbers, and no rank waits for another.
+    The loggers get the step explicitly: for modules that log no `step` of their own, Lightning
+    counts batches that stepped, from 0. Loggers write on rank zero only. So these are rank zero's
+    numbers, and no rank waits for another.
 
     Args:
         trainer: The running trainer.
@@ -39,7 +39,7 @@ def log_scalars(
 def log_image(trainer: pl.Trainer, tag: str, image: np.ndarray, step: int) -> None:
     """Log one uint8 image [height, width, 3] to every logger that takes images.
 
-    TensorBoard's does, and so does any logger with a `log_image(key, images, step)` method.
+    These are TensorBoard's logger and any logger with a `log_image(key, images, step)` method.
     """
     for logger in trainer.loggers:
         if is_tensorboard(logger):

@@ -55,7 +55,7 @@ def gain_profile(gains: Mapping[str, Sequence[float]], step: int | None) -> np.n
             f"{'Single-layer' if kind == 'single' else 'Composite'} gain", fontsize=10, loc="left"
         )
         axes.set_xlabel("sub-layer", fontsize=TEXT, color=FAINT)
-        # On the line of the title, where no data can be underneath.
+        # The legend stands on the line of the title, where it covers no data.
         axes.legend(
             frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.98),
             columnspacing=1.2, handlelength=1.4,

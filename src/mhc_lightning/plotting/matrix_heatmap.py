@@ -29,7 +29,7 @@ def matrix_heatmap(matrix: np.ndarray, title: str, step: int | None) -> np.ndarr
     finite = np.abs(shown[np.isfinite(shown)])
     limit = max(1.0, float(finite.max(initial=0.0)))
     cell = {1: 1.5, 2: 1.1, 3: 0.95}.get(n, 0.8 if n <= 5 else 0.66)  # inches
-    # Placed by hand, in inches: exact at every n, and half the time of an automatic layout.
+    # Positions in inches: exact at every n, in half the time of an automatic layout.
     side, left, below = (n + 1) * cell, 0.75, 0.4
     width, height = max(left + side + 1.0, 3.4), below + side + 0.7
     figure = new_picture(width, height)

@@ -66,8 +66,8 @@ def fit_height(axes: "Axes", values: np.ndarray, *, around: float | None = None)
 
     Args:
         axes: The axes.
-        values: What has to fit.
-        around: Another value that has to fit. Differences from it of less than 0.2% are taken for
+        values: The values that have to fit.
+        around: Another value that has to fit. Differences from it of less than 0.2% count as
             rounding: the margin is at least that wide.
     """
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -103,13 +103,13 @@ def _use_logarithmic_height(axes: "Axes", low: float, high: float) -> None:
 
 
 def drawable(values: np.ndarray) -> np.ndarray:
-    """The values that matplotlib can place on an axis; the others become NaN, which is a gap."""
+    """The values that matplotlib can place on an axis; other values become NaN, drawn as a gap."""
     size = np.abs(np.asarray(values, dtype=float))
     return np.where((size < 1e100) & ((size > 1e-100) | (size == 0)), values, np.nan)
 
 
 def new_picture(width: float, height: float) -> "Figure":
-    """A white figure of so many inches, to be drawn into and given to `to_array`."""
+    """A white figure of this size in inches, for drawing and for `to_array`."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, facecolor="white")

@@ -77,7 +77,7 @@ def choose_baseline(runs: Sequence[LoggedRun], named: str | None) -> LoggedRun |
 def baseline_of(
     run: LoggedRun, runs: Sequence[LoggedRun], baseline: LoggedRun | None
 ) -> LoggedRun | None:
-    """The baseline of one run: the copy of the baseline with this run's seed, or the baseline.
+    """The baseline of one run: the baseline's copy with this run's seed, or else the baseline.
 
     Returns:
         None for the baseline itself and for its copies with other seeds.

@@ -22,7 +22,7 @@ class Extreme:
         step: The step at which it was logged.
         first_layer: First of the neighbouring sub-layers that share it (from 0); None where gains
             are not logged by sub-layer.
-        last_layer: Last of these.
+        last_layer: Last of these sub-layers.
     """
 
     value: float
@@ -74,8 +74,8 @@ def _nan_as_infinite(series: Series) -> Series:
 def gain_range(scalars: Mapping[str, Series], tag: str, limit: float) -> GainRange | None:
     """The extremes of a gain; None where it was not logged.
 
-    Sub-layers share the largest (smallest) value where they are its neighbours without a gap and
-    have at least half of it (at most twice it) at that step.
+    A sub-layer shares the largest (smallest) value if it adjoins that value's sub-layer without a
+    gap and has at least half (at most twice) the value at that step.
     """
     layers, steps, gains = gains_by_layer(scalars, tag)  # [L], [T], [L, T]
     if not layers:

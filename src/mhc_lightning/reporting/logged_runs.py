@@ -1,4 +1,4 @@
-"""Logged runs: run folders found below given paths, and read."""
+"""Logged runs: finding run folders below given paths, and reading them."""
 
 import csv
 import io
@@ -124,7 +124,7 @@ def _short_names(folders: list[Path]) -> dict[Path, str]:
 
 
 def _read_run(folder: Path, name: str) -> LoggedRun:
-    scalars = _read_metrics(folder / METRICS)  # exact, where event files have single precision
+    scalars = _read_metrics(folder / METRICS)  # exact; event files have single precision
     events = read_events(folder, without=scalars)
     more = {t: Series.of(points, points.values()) for t, points in events.scalars.items() if points}
     scalars = {**scalars, **more}
@@ -144,7 +144,7 @@ def _read_run(folder: Path, name: str) -> LoggedRun:
 def _read_metrics(file: Path) -> dict[str, Series]:
     """A series for each column of `metrics.csv`.
 
-    Cells that are not numbers are left out, and so is a last line that was cut.
+    Cells that are not numbers are left out, and so is a truncated last line.
     """
     if not file.is_file():
         return {}

@@ -23,7 +23,7 @@ class Series:
 
     @classmethod
     def of(cls, steps: Iterable[int], values: Iterable[float]) -> "Series":
-        """A series of points in the order they were logged; of one step the last value counts."""
+        """A series from points in the order of logging; the last value of a step counts."""
         steps_array = np.fromiter(steps, dtype=np.int64)
         order = np.argsort(steps_array, kind="stable")
         steps_array = steps_array[order]

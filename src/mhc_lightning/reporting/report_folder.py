@@ -19,7 +19,7 @@ def write_report(report: Report, folder: Path) -> Path:
         The page.
 
     Raises:
-        UserError: The folder holds a page that is no report, or cannot be written to.
+        UserError: The folder holds a page that is not a report, or cannot be written to.
     """
     page = folder / PAGE
     try:

@@ -46,7 +46,7 @@ def planned_steps(run: LoggedRun) -> int | None:
 
 
 def ending(run: LoggedRun) -> Ending:
-    """The end of a run, by its record or else by its last logged or saved step."""
+    """The end of a run, from its record or else from its last logged or saved step."""
     planned, reached = planned_steps(run), run.last_step
     reason, last = run.fact("ended.reason"), run.fact("ended.step")
     if isinstance(reason, str) and reason != "complete":
@@ -118,8 +118,7 @@ def commands(run: LoggedRun) -> list[str]:
     """Commands that repeat the run in a folder of its own; empty where none was recorded.
 
     They are the recorded commands without `overwrite=` and with another `output_dir`. A command
-    that only resumed with the same settings is left out, and so is `ckpt_path=last` in the first
-    one.
+    that only resumed with the same settings is left out. The first command loses `ckpt_path=last`.
     """
     output_dir = f"{(run.setting('output_dir') or run.folder.name).rstrip('/')}_again"
     chosen: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Comparison of runs by their settings: differences, equal batches, equal but for the seed."""
+"""Comparison of runs by their settings: differences, equal batches, equality but for the seed."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -13,9 +13,9 @@ from mhc_lightning.reporting.metric_series import Series
 WINDOW_SHARE = 0.1
 """The final window holds this share of the logged points, the last ones, ..."""
 WINDOW_POINTS = 20
-"""... but at least so many points, where that is no more than half of all."""
+"""... but at least this number of points, if that is no more than half of all."""
 MAX_STRETCHES, MIN_STRETCHES, STRETCH_POINTS = 10, 4, 8
-"""For an interval, the window is cut into stretches of so many points, 4 to 10 stretches."""
+"""Stretches of the window for an interval: largest and least number, and points per stretch."""
 CONFIDENCE = 0.95
 
 # Two-sided 95% quantiles of Student's t with 1, 2, ... degrees of freedom.
@@ -63,10 +63,10 @@ def final_window(points: int) -> int:
 def final_mean(series: Series) -> Estimate | None:
     """The mean over the final window, with an interval that allows for autocorrelation.
 
-    The window is cut into 4 to 10 stretches of equal length (batch means); their means are nearly
-    independent where a stretch is longer than the memory of the noise, and Student's t of their
-    spread gives the interval. A drift within the window widens it. In simulated AR(1) noise whose
-    neighbours correlate by 0.5 it holds the truth 93% of the time with 20 points, by 0.8 84%.
+    The window is cut into 4 to 10 stretches of equal length (batch means). Their means are nearly
+    independent where a stretch is longer than the memory of the noise. Student's t of their spread
+    gives the interval. A drift within the window widens it. In simulated AR(1) noise of 20 points
+    the interval holds the truth 93% of the time if neighbours correlate by 0.5, and 84% if by 0.8.
 
     Args:
         series: Points that are not finite are left out.
@@ -99,7 +99,7 @@ def mean_interval(
 
     Args:
         values: The values [k].
-        centre: The middle of the interval, if not their mean.
+        centre: The middle of the interval; None takes the mean of the values.
     """
     middle = float(np.mean(values)) if centre is None else centre
     half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))

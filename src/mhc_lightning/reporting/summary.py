@@ -48,16 +48,16 @@ class GradientNorm:
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """A run in numbers; None wherever something was not logged.
+    """A run in numbers; None where a metric was not logged.
 
     Attributes:
         run: The run.
         ending: Its end.
         loss: Mean training loss over the final window.
-        lowest: The lowest such mean of the run.
+        lowest: The lowest mean over a stretch as long as the final window.
         validation: Step and value of the last validation loss.
         gap: The gap to its baseline; None for the baseline itself, too.
-        gains: By tag, those that were logged.
+        gains: The logged gains, by tag.
         gradient: Gradient norm.
         speed: Median tokens per second.
         memory: The largest peak memory, in bytes.

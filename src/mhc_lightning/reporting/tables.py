@@ -1,4 +1,4 @@
-"""The tables of the page: numbers of each run, gaps over seeds, and what differs between runs."""
+"""The tables of the page: numbers of each run, gaps over seeds, and differences between runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class Cell:
     Attributes:
         text: Its text.
         notes: Small lines below it.
-        missing: True for the name of something that is not there.
+        missing: True if the text stands for a missing value.
     """
 
     text: str
@@ -67,7 +67,7 @@ class Table:
     """One table.
 
     Attributes:
-        label: What it shows, for readers who do not see it.
+        label: Its content in words, for readers who do not see it.
         kind: A CSS class.
         corner: The heading above the rows' headings.
         columns: The columns' headings.
@@ -205,7 +205,7 @@ def seeds_table(report: Report) -> Table | None:
 
 
 def caveats(report: Report) -> list[str]:
-    """Sentences on what limits the comparison."""
+    """Sentences on the limits of the comparison."""
     sentences = []
     for summary in report.summaries:
         gap, name = summary.gap, summary.run.name

@@ -33,7 +33,7 @@ class Events:
     """The contents of some event files.
 
     Attributes:
-        scalars: By tag, values by step; of a step that was logged twice, the later value.
+        scalars: By tag, values by step; a step that was logged twice has the later value.
         pictures: By tag, the newest one.
     """
 
@@ -48,7 +48,7 @@ class Events:
         self.pictures = {t: p for t, p in self.pictures.items() if p.step < step}
 
     def add(self, step: int, value: Any) -> None:
-        """Add a `Summary.Value`, written the way of torch or of TensorFlow 2 (as tensors)."""
+        """Add a `Summary.Value` in the format of torch or of TensorFlow 2 (tensors)."""
         kind = value.WhichOneof("value")
         plugin = value.metadata.plugin_data.plugin_name
         if kind == "simple_value":
@@ -76,7 +76,7 @@ class Events:
 
 
 def read_events(folder: Path, without: Container[str] = ()) -> Events:
-    """Read the event files directly in a folder; the cut end of a file is left out.
+    """Read the event files directly in a folder; the truncated end of a file is left out.
 
     Args:
         folder: The folder.

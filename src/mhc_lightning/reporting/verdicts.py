@@ -6,7 +6,7 @@ The rules, in this order:
 2. A gain exceeded 2, or fell below 1/2 in some sub-layer: *unsteady*. The thresholds are this
    package's; the paper reports about 1.6 for mHC's composite backward gain and 3000 for HC's.
 3. The training loss ended above its own lowest mean (over as many steps as the final window) by
-   more than the intervals explain and by more than 5% of what it had come down: *unsteady*.
+   more than the intervals explain and by more than 5% of its descent: *unsteady*.
 4. The gradient norm, after the first tenth of the logged steps, exceeded 10 times its median:
    *unsteady*.
 5. Gains and loss were logged and none of this happened: *steady*. Without gains: *finite*.
@@ -35,11 +35,11 @@ from mhc_lightning.reporting.run_description import has_one_stream
 from mhc_lightning.reporting.summary import AT_ONE, LIMIT, Summary
 
 RISE_SHARE = 0.05
-"""Rule 3: share of what the loss had come down."""
+"""Rule 3: share of the loss's descent."""
 SPIKE = 10.0
 """Rule 4: multiple of the median gradient norm."""
 DOUBLY_STOCHASTIC = 1e-3
-"""Row sums this near to 1 are taken for those of a constrained connection."""
+"""Row sums this near to 1 count as those of a constrained connection."""
 
 DIVERGED, UNSTEADY, STEADY, FINITE, NOT_JUDGED = (
     "diverged",
@@ -191,7 +191,7 @@ def _rise(summary: Summary) -> list[str]:
         return []
     rise = loss.value - lowest.value
     fall = float(series.finite().values[0]) - lowest.value
-    # Both means are uncertain, and the lowest was chosen for being low.
+    # Both means are uncertain, and selection biases the lowest one downwards.
     noise = 2 * (loss.value - loss.low)
     if rise <= noise or rise <= RISE_SHARE * fall or lowest.first_step == loss.first_step:
         return []

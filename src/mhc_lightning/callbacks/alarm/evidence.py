@@ -1,4 +1,4 @@
-"""The numbers behind an alarm: one view for all processes, sub-layers, the largest gradient."""
+"""The numbers behind an alarm: equal values on all processes, sub-layers, the largest gradient."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from mhc_lightning.strategies.layout import layout_of
 def first_process_values(
     trainer: pl.Trainer, values: Mapping[str, Any], failed: bool = False
 ) -> tuple[dict[str, float], bool]:
-    """The first process's values, and whether any process failed, alike on every process.
+    """The first process's values, and whether any process failed; equal on every process.
 
     Every process must call this, with the same tags. All numbers are read in one transfer.
 

@@ -26,14 +26,14 @@ class Decision(NamedTuple):
 
 
 class AlarmPolicy:
-    """Decides by the values of each step; equal values lead to equal decisions in every process.
+    """Decides from the values of each step; equal values give equal decisions in every process.
 
     Args:
         actions: The actions that may be taken, of `ACTIONS`.
         bands: The bands of the metrics.
         patience: Values in a row out of a band before any action but a skip is taken.
-        cooldown: Steps after a report in which the same metric is not reported again, and after a
-            checkpoint or lowering in which there is no other.
+        cooldown: Steps after a report without another report of the same metric, and after a
+            checkpoint or lowering without another checkpoint or lowering.
         max_skips: The largest number of updates skipped in a row.
 
     Raises:

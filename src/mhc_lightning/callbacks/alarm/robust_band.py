@@ -17,7 +17,7 @@ class Breach(NamedTuple):
     Attributes:
         tag: The metric.
         value: The value; may be NaN or infinite.
-        bound: The largest ordinary value; None if there was no bound yet, where only a value that
+        bound: The largest ordinary value; None if there was no bound yet: then only a value that
             is not finite is a breach.
         median: The median of the values before; None if there are too few, or the limit decided.
         deviation: Their median absolute deviation, as a standard deviation; None as above.
@@ -49,16 +49,16 @@ class RobustBand:
     A value is out of the band if it is not finite, above `limit`, or above
     median + max(`deviations` · σ, `rise` · |median|), with σ = 1.4826 · median(|value − median|)
     over the last `window` values. Medians do not follow single outliers, so every finite value
-    enters the window; a lasting level becomes the band after half a window. `rise` keeps a nearly
-    constant series from breaching by rounding, and a heavy-tailed one by its tail. Only rising
-    values breach: falling losses, norms and gains are no explosion.
+    enters the window. A lasting level becomes the band after half a window. `rise` prevents
+    breaches by rounding in a nearly constant series, and by the tail in a heavy-tailed series. Only
+    rising values breach: falling losses, norms and gains are no explosion.
 
     Args:
         tag: Name of the series.
         window: The number of values from which the band is computed.
         least: The number of values before the band judges.
         deviations: Robust standard deviations above the median that are ordinary.
-        rise: The share of |median| above it that is ordinary in any case.
+        rise: The share of |median| above the median that is always ordinary.
         limit: An absolute bound from the first value on; None sets none.
 
     Attributes:

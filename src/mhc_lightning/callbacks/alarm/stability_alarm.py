@@ -38,27 +38,27 @@ class StabilityAlarm(pl.Callback):
 
     The actions:
 
-    - `warn`: report it: one line on standard error with the value, the band, the sub-layers (of a
-      gain) or the largest gradient, and the actions taken; and, to the loggers, `alarm/<tag>`,
-      `alarm/<tag>/bound`, `alarm/skipped_updates` (so far) and `alarm/lr_scale`. Every other
-      action is reported in the same way.
+    - `warn`: report the value. Standard error gets one line with the value, the band, the
+      sub-layers (of a gain) or the largest gradient, and the actions taken. Loggers get
+      `alarm/<tag>`, `alarm/<tag>/bound`, `alarm/skipped_updates` (so far) and `alarm/lr_scale`.
+      Every other action is reported in the same way.
     - `checkpoint`: save the state at the end of this step. `RunCheckpoint` keeps it and the one
       before it for good; without that callback, `alarm_step_<n>.ckpt` is written. Neither saves a
       state that is not finite: the run ends with `NonFiniteLossError`.
     - `skip_update`: leave out the update of this step, if loss or gradient norm is out of its
       band. Weights and the optimizer's moments stay as they are. The step counts nevertheless: the
       schedule goes on, and its batch is not seen again. After `max_skips` skips in a row updates
-      are made again, since a lasting breach is no bad batch (where they are not finite, the
-      module's own check ends the run). A gain is no reason to skip: it comes from the weights,
-      which a skip keeps.
+      are made again, since a lasting breach does not come from a bad batch (if the values are not
+      finite, the module's own check ends the run). A gain is no reason to skip: it comes from the
+      weights, which a skip keeps.
     - `lower_lr`: multiply the learning rate by `lr_factor` from the next update on, on top of the
       schedule (at most down to a tenth); it rises back linearly within `lr_recovery_steps`.
 
-    Loss and gradient norm are metrics that the module has logged by the update: in its
+    Loss and gradient norm are metrics that the module logs before the update: in its
     `training_step`, `on_before_optimizer_step` or `configure_gradient_clipping`. Gains are
     tags in the samples of `AmaxGain` or another `StreamSampler`. The first process's values are
-    judged, so that every process acts alike. They are read from the device in every step, where
-    `LanguageModel` has just waited for them.
+    judged, so that every process takes the same actions. They are read from the device in every
+    step, where `LanguageModel` has just waited for them.
 
     Windows, pauses and the lowered learning rate are in the checkpoint. A module with manual
     optimization is watched after its steps, and can only have `warn` and `checkpoint`.
@@ -70,7 +70,7 @@ class StabilityAlarm(pl.Callback):
         gains: Tags of gains.
         window: The number of values from which a band is computed.
         deviations: Robust standard deviations above the median that are ordinary.
-        loss_rise: The share of its median by which a loss may exceed it in any case.
+        loss_rise: The share of its median by which a loss may always exceed the median.
         grad_norm_rise: The same for the gradient norm. It is large because the norms of small
             batches have heavy tails: 6 medians in healthy runs on a few hundred tokens per step.
         gain_rise: The same for gains.
@@ -78,11 +78,11 @@ class StabilityAlarm(pl.Callback):
         grad_norm_limit: The same for the gradient norm.
         gain_limit: The same for gains.
         patience: Values in a row out of the band before any action but a skip is taken.
-        cooldown: Optimizer steps after a report in which the same metric is not reported again, and
-            after a checkpoint or lowering in which there is no other.
+        cooldown: Optimizer steps after a report without another report of the same metric, and
+            after a checkpoint or lowering without another checkpoint or lowering.
         max_skips: Updates that may be skipped in a row.
         lr_factor: The factor on the learning rate.
-        lr_recovery_steps: Optimizer steps within which it rises back; None leaves it down.
+        lr_recovery_steps: Optimizer steps within which the rate rises back; None keeps it lowered.
 
     Attributes:
         interventions: Steps of reports, with their texts, in this process.
@@ -173,7 +173,7 @@ class StabilityAlarm(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Judge the gains sampled in this step, and save if that was decided."""
+        """Judge the gains sampled in this step, and save if the policy decided on a checkpoint."""
         step = trainer.global_step
         if not pl_module.automatic_optimization and step > self._judged_step:
             self._judged_step = step
@@ -225,7 +225,7 @@ class StabilityAlarm(pl.Callback):
         """True skips the update; `failure` is the error that this process's module raised."""
         values, failed = first_process_values(self._trainer, self._logged(), failure is not None)
         if failed and self._step_tags and all(map(math.isfinite, values.values())):
-            values[self._step_tags[0]] = math.nan  # another process's is not finite
+            values[self._step_tags[0]] = math.nan  # another process's value is not finite
         return self._judge(self._trainer.global_step + 1, values, before_update=True)
 
     def _judge(
@@ -297,7 +297,7 @@ class StabilityAlarm(pl.Callback):
 
 
 def _save_step(trainer: pl.Trainer) -> None:
-    """Save at the end of this step, by the run's own callback if that can."""
+    """Save at the end of this step, by the run's own callback if it has `save_at_step_end`."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "save_at_step_end"):
             callback.save_at_step_end()

@@ -8,16 +8,16 @@ from torch.optim import Optimizer
 
 from mhc_lightning.errors import NonFiniteLossError, UserError
 
-_MIN_SCALE = 0.1  # repeated lowering must not silently end a training
+_MIN_SCALE = 0.1  # repeated lowering must not silently stop all learning
 
 
 class UpdateGuard:
     """Decides on each optimizer step after its gradients are computed, before weights change.
 
     Lightning calls no callback between gradient clipping, where modules log the norm, and the
-    update. So two methods of the module are wrapped while a fit lasts: `optimizer_step`, to scale
-    the learning rate of this one update (schedulers and checkpoints only see the unscaled rate),
-    and `configure_gradient_clipping`, to remove the gradients after it. Without gradients, every
+    update. So the guard wraps two methods of the module while a fit lasts. `optimizer_step` scales
+    the learning rate of this one update (schedulers and checkpoints only see the unscaled rate).
+    `configure_gradient_clipping` removes the gradients after clipping. Without gradients, every
     optimizer of torch leaves weights, moments and their step counts as they are, and Lightning
     counts the step.
 
@@ -88,7 +88,7 @@ class UpdateGuard:
 class LoweredRate:
     """A factor on the scheduled learning rate: 1 until `lower` is called.
 
-    Each call multiplies the factor by `factor`, down to 0.1 at the least. From there it rises
+    Each call multiplies the factor by `factor`, but never below 0.1. Afterwards the factor rises
     linearly to 1 within `recovery_steps` optimizer steps.
 
     Args:

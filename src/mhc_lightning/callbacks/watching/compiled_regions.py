@@ -1,10 +1,10 @@
 """Forward hooks inside what `torch.compile` has compiled.
 
-A module that is called in eager code runs its hooks, whatever its neighbours do. Inside a compiled
-region hooks are part of the traced program: they are ignored if they come after the compilation,
-unless dynamo guards on them, and then every new hook would compile the region anew. So the modules
-to watch in such a region get one hook that keeps its key in the module's table of hooks: two
-programs exist, with and without it, and are switched between without further compilation.
+A module that is called in eager code runs its hooks, even beside compiled modules. Inside a
+compiled region hooks are part of the traced program. Hooks added after the compilation are ignored,
+unless dynamo guards on them; then every new hook would compile the region anew. So each watched
+module in such a region gets one hook that keeps its key in the module's table of hooks. Two
+programs exist, with and without the hook; switching between them compiles nothing.
 """
 
 from functools import partial
@@ -80,7 +80,7 @@ class SwitchableHook:
 
 
 class ProgramCalls:
-    """Watches the calls of compiled programs from outside, and tells a `Lineage` of them.
+    """Watches the calls of compiled programs from outside, and reports them to a `Lineage`.
 
     Args:
         lineage: Learns the inputs and outputs of programs.
@@ -106,8 +106,8 @@ class ProgramCalls:
         """Unwrap the programs.
 
         Returns:
-            By the number of the first sub-layer in each call of a program, the number of the
-            sub-layer that it comes after, or None.
+            For each call of a program: the number of its first sub-layer, mapped to the number of
+            that sub-layer's predecessor, or None.
         """
         for module, (attribute, call) in self._wrapped.items():
             module.__dict__[attribute] = call

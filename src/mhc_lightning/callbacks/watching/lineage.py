@@ -1,4 +1,4 @@
-"""The lineage of streams: which sub-layer's output a sub-layer reads, found without keeping it."""
+"""The lineage of streams: which sub-layer's output a sub-layer reads, without keeping tensors."""
 
 import math
 from collections import deque
@@ -36,10 +36,10 @@ class _SubLayer(NamedTuple):
 class Lineage:
     """Links the sub-layers of a step into chains, between `open` and `close`.
 
-    A sub-layer continues the one whose streams it reads: the very tensor that was returned, a view
-    of all of it or, where gradients are recorded, a tensor from which autograd's graph leads back
-    to it without a broadcast in between (a copy on another device or in another dtype, a slice, a
-    norm). Streams that are expanded anew, from whatever network's output, begin a new chain.
+    A sub-layer continues the one whose streams it reads: the returned tensor itself, a view of all
+    of it or, where gradients are recorded, a tensor from which autograd's graph leads back to it
+    without a broadcast in between (a copy on another device or in another dtype, a slice, a norm).
+    Streams that are expanded anew, from the output of any network, begin a new chain.
 
     No tensor is kept alive: storages are held weakly, and the marks on nodes of autograd's graph
     are held by the nodes.
@@ -92,7 +92,7 @@ class Lineage:
         return after
 
     def leave(self, name: str, output: Any) -> None:
-        """Note the output of a module; if it holds the last sub-layer, that may be its streams."""
+        """Note a module's output, which may be the streams of the last sub-layer inside it."""
         last = next(reversed(self._sub_layers), None)
         if last is None:
             return
@@ -108,10 +108,10 @@ class Lineage:
         self._add(number, name, None, records)
         self._note_output(output, number)
         if not records:
-            self._output_known.add(number)  # nothing else than streams can be returned
+            self._output_known.add(number)  # without records, the output is streams
 
     def find(self, tensors: Iterable[Tensor]) -> int | None:
-        """The sub-layer that returned one of these tensors, if that can be found out."""
+        """The sub-layer that returned one of these tensors; None if it cannot be found."""
         tensors = list(tensors)
         for tensor in tensors:
             reference = _reference(tensor)
@@ -185,7 +185,7 @@ class Lineage:
         return None
 
     def _guess(self, name: str, streams: Tensor | None, mappings: StreamMappings) -> int | None:
-        """The last sub-layer, where no tensor can show the link; None if `name` is in its chain."""
+        """The last sub-layer, if no tensor can show the link; None if `name` is in its chain."""
         last = next(reversed(self._sub_layers), None)
         if last is None or last in self._output_known:
             return None

@@ -30,16 +30,16 @@ class Observation(NamedTuple):
 
 
 def predecessors(observations: Sequence[Observation]) -> list[int | None]:
-    """For each observation the index, in this list, of the one it comes after.
+    """For each observation the index, in this list, of its predecessor.
 
-    None where it begins a chain, or where the one before it is not in the list.
+    None where the observation begins a chain, or where its predecessor is not in the list.
     """
     index = {observation.layer: k for k, observation in enumerate(observations)}
     return [None if o.after is None else index.get(o.after) for o in observations]
 
 
 class Sighting(NamedTuple):
-    """One record as a hook met it; records that are only passed on are still among them.
+    """One record as a hook saw it; records that a module only passes on still count.
 
     Attributes:
         order: Larger than that of earlier sightings.
@@ -48,7 +48,7 @@ class Sighting(NamedTuple):
         note: As in `Observation`.
         stage: As in `Observation`.
         after: The order of the sighting whose output this one reads.
-        compiled: True if it comes from a compiled program, so that `after` is not known yet.
+        compiled: True if the record comes from a compiled program: then `after` is not known yet.
     """
 
     order: int
@@ -67,8 +67,8 @@ def in_order(
 
     Args:
         sightings: In any order.
-        program_starts: By the order of the first sighting in each call of a compiled program, the
-            order of the sighting that it comes after.
+        program_starts: For each call of a compiled program: the order of its first sighting, mapped
+            to the order of that sighting's predecessor.
 
     Returns:
         The observations, and the name of a module that was met again within one call of a compiled
@@ -105,7 +105,7 @@ def is_record(mappings: Any) -> bool:
 def _link_programs(
     sightings: Sequence[Sighting], program_starts: Mapping[int, int | None]
 ) -> tuple[dict[int, int | None], str | None]:
-    """By order, what each sighting comes after; and a module that one program called again.
+    """By order, the predecessor of each sighting; and a module that one program called again.
 
     Inside a compiled program sub-layers follow one another until a module is met again, which
     begins a new chain.

@@ -40,7 +40,7 @@ def _in_backward() -> bool:
 
 
 def _in_transform() -> bool:
-    # Within grad, vmap and the like, tensors are stand-ins that mean nothing outside.
+    # Within grad, vmap and the like, tensors are wrappers without meaning outside.
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -52,17 +52,17 @@ class StreamWatcher:
     nothing; a module called twice counts twice. Forward passes that autograd replays (activation
     checkpointing) are left out, and so are those that `torch.func` transforms.
 
-    The streams show what each sub-layer comes after (see `Lineage`), so that independent forward
+    The streams show the predecessor of each sub-layer (see `Lineage`), so that independent forward
     passes are chains of their own. Inside one compiled program no streams are seen: sub-layers
-    follow one another there, and a module that is met again begins a new chain, with a warning.
+    follow one another there, and a module that is called again begins a new chain, with a warning.
     The stages of a pipeline are one chain, which `across_stages` makes.
 
     Args:
         extract: Gets a record out of a module call; None takes every output that is a
             `StreamMappings`.
         note: Called in the forward pass, without gradients, as `note(module, args, output,
-            mappings)`; its result is kept with the record. It serves what is too large to keep,
-            such as the streams.
+            mappings)`; its result is kept with the record. It serves values that are too large to
+            keep, such as the streams.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class StreamWatcher:
         return self._open
 
     def prepare(self, root: nn.Module) -> None:
-        """Before the first forward pass: let compiled regions notice hooks, where that is needed.
+        """Let compiled regions notice hooks, where needed; call it before the first forward pass.
 
-        Only a compiled region that holds a module of interest is touched: with the default
-        extraction one whose `forward` is annotated `-> StreamMappings`, with a user's `extract`
-        every module.
+        Only a compiled region that holds a module of interest is touched. With the default
+        extraction that is a module whose `forward` is annotated `-> StreamMappings`; with a user's
+        `extract` it is every module.
         """
         if self._candidates(root, modules_in_compiled_regions(root)):
             self._guards.enable()
@@ -122,7 +122,7 @@ class StreamWatcher:
         for name, module in root.named_modules():
             if module not in inside:
                 hook: Any = partial(self._see, name)
-                hook.only_observes = True  # a projection may stay fused, and so go unseen
+                hook.only_observes = True  # a projection may stay fused, without a call of its hook
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         self._compiled = {} if place is not None else self._candidates(root, inside)
         for module in self._compiled:
@@ -138,7 +138,7 @@ class StreamWatcher:
         """Remove the hooks and return the sub-layers seen, in the order of the calls.
 
         Raises:
-            UserError: `extract` returned something that is not a record of square matrices.
+            UserError: `extract` returned a value that is not a record of square matrices.
         """
         if not self._open:
             return []
@@ -206,7 +206,7 @@ class StreamWatcher:
     def _see_compiled(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        # Traced once for all modules of a kind: nothing here may depend on the single module.
+        # Traced once for all modules of a kind: this code must not depend on the single module.
         if not torch.compiler.is_compiling() and _in_backward():
             return
         args = (*args, *kwargs.values())

@@ -30,7 +30,7 @@ def heat_map(
         layers: Sub-layers [L].
         steps: Optimizer steps [T].
         gains: Gains [L, T]; NaN where none was logged.
-        limit: The gain, above 1, at which colours end (below 1: its inverse).
+        limit: The gain, above 1, at which colours end; below 1 they end at its inverse.
         title: The title above it.
     """
     from matplotlib.ticker import MaxNLocator
@@ -59,7 +59,7 @@ def heat_map(
 
 
 def _distance(gains: np.ndarray, limit: float) -> np.ndarray:
-    """The logarithm of gains, from -1 at `1 / limit` to 1 at `limit`; beyond them it is cut."""
+    """The logarithm of gains, from -1 at `1 / limit` to 1 at `limit`; clipped beyond them."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.clip(np.log(gains) / np.log(limit), -1.0, 1.0)
 

@@ -17,7 +17,7 @@ def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str
     """An `<svg>` element without outside references, in the colours and font of its page.
 
     Every colour of `COLOURS` becomes the CSS variable of that name, so that one drawing serves
-    light and dark pages; text stays text.
+    light and dark pages. Text stays text, not outlines.
 
     Args:
         figure: The figure.

@@ -1,7 +1,7 @@
 """The sections of figures on a report's page.
 
-They correspond to the figures of arXiv 2512.24880: loss gap and gradient norm to its figures 2 and
-5, gains by sub-layer to its figures 3 and 7.
+They correspond to figures of arXiv 2512.24880: loss gap and gradient norm to figures 2 and 5, gains
+by sub-layer to figures 3 and 7.
 """
 
 import math
@@ -29,7 +29,7 @@ from mhc_lightning.reporting.run_description import has_one_stream
 from mhc_lightning.reporting.statistics import smoothing_width
 from mhc_lightning.reporting.summary import AT_ONE
 
-_EARLY = 0.05  # of the steps; there everything is large, so they set no vertical limits
+_EARLY = 0.05  # share of the steps; early values are large and set no vertical limits
 
 Styles = Mapping[str, RunStyle]
 
