@@ -82,6 +82,23 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return *(g if need else None for g, need in zip(results, needs, strict=True)), *constants
 
 
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    operands, ctx.constants = inputs[:_OPERANDS], inputs[_OPERANDS:]
+    _, pre, _, _, raw, inverse_rms = output
+    ctx.save_for_backward(*operands, pre, raw, inverse_rms)
+
+
+def _backward(ctx: Any, read_grad: Tensor | None, *grads: Tensor | None) -> tuple:
+    streams = ctx.saved_tensors[0]
+    if read_grad is not None and read_grad.numel() == 0 and streams.numel() > 0:
+        read_grad = None  # of the empty tensor that stands for an input that is not wanted
+    return _gradients(ctx, None, read_grad, *grads[:3])
+
+
+# An exported program holds the operator without `_Read`, and can be trained as well.
+read_op.register_autograd(_backward, setup_context=_setup_context)
+
+
 def read_plain(
     streams: Tensor,
     phi: Tensor,
