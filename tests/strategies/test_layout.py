@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -15,6 +16,12 @@ from lightning.pytorch.strategies import (
 from mhc_lightning.errors import UserError
 from mhc_lightning.strategies import DataParallelStrategy, FullyShardedStrategy, PipelineStrategy
 from mhc_lightning.strategies.layout import Layout, layout_of
+
+
+@pytest.fixture(autouse=True)
+def _rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting a rank sets that of the whole process, whose loggers would write no more."""
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
 
 
 def planned(strategy: Any, devices: int = 4, rank: int = 1) -> Layout:
