@@ -79,6 +79,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	$(call install,.[dev])
 	@touch $@
 
-$(VENV)/.ready-docs: $(VENV)/.ready
+# The reference reads every module, those that need an extra too.
+$(VENV)/.ready-docs: $(VENV)/.ready-dev
 	$(call install,.[docs])
 	@touch $@
