@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from mhc_lightning.cli.arguments import Arguments, parse_arguments
-from mhc_lightning.cli.help import command_help, overall_help
 from mhc_lightning.errors import (
     NonFiniteLossError,
     RunFaultError,
@@ -56,6 +55,8 @@ def _run(arguments: Arguments) -> int:
         print(f"mhc-lightning {__version__}")
         return ExitCode.OK
     if arguments.help or command is None:
+        from mhc_lightning.cli.help import command_help, overall_help
+
         print(overall_help() if command is None else command_help(command))
         return ExitCode.OK if arguments.help else ExitCode.USER_ERROR
     if not command.takes_experiment:
