@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from mhc_lightning.checkpoints.saved_tensors import load_weights
+from mhc_lightning.data.token_classes import bind_tokenizer
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.kernels.argument_checks import check_values
@@ -90,6 +91,12 @@ class LanguageModel(pl.LightningModule):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> logits [B, S, V]."""
         return self.model(tokens)
+
+    def setup(self, stage: str) -> None:
+        """Bind the network's memory to the tokenizer of the data, if both are there."""
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None and self.model.memory.hash is not None:
+            bind_tokenizer(self.model.memory, tokenizer)
 
     def configure_model(self) -> None:
         """Compile the sub-layers if asked to, and shard the network if the strategy has a mesh."""

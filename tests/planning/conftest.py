@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch
 
-DENSE = {
+DENSE: dict[str, Any] = {
     "vocab_size": 100,
     "dim": 32,
     "num_layers": 2,
@@ -30,7 +31,7 @@ EXPERTS = {"num_experts": 8, "num_active_experts": 2, "num_shared_experts": 1}
 def build() -> Callable[..., Transformer]:
     """Returns a function: a model with a connection, a precision and changed sizes."""
 
-    def build(connection: str, precision: str = "32-true", **sizes: int) -> Transformer:
+    def build(connection: str, precision: str = "32-true", **sizes: Any) -> Transformer:
         model = Transformer(connection=CONNECTIONS[connection], **{**DENSE, **sizes})
         return model.bfloat16() if precision == "bf16-true" else model
 

@@ -7,7 +7,7 @@ readers all use the tokenizer that made the tokens.
 import codecs
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,10 @@ class Tokenizer(ABC):
         """A decoder that takes ids one at a time."""
 
     @abstractmethod
+    def vocabulary(self) -> Iterator[tuple[str, str]]:
+        """(text of the token alone, its entry in the vocabulary) of each id, ascending."""
+
+    @abstractmethod
     def record(self) -> dict[str, Any]:
         """Everything that `tokenizer_from_record` needs to build this tokenizer again."""
 
@@ -106,6 +110,12 @@ class ByteTokenizer(Tokenizer):
     def stream(self) -> TextStream:
         """See `Tokenizer.stream`."""
         return _ByteStream()
+
+    def vocabulary(self) -> Iterator[tuple[str, str]]:
+        """See `Tokenizer.vocabulary`."""
+        for byte in range(256):
+            yield bytes([byte]).decode("utf-8", errors="replace"), f"<0x{byte:02X}>"
+        yield "", "<end of document>"
 
     def record(self) -> dict[str, Any]:
         """See `Tokenizer.record`."""
@@ -214,6 +224,12 @@ class JsonTokenizer(Tokenizer):
     def stream(self) -> TextStream:
         """See `Tokenizer.stream`."""
         return _JsonStream(self)
+
+    def vocabulary(self) -> Iterator[tuple[str, str]]:
+        """See `Tokenizer.vocabulary`."""
+        for token in range(self.vocab_size):
+            entry = self._tokenizer.id_to_token(token) or f"<unused {token}>"
+            yield self._tokenizer.decode([token], skip_special_tokens=False), entry
 
     def record(self) -> dict[str, Any]:
         """See `Tokenizer.record`."""

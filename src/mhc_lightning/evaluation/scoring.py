@@ -88,7 +88,7 @@ def _score_batch(
     # Row and position in `inputs` that predict each target, [K] both.
     rows = torch.arange(len(pairs)).repeat_interleave(torch.tensor(counts)).to(device)
     predictors = torch.cat([torch.arange(a - 1, b - 1) for a, b in spans]).to(device)
-    hidden = model.read_out(*model.run_blocks(model.embed(inputs.to(device))))  # [B, S, C]
+    hidden = model.read_out(*model.run(inputs.to(device)))  # [B, S, C]
     log_likelihoods, greedy = _score_tokens(model, hidden[rows, predictors], targets)
     return [
         Score(float(part.double().sum()), bool(best.all()))

@@ -9,6 +9,7 @@ from mhc_lightning.modules.hyper_connection import HyperConnection
 from mhc_lightning.modules.identity_hyper_connection import IdentityHyperConnection
 from mhc_lightning.modules.kronecker_hyper_connection import KroneckerHyperConnection
 from mhc_lightning.modules.manifold_hyper_connection import ManifoldHyperConnection
+from mhc_lightning.modules.memory import Engram, Memory, NgramTable, OverEncoding
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 from mhc_lightning.modules.permutation_hyper_connection import PermutationHyperConnection
 from mhc_lightning.modules.residual_connection import ResidualConnection
@@ -17,6 +18,7 @@ from mhc_lightning.modules.transformer import Transformer
 
 __all__ = [
     "Connection",
+    "Engram",
     "GatedHyperConnection",
     "HyperConnection",
     "IdentityHyperConnection",
@@ -24,7 +26,10 @@ __all__ = [
     "LatentAttention",
     "ManifoldHyperConnection",
     "MappingsWindow",
+    "Memory",
     "MixtureOfExperts",
+    "NgramTable",
+    "OverEncoding",
     "PermutationHyperConnection",
     "ResidualConnection",
     "SinglePassHyperConnection",

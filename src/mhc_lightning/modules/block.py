@@ -5,14 +5,50 @@ Shapes: B batch, S sequence, n streams, C width.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from mhc_lightning.modules.attention import LatentCache
-from mhc_lightning.modules.connection import Connection, Merged, Unmerged
+from mhc_lightning.modules.connection import Connection, Merged, Sublayer, Unmerged
+from mhc_lightning.modules.memory import BlockMemory, Recalled
+from mhc_lightning.modules.memory.recent import RecentWindow
 from mhc_lightning.modules.norm import RMSNorm
-from mhc_lightning.modules.recompute import normalise
+from mhc_lightning.modules.recompute import normalise, note_entry
+
+
+class BlockCache(NamedTuple):
+    """What a block keeps of the tokens so far.
+
+    Attributes:
+        attention: Keys and values.
+        memory: What its memory needs; None if nothing.
+    """
+
+    attention: LatentCache
+    memory: RecentWindow | None
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of tokens in each row [B], int64."""
+        return self.attention.lengths
+
+    @property
+    def longest(self) -> int:
+        """An upper bound of the number of tokens in each row."""
+        return self.attention.longest
+
+    def advance(self, counts: Tensor, most: int) -> None:
+        """Count the first `counts` [B] of the tokens just written, each at most `most`."""
+        self.attention.advance(counts, most)
+        if self.memory is not None:
+            self.memory.advance(counts, most)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep the given rows [K] only."""
+        self.attention.keep(rows)
+        if self.memory is not None:
+            self.memory.keep(rows)
 
 
 class PreNorm(nn.Module):
@@ -31,6 +67,8 @@ class PreNorm(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind its own connection.
 
+    A memory, if there is one, changes the streams before attention reads them.
+
     Attributes:
         merge_last: The function that merges the feed-forward's output. A pipeline replaces
             `Unmerged.merge` by a merge on another stream of the device.
@@ -42,50 +80,67 @@ class Block(nn.Module):
         attention: PreNorm,
         feed_forward_connection: Connection,
         feed_forward: PreNorm,
+        memory: BlockMemory | None = None,
     ) -> None:
         super().__init__()
         self.attention_connection = attention_connection
         self.attention = attention
         self.feed_forward_connection = feed_forward_connection
         self.feed_forward = feed_forward
+        self.memory = memory
         self.merge_last: Callable[[Unmerged], Merged] = Unmerged.merge
 
     def forward(
         self,
         streams: Tensor | Unmerged,
         carry: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: BlockCache | None = None,
         merge: bool = True,
+        recalled: Recalled | None = None,
     ) -> Merged | Unmerged:
         """Run both sub-layers.
 
         Args:
             streams: [B, S, n, C], or the unmerged output of the preceding block.
             carry: The carry of the preceding block, beside streams.
-            cache: Keys and values of earlier tokens.
+            cache: What the block keeps of earlier tokens.
             merge: Whether to merge the feed-forward's output; if not, the next block merges it
                 while it reads.
+            recalled: What a memory recalls for the tokens of this batch.
 
         Returns:
             Streams [B, S, n, C] and their carry; without `merge`, an `Unmerged` for the next block.
         """
-        attention = self.attention if cache is None else partial(self.attention, cache=cache)
+        attention: Sublayer = self.attention
+        if cache is not None:
+            attention = partial(self.attention, cache=cache.attention)
+        if self.memory is not None:
+            streams, carry = streams.merge() if isinstance(streams, Unmerged) else (streams, carry)
+            note_entry()
+            kept = None if cache is None else cache.memory
+            streams = self.memory(streams, recalled or {}, kept)
         unmerged = self.attention_connection.run(streams, attention, carry)
         unmerged = self.feed_forward_connection.run(unmerged, self.feed_forward)
         return self.merge_last(unmerged) if merge else unmerged
 
 
-def run_blocks(blocks: Sequence[nn.Module], streams: Tensor, carry: Tensor | None) -> Merged:
-    """Take streams [B, S, n, C] and their carry through `blocks`.
+def run_blocks(
+    blocks: Sequence[nn.Module],
+    streams: Tensor,
+    carry: Tensor | None,
+    recalled: Recalled | None = None,
+) -> Merged:
+    """Take streams [B, S, n, C] and their carry through `blocks`, with what a memory recalls.
 
     Between two plain blocks the merge is left to the second block, which reads in the same step.
     """
+    more = {"recalled": recalled} if recalled else {}  # a block without memory may not take it
     flow: tuple[Tensor, Tensor | None] | tuple[Unmerged] = (streams, carry)
     for block, following in zip(blocks, (*blocks[1:], None), strict=True):
         if _is_plain(block) and _is_plain(following):
-            flow = (block(*flow, merge=False),)
+            flow = (block(*flow, merge=False, **more),)
         else:
-            flow = block(*flow)
+            flow = block(*flow, **more)
     return flow  # type: ignore[return-value]  # the last block has merged
 
 

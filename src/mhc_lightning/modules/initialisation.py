@@ -5,7 +5,7 @@ convention: the code that materialises a network from `meta` calls it on the mod
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,19 +67,30 @@ class NormalMatrices:
             module.bias.zero_()  # type: ignore[operator]
 
 
-def plan_normal(network: nn.Module, seed: int, std: float) -> list[NormalMatrices]:
+def plan_normal(
+    network: nn.Module, seed: int, std: float, last: Iterable[nn.Module] = ()
+) -> list[NormalMatrices]:
     """Make the draws of all linear maps, embeddings and experts of a network.
 
     Each module's `reset_parameters` becomes its draw. Each draw has its own seeds, assigned in the
-    order of `network.modules()`, so modules can be drawn in any order. Experts are modules with
-    `matrices`.
+    order of `network.modules()`, so modules can be drawn in any order. Experts and tables are
+    modules with `matrices`. A module's `init_std` takes the place of `std`.
+
+    Args:
+        network: The network.
+        seed: Seed of the first draw.
+        std: The standard deviation.
+        last: Submodules that get the last seeds: the others draw what they draw without them.
     """
     planned = []
-    for module in network.modules():
+    behind = {module: None for part in last for module in part.modules()}
+    before = [module for module in network.modules() if module not in behind]
+    for module in (*before, *behind):
         linear = isinstance(module, nn.Linear | nn.Embedding)
         names = ("weight",) if linear else getattr(module, "matrices", ())
         if names:
-            draw = NormalMatrices(module, names, seed, std)
+            own_std: Any = getattr(module, "init_std", std)
+            draw = NormalMatrices(module, names, seed, own_std)
             # On the instance: the module keeps its class, which other code tests for.
             module.reset_parameters = draw  # type: ignore[assignment]
             seed = draw.next_seed

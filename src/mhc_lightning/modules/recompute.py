@@ -81,6 +81,16 @@ def note_output(output: Tensor) -> None:
         recording.returned(output)
 
 
+def note_entry() -> None:
+    """Report to a surrounding `recomputing` that streams are changed outside of a sub-layer.
+
+    The next sub-layer begins a new recompute block.
+    """
+    recording = _recording()
+    if recording is not None:
+        recording.interrupt()
+
+
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm(x)`; within `recomputing`, its saved tensors and output are rebuilt if `x` is."""
     if torch.compiler.is_compiling():
@@ -185,6 +195,10 @@ class _Recording:
         self._known = before | now
         self.settle()
         self._known, self._reading = now, False
+
+    def interrupt(self) -> None:
+        """Let the next sub-layer begin a new block, from streams that no replay gives."""
+        self._block = None
 
     def returned(self, output: Tensor) -> None:
         """Record a sub-layer's output; of its known tensors, the merge saves only the streams."""

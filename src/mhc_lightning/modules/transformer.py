@@ -4,7 +4,7 @@ Shapes: B batch, S sequence, n streams, C width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,15 @@ from mhc_lightning.kernels import (
     mean_streams,
 )
 from mhc_lightning.kernels.argument_checks import check_values
-from mhc_lightning.modules.attention import LatentAttention, LatentCache
-from mhc_lightning.modules.block import Block, PreNorm, run_blocks
+from mhc_lightning.modules.attention import LatentAttention
+from mhc_lightning.modules.block import Block, BlockCache, PreNorm, run_blocks
 from mhc_lightning.modules.connection import Connection, Merged
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.flops import training_flops_per_token
 from mhc_lightning.modules.head_loss import count_targets, head_token_losses, mean_head_loss
-from mhc_lightning.modules.initialisation import plan_normal, reset_modules
+from mhc_lightning.modules.initialisation import NormalMatrices, plan_normal, reset_modules
 from mhc_lightning.modules.limits import require_at_least
+from mhc_lightning.modules.memory import BlockMemory, InputMemory, Memory, Recalled
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
 from mhc_lightning.modules.precision import autocast_dtype
@@ -58,6 +59,8 @@ class Transformer(nn.Module):
         bias_update_speed: Speed of the loss-free balancing.
         norm_eps: Epsilon of every RMSNorm.
         init_std: Standard deviation of all weight matrices at initialisation.
+        memory: Builds a memory of n-grams from `vocab_size`, `model_dim`, `num_layers`,
+            `num_streams` and `norm_eps`; by default there is none.
 
     Attributes:
         init_seed: Seed of the initial weights, drawn from torch's generator.
@@ -68,8 +71,8 @@ class Transformer(nn.Module):
         UserError: A size is out of range.
     """
 
-    parts_before_blocks: ClassVar = ("embedding",)
     parts_behind_blocks: ClassVar = ("norm", "output")
+    parts_of_all_stages: ClassVar = ("memory",)
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class Transformer(nn.Module):
         bias_update_speed: float = 0.001,
         norm_eps: float = 1e-20,
         init_std: float = 0.006,
+        memory: Callable[..., Memory] = Memory,
     ) -> None:
         super().__init__()
         require_at_least(
@@ -148,11 +152,32 @@ class Transformer(nn.Module):
         self.recompute: str | int | None = "off"
         self.recompute_block_size = 0
         self.num_streams = blocks[0].attention_connection.num_streams
+        self.memory = memory(
+            vocab_size=vocab_size,
+            model_dim=dim,
+            num_layers=num_layers,
+            num_streams=self.num_streams,
+            norm_eps=norm_eps,
+        )
+        self.input_memory = self.memory.input_memory()
+        for index, block in enumerate(blocks):
+            block.memory = self.memory.block_memory(index)
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
-        for draw in plan_normal(self, self.init_seed, self.init_std):
+        for draw in self._plan_draws():
             draw()
+
+    @property
+    def parts_before_blocks(self) -> tuple[str, ...]:
+        """Names of the submodules that `embed` uses."""
+        return ("embedding",) if self.input_memory is None else ("embedding", "input_memory")
+
+    def _memory_parts(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, InputMemory | BlockMemory)]
+
+    def _plan_draws(self) -> list[NormalMatrices]:
+        return plan_normal(self, self.init_seed, self.init_std, last=self._memory_parts())
 
     def reset_parameters(self) -> None:
         """Draw every weight matrix from a normal distribution, and reset all other parameters.
@@ -163,15 +188,25 @@ class Transformer(nn.Module):
         Raises:
             UserError: A submodule has parameters and no `reset_parameters()`.
         """
-        plan_normal(self, self.init_seed, self.init_std)
+        self._plan_draws()
         reset_modules(self)
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def recall(self, tokens: Tensor, history: Tensor | None = None) -> Recalled:
+        """What a memory recalls for tokens [B, S], once for the embedding and all blocks."""
+        return self.memory.recall(tokens, history)
+
+    def embed(self, tokens: Tensor, recalled: Recalled | None = None) -> Tensor:
         """Tokens [B, S] -> streams [B, S, n, C], all copies of the embedding.
 
         Under autocast the streams take autocast's dtype: n·C values per token travel in it.
+
+        Args:
+            tokens: [B, S].
+            recalled: The result of `recall`, if it is there already.
         """
         x = self.embedding(tokens)
+        if self.input_memory is not None:
+            x = self.input_memory(x, self.recall(tokens) if recalled is None else recalled)
         return expand_streams(x.to(autocast_dtype(x) or x.dtype), self.num_streams)
 
     def carry_like(self, streams: Tensor) -> Tensor | None:
@@ -190,18 +225,30 @@ class Transformer(nn.Module):
         return self.output(self.read_out(streams, carry))
 
     def run_blocks(
-        self, streams: Tensor, carry: Tensor | None = None, blocks: Sequence[nn.Module] = ()
+        self,
+        streams: Tensor,
+        carry: Tensor | None = None,
+        blocks: Sequence[nn.Module] = (),
+        recalled: Recalled | None = None,
     ) -> Merged:
         """Take streams [B, S, n, C] and their carry through `blocks` (all of them by default).
 
-        No recompute block reaches beyond these blocks.
+        No recompute block reaches beyond these blocks. Blocks with a memory need the result of
+        `recall`.
         """
         with recomputing(self.recompute_block_size):
-            return run_blocks(list(blocks or self.blocks), streams, carry)
+            return run_blocks(list(blocks or self.blocks), streams, carry, recalled)
+
+    def run(self, tokens: Tensor) -> Merged:
+        """Take tokens [B, S] through the embedding and all blocks."""
+        recalled = self.recall(tokens)
+        streams = self.embed(tokens, recalled)
+        # A `run_blocks` that someone has put in place may know of no memory.
+        return self.run_blocks(streams, recalled=recalled) if recalled else self.run_blocks(streams)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> logits [B, S, V]."""
-        return self.head(*self.run_blocks(self.embed(tokens)))
+        return self.head(*self.run(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
         """Mean cross-entropy of targets [B, S], a float32 scalar, without all logits at once.
@@ -210,7 +257,7 @@ class Transformer(nn.Module):
         an adapter, a bias, hooks, a parametrization or a quantised weight. Targets equal to
         `ignore_index` are left out, as in `linear_cross_entropy`.
         """
-        streams, carry = self.run_blocks(self.embed(tokens))
+        streams, carry = self.run(tokens)
         return self.head_loss(streams, carry, targets, ignore_index=ignore_index)
 
     def head_loss(
@@ -228,7 +275,7 @@ class Transformer(nn.Module):
         self, tokens: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX
     ) -> Tensor:
         """Cross-entropy of each target [B, S], float32, without a gradient; 0 where ignored."""
-        streams, carry = self.run_blocks(self.embed(tokens))
+        streams, carry = self.run(tokens)
         return self.head_token_losses(streams, carry, targets, ignore_index=ignore_index)
 
     def head_token_losses(
@@ -246,23 +293,31 @@ class Transformer(nn.Module):
         """The number of targets that `loss` is the mean over, an int64 scalar."""
         return count_targets(targets, ignore_index)
 
-    def new_caches(self, batch_size: int, max_length: int) -> list[LatentCache]:
-        """An empty cache for every block, for `forward_cached`."""
-        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
-        return [
-            module.new_cache(batch_size, max_length, dtype)
-            for module in self.modules()
-            if isinstance(module, LatentAttention)
-        ]
+    def new_caches(self, batch_size: int, max_length: int) -> list[Any]:
+        """Empty caches for `forward_cached`: of every block, and of the tokens for a memory."""
+        like = next(p for p in self.parameters() if p.is_floating_point())
+        caches: list[Any] = []
+        for block in self.blocks:
+            parts = list(block.modules())
+            attention = next(m for m in parts if isinstance(m, LatentAttention))
+            memory = next((m for m in parts if isinstance(m, BlockMemory)), None)
+            caches.append(
+                BlockCache(
+                    attention.new_cache(batch_size, max_length, like.dtype),
+                    None if memory is None else memory.new_cache(batch_size, like.dtype),
+                )
+            )
+        history = self.memory.new_history(batch_size, like.device)
+        return caches if history is None else [*caches, history]
 
     def forward_cached(
-        self, tokens: Tensor, caches: list[LatentCache], counts: Tensor | None = None
+        self, tokens: Tensor, caches: list[Any], counts: Tensor | None = None
     ) -> Tensor:
         """Continue the sequences in `caches` by tokens [B, S].
 
         Args:
             tokens: New tokens; a row with fewer than S ends with padding, any token.
-            caches: One per block.
+            caches: What `new_caches` gave.
             counts: Number of new tokens of each row [B], from 1 to S; S by default.
 
         Returns:
@@ -278,9 +333,15 @@ class Transformer(nn.Module):
             ((counts >= 1) & (counts <= most)).all(),
             f"counts must be from 1 to {most} (new tokens of each row)",
         )
-        streams, carry = self.embed(tokens), None
-        for block, cache in zip(self.blocks, caches, strict=True):
-            streams, carry = block(streams, carry, cache)
+        recalled: Recalled = {}
+        for history in caches[len(self.blocks) :]:
+            recalled = self.recall(tokens, history.values)
+            history.extend(tokens)
+            history.advance(counts, most)
+        more: dict[str, Any] = {"recalled": recalled} if recalled else {}
+        streams, carry = self.embed(tokens, recalled), None
+        for block, cache in zip(self.blocks, caches[: len(self.blocks)], strict=True):
+            streams, carry = block(streams, carry, cache, **more)
             cache.advance(counts, most)
         last = torch.arange(batch, device=tokens.device), counts - 1
         return self.head(streams[last], None if carry is None else carry[last])

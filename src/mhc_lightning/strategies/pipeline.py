@@ -243,7 +243,8 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
                     torch.bfloat16 if mixed else None,
                     reshard_after_forward=False,
                 )
-        bring_to_life(stages, self.root_device)
+        everywhere = [getattr(network, n) for n in getattr(network, "parts_of_all_stages", ())]
+        bring_to_life([*stages, *everywhere], self.root_device)
         leave_out(network, stages)
         self.model_to_device()
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]

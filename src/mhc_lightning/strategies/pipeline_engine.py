@@ -161,6 +161,8 @@ class PipelineEngine:
                     kind, torch.get_autocast_dtype(kind), cache_enabled=shares
                 )
         arguments = (tokens,) if self._stages[0].is_first else ()
+        if hasattr(self._stages[0]._network[0], "recall"):
+            settings["tokens"] = tokens
         if self._stages[-1].is_last:
             settings["targets"] = targets
             if "losses" in settings:

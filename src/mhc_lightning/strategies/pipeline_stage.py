@@ -20,12 +20,15 @@ class PipelinedNetwork(Protocol):
     network's own methods. Both pass further arguments by name on to the head's methods. In a
     network without carries, a carry is None.
 
-    Three more methods are optional:
+    Four more methods are optional:
 
     - `carry_like(streams)`: an uninitialised carry;
     - `head_token_losses`: like `head_loss`, with one value per target;
     - `count_targets(targets)`: the number of targets that `head_loss` is the mean over. Without it
-      all micro-batches of a batch weigh the same.
+      all micro-batches of a batch weigh the same;
+    - `recall(tokens)`: what every stage needs to know of the tokens. `embed` and `run_blocks` then
+      take its result as `recalled`. Submodules named by `parts_of_all_stages`, which it uses, are
+      on every device; they have buffers only.
 
     Attributes:
         blocks: The blocks, which are shared out among the stages.
@@ -123,13 +126,16 @@ class Stage(nn.Module):
         if not self.is_last and hasattr(block, "merge_last"):
             block.merge_last = merge
 
-    def forward(self, *flow: Tensor, targets: Tensor | None = None) -> Any:
+    def forward(
+        self, *flow: Tensor, targets: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Any:
         """Run one micro-batch.
 
         Args:
             flow: Tokens [B, S] in the first stage, else streams [B, S, n, C] and their carry, if
                 there is one.
             targets: [B, S], in the last stage.
+            tokens: [B, S], if the network recalls something of them.
 
         Returns:
             Streams and their carry; in the last stage losses, [1] or [B, S].
@@ -140,15 +146,17 @@ class Stage(nn.Module):
         try:
             with self.autocast:
                 carry: Tensor | None = None
+                recalled = None if tokens is None else network.recall(tokens)
+                more = {"recalled": recalled} if recalled else {}
                 if self.is_first:
-                    streams = network.embed(*flow)
+                    streams = network.embed(*flow, **more)
                     if self.task == "embed":
                         return streams
                 else:
                     streams, *rest = (_ContiguousGradient.apply(tensor) for tensor in flow)
                     carry = rest[0] if rest else None
                 blocks = list(self.blocks.values())
-                streams, carry = network.run_blocks(streams, carry, blocks)
+                streams, carry = network.run_blocks(streams, carry, blocks, **more)
                 if self.is_last:
                     losses = getattr(network, self.task)(streams, carry, targets, **self.options)
                     return losses.reshape(1) if losses.dim() == 0 else losses

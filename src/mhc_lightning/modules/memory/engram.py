@@ -1,0 +1,284 @@
+"""Engram: hashed n-gram rows, added to the streams through a gate (arXiv 2601.07372).
+
+Shapes: B batch, S sequence, n streams, C width of the network, H rows of a position, D their width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.kernels.precision import widened
+from mhc_lightning.modules.memory.hashing import NgramHash, NgramLayout, prime_layout
+from mhc_lightning.modules.memory.memory import BlockMemory, Memory, Recalled
+from mhc_lightning.modules.memory.recent import RecentWindow
+from mhc_lightning.modules.memory.table import NgramTable
+from mhc_lightning.modules.precision import autocast_dtype
+
+_LEAST_SCORE = 1e-6  # below it the signed square root is flat
+_CONV_EPS = 1e-5
+
+
+def default_blocks(num_layers: int) -> list[int]:
+    """Blocks with memory if none are named: the second one, and the one before the middle.
+
+    These are blocks 2 and 15 of 30, and 2 and 6 of 12, counted from 1, as in the paper.
+    """
+    return sorted({min(1, num_layers - 1), max(0, num_layers // 2 - 1)})
+
+
+class Engram(Memory):
+    """Conditional memory by hashed look-up, read in chosen blocks, before their attention.
+
+    Args:
+        layers: Blocks with a memory, from 0; None for `default_blocks`.
+        orders: n of the n-grams.
+        num_heads: Hash functions of each order.
+        rows: Least rows of a head; the prime numbers from there on are taken.
+        dim: Values that the rows of one order have together; None for a quarter of C, rounded
+            down to what the heads can share.
+        conv: Whether a short convolution follows the gate.
+        conv_kernel: Taps of the convolution, N positions apart.
+        bias: Whether the key and value projections have a bias (the released demo's have).
+        zero_start: Whether the value projection starts at zero: the network then computes at
+            first what it computes without memory. The paper does not say how it starts.
+        seed: Seed of the hash.
+        multipliers: Multipliers of the hash [blocks][N] in place of drawn ones.
+        compress: Whether tokens that differ in case, accents and spaces only are hashed alike.
+        documents: Whether n-grams end where documents begin.
+        pad_token: The token in place of a missing one; None for the one that ends documents.
+        placement: Where the rows are: `device`, `sharded` or `host`.
+        vocab_size: V of the network.
+        model_dim: C of the network.
+        num_layers: Blocks of the network.
+        num_streams: n of the network.
+        norm_eps: Epsilon of the norms of keys and streams.
+
+    Raises:
+        UserError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        model_dim: int,
+        num_layers: int,
+        num_streams: int,
+        norm_eps: float = 1e-20,
+        rows: int | Sequence[int],
+        layers: Sequence[int] | None = None,
+        orders: Sequence[int] = (2, 3),
+        num_heads: int = 8,
+        dim: int | None = None,
+        conv: bool = True,
+        conv_kernel: int = 4,
+        bias: bool = False,
+        zero_start: bool = True,
+        seed: int = 0,
+        multipliers: Sequence[Sequence[int]] | None = None,
+        compress: bool = True,
+        documents: bool = True,
+        pad_token: int | None = None,
+        placement: str = "device",
+    ) -> None:
+        super().__init__()
+        blocks = default_blocks(num_layers) if layers is None else sorted(set(layers))
+        outside = [block for block in blocks if not 0 <= block < num_layers]
+        if outside or not blocks:
+            raise UserError(
+                f"memory.layers names block {outside[0] if outside else '(none)'}, but the network"
+                f" has the blocks 0 to {num_layers - 1}; name some of these"
+            )
+        layout = prime_layout(blocks, orders, num_heads, rows)
+        per_order = max(1, model_dim // (4 * num_heads)) * num_heads if dim is None else dim
+        width, rest = divmod(per_order, num_heads)
+        if rest or not width:
+            raise UserError(
+                f"memory.dim={per_order} cannot be shared evenly by memory.num_heads={num_heads};"
+                f" use a multiple of {num_heads}"
+            )
+        self.hash = NgramHash(layout, vocab_size, "multiply_xor", seed, multipliers)
+        self.places = tuple(blocks)
+        self.compress, self.documents, self.pad_token = compress, documents, pad_token
+        self.placement = placement
+        self._settings: dict[str, Any] = {
+            "dim": model_dim,
+            "num_streams": num_streams,
+            "row_width": width,
+            "conv": conv,
+            "conv_kernel": conv_kernel,
+            "bias": bias,
+            "zero_start": zero_start,
+            "norm_eps": norm_eps,
+        }
+
+    def block_memory(self, block: int) -> BlockMemory | None:
+        """A new part for a block, if it is one of `layers`."""
+        assert self.hash is not None
+        if block not in self.places:
+            return None
+        return EngramBlock(block=block, layout=self.hash.layout, **self._settings)
+
+
+class EngramBlock(BlockMemory):
+    """Engram in one block: rows, a gate for each stream, a short convolution.
+
+    With e the rows of a position (concatenated), h_m stream m, and RMSNorms of their own for each
+    stream (all in float32):
+
+        s_m = ⟨norm(h_m), norm(W_K,m e)⟩ / √C
+        g_m = σ(sign(s_m) · √max(|s_m|, 1e-6))
+        v_m = g_m · W_V e
+        h_m ← h_m + v_m + SiLU(conv(norm(v_m)))
+
+    The convolution is depthwise and causal; its taps are N positions apart and start at zero.
+
+    Args:
+        block: The number of the block.
+        layout: The sizes of the tables.
+        dim: C.
+        num_streams: n.
+        row_width: D.
+        conv: Whether there is a convolution.
+        conv_kernel: Its taps.
+        bias: Whether the projections have a bias.
+        zero_start: Whether `value` starts at zero.
+        norm_eps: Epsilon of the norms of keys and streams.
+    """
+
+    def __init__(
+        self,
+        block: int,
+        layout: NgramLayout,
+        dim: int,
+        num_streams: int,
+        row_width: int,
+        conv: bool,
+        conv_kernel: int,
+        bias: bool,
+        zero_start: bool,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.block, self.dim, self.num_streams = block, dim, num_streams
+        self.dilation, self.norm_eps = layout.longest, norm_eps
+        self.table = NgramTable(layout, row_width)
+        width = layout.heads * row_width
+        self.key = nn.Linear(width, num_streams * dim, bias=bias)
+        self.value = nn.Linear(width, dim, bias=bias)
+        if zero_start:
+            self.value.init_std = 0.0  # type: ignore[assignment]
+        self.gate = EngramGate(dim, num_streams, norm_eps)
+        self.conv = ShortConvolution(dim, num_streams, conv_kernel, self.dilation) if conv else None
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype) -> RecentWindow | None:
+        """An empty cache of the convolution's input."""
+        if self.conv is None:
+            return None
+        like = self.key.weight
+        shape = (batch_size, self.conv.reach, self.num_streams, self.dim)
+        return RecentWindow(torch.zeros(shape, dtype=dtype, device=like.device))
+
+    def forward(
+        self, streams: Tensor, recalled: Recalled, cache: RecentWindow | None = None
+    ) -> Tensor:
+        """[B, S, n, C] -> [B, S, n, C]."""
+        rows = self.table(recalled[self.block]).flatten(-2)  # [B, S, H · D]
+        rows = rows.to(autocast_dtype(rows) or streams.dtype)
+        key = self.key(rows).unflatten(-1, (self.num_streams, self.dim))
+        gated = self.gate(streams, key, self.value(rows))
+        if self.conv is not None:
+            gated = gated + self.conv(gated, cache)
+        return streams + gated.to(streams.dtype)
+
+
+class EngramGate(nn.Module):
+    """How much of a value each stream takes: see `EngramBlock`.
+
+    Args:
+        dim: C.
+        num_streams: n.
+        norm_eps: Epsilon of the norms.
+
+    Attributes:
+        key_norm: [n · C], weights of the keys' norms.
+        stream_norm: [n · C], weights of the streams' norms.
+        window: Gates [B, S, n] pass through it, for observers.
+    """
+
+    def __init__(self, dim: int, num_streams: int, norm_eps: float) -> None:
+        super().__init__()
+        self.dim, self.num_streams, self.norm_eps = dim, num_streams, norm_eps
+        # One dimension, as all weights of norms: they are not decayed.
+        self.key_norm = nn.Parameter(torch.empty(num_streams * dim))
+        self.stream_norm = nn.Parameter(torch.empty(num_streams * dim))
+        self.window = nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill the weights with one."""
+        with torch.no_grad():
+            self.key_norm.fill_(1)
+            self.stream_norm.fill_(1)
+
+    def forward(self, streams: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Streams and keys [B, S, n, C], a value [B, S, C] -> gated values [B, S, n, C]."""
+        key, wide = widened(key), widened(streams)
+        weight = (widened(self.key_norm) * widened(self.stream_norm)).view(-1, self.dim)
+        products = (wide * key * weight).sum(-1)
+        squares = [(x * x).mean(-1) + self.norm_eps for x in (wide, key)]
+        score = products * (squares[0].rsqrt() * squares[1].rsqrt()) / self.dim**0.5
+        gate = torch.sigmoid(score.sign() * score.abs().clamp(min=_LEAST_SCORE).sqrt())
+        gate = self.window(gate)
+        return gate.to(value.dtype)[..., None] * value[..., None, :]
+
+
+class ShortConvolution(nn.Module):
+    """SiLU of a depthwise causal convolution of the normalised input; zero at the start.
+
+    Args:
+        dim: C.
+        num_streams: n.
+        kernel: Taps.
+        dilation: Positions between taps.
+
+    Attributes:
+        reach: Positions before the present one that it sees.
+        weight: [n · C · kernel], the taps of a channel together, the present position last.
+        norm: [n · C], the weights of the input's norm, for each stream by itself.
+    """
+
+    def __init__(self, dim: int, num_streams: int, kernel: int, dilation: int) -> None:
+        super().__init__()
+        self.dim, self.num_streams = dim, num_streams
+        self.kernel, self.dilation = kernel, dilation
+        self.reach = (kernel - 1) * dilation
+        self.weight = nn.Parameter(torch.empty(num_streams * dim * kernel))
+        self.norm = nn.Parameter(torch.empty(num_streams * dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero the taps, and fill the norm's weights with one."""
+        with torch.no_grad():
+            self.weight.zero_()
+            self.norm.fill_(1)
+
+    def forward(self, x: Tensor, cache: RecentWindow | None = None) -> Tensor:
+        """[B, S, n, C] -> [B, S, n, C]; with a cache, `x` continues the cached positions."""
+        length = x.shape[1]
+        normed = F.rms_norm(x, (self.dim,), eps=_CONV_EPS)
+        normed = normed * self.norm.view(-1, self.dim).to(x.dtype)
+        if cache is None:
+            normed = F.pad(normed, (0, 0, 0, 0, self.reach, 0))
+        else:
+            normed = cache.extend(normed)
+        taps = self.weight.view(-1, self.dim, self.kernel).to(x.dtype)
+        mixed = normed[:, self.reach :] * taps[..., -1]
+        for tap in range(self.kernel - 1):
+            first = tap * self.dilation
+            mixed = mixed + normed[:, first : first + length] * taps[..., tap]
+        return F.silu(mixed)

@@ -1,0 +1,116 @@
+"""The base of all memories: what a network holds, and what its embedding and its blocks get of it.
+
+Shapes: B batch, S sequence, n streams, C width of the network, H rows of a position in a table.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mhc_lightning.modules.memory.hashing import NOT_A_TOKEN, NgramHash
+from mhc_lightning.modules.memory.recent import RecentWindow
+
+Recalled = Mapping[int, Tensor]
+"""Rows int64 [B, S, H] by block (from 0) or `INPUT`; they depend on tokens alone."""
+
+INPUT = -1  # the place of a memory at the embedding
+
+
+class InputMemory(nn.Module):
+    """The part of a memory that acts on the embedding."""
+
+    def forward(self, x: Tensor, recalled: Recalled) -> Tensor:
+        """[B, S, C] -> [B, S, C]."""
+        raise NotImplementedError
+
+
+class BlockMemory(nn.Module):
+    """The part of a memory that acts on the streams before a block's attention."""
+
+    def new_cache(self, batch_size: int, dtype: torch.dtype) -> RecentWindow | None:
+        """An empty cache of what `forward` needs of earlier positions; None if nothing."""
+        return None
+
+    def forward(
+        self, streams: Tensor, recalled: Recalled, cache: RecentWindow | None = None
+    ) -> Tensor:
+        """[B, S, n, C] -> [B, S, n, C]."""
+        raise NotImplementedError
+
+
+class Memory(nn.Module):
+    """A memory of n-grams, without any by itself; subclasses recall something.
+
+    A network builds its memory with the network's sizes, puts the parts where they belong, and
+    calls `recall` once per batch. Tokenizers are bound with `bind`.
+
+    Args:
+        sizes: `vocab_size`, `model_dim` (C), `num_layers` (blocks), `num_streams` (n) and
+            `norm_eps` of the network.
+
+    Attributes:
+        hash: What takes tokens to rows; None without a memory.
+        places: Blocks, or `INPUT`, in the order of the hash's tables.
+        compress: Whether tokens of one class are hashed alike.
+        documents: Whether n-grams end where documents begin.
+        pad_token: The token in place of a missing one; None for the one that ends documents.
+        placement: Where the rows are: `device`, `sharded` or `host`.
+    """
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__()
+        self.hash: NgramHash | None = None
+        self.places: tuple[int, ...] = ()
+        self.compress = self.documents = False
+        self.pad_token: int | None = None
+        self.placement = "device"
+
+    def input_memory(self) -> InputMemory | None:
+        """A new part for the embedding, if this memory has one."""
+        return None
+
+    def block_memory(self, block: int) -> BlockMemory | None:
+        """A new part for a block, if this memory has one there."""
+        return None
+
+    def bind(self, classes: np.ndarray, end_of_document: int) -> None:
+        """Take the tokenizer of a network's tokens.
+
+        Args:
+            classes: int64 [V or fewer], the class of each token: tokens of one class differ in
+                case, accents and spaces only.
+            end_of_document: The token that ends a document.
+
+        Raises:
+            UserError: The tokenizer has more tokens than the network, or the memory is bound to
+                another one.
+        """
+        if self.hash is not None:
+            self.hash.bind(
+                classes if self.compress else np.arange(len(classes)),
+                end_of_document if self.pad_token is None else self.pad_token,
+                end_of_document if self.documents else None,
+            )
+
+    def recall(self, tokens: Tensor, history: Tensor | None = None) -> Recalled:
+        """What the parts need to know of tokens [B, S], and of `history` before them.
+
+        Args:
+            tokens: int64 [B, S].
+            history: int64 [B, N - 1], the tokens before them; -1 where there is none.
+        """
+        if self.hash is None:
+            return {}
+        return dict(zip(self.places, self.hash(tokens, history), strict=True))
+
+    def new_history(self, batch_size: int, device: torch.device) -> RecentWindow | None:
+        """An empty window of the tokens that `recall` needs of the past; None if none."""
+        if self.hash is None:
+            return None
+        before = self.hash.layout.longest - 1
+        return RecentWindow(
+            torch.full((batch_size, before), NOT_A_TOKEN, dtype=torch.int64, device=device)
+        )

@@ -1,0 +1,106 @@
+"""Over-Encoding: hashed n-gram rows, added to the embedding (arXiv 2501.16975).
+
+Shapes: B batch, S sequence, C width of the network, H rows of a position.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.modules.memory.hashing import NgramHash, NgramLayout, spaced_layout
+from mhc_lightning.modules.memory.memory import INPUT, InputMemory, Memory, Recalled
+from mhc_lightning.modules.memory.table import NgramTable
+from mhc_lightning.modules.precision import autocast_dtype
+
+
+class OverEncoding(Memory):
+    """A hierarchical n-gram embedding: an input token also brings rows of the n-grams it ends.
+
+    Args:
+        rows: Rows of the first head; head k has `rows + 2·k`.
+        orders: n of the n-grams.
+        num_heads: Slices (heads) of each order, each with rows and a projection of its own.
+        dim: Values that the rows of one order have together; None for C over the orders,
+            rounded down to what the heads can share.
+        word_scale: `mean` divides the word's embedding as the rows are, by 1 + H; `full` leaves it
+            (LongCat-Flash-Lite-Sparse).
+        compress: Whether tokens that differ in case, accents and spaces only are hashed alike.
+        documents: Whether n-grams end where documents begin.
+        pad_token: The token in place of a missing one; None for the one that ends documents.
+        placement: Where the rows are: `device`, `sharded` or `host`.
+        vocab_size: V of the network.
+        model_dim: C of the network.
+        sizes: Further sizes of the network, which this memory does not need.
+
+    Raises:
+        UserError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        model_dim: int,
+        rows: int,
+        orders: Sequence[int] = (2, 3),
+        num_heads: int = 4,
+        dim: int | None = None,
+        word_scale: Literal["mean", "full"] = "mean",
+        compress: bool = False,
+        documents: bool = True,
+        pad_token: int | None = 0,
+        placement: str = "device",
+        **sizes: object,
+    ) -> None:
+        super().__init__()
+        if word_scale not in ("mean", "full"):
+            raise UserError(f"memory.word_scale must be mean or full, not {word_scale!r}")
+        layout = spaced_layout(orders, num_heads, rows, vocab_size)
+        per_order = max(1, model_dim // layout.heads) * num_heads if dim is None else dim
+        width, rest = divmod(per_order, num_heads)
+        if rest or not width:
+            raise UserError(
+                f"memory.dim={per_order} cannot be shared evenly by memory.num_heads={num_heads};"
+                f" use a multiple of {num_heads}"
+            )
+        self.hash = NgramHash(layout, vocab_size, "polynomial")
+        self.places = (INPUT,)
+        self.compress, self.documents, self.pad_token = compress, documents, pad_token
+        self.placement = placement
+        self._word_scale, self._row_width, self._dim = word_scale, width, model_dim
+
+    def input_memory(self) -> InputMemory:
+        """The part for the embedding."""
+        assert self.hash is not None
+        return OverEncodingInput(self.hash.layout, self._row_width, self._dim, self._word_scale)
+
+
+class OverEncodingInput(InputMemory):
+    """x ← (x + Σ_k W_k e_k) / (1 + H), with e_k the row of head k.
+
+    Args:
+        layout: The sizes of the table.
+        row_width: Width of a row.
+        dim: C.
+        word_scale: See `OverEncoding`.
+
+    Attributes:
+        projection: All W_k side by side, [C, H · row_width].
+    """
+
+    def __init__(
+        self, layout: NgramLayout, row_width: int, dim: int, word_scale: Literal["mean", "full"]
+    ) -> None:
+        super().__init__()
+        self.table = NgramTable(layout, row_width)
+        self.projection = nn.Linear(layout.heads * row_width, dim, bias=False)
+        self.scale = 1 / (1 + layout.heads)
+        self.word_scale = self.scale if word_scale == "mean" else 1.0
+
+    def forward(self, x: Tensor, recalled: Recalled) -> Tensor:
+        """[B, S, C] -> [B, S, C]."""
+        rows = self.table(recalled[INPUT]).flatten(-2)
+        rows = rows.to(autocast_dtype(rows) or x.dtype)
+        return self.word_scale * x + self.scale * self.projection(rows)
