@@ -175,6 +175,11 @@ class EngramBlock(BlockMemory):
         self.gate = EngramGate(dim, num_streams, norm_eps)
         self.conv = ShortConvolution(dim, num_streams, conv_kernel, self.dilation) if conv else None
 
+    @property
+    def gate_window(self) -> nn.Module:
+        """See `BlockMemory`."""
+        return self.gate.window
+
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> RecentWindow | None:
         """An empty cache of the convolution's input."""
         if self.conv is None:

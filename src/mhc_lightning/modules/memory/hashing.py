@@ -254,7 +254,7 @@ class NgramHash(nn.Module):
         Returns:
             int64 [L, B, S, H], rows of a table with `layout.rows_per_head` rows for each head.
         """
-        back = self._look_back(tokens, history)  # N times [B, S]
+        back = self.look_back(tokens, history)  # N times [B, S]
         if self.scheme == "multiply_xor":
             hashes = self._multiply_xor(back)
         else:
@@ -262,8 +262,15 @@ class NgramHash(nn.Module):
         starts = torch.arange(self.layout.heads, device=tokens.device) * self.layout.rows_per_head
         return hashes + starts
 
-    def _look_back(self, tokens: Tensor, history: Tensor | None) -> list[Tensor]:
-        """The classes of the token 0, 1, … N - 1 before each position."""
+    def look_back(self, tokens: Tensor, history: Tensor | None = None) -> list[Tensor]:
+        """The classes of the token 0, 1, … N - 1 before each position, N times [B, S].
+
+        The pad token's class stands where there is no token, or one of another document.
+
+        Args:
+            tokens: As for `forward`.
+            history: As for `forward`.
+        """
         before, length = self.layout.longest - 1, tokens.shape[1]
         if history is None:
             history = tokens.new_full((len(tokens), before), NOT_A_TOKEN)

@@ -20,7 +20,13 @@ INPUT = -1  # the place of a memory at the embedding
 
 
 class InputMemory(nn.Module):
-    """The part of a memory that acts on the embedding."""
+    """The part of a memory that acts on the embedding.
+
+    Attributes:
+        word_scale: Factor of the embedding in the sum with what the memory adds.
+    """
+
+    word_scale = 1.0
 
     def forward(self, x: Tensor, recalled: Recalled) -> Tensor:
         """[B, S, C] -> [B, S, C]."""
@@ -28,7 +34,18 @@ class InputMemory(nn.Module):
 
 
 class BlockMemory(nn.Module):
-    """The part of a memory that acts on the streams before a block's attention."""
+    """The part of a memory that acts on the streams before a block's attention.
+
+    Attributes:
+        block: The number of the block, from 0.
+    """
+
+    block: int
+
+    @property
+    def gate_window(self) -> nn.Module | None:
+        """A submodule through which gates [B, S, n] pass, for observers; None without gates."""
+        return None
 
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> RecentWindow | None:
         """An empty cache of what `forward` needs of earlier positions; None if nothing."""
