@@ -192,7 +192,7 @@ class EngramBlock(BlockMemory):
         self, streams: Tensor, recalled: Recalled, cache: RecentWindow | None = None
     ) -> Tensor:
         """[B, S, n, C] -> [B, S, n, C]."""
-        rows = self.table(recalled[self.block]).flatten(-2)  # [B, S, H · D]
+        rows = self.table(recalled[self.block], beside=streams).flatten(-2)  # [B, S, H · D]
         rows = rows.to(autocast_dtype(rows) or streams.dtype)
         key = self.key(rows).unflatten(-1, (self.num_streams, self.dim))
         gated = self.gate(streams, key, self.value(rows))

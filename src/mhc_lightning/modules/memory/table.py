@@ -23,6 +23,18 @@ class RowStore(Protocol):
         ...
 
 
+class _Beside(torch.autograd.Function):
+    """The first tensor; for autograd it depends on the second one too, with no gradient."""
+
+    @staticmethod
+    def forward(ctx, values, beside):  # type: ignore[no-untyped-def]
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None
+
+
 class NgramTable(KeepsFloat32):
     """The rows of all heads of one layout, one after another, in float32.
 
@@ -50,11 +62,17 @@ class NgramTable(KeepsFloat32):
         self.weight = nn.Parameter(torch.empty(self.num_rows, width, dtype=dtype))
         self.store: RowStore | None = None
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Rows, int64 [..., H] -> values [..., H, D]."""
-        if self.store is not None:
-            return self.store.look_up(rows)
-        return F.embedding(rows, self.weight)
+    def forward(self, rows: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Rows, int64 [..., H] -> values [..., H, D].
+
+        Args:
+            rows: The numbers of the rows.
+            beside: A tensor that the values are used with. A backward pass for its gradient alone
+                computes that of the values too. Pipeline schedules that split the backward pass
+                need it where the values meet the streams more than once.
+        """
+        values = F.embedding(rows, self.weight) if self.store is None else self.store.look_up(rows)
+        return values if beside is None else _Beside.apply(values, beside)
 
     def extra_repr(self) -> str:
         """The sizes, for a printed model."""

@@ -1,0 +1,151 @@
+"""Trains a tiny model with a memory in legs, each in a layout of its own; started by torchrun."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from mhc_lightning import LanguageModel
+from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
+from mhc_lightning.modules import (
+    Engram,
+    ManifoldHyperConnection,
+    OverEncoding,
+    Transformer,
+    initialisation,
+)
+from mhc_lightning.optimizers.recipes import AdamWRecipe
+from mhc_lightning.strategies import (
+    DataParallelStrategy,
+    FullyShardedStrategy,
+    PipelineStrategy,
+)
+from mhc_lightning.strategies.layout import layout_of
+
+ACCUMULATED = 2
+SEQUENCES = 16  # per optimizer step
+MEMORIES: dict[str, Any] = {
+    "engram": partial(Engram, rows=50, dim=8, num_heads=2, layers=[1, 6], zero_start=False),
+    "over_encoding": partial(OverEncoding, rows=67, dim=8, num_heads=2),
+}
+STRATEGIES: dict[str, Any] = {
+    "single": lambda **_: SingleDeviceStrategy(torch.device("cpu")),
+    "ddp": DataParallelStrategy,
+    "fsdp": FullyShardedStrategy,
+    "pipeline": PipelineStrategy,
+}
+
+
+class Sgd(AdamWRecipe):
+    """Parameters under Adam cannot be compared: it divides by gradients that are all rounding."""
+
+    def build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameter_groups(module.parameters()), lr=self.lr)
+
+
+class Watched(LanguageModel):
+    """Keeps losses and gradient norms of every step, and the first step's dense gradients."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows: list[dict[str, float]] = []
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        if not self.gradients:
+            for name, parameter in self.named_parameters():
+                if parameter.grad is not None:
+                    grad = parameter.grad
+                    whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                    self.gradients[name] = whole.clone()
+        super().configure_gradient_clipping(*args, **kwargs)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        metrics = self.trainer.callback_metrics
+        if (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % ACCUMULATED == 0:
+            self.rows.append(
+                {tag: float(metrics[tag]) for tag in ("train/loss", "train/grad_norm")}
+            )
+
+
+def tokens_of_run() -> torch.Tensor:
+    """[10 batches, sequences of a batch, 9]; frequent tokens come first."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.rand(20, SEQUENCES // ACCUMULATED, 9, generator=generator) ** 2 * 40
+    return tokens.long()
+
+
+def build(leg: dict[str, Any]) -> Watched:
+    pl.seed_everything(0, verbose=False)
+    initialisation._GROUP = 100  # values: some groups lie in several processes' parts
+    with torch.device("meta" if leg.get("meta") else "cpu"):
+        network = Transformer(
+            connection=ManifoldHyperConnection,
+            vocab_size=40,
+            dim=16,
+            num_layers=8,
+            num_heads=2,
+            ffn_dim=24,
+            head_dim=8,
+            rope_dim=4,
+            kv_rank=8,
+            init_std=0.1,
+            memory=partial(MEMORIES[leg["memory"]], **leg.get("settings", {})),
+        )
+    network.double()  # rounding hides nothing
+    recipe = AdamWRecipe if leg.get("adam") else Sgd
+    optimizer = recipe(lr=leg.get("lr", 0.1), weight_decay=0.0, eps=1e-8, schedule="constant")
+    return Watched(network, optimizer, recompute=leg.get("recompute", "off"))
+
+
+def run(leg: dict[str, Any], output: Path) -> None:
+    model = build(leg)
+    strategy = STRATEGIES[leg["strategy"]](**leg.get("layout", {}))
+    folder = output / leg.get("folder", leg["name"])
+    saving = leg.get("save")
+    trainer = pl.Trainer(
+        default_root_dir=folder,
+        callbacks=[RunCheckpoint(folder, **{"every_n_steps": 2, **saving})] if saving else [],
+        accelerator="cpu",
+        devices=leg.get("devices", 1),
+        strategy=strategy,
+        max_steps=leg.get("steps", 5),
+        accumulate_grad_batches=ACCUMULATED,
+        gradient_clip_val=0.5,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(saving),
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    resume = leg.get("resume")
+    replicas = layout_of(strategy).data_parallel_size
+    share = tokens_of_run().unflatten(1, (replicas, -1))[:, trainer.global_rank % replicas]
+    share = share[leg.get("start", 0) * ACCUMULATED :].flatten(0, 1)
+    loader = DataLoader(share, batch_size=SEQUENCES // ACCUMULATED // replicas)
+    trainer.fit(
+        model, loader, ckpt_path=(folder / resume).resolve() if resume else None, weights_only=False
+    )
+    state = trainer.strategy.lightning_module_state_dict()
+    gradients: list[Any] = [model.gradients]
+    if trainer.world_size > 1:
+        gradients = [None] * trainer.world_size
+        torch.distributed.all_gather_object(gradients, model.gradients)
+    if trainer.is_global_zero:
+        every = {name: grad for part in gradients for name, grad in part.items()}
+        state = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items()}
+        seen = {"rows": model.rows, "state": state, "gradients": every}
+        torch.save(seen, output / f"{leg['name']}.pt")
+
+
+if __name__ == "__main__":
+    for leg in json.loads(sys.argv[1]):
+        run(leg, Path(sys.argv[2]))
