@@ -9,10 +9,12 @@ from torch import nn
 
 from mhc_lightning.modules import (
     Connection,
+    Engram,
     HyperConnection,
     IdentityHyperConnection,
     KroneckerHyperConnection,
     ManifoldHyperConnection,
+    OverEncoding,
     PermutationHyperConnection,
     ResidualConnection,
     SinglePassHyperConnection,
@@ -29,6 +31,13 @@ CONNECTIONS: dict[str, Callable[..., Connection]] = {
     "mhc_lite": PermutationHyperConnection,
     "krom": KroneckerHyperConnection,
     "identity": IdentityHyperConnection,
+}
+
+# Memories that a network of two blocks can have; their tables are small enough for collisions.
+MEMORIES: dict[str, Callable[..., Any]] = {
+    "engram": partial(Engram, rows=31, num_heads=2, dim=8),
+    "engram_without_conv": partial(Engram, rows=31, num_heads=2, dim=8, conv=False),
+    "over_encoding": partial(OverEncoding, rows=57, num_heads=2, dim=8),
 }
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_active_experts": 2, "num_shared_experts": 1}

@@ -26,6 +26,7 @@ from mhc_lightning.modules.head_loss import count_targets, head_token_losses, me
 from mhc_lightning.modules.initialisation import NormalMatrices, plan_normal, reset_modules
 from mhc_lightning.modules.limits import require_at_least
 from mhc_lightning.modules.memory import BlockMemory, InputMemory, Memory, Recalled
+from mhc_lightning.modules.memory.stored import check_loaded
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
 from mhc_lightning.modules.precision import autocast_dtype
@@ -160,6 +161,8 @@ class Transformer(nn.Module):
             norm_eps=norm_eps,
         )
         self.input_memory = self.memory.input_memory()
+        if self.memory.hash is not None:
+            self.register_load_state_dict_pre_hook(check_loaded)
         for index, block in enumerate(blocks):
             block.memory = self.memory.block_memory(index)
         self.blocks = nn.ModuleList(blocks)

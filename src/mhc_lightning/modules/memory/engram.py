@@ -105,6 +105,8 @@ class Engram(Memory):
         self.places = tuple(blocks)
         self.compress, self.documents, self.pad_token = compress, documents, pad_token
         self.placement = placement
+        self.shape_settings = {"dim": per_order, "conv": conv, "bias": bias}
+        self.shape_settings |= {"conv_kernel": conv_kernel} if conv else {}
         self._settings: dict[str, Any] = {
             "dim": model_dim,
             "num_streams": num_streams,

@@ -18,6 +18,7 @@ Scheme = Literal["multiply_xor", "polynomial"]
 
 ROW_MULTIPLE = 64  # heads begin at multiples of it, so that tables are cut between heads or rows
 NOT_A_TOKEN = -1  # in a history: there is no token that far back
+UNBOUND = -2  # in place of the token that ends documents, as long as no tokenizer is bound
 _LARGEST = int(np.iinfo(np.int64).max)
 _SEED_PER_TABLE = 10007
 
@@ -156,7 +157,8 @@ class NgramHash(nn.Module):
     Before the first token of a sequence, or of a document if `document_end` is bound, stands the
     pad token. The result depends on tokens alone. It is exact in int64 on every device.
 
-    All constants are buffers: a checkpoint holds them.
+    All constants are buffers: a checkpoint holds them, and another program can compute the same
+    rows from them.
 
     Args:
         layout: The sizes.
@@ -170,7 +172,10 @@ class NgramHash(nn.Module):
         multipliers: [L, N], or [L, H, N] of `polynomial`.
         moduli: [L, H].
         pad: [1], the compressed id in place of a missing token.
-        document_end: [1], the token (not compressed) that ends a document; -1 if there is none.
+        document_end: [1], the token (not compressed) that ends a document; -1 if n-grams do not end
+            with documents, -2 as long as nothing is bound.
+        orders: [H], n of each head's n-grams.
+        tables: [L], numbers that enter the tables' seeds.
     """
 
     def __init__(
@@ -187,7 +192,7 @@ class NgramHash(nn.Module):
         self.scheme: Scheme = scheme
         self.seed = seed
         self._given = multipliers
-        self._values = self._constants(np.arange(vocab_size), 0, NOT_A_TOKEN)
+        self._values = self._constants(np.arange(vocab_size), 0, UNBOUND)
         for name, value in self._values.items():
             self.register_buffer(name, torch.tensor(value))
 
@@ -196,6 +201,8 @@ class NgramHash(nn.Module):
     moduli: Tensor
     pad: Tensor
     document_end: Tensor
+    orders: Tensor
+    tables: Tensor
 
     def reset_parameters(self) -> None:
         """Fill the buffers, after they have come from `meta`."""
@@ -226,23 +233,36 @@ class NgramHash(nn.Module):
         end = NOT_A_TOKEN if document_end is None else document_end
         values = self._constants(whole, pad, end)
         if self.is_bound:
-            for name, value in values.items():
-                if not np.array_equal(getattr(self, name).cpu().numpy(), value):
-                    raise UserError(
-                        f"the memory was trained with another tokenizer: its {name} differ from"
-                        " those of this one; use the tokenizer of the checkpoint"
-                    )
+            present = self.constants()
+            differing = [k for k, value in values.items() if not np.array_equal(present[k], value)]
+            if differing:
+                raise UserError(
+                    "the memory is bound to another tokenizer, or was trained with one"
+                    f" ({', '.join(differing)} differ); use that tokenizer"
+                )
         self._values = values
         if not self.classes.is_meta:
             self.reset_parameters()
 
     @property
     def is_bound(self) -> bool:
-        """True once `bind` was called, or a checkpoint of a bound hash was loaded."""
+        """True once `bind` was called, or the weights of a bound hash were loaded."""
+        return int(self.constants()["document_end"][0]) != UNBOUND
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """The buffers by name; on `meta`, the values that they will take."""
         if self.classes.is_meta:
-            return False
-        fresh = torch.arange(self.vocab_size, device=self.classes.device)
-        return not (torch.equal(self.classes, fresh) and int(self.document_end) == NOT_A_TOKEN)
+            return self._values
+        return {name: getattr(self, name).cpu().numpy() for name in self._values}
+
+    def bound_constants(self) -> dict[str, np.ndarray] | None:
+        """The constants of the tokenizer that was bound, whatever was loaded since; else None.
+
+        Without a `bind`, they are those of loaded weights, if these are bound.
+        """
+        if int(self._values["document_end"][0]) != UNBOUND:
+            return self._values
+        return self.constants() if self.is_bound else None
 
     def forward(self, tokens: Tensor, history: Tensor | None = None) -> Tensor:
         """The rows of each position's n-grams.
@@ -301,15 +321,19 @@ class NgramHash(nn.Module):
         return products.sum(-1) % self.moduli[:, None, None]
 
     def _constants(self, classes: np.ndarray, pad: int, document_end: int) -> dict[str, np.ndarray]:
+        layout = self.layout
         return {
             "classes": classes.astype(np.int64),
-            "multipliers": self._multipliers(int(classes.max()) + 1),
-            "moduli": np.array(self.layout.moduli, dtype=np.int64),
+            "multipliers": self.multipliers_for(int(classes.max()) + 1),
+            "moduli": np.array(layout.moduli, dtype=np.int64),
             "pad": np.array([pad], dtype=np.int64),
             "document_end": np.array([document_end], dtype=np.int64),
+            "orders": np.repeat(np.array(layout.orders, dtype=np.int64), layout.num_heads),
+            "tables": np.array(layout.tables, dtype=np.int64),
         }
 
-    def _multipliers(self, num_classes: int) -> np.ndarray:
+    def multipliers_for(self, num_classes: int) -> np.ndarray:
+        """The multipliers for tokens of so many classes: given ones, or those of the seed."""
         layout = self.layout
         if self._given is not None:
             return np.array(self._given, dtype=np.int64)

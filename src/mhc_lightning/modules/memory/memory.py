@@ -75,12 +75,14 @@ class Memory(nn.Module):
         documents: Whether n-grams end where documents begin.
         pad_token: The token in place of a missing one; None for the one that ends documents.
         placement: Where the rows are: `device`, `sharded` or `host`.
+        shape_settings: Settings that decide names and shapes of weights, by name.
     """
 
     def __init__(self, **sizes: Any) -> None:
         super().__init__()
         self.hash: NgramHash | None = None
         self.places: tuple[int, ...] = ()
+        self.shape_settings: dict[str, Any] = {}
         self.compress = self.documents = False
         self.pad_token: int | None = None
         self.placement = "device"
@@ -111,6 +113,20 @@ class Memory(nn.Module):
                 end_of_document if self.pad_token is None else self.pad_token,
                 end_of_document if self.documents else None,
             )
+
+    def bind_alone(self) -> None:
+        """Do without a tokenizer, for good: each token is its own class, and documents have no end.
+
+        Raises:
+            UserError: The memory is bound to a tokenizer.
+        """
+        if self.hash is not None:
+            self.hash.bind(np.arange(self.hash.vocab_size), self.pad_token or 0, None)
+
+    @property
+    def is_bound(self) -> bool:
+        """True once it is clear which tokens the memory hashes alike, as it is without a memory."""
+        return self.hash is None or self.hash.is_bound
 
     def recall(self, tokens: Tensor, history: Tensor | None = None) -> Recalled:
         """What the parts need to know of tokens [B, S], and of `history` before them.

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, C width of the network, H rows of a position.
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
@@ -33,6 +34,10 @@ class OverEncoding(Memory):
         vocab_size: V of the network.
         model_dim: C of the network.
         sizes: Further sizes of the network, which this memory does not need.
+
+    Attributes:
+        word_divisor: [1], what the word's embedding is divided by. It is for readers of a
+            checkpoint.
 
     Raises:
         UserError: An argument is out of range.
@@ -69,7 +74,17 @@ class OverEncoding(Memory):
         self.places = (INPUT,)
         self.compress, self.documents, self.pad_token = compress, documents, pad_token
         self.placement = placement
+        self.shape_settings = {"dim": per_order, "word_scale": word_scale}
+        self.register_buffer("word_divisor", torch.empty(1, dtype=torch.int64))
         self._word_scale, self._row_width, self._dim = word_scale, width, model_dim
+        self.reset_parameters()
+
+    word_divisor: Tensor
+
+    def reset_parameters(self) -> None:
+        """Fill the buffer."""
+        assert self.hash is not None
+        self.word_divisor.fill_(1 if self._word_scale == "full" else 1 + self.hash.layout.heads)
 
     def input_memory(self) -> InputMemory:
         """The part for the embedding."""
