@@ -24,7 +24,7 @@ from mhc_lightning.modules import Connection
 
 EXPERIMENTS = sorted(shipped_experiments())
 
-GROUPS = "model connection data optimizer trainer strategy callbacks logger checkpoint"
+GROUPS = "model connection memory data optimizer trainer strategy callbacks logger checkpoint"
 SMALL = ("baseline_quickstart", "hc_quickstart", "mhc_moe_tiny", "mhc_quickstart")
 
 # What outside scripts may set in any experiment, to shrink it.

@@ -8,7 +8,8 @@ import torch
 from mhc_lightning.cli.arguments import parse_arguments
 from mhc_lightning.cli.composition import Experiment, compose_experiment
 from mhc_lightning.cli.instantiation import build
-from mhc_lightning.modules import Connection, MixtureOfExperts, Transformer
+from mhc_lightning.modules import Connection, MixtureOfExperts, NgramTable, Transformer
+from mhc_lightning.planning.parameters import count_parameters
 
 # arXiv 2512.24880, Table 5, as printed: total and active parameters of the models with mHC.
 PUBLISHED = {
@@ -28,6 +29,13 @@ TABLE_5 = {
     "9b": (18, 1920, 24, 1280, 64, 512, 50_000, 5.9e-4),
     "27b": (30, 2560, 32, 1536, 72, 1280, 50_000, 4.0e-4),
     "3b_1t": (12, 1280, 16, 896, 64, 2560, 100_000, 9.0e-4),
+}
+# arXiv 2601.07372, as printed: total and active parameters, and rows per head and parameters of
+# the memory. A total counts one vocabulary matrix, an active count none: so the 27B model with mHC
+# gives the 26.7B and 3.8B of that paper's model without memory.
+ENGRAM = {
+    "27b": ("26.7B", "3.8B", 2_262_400, "5.7B"),
+    "40b": ("39.5B", "3.8B", 7_239_680, "18.5B"),
 }
 SMALL = {"10m": 10e6, "50m": 50e6, "150m": 150e6, "500m": 500e6}
 
@@ -113,3 +121,55 @@ def test_small_members_keep_the_familys_ratios(size: str) -> None:
     assert (values["num_experts"], values["num_active_experts"]) == (64, 6)
     for prefix in ("baseline", "hc"):
         assert experiment(f"{prefix}_{size}").values()["model"]["dim"] == width
+
+
+@pytest.mark.parametrize("size", ENGRAM)
+def test_engrams_models_have_the_published_counts(size: str) -> None:
+    total, active, rows, memory = ENGRAM[size]
+    model = model_of(f"engram_{size}")
+    counts = count_parameters(model)
+    one_vocabulary = 129280 * 2560
+    assert as_printed(counts.total - one_vocabulary, total) == total
+    assert as_printed(counts.active - one_vocabulary, active) == active
+    # Sixteen heads of 80 values in each of two blocks; their sizes are the primes from `rows` on.
+    assert counts.memory == pytest.approx(2 * 16 * rows * 80, rel=2e-4)
+    # 5.79 billion are 5.8 when rounded; the paper prints 5.7, and nothing known gives that number.
+    assert as_printed(counts.memory, memory) == {"27b": "5.8B", "40b": "18.5B"}[size]
+    before = count_parameters(model_of("mhc_27b"))
+    assert as_printed(before.total - one_vocabulary, "26.7B") == "26.7B"
+    assert as_printed(before.active - one_vocabulary, "3.8B") == "3.8B"
+    assert before.memory == 0
+
+
+def test_engrams_backbone_is_the_27b_model_with_55_experts() -> None:
+    def share_of_experts(name: str) -> int:
+        values = experiment(name).values()["model"]
+        return values["num_experts"] - values["num_active_experts"]
+
+    # The paper's allocation: of 66 idle experts, 49 stay (74.3 % there).
+    assert share_of_experts("engram_27b") / share_of_experts("mhc_27b") == pytest.approx(49 / 66)
+    for name in ("engram_27b", "engram_40b"):
+        ours, theirs = experiment(name).values(), experiment("mhc_27b").values()
+        assert ours["memory"]["layers"] == [1, 14]
+        assert (ours["memory"]["orders"], ours["memory"]["num_heads"]) == ([2, 3], 8)
+        assert ours["optimizer"]["_target_"].endswith("MuonRecipe")
+        assert ours["optimizer"]["lr"] == 4.0e-4
+        for section in ("data", "trainer", "connection"):
+            assert ours[section] == theirs[section]
+        changed = {key for key, value in ours["model"].items() if theirs["model"][key] != value}
+        assert changed == {"num_experts", "memory"}
+
+
+@pytest.mark.parametrize("size", SMALL)
+def test_small_members_with_memory_spend_what_the_plain_ones_spend(size: str) -> None:
+    ours, plain = (count_parameters(model_of(f"{name}_{size}")) for name in ("engram", "mhc"))
+    assert ours.total == pytest.approx(plain.total, rel=0.01)
+    assert ours.active == pytest.approx(plain.active, rel=0.015)
+    # A fifth to a quarter of the parameters that a token does not use, as the paper found best.
+    idle = ours.total - ours.active
+    assert 0.2 < ours.memory / idle < 0.25
+    widths = {m.width for m in model_of(f"engram_{size}").modules() if isinstance(m, NgramTable)}
+    assert widths == {experiment(f"mhc_{size}").values()["model"]["dim"] // 32}
+    values = experiment(f"engram_{size}").values()
+    for section in ("data", "trainer", "connection", "optimizer"):
+        assert values[section] == experiment(f"mhc_{size}").values()[section]

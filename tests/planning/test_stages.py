@@ -1,11 +1,14 @@
 """The cut into stages and what is refused before any process is there."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
+from networks import tiny_transformer
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.modules import Engram
 from mhc_lightning.planning.stages import (
     SCHEDULES,
     StagePlan,
@@ -91,3 +94,11 @@ def test_what_cannot_run_is_refused() -> None:
     assert "divisor of 6" in refusal(two_v.check_micro_batches, 4, 6)
     for name in SCHEDULES:
         plan(name, 2).check_micro_batches(4, 8)
+
+
+def test_a_memory_costs_its_projections_and_the_rows_it_reads() -> None:
+    block = tiny_transformer(num_layers=1, num_dense_layers=1).blocks[0]
+    memory = partial(Engram, rows=1000, layers=[0], num_heads=2, dim=8)
+    with_memory = tiny_transformer(num_layers=1, num_dense_layers=1, memory=memory).blocks[0]
+    # Four heads of four values; keys of four streams and a value.
+    assert block_cost(with_memory) == block_cost(block) + 5 * 16 * 16 + 16

@@ -52,15 +52,15 @@ def _heading(name: str, plan: "Plan") -> str:
 
 def _parameters(plan: "Plan") -> str:
     counts = plan.parameters
-    return _table(
-        "parameters",
-        [
-            ("total", format_count(counts.total), "both vocabulary matrices included"),
-            ("active", format_count(counts.active), "per token: no embedding, chosen experts only"),
-            ("connections", format_count(counts.connections), ""),
-            ("vocabulary", format_count(counts.vocabulary), "embedding and head"),
-        ],
-    )
+    rows = [
+        ("total", format_count(counts.total), "both vocabulary matrices included"),
+        ("active", format_count(counts.active), "per token: no embedding, chosen experts only"),
+        ("connections", format_count(counts.connections), ""),
+        ("vocabulary", format_count(counts.vocabulary), "embedding and head"),
+    ]
+    if counts.memory:
+        rows.append(("memory", format_count(counts.memory), "rows that n-grams can name"))
+    return _table("parameters", rows)
 
 
 def _memory(plan: "Plan") -> str:

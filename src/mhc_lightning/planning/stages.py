@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.modules.memory import NgramTable
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
+from mhc_lightning.planning.tables import rows_per_token
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class StagePlan:
 
 
 def block_cost(module: nn.Module) -> float:
-    """Relative time of a token in a module: the weights that multiply it; of a lookup, one row.
+    """Relative time of a token in a module: the weights that multiply it; of a lookup, its rows.
 
     Of routed experts only the active share counts. Works on `meta`.
     """
@@ -124,6 +126,8 @@ def block_cost(module: nn.Module) -> float:
             cost += sum(own) * part.num_active_experts / part.num_experts
         elif isinstance(part, nn.Embedding):
             cost += part.embedding_dim
+        elif isinstance(part, NgramTable):
+            cost += part.width * rows_per_token(part)
         else:
             cost += sum(own)
     return cost
