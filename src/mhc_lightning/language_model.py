@@ -10,8 +10,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from mhc_lightning.checkpoints.saved_tensors import load_weights
+from mhc_lightning.checkpoints.saved_memory import (
+    check_saved_memory,
+    lacks_memory,
+    load_beside_memory,
+    memory_in,
+)
 from mhc_lightning.data.token_classes import bind_tokenizer
+from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.kernels.argument_checks import check_values
@@ -93,10 +99,14 @@ class LanguageModel(pl.LightningModule):
         return self.model(tokens)
 
     def setup(self, stage: str) -> None:
-        """Bind the network's memory to the tokenizer of the data, if both are there."""
+        """Bind the network's memory to the tokenizer of the data, if both are there.
+
+        Raises:
+            UserError: The memory is bound to another tokenizer, or was trained with one.
+        """
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        if tokenizer is not None and self.model.memory.hash is not None:
-            bind_tokenizer(self.model.memory, tokenizer)
+        if isinstance(tokenizer, Tokenizer):
+            bind_tokenizer(memory_in(self.model), tokenizer)
 
     def configure_model(self) -> None:
         """Compile the sub-layers if asked to, and shard the network if the strategy has a mesh."""
@@ -113,17 +123,24 @@ class LanguageModel(pl.LightningModule):
         """Load the weights of a whole state dict.
 
         A network on `meta` loads the weights when it is sharded, each process its own part. The
-        tensors must not change until then.
+        tensors must not change until then. A memory that the weights do not have keeps its initial
+        values.
+
+        Raises:
+            UserError: The weights have another memory than the network.
         """
-        if any(parameter.is_meta for parameter in self.parameters()):
-            self._pending_weights = weights
-        else:
-            load_weights(self, weights)
+        self._begin_with(weights, whole=not any(p.is_meta for p in self.parameters()))
+
+    def _begin_with(self, weights: Mapping[str, Tensor], whole: bool) -> None:
+        if not lacks_memory(weights):
+            check_saved_memory(memory_in(self.model), weights, "the weights to begin with")
+        if whole:
+            load_beside_memory(self, weights)
+        self._pending_weights = None if whole else weights
 
     def _load_pending_weights(self) -> None:
         if self._pending_weights is not None:
-            load_weights(self, self._pending_weights)
-            self._pending_weights = None
+            self._begin_with(self._pending_weights, whole=True)
 
     def on_fit_start(self) -> None:
         """Check the trainer's clipping; load pending weights, now that no parameter is on `meta`.
@@ -142,11 +159,14 @@ class LanguageModel(pl.LightningModule):
         self._load_pending_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the state of another kind of optimizer when a fit resumes.
+        """Refuse another memory, and the state of another kind of optimizer when a fit resumes.
 
         Raises:
-            UserError: The checkpoint's optimizer is Muon and the module's AdamW, or vice versa.
+            UserError: The checkpoint's memory is not that of the network, or its optimizer is Muon
+                and the module's AdamW, or vice versa.
         """
+        if checkpoint.get("state_dict"):
+            check_saved_memory(memory_in(self.model), checkpoint["state_dict"], "the checkpoint")
         states = checkpoint.get("optimizer_states")
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         from_recipe = type(self).configure_optimizers is LanguageModel.configure_optimizers
@@ -161,7 +181,18 @@ class LanguageModel(pl.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Keep the optimizer's present settings where a checkpoint has brought others."""
+        """Keep the optimizer's present settings where a checkpoint has brought others.
+
+        A memory without a tokenizer is bound to none from here on.
+        """
+        memory = memory_in(self.model)
+        if not memory.is_bound:
+            rank_zero_warn(
+                "the memory has no tokenizer: it hashes no tokens alike, and n-grams do not end"
+                " with documents; call bind_tokenizer of mhc_lightning.data.token_classes before"
+                " the fit, or give the trainer a TextDataModule"
+            )
+            memory.bind_alone()
         if self.trainer.ckpt_path is None or not self._optimizer_settings:
             return
         schedule: Any = self.lr_schedulers()

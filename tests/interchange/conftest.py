@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mhc_lightning.interchange.model_settings import build_network
+from mhc_lightning.interchange.model_settings import build_network, section_records
 
 SETTINGS = {
     "_target_": "mhc_lightning.modules.Transformer",
@@ -39,13 +39,9 @@ def network():
     """Builds a network from settings, with every tensor of it random."""
 
     def build(settings):
-        def section(values):
-            kept = {k: v for k, v in values.items() if k != "connection" and k[0] != "_"}
-            return {"class": values["_target_"], **kept}
-
-        model = build_network(section(settings), section(settings["connection"]), "the test")
+        model = build_network(section_records(settings), "the test")
         with torch.no_grad():
-            for tensor in model.state_dict().values():
+            for tensor in filter(torch.is_floating_point, model.state_dict().values()):
                 tensor.add_(0.3 * torch.randn_like(tensor))
         return model.eval()
 

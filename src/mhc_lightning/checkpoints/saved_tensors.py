@@ -1,7 +1,7 @@
 """Tensors by name, in memory or in a checkpoint folder: their shapes, and loading them."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ class SavedTensors(Mapping[str, Tensor]):
 
 def describe(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Tensors of the same names, shapes and dtypes, for which nothing is read from the disk."""
-    return tensors.on_meta if isinstance(tensors, SavedTensors) else tensors
+    on_meta: Mapping[str, Tensor] = getattr(tensors, "on_meta", tensors)
+    return on_meta
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
@@ -95,17 +96,23 @@ def below(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    stays: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Copy whole tensors into a module, sharded or not; each process reads the rows it holds.
 
     Args:
         module: The module.
         weights: A whole state dict of it, in memory, mapped from a file, or in a folder.
+        stays: True for a tensor, by its name, that keeps its present value.
     """
+    targets = {name: t for name, t in module.state_dict().items() if not stays(name)}
     if isinstance(weights, SavedTensors):
-        weights.load_into(module.state_dict())
+        weights.load_into(targets)
         return
-    for name, tensor in module.state_dict().items():
+    for name, tensor in targets.items():
         rows, first = held_rows(tensor)
         whole = weights[name]
         rows.copy_(whole if rows is tensor else whole[first : first + len(rows)])

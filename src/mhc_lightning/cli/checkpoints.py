@@ -14,6 +14,7 @@ from mhc_lightning.checkpoints.folder_index import is_checkpoint_folder
 from mhc_lightning.checkpoints.names import BEST, LAST, candidates_for_last
 from mhc_lightning.checkpoints.reading import load_checkpoint
 from mhc_lightning.checkpoints.refusals import fault_in
+from mhc_lightning.checkpoints.saved_memory import check_saved_memory, lacks_memory, memory_in
 from mhc_lightning.checkpoints.saved_tensors import describe
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.run_folder import holds_run, is_first_process
@@ -26,10 +27,12 @@ from mhc_lightning.interchange.exported_model import (
     open_exported,
 )
 from mhc_lightning.interchange.importing import weights_checkpoint
-from mhc_lightning.interchange.model_settings import differing_settings, section_record
+from mhc_lightning.interchange.model_settings import differing_settings, section_records
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from mhc_lightning import LanguageModel
 
 
 def find_checkpoint(experiment: Experiment) -> Path | None:
@@ -108,31 +111,46 @@ def require_checkpoint(experiment: Experiment) -> Path:
 
 
 def load_fitting(
-    path: Path, model: "nn.Module", experiment: Experiment, *, may_run_code: bool = True
+    path: Path,
+    model: "nn.Module",
+    experiment: Experiment,
+    *,
+    may_run_code: bool = True,
+    may_add_memory: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint, or an exported folder, and refuse one that does not fit `model`.
 
     Args:
         path: The result of `require_checkpoint`.
-        model: The model, on any device.
+        model: The model, on any device, with the network as `model`.
         experiment: The experiment.
         may_run_code: True to rebuild Python objects in a checkpoint of the experiment's own run,
             which can run code.
+        may_add_memory: True to load an exported model without a memory into a network with one. The
+            checkpoint then lacks the tensors of the memory.
 
     Raises:
         UserError: Names the tensors that differ, and their shapes in the file and in the model; or
-            the setting in which an exported model differs.
+            the setting in which an exported model or a memory differs.
     """
+    memory = memory_in(model.get_submodule("model"))
     if is_exported(path):
         exported = open_exported(path)
-        checkpoint = weights_checkpoint(exported, model.state_dict())
-        check_settings(exported, experiment.values()["model"])
+        new_memory = may_add_memory and exported.memory is None and memory.hash is not None
+        if not new_memory:
+            exported.check_memory(memory)
+        checkpoint = weights_checkpoint(exported, model.state_dict(), new_memory=new_memory)
+        check_settings(exported, experiment.values()["model"], new_memory=new_memory)
         return checkpoint
     own = Path(experiment.values()["output_dir"]).resolve()
     trusted = may_run_code and path.resolve().is_relative_to(own)
     checkpoint = load_checkpoint(path, trusted=trusted)
     shapes = {name: saved.shape for name, saved in describe(checkpoint["state_dict"]).items()}
     hint = "use the settings it was trained with (config.yaml of its run)"
+    new = memory.hash is not None and lacks_memory(checkpoint["state_dict"])
+    more = "; to add a memory, export it, and begin by fit ckpt_path=FOLDER" if new else ""
+    saved = checkpoint["state_dict"]
+    check_saved_memory(memory, saved, f"checkpoint {path}", f"{hint}{more}")
     check_tensors(shapes, model.state_dict(), f"checkpoint {path}", hint)
     _warn_of_other_settings(path, experiment)
     return checkpoint
@@ -149,9 +167,7 @@ def _warn_of_other_settings(path: Path, experiment: Experiment) -> None:
         record = yaml.safe_load((path.parent.parent / CONFIG).read_text(encoding="utf-8"))
         saved = record["model"]
         changes = differing_settings(
-            section_record(saved),
-            section_record(saved["connection"]),
-            experiment.values()["model"],
+            section_records(saved), section_records(experiment.values()["model"])
         )
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return  # a checkpoint without its run, or a model that is built in another way
@@ -165,6 +181,11 @@ def _warn_of_other_settings(path: Path, experiment: Experiment) -> None:
 def holds_weights_alone(checkpoint: dict[str, Any]) -> bool:
     """True if a loaded checkpoint is an imported model, from which training starts at step 0."""
     return "loops" not in checkpoint
+
+
+def adds_memory(module: "LanguageModel", checkpoint: dict[str, Any]) -> bool:
+    """True if a loaded checkpoint has no memory, and the model has one."""
+    return memory_in(module.model).hash is not None and lacks_memory(checkpoint["state_dict"])
 
 
 def trained_steps(checkpoint: dict[str, Any]) -> int:

@@ -61,7 +61,7 @@ def measure(experiment: Experiment, tasks: list[str]) -> dict[str, Any]:
     trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)
     module = build_model(experiment)
     checkpoint = load_fitting(path, module, experiment)
-    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
+    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model)
     module.start_from(checkpoint["state_dict"])
     precision = trainer.precision_plugin
     precision.convert_module(module.to(trainer.strategy.root_device)).eval()

@@ -30,7 +30,7 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     path = require_checkpoint(experiment)
     module = build_model(experiment, on_meta=True)  # for its shapes
     checkpoint = load_fitting(path, module, experiment)
-    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
+    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model)
     export_model(
         below(checkpoint["state_dict"], "model."),
         values["output"],

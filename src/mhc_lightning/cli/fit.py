@@ -91,6 +91,7 @@ def _is_in(checkpoint: Path, folder: Path) -> bool:
 
 def _build(experiment: Experiment) -> "tuple[pl.Trainer, LanguageModel, TextDataModule]":
     """The trainer, the model and the data, checked against each other and the memory there is."""
+    from mhc_lightning.checkpoints.saved_memory import memory_in
     from mhc_lightning.cli.components import (
         build_data,
         build_model_for,
@@ -101,6 +102,7 @@ def _build(experiment: Experiment) -> "tuple[pl.Trainer, LanguageModel, TextData
     )
     from mhc_lightning.cli.instantiation import build, build_members
     from mhc_lightning.cli.plan import check_room
+    from mhc_lightning.data.token_classes import bind_tokenizer
 
     trainer = build_trainer(
         experiment,
@@ -114,6 +116,7 @@ def _build(experiment: Experiment) -> "tuple[pl.Trainer, LanguageModel, TextData
     module = build_model_for(experiment, trainer)
     check_layout(trainer, module, data)
     data.validate_against(module.model.vocab_size)
+    bind_tokenizer(memory_in(module.model), data.tokenizer)
     return trainer, module, data
 
 
@@ -125,10 +128,14 @@ def _restore(
     Returns:
         The checkpoint, for the trainer to resume from; None if the run begins with its weights.
     """
-    from mhc_lightning.cli.checkpoints import holds_weights_alone, load_fitting
+    from mhc_lightning.cli.checkpoints import adds_memory, holds_weights_alone, load_fitting
 
-    saved = load_fitting(checkpoint, module, experiment)
+    saved = load_fitting(checkpoint, module, experiment, may_add_memory=True)
     if holds_weights_alone(saved):
+        if is_first_process() and adds_memory(module, saved):
+            print(
+                "the memory begins with its initial values: the weights have none", file=sys.stderr
+            )
         module.start_from(saved["state_dict"])
         _begin_at_step_0(experiment, checkpoint, trainer)
         return None

@@ -41,7 +41,7 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
     path = require_checkpoint(experiment)
     module = build_model(experiment)
     checkpoint = load_fitting(path, module, experiment)
-    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model.vocab_size)
+    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model)
     module.start_from(checkpoint["state_dict"])
     accelerator = values["trainer"]["accelerator"]
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")

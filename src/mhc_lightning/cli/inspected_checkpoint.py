@@ -74,7 +74,7 @@ def _look_at_run(
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.inspection import mappings_on, static_mappings_of
     from mhc_lightning.interchange.exported_model import materialize
-    from mhc_lightning.interchange.model_settings import build_network, section_record
+    from mhc_lightning.interchange.model_settings import build_network, section_records
 
     literal = {key: typed for key, typed in arguments.literal.items() if key not in LITERAL_KEYS}
     literal |= {"ckpt_path": [asked], "output_dir": [str(run)]}
@@ -83,16 +83,14 @@ def _look_at_run(
     values = experiment.values()
     settings = values["model"]
     with torch.device("meta"):
-        network = build_network(
-            section_record(settings), section_record(settings["connection"]), str(config)
-        )
+        network = build_network(section_records(settings), str(config))
     module = torch.nn.ModuleDict({"model": network})  # the names that checkpoints have
     checkpoint = load_fitting(path, module, experiment, may_run_code=False)
     step, saved = trained_steps(checkpoint), checkpoint["state_dict"]
     if text is None:
         layers = [*static_mappings_of(module, saved)]
         return InspectedCheckpoint(path, [_without_prefix(layer) for layer in layers], step)
-    tokenizer = tokenizer_of(experiment, checkpoint, path, network.vocab_size)
+    tokenizer = tokenizer_of(experiment, checkpoint, path, network)
     tokens = _tokens(tokenizer, text, int(values["data"]["sequence_length"]))
     materialize(network, {name: saved[f"model.{name}"] for name in network.state_dict()})
     layers = mappings_on(network, torch.tensor([tokens]))

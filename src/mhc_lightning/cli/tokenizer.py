@@ -1,15 +1,20 @@
 """The tokenizer of a checkpoint, and the refusal of any other one."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mhc_lightning.checkpoints.saved_memory import check_saved_memory, memory_in
 from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.data.token_classes import bind_tokenizer
 from mhc_lightning.data.tokenizers import Tokenizer, load_tokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange.exported_model import is_exported, open_exported
 
+if TYPE_CHECKING:
+    from mhc_lightning.modules import Transformer
+
 
 def tokenizer_of(
-    experiment: Experiment, checkpoint: dict[str, Any], path: Any, vocab_size: int
+    experiment: Experiment, checkpoint: dict[str, Any], path: Any, network: "Transformer"
 ) -> Tokenizer:
     """The tokenizer for a checkpoint.
 
@@ -20,11 +25,10 @@ def tokenizer_of(
         experiment: The experiment.
         checkpoint: The loaded checkpoint.
         path: The file or folder of the checkpoint.
-        vocab_size: Number of ids of the model.
+        network: The network, into which the checkpoint is not loaded yet.
 
     Raises:
-        UserError: The checkpoint was trained with another tokenizer, or the tokenizer has more ids
-            than the model.
+        UserError: As `check_tokenizer`.
     """
     values = experiment.values()
     configured = values["data"]["tokenizer"]
@@ -36,18 +40,22 @@ def tokenizer_of(
         from mhc_lightning.cli.components import build_data
 
         tokenizer = build_data(experiment, world_size=1).tokenizer
-    check_tokenizer(tokenizer, checkpoint, path, vocab_size)
+    check_tokenizer(tokenizer, checkpoint, path, network)
     return tokenizer
 
 
 def check_tokenizer(
-    tokenizer: Tokenizer, checkpoint: dict[str, Any], path: Any, vocab_size: int
+    tokenizer: Tokenizer, checkpoint: dict[str, Any], path: Any, network: "Transformer"
 ) -> None:
-    """Check that a checkpoint was trained with a tokenizer.
+    """Check that a checkpoint was trained with a tokenizer, and bind the network's memory to it.
+
+    What a memory keeps of its tokenizer is compared by content: another version of the `tokenizers`
+    library may find other tokens alike.
 
     Raises:
         UserError: It was trained with another one, or the tokenizer has more ids than the model.
     """
+    vocab_size = network.vocab_size
     recorded = checkpoint.get("tokenizer")
     if recorded is None:
         recorded = checkpoint.get("TextDataModule", {}).get("data", {}).get("tokenizer")
@@ -62,3 +70,7 @@ def check_tokenizer(
             f"tokenizer mismatch: {tokenizer.name!r} has {tokenizer.vocab_size} ids but"
             f" model.vocab_size={vocab_size}"
         )
+    memory = memory_in(network)
+    bind_tokenizer(memory, tokenizer)
+    hint = "use the tokenizer it was trained with"
+    check_saved_memory(memory, checkpoint["state_dict"], str(path), hint)

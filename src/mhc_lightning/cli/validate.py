@@ -55,7 +55,7 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     check_layout(trainer, module)
     data.validate_against(module.model.vocab_size)
     checkpoint = load_fitting(path, module, experiment)
-    check_tokenizer(data.tokenizer, checkpoint, path, module.model.vocab_size)
+    check_tokenizer(data.tokenizer, checkpoint, path, module.model)
     module.start_from(checkpoint["state_dict"])
     with named_faults(trainer):
         trainer.validate(module, datamodule=data, verbose=False)

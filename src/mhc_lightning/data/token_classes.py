@@ -1,6 +1,7 @@
 """Classes of tokens that differ in case, accents or spaces only, for memories of n-grams."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 from tokenizers import Regex, normalizers
@@ -48,4 +49,10 @@ def bind_tokenizer(memory: Memory, tokenizer: Tokenizer) -> None:
         UserError: The tokenizer has more tokens than the network, or the memory is bound to
             another one.
     """
-    memory.bind(token_classes(tokenizer.vocabulary()), tokenizer.end_of_document)
+    if memory.hash is not None:
+        memory.bind(_classes_of(tokenizer), tokenizer.end_of_document)
+
+
+@lru_cache(maxsize=1)  # commands bind one tokenizer several times
+def _classes_of(tokenizer: Tokenizer) -> np.ndarray:
+    return token_classes(tokenizer.vocabulary())

@@ -57,6 +57,13 @@ def is_weight(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize > 1
 
 
+def is_plain(value: object, expected: Tensor | None) -> bool:
+    """True if a value is a weight, or a tensor of integers where the model has one, too."""
+    if expected is None or expected.is_floating_point():
+        return is_weight(value)
+    return isinstance(value, Tensor) and value.dtype == expected.dtype
+
+
 def _listed(names: list[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

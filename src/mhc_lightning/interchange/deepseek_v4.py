@@ -105,8 +105,19 @@ def to_deepseek_v4(
         V4's code computes our mappings.
 
     Raises:
-        UserError: The network has other connections, or several of different settings.
+        UserError: The network has other connections, or several of different settings, or a memory.
     """
+    if model.memory.hash is not None:
+        raise UserError(
+            "DeepSeek-V4's layout has no place for a memory of n-grams, and without it the"
+            " connections compute something else; export the model as mhc-lightning's own folder"
+        )
+    return _in_deepseek_v4(model, transformers_names)
+
+
+def _in_deepseek_v4(
+    model: Transformer, transformers_names: bool = False
+) -> tuple[dict[str, Tensor], DeepseekV4Settings]:
     tensors = {}
     names = _TRANSFORMERS if transformers_names else _DEEPSEEK
     connections = _connections(model)
@@ -148,7 +159,7 @@ def from_deepseek_v4(
             weights[_deepseek_name(name)] = tensor
     connections = _connections(model)
     first = connections[0, "attention"]
-    expected, own_settings = to_deepseek_v4(model)
+    expected, own_settings = _in_deepseek_v4(model)
     if not any(name.startswith("hc_head") for name in weights):
         expected = {name: t for name, t in expected.items() if not name.startswith("hc_head")}
     shapes = {name: tensor.shape for name, tensor in weights.items()}

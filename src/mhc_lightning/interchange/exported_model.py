@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_lightning.checkpoints.saved_memory import memory_of
 from mhc_lightning.data.tokenizers import Tokenizer, tokenizer_from_record
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import file_xxh3, json_sha256
 from mhc_lightning.interchange.compatibility import check_tensors
-from mhc_lightning.interchange.model_settings import build_network, differing_settings
-from mhc_lightning.interchange.safetensors_files import read_shapes, read_tensors
-from mhc_lightning.modules import Transformer
+from mhc_lightning.interchange.model_settings import (
+    build_network,
+    differing_settings,
+    section_records,
+)
+from mhc_lightning.interchange.safetensors_files import StoredTensors, read_shapes, read_tensors
+from mhc_lightning.modules import Memory, Transformer
+from mhc_lightning.modules.memory.stored import belongs_to_memory, check_memory
 
 CONFIG_FILE = "config.json"
 FORMAT = "mhc-lightning"
@@ -30,6 +36,7 @@ class Exported:
         folder: The folder.
         model: The class of the network (dotted name, under `class`) and its arguments.
         connection: The class of the connections and their arguments.
+        memory: The class of the memory and its arguments; None without one.
         tokenizer_record: The record of the tokenizer.
         step: Optimizer steps of the training.
         files: XXH3 checksums of the tensor files; empty in folders of earlier versions.
@@ -38,6 +45,7 @@ class Exported:
     folder: Path
     model: dict[str, Any]
     connection: dict[str, Any]
+    memory: dict[str, Any] | None
     tokenizer_record: dict[str, Any]
     step: int
     files: dict[str, str]
@@ -50,25 +58,47 @@ class Exported:
         """
         return tokenizer_from_record(self.tokenizer_record, self.folder)
 
+    @property
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """What rebuilds the network: see `section_records`."""
+        memory = {} if self.memory is None else {"memory": self.memory}
+        return {"model": self.model, "connection": self.connection, **memory}
+
     def build(self) -> Transformer:
         """The network, on the current default device, with initial weights.
 
         Raises:
             UserError: A class is unknown, or does not take the arguments.
         """
-        return build_network(self.model, self.connection, str(self.folder / CONFIG_FILE))
+        return build_network(self.sections, str(self.folder / CONFIG_FILE))
 
-    def tensors(self, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def check_memory(self, memory: Memory) -> None:
+        """Compare the memory with that of a network, by the constants in the tensor files.
+
+        Raises:
+            UserError: Names what differs.
+        """
+        hint = "give the settings in its config.json" if self.memory is not None else ""
+        check_memory(memory, memory_of(StoredTensors(self.folder)), str(self.folder), hint)
+
+    def tensors(
+        self, expected: Mapping[str, Tensor], *, new_memory: bool = False
+    ) -> dict[str, Tensor]:
         """The tensors by name, checked against those of a model and in their order.
 
         Args:
             expected: The state dict of the model, on any device.
+            new_memory: True to leave out the tensors of the model's memory, which the exported
+                model does not have.
 
         Raises:
             UserError: Names the tensors that are missing, unexpected or of another shape, or a file
                 that is missing or was changed since `export` wrote it.
         """
-        check_tensors(read_shapes(self.folder), expected, str(self.folder))
+        if new_memory:
+            expected = {n: tensor for n, tensor in expected.items() if not belongs_to_memory(n)}
+        integers = [name for name, tensor in expected.items() if not tensor.is_floating_point()]
+        check_tensors(read_shapes(self.folder, integers), expected, str(self.folder))
         for name, checksum in self.files.items():
             file = self.folder / name
             if not file.is_file() or file_xxh3(file) != checksum:
@@ -132,6 +162,7 @@ def open_exported(folder: str | Path) -> Exported:
             folder,
             dict(record["model"]),
             dict(record["connection"]),
+            None if record.get("memory") is None else dict(record["memory"]),
             dict(record["tokenizer"]),
             int(record["step"]),
             dict(record.get("files", {})),
@@ -150,7 +181,9 @@ def load_exported(folder: str | Path) -> Transformer:
     # Building a network draws the seed of its initial weights, which are not used here.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = exported.build()
-    return materialize(model, exported.tensors(model.state_dict()))
+    tensors = exported.tensors(model.state_dict())
+    exported.check_memory(model.memory)
+    return materialize(model, tensors)
 
 
 def materialize(model: Transformer, tensors: Mapping[str, Tensor]) -> Transformer:
@@ -159,17 +192,23 @@ def materialize(model: Transformer, tensors: Mapping[str, Tensor]) -> Transforme
     return model.eval()
 
 
-def check_settings(exported: Exported, settings: Mapping[str, Any]) -> None:
+def check_settings(
+    exported: Exported, settings: Mapping[str, Any], *, new_memory: bool = False
+) -> None:
     """Compare an exported model's settings with configured ones; tensors do not show settings.
 
     Args:
         exported: The exported model.
-        settings: The section `model` of a configuration, `connection` within it.
+        settings: The section `model` of a configuration, its parts within it.
+        new_memory: True if the configured memory is not that of the exported model, which has none.
 
     Raises:
         UserError: Names the settings that differ.
     """
-    changes = differing_settings(exported.model, exported.connection, settings)
+    configured = section_records(settings)
+    if new_memory:
+        configured.pop("memory", None)
+    changes = differing_settings(exported.sections, configured)
     if changes:
         raise UserError(
             f"{exported.folder} is a model of other settings; give {', '.join(changes)}"

@@ -11,22 +11,24 @@ import torch
 from torch import Tensor
 
 import mhc_lightning
+from mhc_lightning.checkpoints.saved_memory import memory_of
 from mhc_lightning.checkpoints.saved_tensors import describe
 from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE
 from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.atomic import replacing
 from mhc_lightning.files.checksums import file_xxh3, json_sha256
-from mhc_lightning.interchange.compatibility import check_tensors, is_weight
+from mhc_lightning.interchange.compatibility import check_tensors, is_plain
 from mhc_lightning.interchange.exported_model import (
     CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
     is_exported,
 )
-from mhc_lightning.interchange.model_settings import build_network, section_record
+from mhc_lightning.interchange.model_settings import build_network, section_records
 from mhc_lightning.interchange.safetensors_files import write_tensors
 from mhc_lightning.modules import Transformer
+from mhc_lightning.modules.memory.stored import check_memory
 
 SHARD_BYTES = 5_000_000_000
 
@@ -48,8 +50,8 @@ def export_model(
     Args:
         model: The network, or its state dict, whose tensors are looked up one file at a time.
         folder: The new folder.
-        settings: The section `model` of the run's configuration, `connection` within it
-            (`_target_` names a class).
+        settings: The section `model` of the run's configuration, `connection` and `memory` within
+            it (`_target_` names a class).
         tokenizer: The tokenizer that the model was trained with.
         step: Optimizer steps of the training.
         shard_bytes: Largest number of bytes of tensors in one file.
@@ -63,25 +65,23 @@ def export_model(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "mhc_lightning_version": mhc_lightning.__version__,
-        "model": section_record(settings),
-        "connection": section_record(settings["connection"]),
+        **section_records(settings),
         "tokenizer": tokenizer.record(),
         "step": step,
     }
     tensors = model.state_dict() if isinstance(model, Transformer) else model
     with torch.device("meta"):
-        rebuilt = build_network(record["model"], record["connection"], "the configuration")
-    described = describe(tensors)
-    quantised = next((name for name, value in described.items() if not is_weight(value)), None)
+        rebuilt = build_network(section_records(settings), "the configuration")
+    described, expected = describe(tensors), rebuilt.state_dict()
+    quantised = next((n for n, t in described.items() if not is_plain(t, expected.get(n))), None)
     if quantised is not None:
         raise UserError(
             f"the model to export holds a tensor that is no plain weight, {quantised} (is it"
             " quantised?); export the model it was made from"
         )
+    check_memory(rebuilt.memory, memory_of(tensors), "the model to export")
     check_tensors(
-        {name: tensor.shape for name, tensor in described.items()},
-        rebuilt.state_dict(),
-        "the model to export",
+        {name: tensor.shape for name, tensor in described.items()}, expected, "the model to export"
     )
     if tokenizer.vocab_size > rebuilt.vocab_size:
         raise UserError(

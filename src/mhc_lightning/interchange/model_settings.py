@@ -6,71 +6,86 @@ from functools import partial
 from typing import Any
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.modules import Connection, Transformer
+from mhc_lightning.modules import Connection, Memory, Transformer
 
 # Settings that matter in training alone: a trained network computes the same with any value.
-_TRAINING_SETTINGS = ("init_std", "bias_update_speed")
+_TRAINING_SETTINGS = ("init_std", "bias_update_speed", "zero_start", "placement")
+_PARTS = ("connection", "memory")  # sections within the section `model`
+_NO_MEMORY = "mhc_lightning.modules.Memory"
+
+Sections = Mapping[str, Mapping[str, Any]]
+"""The records of a network's sections by name: `model`, `connection`, `memory` if it has one."""
 
 
-def section_record(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of a configuration: its class, and its arguments without the connection."""
+def section_records(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What rebuilds a network, from the section `model` of a configuration, its parts within it.
+
+    The record of a section is its class (dotted name, under `class`) and its arguments. A network
+    without a memory has no record of one. Where the rows of a memory are is not recorded: it is
+    the reader's choice.
+    """
+    records = {"model": _record(settings), "connection": _record(settings["connection"])}
+    memory = settings.get("memory")
+    if memory is not None and memory["_target_"] != _NO_MEMORY:
+        records["memory"] = {k: v for k, v in _record(memory).items() if k != "placement"}
+    return records
+
+
+def _record(section: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {
         key: value
         for key, value in section.items()
-        if key != "connection" and not key.startswith("_")
+        if key not in _PARTS and not key.startswith("_")
     }
     return {"class": section["_target_"], **arguments}
 
 
-def differing_settings(
-    model: Mapping[str, Any], connection: Mapping[str, Any], settings: Mapping[str, Any]
-) -> list[str]:
-    """The settings that differ from those of a configuration, each as `key=value (not …)`.
+def differing_settings(recorded: Sections, configured: Sections) -> list[str]:
+    """The settings in which two networks differ, each as `key=value (not …)`.
 
     Args:
-        model: The `section_record` of a model.
-        connection: The `section_record` of its connection.
-        settings: The section `model` of the configuration, `connection` within it.
+        recorded: The `section_records` of a network.
+        configured: Those of the other one; a setting that it does not give is not compared.
     """
-    sections = {
-        "model": (model, section_record(settings)),
-        "connection": (connection, section_record(settings["connection"])),
-    }
-    return [
-        f"{section}.{'_target_' if name == 'class' else name}={recorded[name]}"
-        f" (not {configured[name]})"
-        for section, (recorded, configured) in sections.items()
-        for name in recorded
-        if name in configured
-        and name not in _TRAINING_SETTINGS
-        and recorded[name] != configured[name]
-    ]
+    found = []
+    for section in ("model", *_PARTS):
+        ours, theirs = (
+            records.get(section, {"class": _NO_MEMORY}) for records in (recorded, configured)
+        )
+        found += [
+            f"{section}.{'_target_' if name == 'class' else name}={ours[name]} (not {theirs[name]})"
+            for name in ours
+            if name in theirs and name not in _TRAINING_SETTINGS and ours[name] != theirs[name]
+        ]
+    return found
 
 
-def build_network(
-    model: Mapping[str, Any], connection: Mapping[str, Any], source: str
-) -> Transformer:
-    """A network from the records of its two sections.
+def build_network(sections: Sections, source: str) -> Transformer:
+    """A network from the records of its sections.
 
-    Only subclasses of `Connection` and `Transformer` are called, whatever a record names.
+    Only subclasses of `Connection`, `Memory` and `Transformer` are called, whatever a record names.
 
     Args:
-        model: The `section_record` of the network.
-        connection: The `section_record` of its connections.
+        sections: The `section_records` of the network.
         source: Name of the record's file, for error messages.
 
     Raises:
         UserError: A class is unknown or missing, or does not take the arguments.
     """
-    for name, section in (("model", model), ("connection", connection)):
+    for name, section in sections.items():
         if "class" not in section:
             raise UserError(f"{source} is incomplete: {name} names no class")
-    connection_class = _class_named(connection["class"], Connection, source)
+    parts = {
+        name: partial(
+            _class_named(sections[name]["class"], base, source), **_arguments(sections[name])
+        )
+        for name, base in (("connection", Connection), ("memory", Memory))
+        if name in sections
+    }
+    model = sections["model"]
     model_class = _class_named(model["class"], Transformer, source)
     try:
-        return model_class(
-            connection=partial(connection_class, **_arguments(connection)), **_arguments(model)
-        )
+        return model_class(**parts, **_arguments(model))
     except TypeError as error:
         reason = str(error).partition("\n")[0]  # torch adds lines about its own code
         raise UserError(f"{source} does not fit this version: {reason}") from error

@@ -6,8 +6,9 @@ File names and the index follow the convention of the Hugging Face libraries, wh
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mhc_lightning.errors import UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = ("F64", "F32", "BF16", "F16")  # of weights, as the format names them
+_INTEGERS = ("I64",)
 _METADATA = {"format": "pt"}  # readers of the Hugging Face libraries ask for it
 
 
@@ -56,8 +58,12 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
         (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(folder: Path, integers: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in `folder`, without reading the tensors.
+
+    Args:
+        folder: The folder.
+        integers: Names of tensors that are int64; the others are weights.
 
     Raises:
         UserError: A file is missing or damaged, a tensor is in two files, or a tensor is quantised
@@ -70,10 +76,11 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 if name in shapes:
                     raise UserError(f"{folder} holds {name} twice, in {file.name} too")
                 part = content.get_slice(name)
-                if part.get_dtype() not in _DTYPES:
+                if part.get_dtype() not in (_INTEGERS if name in integers else _DTYPES):
                     raise UserError(
-                        f"{name} in {file} is {part.get_dtype()}, not one of {', '.join(_DTYPES)}:"
-                        " quantised weights are not read"
+                        f"{name} in {file} is {part.get_dtype()}, not one of "
+                        f" {', '.join(_INTEGERS if name in integers else _DTYPES)}: quantised"
+                        " weights are not read"
                     )
                 shapes[name] = tuple(part.get_shape())
     return shapes
@@ -145,6 +152,9 @@ class StoredTensors(Mapping[str, Tensor]):
         path: One `.safetensors` file, or a folder as `write_tensors` and the Hugging Face
             libraries write them.
 
+    Attributes:
+        on_meta: Shapes and dtypes by name, in tensors on `meta`.
+
     Raises:
         UserError: A file is missing or damaged.
     """
@@ -154,6 +164,18 @@ class StoredTensors(Mapping[str, Tensor]):
         for file in _files(path) if path.is_dir() else [path]:
             with _opened(file) as content:
                 self._files.update(dict.fromkeys(content.keys(), file))
+
+    @cached_property
+    def on_meta(self) -> dict[str, Tensor]:
+        """See the class."""
+        found = {}
+        for name, file in self._files.items():
+            with _opened(file) as content:
+                part = content.get_slice(name)
+                shape = part.get_shape()
+                nothing = part[:0] if shape else content.get_tensor(name)
+                found[name] = torch.empty(shape, dtype=nothing.dtype, device="meta")
+        return found
 
     def __getitem__(self, name: str) -> Tensor:
         with _opened(self._files[name]) as content:

@@ -14,8 +14,8 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.modules.memory.hashing import NOT_A_TOKEN, NgramHash
 from mhc_lightning.modules.memory.memory import INPUT, Memory
 
-PREFIX = "memory."  # of a memory's constants within a network
-_HASH = f"{PREFIX}hash."
+MEMORY = "memory."  # of a memory's constants within a network
+_HASH = f"{MEMORY}hash."
 _CONSTANTS = ("classes", "multipliers", "moduli", "pad", "document_end", "orders", "tables")
 _NONE = "none"
 
@@ -26,7 +26,8 @@ def check_memory(memory: Memory, saved: Mapping[str, Tensor], source: str, hint:
     Args:
         memory: The network's memory; its device does not matter. If it is bound, the tokenizers
             are compared, too.
-        saved: The whole state dict of a network; only the memory's constants are read.
+        saved: The whole state dict of a network, or the memory's part of it. Of the constants,
+            which are below `memory.`, values are needed, of all else names and shapes.
         source: Name of the file, folder or model that holds the weights, for the message.
         hint: A way to fix the mismatch, for the message.
 
@@ -50,7 +51,7 @@ def check_loaded(
     """
     saved = {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
     if has_memory(saved) and not saved[f"{_HASH}classes"].is_meta:
-        memory = network.get_submodule(PREFIX.rstrip("."))
+        memory = network.get_submodule(MEMORY.rstrip("."))
         assert isinstance(memory, Memory)
         check_memory(memory, saved, "the weights to load")
 
@@ -157,7 +158,7 @@ def _shape_settings(memory: Memory, saved: Mapping[str, Tensor], num_heads: int)
     if "bias" in memory.shape_settings:
         found["bias"] = any(name.endswith("memory.value.bias") for name in names)
     if "word_scale" in memory.shape_settings:
-        divisor = _numpy(saved, f"{PREFIX}word_divisor")
+        divisor = _numpy(saved, f"{MEMORY}word_divisor")
         found["word_scale"] = "full" if divisor is None or divisor[0] == 1 else "mean"
     return found
 
