@@ -24,10 +24,21 @@ from mhc_lightning.kernels.argument_checks import check_values
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimizers.finiteness import last_gains
-from mhc_lightning.optimizers.recipes import MuonRecipe, OptimizerRecipe
+from mhc_lightning.optimizers.recipes import MuonRecipe, OptimizerRecipe, takes_row_gradients
 from mhc_lightning.optimizers.resumed_settings import group_settings, keep_present_settings
-from mhc_lightning.strategies.gradient_norm import global_norm
+from mhc_lightning.strategies.gradient_norm import (
+    clip_rows_to_value,
+    clip_to_norm,
+    global_norm,
+    without_row_gradients,
+)
 from mhc_lightning.strategies.layout import layout_of
+from mhc_lightning.strategies.row_stores import (
+    finish_row_gradients,
+    install_row_stores,
+    leave_tables_to_stores,
+    remove_row_stores,
+)
 from mhc_lightning.strategies.sharding import shard_by_mesh
 
 
@@ -110,6 +121,7 @@ class LanguageModel(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Compile the sub-layers if asked to, and shard the network if the strategy has a mesh."""
+        leave_tables_to_stores(self, self._gives_row_gradients)
         if self._configured:
             return
         self._configured = True
@@ -118,6 +130,21 @@ class LanguageModel(pl.LightningModule):
         if self.device_mesh is not None:
             shard_by_mesh(self, self.model)
             self._load_pending_weights()
+
+    @property
+    def _uses_recipe(self) -> bool:
+        """True unless a subclass has optimizers of its own."""
+        return type(self).configure_optimizers is LanguageModel.configure_optimizers
+
+    @property
+    def _gives_row_gradients(self) -> bool:
+        """True if the tables of a memory get row gradients: other optimizers may not know them."""
+        return self._uses_recipe and takes_row_gradients(self.optimizer)
+
+    def teardown(self, stage: str) -> None:
+        """Give the tables of a memory ordinary gradients again."""
+        remove_row_stores(self)
+        leave_tables_to_stores(self, False)
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Load the weights of a whole state dict.
@@ -169,8 +196,7 @@ class LanguageModel(pl.LightningModule):
             check_saved_memory(memory_in(self.model), checkpoint["state_dict"], "the checkpoint")
         states = checkpoint.get("optimizer_states")
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        from_recipe = type(self).configure_optimizers is LanguageModel.configure_optimizers
-        if not (fitting and from_recipe and states):
+        if not (fitting and self._uses_recipe and states):
             return
         saved, now = "muon" in states[0]["param_groups"][0], isinstance(self.optimizer, MuonRecipe)
         if saved != now:
@@ -250,6 +276,8 @@ class LanguageModel(pl.LightningModule):
         total_steps = self.trainer.max_steps
         if total_steps < 1:
             raise UserError(f"trainer.max_steps must be at least 1, not {total_steps}")
+        if self._gives_row_gradients:
+            install_row_stores(self, layout_of(self.trainer.strategy))
         optimizer, scheduler = self.optimizer.build(self, total_steps)
         self._optimizer_settings = group_settings(optimizer)
         return {
@@ -272,14 +300,18 @@ class LanguageModel(pl.LightningModule):
             NonFiniteLossError: A loss or the gradient norm is not finite. The step has changed no
                 weight yet.
         """
+        finish_row_gradients(self)
         trained = [p for p in self.parameters() if p.grad is not None]
         norm = global_norm(trained, layout_of(self.trainer.strategy).pipeline_group)
         self._log_optimizer_step(optimizer, norm)
         self._log_expert_loads()
         self._require_finite(norm)
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
-        else:
+            clip_to_norm(trained, gradient_clip_val, norm)
+            return
+        if gradient_clip_val:
+            clip_rows_to_value(trained, gradient_clip_val)
+        with without_row_gradients(trained):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _log_optimizer_step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:

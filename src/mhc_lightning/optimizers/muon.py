@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim.adamw import adamw
 
+from mhc_lightning.optimizers.row_updates import ROWS, UpdatesRows
+
 # Eight steps that drive all singular values near one, and two that converge to one.
 _NEWTON_SCHULZ = 8 * [(3.4445, -4.7750, 2.0315)] + 2 * [(2.0, -1.5, 0.5)]
 
@@ -22,7 +24,7 @@ _NEWTON_SCHULZ = 8 * [(3.4445, -4.7750, 2.0315)] + 2 * [(2.0, -1.5, 0.5)]
 _FADES_AT = 1e-7
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW(UpdatesRows):
     """Orthogonalised momentum for groups with `muon=True`, torch's AdamW for the others.
 
     A Muon step treats each matrix, also each matrix of a stack, by itself (arXiv 2502.16982):
@@ -41,7 +43,8 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         groups: Parameter groups: dicts with `params`, `muon`, and values that differ from those
             below. The parameters of a Muon group are matrices [m, n] or stacks [..., m, n]. AdamW
-            trains a group that is added later without `muon`.
+            trains a group that is added later without `muon`. Groups with `rows` hold tables, and
+            are neither's: see `row_updates`.
         lr: Learning rate of both.
         momentum: β of Muon.
         update_rms: Root mean square of a Muon update before the learning rate: about that of
@@ -83,6 +86,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "fused": fused,
             "muon": False,
+            ROWS: None,
         }
         super().__init__(groups, defaults)
 
@@ -116,14 +120,16 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        trained = [
-            [p for p in group["params"] if p.grad is not None] for group in self.param_groups
-        ]
+        dense = [group for group in self.param_groups if not group[ROWS]]
+        trained = [[p for p in group["params"] if p.grad is not None] for group in dense]
         if any(p.grad.layout != torch.strided for parameters in trained for p in parameters):
             raise RuntimeError(
                 "MuonAdamW does not support sparse gradients; use nn.Embedding(sparse=False)"
             )
-        for group, parameters in zip(self.param_groups, trained, strict=True):
+        for group in self.param_groups:
+            if group[ROWS]:
+                self.update_rows(group)
+        for group, parameters in zip(dense, trained, strict=True):
             if not group["muon"]:
                 self._adamw_step(parameters, group)
                 continue

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from mhc_lightning._moved import renamed
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
+from mhc_lightning.modules.memory import Memory, NgramTable
+from mhc_lightning.optimizers.adamw import RowAdamW
 from mhc_lightning.optimizers.muon import MuonAdamW
 from mhc_lightning.optimizers.parameter_names import keep_names
+from mhc_lightning.optimizers.row_updates import ROWS, RowUpdate
 from mhc_lightning.optimizers.schedule import Schedule, ScheduleName
 
 
@@ -33,6 +36,10 @@ class OptimizerRecipe(ABC):
         warmup_steps: Steps over which the learning rate rises linearly from 0 to `lr`.
         schedule: The learning rate after the warm-up: see `Schedule`.
         final_fraction: The end of the schedule `cosine`, as a fraction of `lr`.
+        memory_lr_scale: Factor on the learning rate of the tables of a memory (arXiv 2601.07372).
+            They have no weight decay; a memory's other parameters are trained as all others.
+        memory_update: What updates the rows of a table that have a gradient: `adam`, or `rowwise`,
+            which keeps one second moment for a row and no first one: see `row_updates`.
 
     Raises:
         UserError: A value is out of range.
@@ -45,6 +52,8 @@ class OptimizerRecipe(ABC):
     warmup_steps: int = 0
     schedule: ScheduleName = "step"
     final_fraction: float = 0.1
+    memory_lr_scale: float = 5.0
+    memory_update: RowUpdate = "adam"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -62,6 +71,14 @@ class OptimizerRecipe(ABC):
             )
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"optimizer.weight_decay must be at least 0, not {self.weight_decay}")
+        if not 0 < self.memory_lr_scale < math.inf:
+            raise UserError(
+                f"optimizer.memory_lr_scale must be a positive number, not {self.memory_lr_scale}"
+            )
+        if self.memory_update not in ("adam", "rowwise"):
+            raise UserError(
+                f"optimizer.memory_update must be adam or rowwise, not {self.memory_update!r}"
+            )
         _ = self.learning_rate  # checks the schedule's settings
 
     @property
@@ -90,6 +107,19 @@ class OptimizerRecipe(ABC):
         optimizer = keep_names(self.build_optimizer(module), module)
         return optimizer, self.learning_rate.scheduler(optimizer, total_steps)
 
+    def row_groups(self, tables: Collection[nn.Parameter] | None) -> list[dict[str, Any]]:
+        """The group of a memory's tables; none without a memory."""
+        if tables is None:
+            return []
+        return [
+            {
+                "params": list(tables),
+                "lr": self.lr * self.memory_lr_scale,
+                "weight_decay": 0.0,
+                ROWS: self.memory_update,
+            }
+        ]
+
     @abstractmethod
     def build_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer of the trained parameters of `module`."""
@@ -105,8 +135,11 @@ class AdamWRecipe(OptimizerRecipe):
 
     def build_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer of the trained parameters of `module`."""
-        return torch.optim.AdamW(
-            self.parameter_groups(module.parameters()),
+        tables = memory_tables(module)
+        others = [p for p in module.parameters() if p not in (tables or ())]
+        optimizer = torch.optim.AdamW if tables is None else RowAdamW
+        return optimizer(
+            self.parameter_groups(others) + self.row_groups(tables),
             lr=self.lr,
             betas=(float(self.betas[0]), float(self.betas[1])),
             eps=self.eps,
@@ -133,7 +166,7 @@ class MuonRecipe(OptimizerRecipe):
     AdamW trains the embedding and the output projection (also an adapter in their place, with the
     module that it wraps), all vectors (norm weights, biases, the connections' gates), and the
     weights of further `nn.Embedding`, `nn.EmbeddingBag` and convolutions. Muon trains all other
-    parameters, the connections' `phi` included.
+    parameters, the connections' `phi` included, but for a memory's tables.
 
     Attributes:
         momentum: Decay of Muon's momentum, with Nesterov's look-ahead.
@@ -155,7 +188,8 @@ class MuonRecipe(OptimizerRecipe):
 
     def build_optimizer(self, module: nn.Module) -> Optimizer:
         """The optimizer of the trained parameters of `module`."""
-        trained, tables = [p for p in module.parameters() if p.requires_grad], _tables(module)
+        tables, memory = _tables(module), memory_tables(module)
+        trained = [p for p in module.parameters() if p.requires_grad and p not in (memory or ())]
         matrices = [p for p in trained if p.dim() > 1 and p not in tables]
         others = [p for p in trained if p.dim() > 1 and p in tables]
         vectors = [p for p in trained if p.dim() <= 1]
@@ -164,6 +198,7 @@ class MuonRecipe(OptimizerRecipe):
                 {"params": matrices, "weight_decay": self.weight_decay, "muon": True},
                 {"params": others, "weight_decay": self.weight_decay, "muon": False},
                 {"params": vectors, "weight_decay": 0.0, "muon": False},
+                *self.row_groups(memory),
             ],
             lr=self.lr,
             momentum=self.momentum,
@@ -175,6 +210,25 @@ class MuonRecipe(OptimizerRecipe):
     def state_per_value(self, module: nn.Module, parameter: nn.Parameter) -> int:
         """One momentum for each value of a Muon parameter, two moments for others."""
         return 1 if parameter.dim() > 1 and parameter not in _tables(module) else 2
+
+
+def takes_row_gradients(recipe: OptimizerRecipe) -> bool:
+    """Whether a recipe's optimizer updates tables by row gradients; one of a subclass may not."""
+    ours = (AdamWRecipe.build_optimizer, MuonRecipe.build_optimizer)
+    return getattr(type(recipe), "build_optimizer", None) in ours
+
+
+def memory_tables(module: nn.Module) -> dict[nn.Parameter, None] | None:
+    """The trained tables of a module's memory, in order; None if it has no memory.
+
+    A stage of a pipeline whose tables are all in other stages has none, but a memory.
+    """
+    tables = [m.weight for m in module.modules() if isinstance(m, NgramTable)]
+    if not tables and not any(
+        isinstance(m, Memory) and m.hash is not None for m in module.modules()
+    ):
+        return None
+    return dict.fromkeys(table for table in tables if table.requires_grad)
 
 
 def _tables(module: nn.Module) -> set[nn.Parameter]:

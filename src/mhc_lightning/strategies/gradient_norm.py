@@ -1,12 +1,15 @@
 """The norm of all gradients of a network that is spread over processes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from mhc_lightning.modules.memory.row_store import row_store_of
 
 _LEAST = 1e-15  # the smallest norm for which float32 holds the squares
 
@@ -17,16 +20,16 @@ def global_norm(
     """The Euclidean norm of all gradients, a scalar that is the same on every process.
 
     The dtype is float32, or the gradients' dtype if that is wider. The norm is right even if the
-    dtype cannot hold the squares.
+    dtype cannot hold the squares. Row gradients of tables must be finished.
 
     Args:
         parameters: The parameters of this process; sharded ones count whole.
         pipeline_group: The processes of the pipeline, if there is one.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = _norm(grads, torch.float32, pipeline_group)
+    trained = list(parameters)
+    norm = _norm(trained, torch.float32, pipeline_group)
     if not _LEAST <= float(norm) < math.inf:
-        norm = _norm(grads, torch.float64, pipeline_group).to(norm.dtype)
+        norm = _norm(trained, torch.float64, pipeline_group).to(norm.dtype)
     return norm
 
 
@@ -35,22 +38,68 @@ def clip_by_global_norm(
 ) -> None:
     """Scale gradients so that the norm of all of them, over all stages, is at most `limit`."""
     trained = [p for p in parameters if p.grad is not None]
-    norm = global_norm(trained, pipeline_group)
-    torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+    clip_to_norm(trained, limit, global_norm(trained, pipeline_group))
+
+
+@torch.no_grad()
+def clip_to_norm(parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale gradients, of which `norm` is the norm, so that it is at most `limit`."""
+    dense, rows = _by_kind(parameters)
+    torch.nn.utils.clip_grads_with_norm_(dense, limit, norm)
+    factor = (limit / (norm + 1e-6)).clamp(max=1)  # as torch's
+    for parameter in rows:
+        values = parameter.grad._values()  # type: ignore[union-attr]
+        values.mul_(factor.to(values.device, values.dtype))
+
+
+@torch.no_grad()
+def clip_rows_to_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Clamp the values of row gradients to `limit` on both sides."""
+    for parameter in _by_kind(parameters)[1]:
+        parameter.grad._values().clamp_(-limit, limit)  # type: ignore[union-attr]
+
+
+@contextmanager
+def without_row_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within, parameters with row gradients have none."""
+    kept = {p: p.grad for p in _by_kind(parameters)[1]}
+    for parameter in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in kept.items():
+            parameter.grad = grad
+
+
+def _by_kind(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that have dense gradients, and those that have row gradients."""
+    trained = [(p, p.grad.is_sparse) for p in parameters if p.grad is not None]
+    return [p for p, rows in trained if not rows], [p for p, rows in trained if rows]
 
 
 @torch.no_grad()
 def _norm(
-    grads: Sequence[Tensor], least: torch.dtype, pipeline_group: dist.ProcessGroup | None
+    parameters: Sequence[nn.Parameter],
+    least: torch.dtype,
+    pipeline_group: dist.ProcessGroup | None,
 ) -> Tensor:
     """`global_norm`, summed in at least the given dtype."""
+    dense, rows = _by_kind(parameters)
     norms: list[Tensor] = []
+    grads: list[Tensor] = [p.grad for p in dense]  # type: ignore[misc]
     for dtype in dict.fromkeys(grad.dtype for grad in grads):  # one kernel for each
         alike = [grad for grad in grads if grad.dtype == dtype]
         norms += torch._foreach_norm(alike, 2, torch.promote_types(dtype, least))
     norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    for table in rows:
+        store = row_store_of(table)
+        values = table.grad._values()  # type: ignore[union-attr]
+        dtype = torch.promote_types(values.dtype, least)
+        own = torch.linalg.vector_norm(values, dtype=dtype) if store is None else store.norm(dtype)
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(own.device, own.dtype), own]))
     if pipeline_group is not None:
         square = norm.double() ** 2
         dist.all_reduce(square, group=pipeline_group)

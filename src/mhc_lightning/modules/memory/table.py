@@ -3,24 +3,15 @@
 Shapes: H heads, D width of a row.
 """
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_lightning.modules.memory.hashing import NgramLayout
+from mhc_lightning.modules.memory.row_store import RowStore
 from mhc_lightning.modules.precision import KeepsFloat32
 
 INIT_STD = 0.02  # of a table's rows
-
-
-class RowStore(Protocol):
-    """Where the rows of a table are, and what becomes of their gradient."""
-
-    def look_up(self, rows: Tensor) -> Tensor:
-        """Rows, int64 [...] -> their values [..., D]; the gradient goes where it belongs."""
-        ...
 
 
 class _Beside(torch.autograd.Function):
@@ -38,8 +29,8 @@ class _Beside(torch.autograd.Function):
 class NgramTable(KeepsFloat32):
     """The rows of all heads of one layout, one after another, in float32.
 
-    By itself a table is an ordinary embedding with an ordinary gradient. `store` replaces the
-    look-up: rows on other devices, gradients of the rows that were touched alone.
+    By itself a table is an ordinary embedding with an ordinary gradient. A `store` replaces the
+    look-up: gradients of the touched rows alone, rows on other devices.
 
     Args:
         layout: The sizes.
