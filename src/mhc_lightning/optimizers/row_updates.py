@@ -2,11 +2,11 @@
 
 An optimizer that takes tables has parameter groups with `rows`: the name of an update. A row is
 *touched* in a step if its gradient is not zero. Rows that are not touched do not move, and their
-state does not decay. This is *lazy*: in steps in which a row has no gradient, ordinary Adam would go
-on moving it by its momentum, and let both moments fade. A rare row therefore meets its next gradient
-with the moments of the last time it was seen. Each row counts its own updates, so that the bias
-correction of its moments is that of what it has seen. Where every row is touched in every step, the
-update is that of Adam.
+state does not decay. This is *lazy*: in steps in which a row has no gradient, ordinary Adam would
+go on moving it by its momentum, and let both moments fade. A rare row therefore meets its next
+gradient with the moments of the last time it was seen. Each row counts its own updates, so that the
+bias correction of its moments is that of what it has seen. Where every row is touched in every
+step, the update is that of Adam.
 
 State grows with the rows that have ever been touched, work with those of the step. One int32 for
 every row of the table says where the row's state is; it is not saved.
