@@ -1,11 +1,13 @@
 """The bytes that a forward pass keeps, against those that autograd is given to keep."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from mhc_lightning.modules import Engram, OverEncoding
 from mhc_lightning.planning import activations
 from mhc_lightning.planning.activations import KINDS, MicroBatch, saved_for_backward
 from mhc_lightning.planning.errors import NotPlannableError
@@ -44,6 +46,25 @@ CASES = [
 ]
 
 
+ENGRAM = partial(Engram, rows=200, num_heads=2, dim=8)
+BARE = partial(Engram, rows=200, num_heads=1, orders=[2, 3, 4], conv=False, bias=True)
+OVER_ENCODING = partial(OverEncoding, rows=301, num_heads=2, dim=16)
+# The same, with a memory. In front of a recompute block, within one, at the first block, in all.
+WITH_MEMORY = [
+    ("mhc", "32-true", 2, 64, {"memory": ENGRAM, "num_layers": 4}, 0),
+    ("mhc", "32-true", 2, 64, {"memory": ENGRAM, "num_layers": 5}, 3),
+    ("mhc", "bf16-mixed", 2, 48, {"memory": partial(BARE, layers=[0, 1, 2]), "num_layers": 3}, 2),
+    ("mhc", "bf16-true", 2, 48, {"memory": partial(ENGRAM, layers=[0]), **MOE}, 3),
+    ("mhc_single_pass", "bf16-mixed", 2, 64, {"memory": ENGRAM, "num_layers": 4}, 0),
+    ("mhc_single_pass", "32-true", 2, 64, {"memory": ENGRAM, "num_layers": 4}, 3),
+    ("hc", "bf16-mixed", 2, 64, {"memory": BARE, "num_layers": 4, "num_streams": 2}, 0),
+    ("residual", "bf16-mixed", 3, 48, {"memory": ENGRAM, "num_layers": 4}, 3),
+    ("residual", "bf16-true", 3, 48, {"memory": OVER_ENCODING}, 0),
+    ("mhc", "32-true", 2, 64, {"memory": OVER_ENCODING}, 3),
+    ("mhc", "bf16-mixed", 2, 64, {"memory": partial(OVER_ENCODING, word_scale="full")}, 0),
+]
+
+
 def kept_storages(model, forward):
     """Bytes of the storages that a pass makes autograd keep: not the model's, nor constants."""
     own = [*model.parameters(), *model.buffers()]
@@ -68,7 +89,7 @@ def kept_storages(model, forward):
 
 @pytest.mark.parametrize(
     ("connection", "precision", "sequences", "length", "sizes", "block"),
-    [(*case, 3 * (number % 2)) for number, case in enumerate(CASES)],
+    [*((*case, 3 * (number % 2)) for number, case in enumerate(CASES)), *WITH_MEMORY],
 )
 def test_the_bytes_kept_for_backward_are_those_predicted(
     connection, precision, sequences, length, sizes, block, build, loss

@@ -13,6 +13,7 @@ from torch.distributed.pipelining._backward import (
 )
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
+from mhc_lightning.modules import Engram, OverEncoding
 from mhc_lightning.planning.activations import KINDS, MicroBatch
 from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline_memory import boundary_bytes, pipeline_memory
@@ -35,6 +36,9 @@ SIZES = {
 }
 
 
+ENGRAM = partial(Engram, rows=1000, layers=[1, 3], num_heads=4, dim=32)
+
+
 def adam(model, parameter):
     return 2
 
@@ -47,6 +51,7 @@ class Device:
         self.plan, self.device, self.precision = plan, device, precision
         self.stages = {k: Stage(model, plan.blocks[k], k, count) for k in plan.stages_of(device)}
         self.mesh, mixed = mesh, precision == "bf16-mixed"
+        self.recalls = model.memory.hash is not None
         for stage in self.stages.values():
             if mixed:
                 shares = not plan.kind.splits_backward
@@ -79,7 +84,8 @@ class Device:
         stage = self.stages[k]
         flow: Any = (self.inputs[part],) if k == 0 else self.received[True, k][part]
         targets = {"targets": self.targets[part]} if stage.is_last else {}
-        out = stage(*flow, **targets)
+        tokens = {"tokens": self.inputs[part]} if self.recalls else {}
+        out = stage(*flow, **targets, **tokens)
         out = out if isinstance(out, tuple) else (out.sum(),)
         self.forwards[k, part] = out, list(flow)
         if k + 1 in self.stages:  # the next stage's inputs are these tensors
@@ -156,6 +162,9 @@ CASES = [
     ("mhc", "bf16-true", MOE, 2),
     ("mhc_single_pass", "32-true", {}, 0),
     ("mhc_single_pass", "bf16-mixed", MOE, 3),
+    ("mhc", "bf16-mixed", {"memory": ENGRAM}, 0),
+    ("mhc_single_pass", "32-true", {"memory": partial(ENGRAM, layers=[0, 2])}, 2),
+    ("mhc", "bf16-true", {"memory": partial(OverEncoding, rows=999)}, 2),
 ]
 
 

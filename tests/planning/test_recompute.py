@@ -1,10 +1,13 @@
 """Recompute blocks: their size, and the bytes that are kept and rebuilt."""
 
 from dataclasses import replace
+from functools import partial
 
-from mhc_lightning.planning.activations import MicroBatch, places_in_blocks, saved_for_backward
+from mhc_lightning.modules import Engram
+from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.recompute import best_block, rebuilt_bytes
+from mhc_lightning.planning.sub_layers import places_in_blocks
 
 
 def test_recompute_keeps_what_table_3_says(build):
@@ -39,3 +42,10 @@ def test_a_block_ends_at_what_cannot_be_replayed(build):
     model.blocks[1].feed_forward_connection = build("residual").blocks[0].feed_forward_connection
     assert places_in_blocks(model, 3) == [0, 1, 2, None, 0, 1, 2, 0]
     assert best_block(model) == 2
+
+
+def test_a_block_begins_behind_a_memory(build):
+    memory = partial(Engram, rows=100, layers=[1, 2], num_heads=2, dim=8)
+    model = build("mhc", num_layers=4, memory=memory)
+    assert places_in_blocks(model, 3) == [0, 1, 0, 1, 0, 1, 2, 0]
+    assert places_in_blocks(model, 0) == 8 * [None]

@@ -26,7 +26,7 @@ def tune(experiment: Experiment, arguments: Arguments) -> None:
     from mhc_lightning.cli.instantiation import build
     from mhc_lightning.modules import ResidualConnection
     from mhc_lightning.planning import ShapesOnly, precision_of
-    from mhc_lightning.planning.activations import sub_layers
+    from mhc_lightning.planning.sub_layers import sub_layers
 
     if not torch.cuda.is_available():
         raise UserError(

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhc_lightning.modules import Connection, LatentAttention, MixtureOfExperts, Transformer
+from mhc_lightning.modules import LatentAttention, MixtureOfExperts, Transformer
+from mhc_lightning.modules.memory import BlockMemory
+from mhc_lightning.modules.memory.memory import INPUT
 from mhc_lightning.modules.recompute import recomputing
 from mhc_lightning.planning.precision import Precision
 from mhc_lightning.planning.saved_tensors import (
@@ -29,10 +31,12 @@ from mhc_lightning.planning.saved_tensors import (
     likeness,
 )
 from mhc_lightning.planning.stage_part import has_embedding, has_head, width_of
+from mhc_lightning.planning.sub_layers import SubLayer, memories, places_in_blocks, sub_layers
+from mhc_lightning.planning.tables import ngram_tables, rows_per_token
 
-TOKENS, CONNECTIONS, LOSS = "tokens", "connections", "loss"
+TOKENS, MEMORY, CONNECTIONS, LOSS = "tokens", "memory", "connections", "loss"
 KINDS = (
-    *(TOKENS, CONNECTIONS, NORMS, "attention", "feed_forward", "experts", LOSS),
+    *(TOKENS, MEMORY, CONNECTIONS, NORMS, "attention", "feed_forward", "experts", LOSS),
     WEIGHT_COPIES,
 )
 
@@ -60,23 +64,6 @@ class MicroBatch:
     def tokens(self) -> int:
         """Tokens of the micro-batch, T."""
         return self.sequences * self.length
-
-
-class SubLayer(NamedTuple):
-    """One sub-layer of a network.
-
-    Attributes:
-        connection: Its residual connection.
-        layer: The pre-norm and the body that the connection surrounds.
-    """
-
-    connection: Connection
-    layer: nn.Module
-
-    @property
-    def body(self) -> nn.Module:
-        """Attention or feed-forward."""
-        return self.layer.get_submodule("body")
 
 
 def saved_for_backward(
@@ -109,51 +96,26 @@ def saved_for_backward(
         NotPlannableError: If a part of the model cannot run on tensors without values.
     """
     saved = Counter(dict.fromkeys(KINDS, 0))
-    passed, in_buffers = handed_on(model, batch), receives
+    passed = handed_on(model, batch)
+    in_buffers = len(passed) if receives else 0  # of what is passed, from the last one back
     if has_embedding(model):
-        in_buffers = False
+        in_buffers = 0
         kept = _kept_by_embedding(model, batch)
         saved.update(kept.sizes)
         passed = kept.leaving
-    steps: list[Callable[[Sequence[Passed]], Kept]] = [
-        partial(_kept_by_sub_layers, group, batch)
-        for group in _in_blocks(model, batch.recompute_block)
-    ]
-    if has_head(model):
-        steps.append(partial(_kept_by_head, model, batch))
-    for step in steps:
+    if ngram_tables(model):
+        saved[MEMORY] += _recalled(model, batch).nbytes
+    for step in _steps(model, batch):
         kept = step(passed)
-        if not in_buffers:
-            saved.update(_between(passed, kept.entered))
+        taken, rest = passed[: len(kept.entered)], passed[len(kept.entered) :]
+        own = len(passed) - in_buffers
+        saved.update(_between(taken[:own], kept.entered[:own]))
         saved.update(kept.sizes)
-        passed, in_buffers = kept.leaving, False
+        passed, in_buffers = (*kept.leaving, *rest), min(in_buffers, len(rest))
     saved.update(_between(passed, [CONNECTIONS if sends else ""] * len(passed)))
     if not copies_weights:
         saved[WEIGHT_COPIES] = 0
     return dict(saved)
-
-
-def sub_layers(model: Transformer) -> list[SubLayer]:
-    """Every sub-layer, in order."""
-    found = []
-    for block in model.blocks:
-        for name in ("attention", "feed_forward"):
-            connection = block.get_submodule(f"{name}_connection")
-            assert isinstance(connection, Connection)
-            found.append(SubLayer(connection, block.get_submodule(name)))
-    return found
-
-
-def places_in_blocks(model: Transformer, size: int) -> list[int | None]:
-    """Each sub-layer's place in its recompute block; None where nothing is recomputed."""
-    places: list[int | None] = []
-    for connection, _ in sub_layers(model):
-        before = places[-1] if places else None
-        if size == 0 or not connection.replays:
-            places.append(None)
-        else:
-            places.append(0 if before is None else (before + 1) % size)
-    return places
 
 
 def norm_bytes(model: Transformer, batch: MicroBatch) -> int:
@@ -177,15 +139,30 @@ def handed_on(model: Transformer, batch: MicroBatch) -> tuple[Passed, ...]:
     return (streams,) if carry is None else (streams, contiguous(carry.shape, carry.dtype))
 
 
-def _in_blocks(model: Transformer, size: int) -> list[tuple[SubLayer, ...]]:
-    """Sub-layers by recompute block; each by itself where nothing is recomputed."""
-    groups: list[tuple[SubLayer, ...]] = []
-    for each, place in zip(sub_layers(model), places_in_blocks(model, size), strict=True):
-        if place:
-            groups[-1] = (*groups[-1], each)
-        else:
-            groups.append((each,))
-    return groups
+def _recalled(model: Transformer, batch: MicroBatch) -> Passed:
+    """The rows that a memory names, for all of its tables: they are kept as one tensor."""
+    layout = model.memory.hash.layout  # type: ignore[union-attr]  # there are tables
+    size = len(layout.tables), batch.sequences, batch.length, layout.heads
+    return contiguous(size, torch.int64)
+
+
+def _steps(model: Transformer, batch: MicroBatch) -> list[Callable[[Sequence[Passed]], Kept]]:
+    """The parts behind the embedding: each takes the first tensors handed on, and counts."""
+    steps: list[Callable[[Sequence[Passed]], Kept]] = []
+    group: list[SubLayer] = []
+    changed, size = memories(model), batch.recompute_block
+    places = places_in_blocks(model, size)
+    for number, (each, place) in enumerate(zip(sub_layers(model), places, strict=True)):
+        if not place:
+            # A recompute block; each sub-layer by itself where nothing is recomputed.
+            group = []
+            if number in changed:
+                steps.append(partial(_kept_by_memory, changed[number], batch))
+            steps.append(partial(_kept_by_sub_layers, group, batch))
+        group.append(each)
+    if has_head(model):
+        steps.append(partial(_kept_by_head, model, batch))
+    return steps
 
 
 def _between(passed: Sequence[Passed], kept_as: Sequence[str]) -> Counter[str]:
@@ -198,12 +175,29 @@ def _between(passed: Sequence[Passed], kept_as: Sequence[str]) -> Counter[str]:
 
 
 def _kept_by_embedding(model: Transformer, batch: MicroBatch) -> Kept:
-    def run(shell: Any, keeping: Keeping, tokens: Tensor) -> tuple[Tensor]:
-        return (shell.embed(tokens[:, :-1]),)
+    def run(shell: Any, keeping: Keeping, tokens: Tensor, *rows: Tensor) -> tuple[Tensor]:
+        recalled = {INPUT: rows[0][0]} if rows else {}
+        return (shell.embed(tokens[:, :-1], recalled),)
 
+    remembers = model.input_memory is not None
     tokens = contiguous((batch.sequences, batch.length + 1), torch.int64)
-    kept = _counted(_shell(model, model.parts_before_blocks), run, [tokens], TOKENS, batch)
-    return kept._replace(sizes=kept.sizes | dict(_between([tokens], kept.entered)))
+    entering = [tokens, *([_recalled(model, batch)] if remembers else [])]
+    kind = MEMORY if remembers else TOKENS
+    kept = _counted(_shell(model, model.parts_before_blocks), run, entering, kind, batch)
+    tokens_kept = _between([tokens], [TOKENS if kept.entered[0] else ""])
+    return kept._replace(sizes=kept.sizes | dict(tokens_kept))
+
+
+def _kept_by_memory(memory: BlockMemory, batch: MicroBatch, passed: Sequence[Passed]) -> Kept:
+    """The tensors of a memory that changes the streams; the rows that it is told are not its."""
+
+    def run(memory: Any, keeping: Keeping, streams: Tensor, rows: Tensor) -> tuple[Tensor]:
+        return (memory(streams, {memory.block: rows}),)
+
+    (table,) = ngram_tables(memory)
+    rows = contiguous((batch.sequences, batch.length, rows_per_token(table)), torch.int64)
+    kept = _counted(memory, run, [passed[0], rows], MEMORY, batch)
+    return kept._replace(entered=kept.entered[:1])
 
 
 def _kept_by_sub_layers(

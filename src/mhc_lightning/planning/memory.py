@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mhc_lightning.kernels.cross_entropy import tokens_per_chunk
-from mhc_lightning.modules import Connection, Transformer
+from mhc_lightning.modules import Connection, NgramTable, Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.recompute import rebuilt_bytes
 from mhc_lightning.planning.stage_part import has_head
@@ -114,7 +114,8 @@ def _parameter_bytes(model: Transformer, batch: MicroBatch) -> dict[nn.Parameter
     sizes = {}
     for module in model.modules():
         precision = batch.precision
-        size = precision.coefficient if isinstance(module, Connection) else precision.weight
+        wide = isinstance(module, Connection | NgramTable)
+        size = precision.coefficient if wide else precision.weight
         for parameter in module.parameters(recurse=False):
             sizes[parameter] = parameter.numel() * size
     return sizes

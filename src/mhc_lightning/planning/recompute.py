@@ -6,13 +6,9 @@ aggregates and normalised inputs are rebuilt one block at a time.
 
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.recompute_size import best_recompute_size
-from mhc_lightning.planning.activations import (
-    MicroBatch,
-    norm_bytes,
-    places_in_blocks,
-    sub_layers,
-)
+from mhc_lightning.planning.activations import MicroBatch, norm_bytes
 from mhc_lightning.planning.stage_part import width_of
+from mhc_lightning.planning.sub_layers import places_in_blocks, sub_layers
 
 __all__ = [
     "best_block",

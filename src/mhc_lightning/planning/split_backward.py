@@ -10,9 +10,10 @@ from functools import singledispatch
 from torch import nn
 
 from mhc_lightning.modules import LatentAttention, MixtureOfExperts, SwiGLU, Transformer
-from mhc_lightning.planning.activations import MicroBatch, sub_layers
+from mhc_lightning.planning.activations import MicroBatch
 from mhc_lightning.planning.errors import NotPlannableError
 from mhc_lightning.planning.stage_part import has_embedding, has_head, width_of
+from mhc_lightning.planning.sub_layers import sub_layers
 
 
 def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:

@@ -8,7 +8,7 @@ arithmetic, and launches, waiting and imbalance cost nothing.
 """
 
 from mhc_lightning.modules import ResidualConnection, Transformer
-from mhc_lightning.planning.activations import MicroBatch, saved_for_backward, sub_layers
+from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.memory import DataParallel, copies_weights
 from mhc_lightning.planning.pipeline_memory import boundary_bytes
@@ -16,6 +16,7 @@ from mhc_lightning.planning.recompute import replayed_bytes
 from mhc_lightning.planning.simulation import StageTimes
 from mhc_lightning.planning.stage_part import has_embedding, has_head, part_of
 from mhc_lightning.planning.stages import StagePlan
+from mhc_lightning.planning.sub_layers import sub_layers
 from mhc_lightning.planning.traffic import stream_traffic
 
 

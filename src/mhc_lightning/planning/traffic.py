@@ -7,8 +7,8 @@ counted the same way: each operation reads its operands and writes its results o
 from typing import NamedTuple
 
 from mhc_lightning.modules import ResidualConnection, Transformer
-from mhc_lightning.planning.activations import sub_layers
 from mhc_lightning.planning.precision import Precision
+from mhc_lightning.planning.sub_layers import sub_layers
 
 
 class StreamTraffic(NamedTuple):
