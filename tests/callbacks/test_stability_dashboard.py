@@ -3,9 +3,17 @@
 import re
 from typing import Any
 
+import torch
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
-from mhc_lightning.callbacks import AmaxGain, StabilityDashboard, StreamDiversity, Throughput
+from mhc_lightning.callbacks import (
+    AmaxGain,
+    MemoryReading,
+    MemoryUse,
+    StabilityDashboard,
+    StreamDiversity,
+    Throughput,
+)
 from mhc_lightning.callbacks.stability_dashboard import LAYOUT
 
 
@@ -25,8 +33,14 @@ def test_every_pattern_meets_the_tags_it_is_for(foreign: Any, fit: Any, events: 
                 self.log(tag, 1.0)
             return super().training_step(batch, batch_idx)
 
+    def memory(module: Any, args: Any, output: Any) -> MemoryReading | None:
+        if not isinstance(module, foreign.Mixer):
+            return None
+        rows = torch.zeros(3, 1, dtype=torch.int64)
+        return MemoryReading("layer_0", torch.ones(3, 2), rows, rows, (1,), args[0], output)
+
     fit(
-        Complete(), AmaxGain(), StreamDiversity(), StabilityDashboard(),
+        Complete(), AmaxGain(), StreamDiversity(), StabilityDashboard(), MemoryUse(extract=memory),
         Throughput(count_tokens=len), max_steps=4, validate=True,
         val_check_interval=2,
     )  # fmt: skip
@@ -37,7 +51,7 @@ def test_every_pattern_meets_the_tags_it_is_for(foreign: Any, fit: Any, events: 
             for pattern in patterns:
                 found = [tag for tag in scalars if re.match(pattern, tag)]  # as TensorBoard does
                 assert found, pattern
-                by_layer = category == "By sub-layer"
+                by_layer = category == "By sub-layer" or "layer_" in pattern
                 assert all(("/layer_" in tag) == by_layer for tag in found), pattern
 
 

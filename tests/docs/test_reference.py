@@ -67,6 +67,24 @@ def test_the_page_of_tags_has_each_number_that_the_model_logs():
     assert logged and all(f"`{tag}`" in text for tag in logged)
 
 
+def test_the_page_of_tags_has_each_number_of_a_memory():
+    import torch
+
+    from mhc_lightning.callbacks.memory_use import memory_numbers
+    from mhc_lightning.callbacks.watching.memory_watcher import MemorySight
+
+    rows, number = torch.zeros(3, 1, dtype=torch.int64), torch.ones(())
+    sights = [MemorySight(p, number[None], number, rows, rows, (1,)) for p in ("layer_3", "input")]
+    section = page("reference/tags.md").split("## Memory")[1].split("\n## ")[0]
+    tags = re.findall(r"`(memory/[^`]+)`", section)
+    letters = {"<place>": "(layer_3|input)", "<k>": "3", "<m>": "0", "<n>": "1"}
+    for letter, values in letters.items():
+        tags = [tag.replace(letter, values) for tag in tags]
+    logged = [tag for tag in memory_numbers(sights) if "gate/input" not in tag]
+    assert all(any(re.fullmatch(tag, name) for name in logged) for tag in tags)
+    assert all(any(re.fullmatch(tag, name) for tag in tags) for name in logged)
+
+
 def test_the_page_of_settings_has_each_key_with_its_meaning():
     import generated_pages
 

@@ -26,6 +26,12 @@ LAYOUT = {
         "composite gain, forward": _chart(r"amax_gain/composite/forward/layer_\d+"),
         "stream diversity": _chart(r"stream_diversity/layer_\d+"),
     },
+    "Memory": {
+        "gate": _chart(r"memory/gate/layer_\d+"),
+        "norm of what memory adds": _chart(r"memory/added_norm/(input|layer_\d+)"),
+        "rows touched": _chart("memory/rows_touched"),
+        "collisions": _chart("memory/collisions"),
+    },
     "Speed and schedule": {
         "tokens per second": _chart("train/tokens_per_second"),
         "model-FLOPs utilisation": _chart("train/mfu"),
@@ -40,8 +46,8 @@ class StabilityDashboard(pl.Callback):
 
     It is TensorBoard's *Custom Scalars* page (`http://localhost:6006/#custom_scalars`): loss,
     composite and single-layer gain forward and backward, gradient norm, stream diversity and
-    Sinkhorn residual on one page, then the same by sub-layer, speed and learning rate. A chart
-    whose tags a run does not log stays empty.
+    Sinkhorn residual on one page, then the same by sub-layer, the use of a memory, speed and
+    learning rate. A chart whose tags a run does not log stays empty.
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

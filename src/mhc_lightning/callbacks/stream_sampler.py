@@ -1,25 +1,20 @@
-"""The base class of instruments: callbacks that sample a model's stream mappings."""
+"""The base class of instruments that sample a model's stream mappings."""
 
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
-from mhc_lightning.callbacks.every_n_steps import EveryNSteps, refuse_twice
+from mhc_lightning.callbacks.sampler import Reduced, Sampler
 from mhc_lightning.callbacks.watching.observations import Observation
 from mhc_lightning.callbacks.watching.pipeline_stages import across_stages
 from mhc_lightning.callbacks.watching.stream_watcher import Extract, StreamWatcher
 from mhc_lightning.kernels import StreamMappings
-from mhc_lightning.loggers.trainer_loggers import log_scalars
-from mhc_lightning.strategies.layout import layout_of
-
-Reduced = TypeVar("Reduced")
 
 
-class StreamSampler(pl.Callback, Generic[Reduced]):
+class StreamSampler(Sampler[Reduced]):
     """Samples the mappings of the first micro-batch of every n-th optimizer step.
 
     An instrument is a subclass in one file. It implements `reduce`, which computes its numbers
@@ -96,6 +91,8 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
             a value that is not a record of square matrices.
     """
 
+    _watcher: StreamWatcher
+
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -104,15 +101,10 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         log_intervals: int = 1,
         ends: bool = False,
     ) -> None:
-        self.due_steps = EveryNSteps(
-            every_n_steps, type(self).__name__, log_intervals=log_intervals, ends=ends
-        )
-        self.last: dict[str, float] = {}
-        self.depth = 0
         has_note = type(self).note is not StreamSampler.note
         self._watcher = StreamWatcher(extract, self.note if has_note else None)
-        self._step = 0
-        self._reduced: Reduced | None = None
+        super().__init__(every_n_steps, self._watcher, log_intervals=log_intervals, ends=ends)
+        self.depth = 0
         self._warned = False
 
     def note(
@@ -156,76 +148,19 @@ class StreamSampler(pl.Callback, Generic[Reduced]):
         """
         if not isinstance(reduced, dict):
             raise TypeError(f"{type(self).__name__} must define report, or reduce to a dictionary")
-        numbers = torch.stack([value.float() for value in reduced.values()]).tolist()
-        values = dict(zip(reduced, numbers, strict=True))
-        over_layers = [tag for tag in values if "/layer_" not in tag]
-        log_scalars(trainer, pl_module, values, step, monitored=over_layers)
-        return values
+        return super().report(trainer, pl_module, step, reduced)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let compiled regions notice hooks, if they hold a module to watch."""
-        refuse_twice(trainer, self)
-        self._watcher.prepare(pl_module)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count from where the run starts, or resumes."""
-        self.due_steps.restart(trainer.global_step)
-        self._reduced = None
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Install hooks if this micro-batch is the first of a step to sample."""
-        self._watcher.close()  # a batch that the module skipped has no end hook
-        step = trainer.global_step + 1
-        if self.due_steps.is_due(trainer, step):
-            self._step, self._reduced = step, None
-            self._watcher.open(pl_module, layout_of(trainer.strategy).running_micro_batch)
-
-    def on_before_backward(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
-    ) -> None:
-        """Remove the hooks: the backward pass may replay forwards."""
-        self._take_sample(trainer, pl_module)
-
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Log the sample once its optimizer step is complete."""
-        self._take_sample(trainer, pl_module)
-        if self._reduced is not None and trainer.global_step >= self._step:
-            reduced, self._reduced = self._reduced, None
-            values = self.report(trainer, pl_module, self._step, reduced)
-            self.last = {**values, "step": self._step}
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Remove all hooks."""
-        self._watcher.release()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Remove all hooks."""
-        self._watcher.release()
-
-    def _take_sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._watcher.is_open:
-            return
+    def _close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Reduced | None:
         observations = across_stages(trainer, self._watcher.close(), pl_module.device)
         self.depth = len(observations)
         with_tokens = [o for o in observations if o.mappings.residual.numel() > 0]
         if with_tokens:
-            with torch.no_grad():
-                self._reduced = self.reduce(with_tokens)
-        elif not observations and not self._warned:
+            return self.reduce(with_tokens)
+        if not observations and not self._warned:
             self._warned = True
             rank_zero_warn(
                 f"{type(self).__name__} saw no StreamMappings in step {self._step}. It watches"
                 " modules of the LightningModule whose output is a StreamMappings (every"
                 " mhc_lightning connection has one); pass extract=... to watch other modules."
             )
+        return None

@@ -34,13 +34,13 @@ def record_in_output(
     return output if isinstance(output, StreamMappings) else None
 
 
-def _in_backward() -> bool:
-    # Activation checkpointing replays forwards while autograd runs; a replay is no new sub-layer.
+def in_backward() -> bool:
+    """True while autograd runs: activation checkpointing replays forward passes there."""
     return torch._C._current_graph_task_id() != -1
 
 
-def _in_transform() -> bool:
-    # Within grad, vmap and the like, tensors are wrappers without meaning outside.
+def in_transform() -> bool:
+    """True within grad, vmap and the like, where tensors are wrappers without meaning outside."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -186,7 +186,7 @@ class StreamWatcher:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        if torch.compiler.is_compiling() or _in_backward() or _in_transform():
+        if torch.compiler.is_compiling() or in_backward() or in_transform():
             return
         stage, micro_batch = (self._place and self._place()) or (0, 0)
         if micro_batch > 0:
@@ -207,7 +207,7 @@ class StreamWatcher:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         # Traced once for all modules of a kind: this code must not depend on the single module.
-        if not torch.compiler.is_compiling() and _in_backward():
+        if not torch.compiler.is_compiling() and in_backward():
             return
         args = (*args, *kwargs.values())
         mappings = self._extract(module, args, output)
