@@ -18,8 +18,8 @@ from mhc_lightning.cli.value_types import describe_type
 
 # In the order of an experiment's `defaults`.
 GROUPS = (
-    *("run", "model", "connection", "data", "optimizer", "trainer", "strategy", "callbacks"),
-    *("logger", "checkpoint"),
+    *("run", "model", "connection", "memory", "data", "optimizer", "trainer", "strategy"),
+    *("callbacks", "logger", "checkpoint"),
 )
 # What the sections of run/default.yaml are the arguments of; several where one takes a part.
 _SECTION_TARGETS = {
@@ -45,6 +45,7 @@ _TYPES = {
     "trainer.deterministic": "true, false or warn",
     "checkpoint.sharded": "true, false or auto",
     "model.connection": "a class with its arguments",
+    "model.memory": "a class with its arguments",
     "data.storage_options": "a mapping or null",
     "trainer.accelerator": "text",
     "trainer.profiler": "text",
