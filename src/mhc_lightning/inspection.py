@@ -1,7 +1,11 @@
-"""Measures of a network's mappings, by sub-layer: gains, sums and matrices."""
+"""Measures of a network: gains, sums and matrices of its mappings, by sub-layer; gates of n-grams.
+
+Shapes: S sequence, n streams, N tokens of the longest n-gram of a memory.
+"""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +17,7 @@ from mhc_lightning.callbacks.stream_diversity import sum_residuals
 from mhc_lightning.callbacks.watching.stream_watcher import StreamWatcher
 from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.modules import Connection, Transformer
+from mhc_lightning.modules.memory import BlockMemory
 
 
 class SublayerMappings(NamedTuple):
@@ -128,3 +133,73 @@ def mappings_on(network: Transformer, tokens: Tensor) -> list[SublayerMappings]:
         observations = watcher.close()
     names = [name.removesuffix(".window").removesuffix("_connection") for name, *_ in observations]
     return [SublayerMappings(n, o.mappings) for n, o in zip(names, observations, strict=True)]
+
+
+class NgramGate(NamedTuple):
+    """How far one n-gram of a text opens a gate.
+
+    Attributes:
+        tokens: Its tokens where it stands first in the text, at most N.
+        positions: The number of positions that it ends at.
+        streams: The gate of each stream, the mean over these positions [n].
+    """
+
+    tokens: list[int]
+    positions: int
+    streams: Tensor
+
+    @property
+    def gate(self) -> float:
+        """The mean over streams."""
+        return float(self.streams.mean())
+
+
+@contextmanager
+def seen_gates(network: Transformer) -> Iterator[dict[int, Tensor]]:
+    """The gates [B, S, n] of a network's memories by block, filled by its next forward pass."""
+    gates: dict[int, Tensor] = {}
+    parts = [part for part in network.modules() if isinstance(part, BlockMemory)]
+    handles = [
+        part.gate_window.register_forward_hook(
+            lambda _module, _args, gate, block=part.block: gates.update({block: gate.detach()})
+        )
+        for part in parts
+        if part.gate_window is not None
+    ]
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def ngram_gates(network: Transformer, tokens: list[int], gates: Tensor) -> list[NgramGate]:
+    """The different n-grams of a text, as the hash sees them, the widest open first.
+
+    Positions count as the same n-gram if their last N tokens are of the same classes. Before the
+    start of the text, or of a document, there are no tokens.
+
+    Args:
+        network: The network, which has a memory.
+        tokens: The text [S].
+        gates: The gates of one block for it [1, S, n].
+    """
+    ngram_hash = network.memory.hash
+    assert ngram_hash is not None
+    suffixes = torch.stack(ngram_hash.look_back(torch.tensor([tokens])), -1)[0]  # [S, N]
+    _, which, counts = suffixes.unique(dim=0, return_inverse=True, return_counts=True)
+    values = gates[0].to(torch.promote_types(gates.dtype, torch.float32))  # [S, n]
+    sums = values.new_zeros(len(counts), values.shape[-1]).index_add_(0, which, values)
+    means = sums / counts[:, None]
+    first: dict[int, int] = {}
+    for position, number in enumerate(which.tolist()):
+        first.setdefault(number, position)
+    end, before = int(ngram_hash.document_end), ngram_hash.layout.longest - 1
+    found = []
+    for number, position in first.items():
+        start = position
+        while start > max(0, position - before) and tokens[start - 1] != end:
+            start -= 1
+        ngram = tokens[start : position + 1]
+        found.append(NgramGate(ngram, int(counts[number]), means[number]))
+    return sorted(found, key=lambda ngram: -ngram.gate)

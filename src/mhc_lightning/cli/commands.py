@@ -210,7 +210,9 @@ ckpt_path.""",
 Columns: the largest row sum (forward gain) and column sum (backward gain) of the matrix, the same
 of the product from the first sub-layer to this one (forward) or from this one to the last
 (backward), the largest distance of a column sum from 1, the mean of the diagonal, and the stream
-that is read most with its share.""",
+that is read most with its share. On a text follow, for each block whose memory has a gate, the
+n-grams that open it most: the mean gate over streams, how often they occur, and the stream to which
+they open it most; --json has all n-grams.""",
             examples=(
                 'inspect runs/mine/checkpoints/last input="Once upon a time" output=pictures',
             ),

@@ -1,8 +1,8 @@
-"""Reads the checkpoint that `inspect` shows, and computes its mappings."""
+"""Reads the checkpoint that `inspect` shows, and computes its mappings, and gates on a text."""
 
 import contextlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,8 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.files.run_layout import CHECKPOINTS, CONFIG
 
 if TYPE_CHECKING:
-    from mhc_lightning.inspection import SublayerMappings
+    from mhc_lightning.inspection import NgramGate, SublayerMappings
+    from mhc_lightning.modules import Transformer
 
 LITERAL_KEYS = ("input", "output")  # literal keys; everything else is the experiment's
 _LONGEST = 4096  # tokens, for a model whose record does not say what it was trained on
@@ -26,12 +27,14 @@ class InspectedCheckpoint:
         layers: The mappings of each sub-layer.
         step: Optimizer steps that it was trained for; None if unknown.
         tokens: Number of tokens that the model ran on; None for static matrices.
+        gates: The n-grams of the text and their texts, by block with a gated memory.
     """
 
     path: Path
     layers: "list[SublayerMappings]"
     step: int | None = None
     tokens: int | None = None
+    gates: "dict[int, list[tuple[NgramGate, str]]]" = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path, text: str | None, arguments: Arguments) -> InspectedCheckpoint:
@@ -72,7 +75,7 @@ def _look_at_run(
     from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint, trained_steps
     from mhc_lightning.cli.composition import compose_experiment
     from mhc_lightning.cli.tokenizer import tokenizer_of
-    from mhc_lightning.inspection import mappings_on, static_mappings_of
+    from mhc_lightning.inspection import static_mappings_of
     from mhc_lightning.interchange.exported_model import materialize
     from mhc_lightning.interchange.model_settings import build_network, section_records
 
@@ -93,15 +96,14 @@ def _look_at_run(
     tokenizer = tokenizer_of(experiment, checkpoint, path, network)
     tokens = _tokens(tokenizer, text, int(values["data"]["sequence_length"]))
     materialize(network, {name: saved[f"model.{name}"] for name in network.state_dict()})
-    layers = mappings_on(network, torch.tensor([tokens]))
-    return InspectedCheckpoint(path, layers, step, len(tokens))
+    return _on_text(path, network, tokenizer, tokens, step)
 
 
 def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> InspectedCheckpoint:
     """A folder that `export` wrote."""
     import torch
 
-    from mhc_lightning.inspection import mappings_on, static_mappings_of
+    from mhc_lightning.inspection import static_mappings_of
     from mhc_lightning.interchange.exported_model import load_exported, open_exported
     from mhc_lightning.interchange.safetensors_files import StoredTensors
 
@@ -112,9 +114,26 @@ def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> Ins
             network = exported.build()
         layers = [*static_mappings_of(network, StoredTensors(path))]
         return InspectedCheckpoint(path, layers, exported.step)
-    tokens = _tokens(exported.tokenizer(), text, _LONGEST)
-    layers = mappings_on(load_exported(path), torch.tensor([tokens]))
-    return InspectedCheckpoint(path, layers, exported.step, len(tokens))
+    tokenizer = exported.tokenizer()
+    tokens = _tokens(tokenizer, text, _LONGEST)
+    return _on_text(path, load_exported(path), tokenizer, tokens, exported.step)
+
+
+def _on_text(
+    path: Path, network: "Transformer", tokenizer: Any, tokens: list[int], step: int | None
+) -> InspectedCheckpoint:
+    """The mappings of a network on a text, and what opens its gates."""
+    import torch
+
+    from mhc_lightning.inspection import mappings_on, ngram_gates, seen_gates
+
+    with seen_gates(network) as seen:
+        layers = mappings_on(network, torch.tensor([tokens]))
+    gates = {
+        block: [(n, tokenizer.decode(n.tokens)) for n in ngram_gates(network, tokens, values)]
+        for block, values in seen.items()
+    }
+    return InspectedCheckpoint(path, layers, step, len(tokens), gates)
 
 
 def _look_at_deepseek_v4(path: Path, text: str | None, arguments: Arguments) -> InspectedCheckpoint:

@@ -1,5 +1,6 @@
 """What `inspect` prints and draws: a table, a JSON object, pictures."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,17 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mhc_lightning.cli.inspected_checkpoint import InspectedCheckpoint
+    from mhc_lightning.inspection import NgramGate
 
 _HEADER = (
     *("", "sub-layer", "forward", "backward", "composite fwd", "composite bwd"),
     *("column error", "diagonal", "reads stream"),
 )
+_NGRAMS = 10  # in the table of a block
 
 
 def as_text(checkpoint: "InspectedCheckpoint", inspection: Inspection) -> str:
-    """A table of the sub-layers, and a line for the largest composite gains."""
+    """A table of the sub-layers, a line for the largest composite gains, and tables of n-grams."""
     rows: list[tuple[str, ...]] = [_HEADER]
     for k, name in enumerate(inspection.names):
         gains = [format_gain(inspection.gains[tag][k]) for tag in GAIN_TAGS]
@@ -32,7 +35,10 @@ def as_text(checkpoint: "InspectedCheckpoint", inspection: Inspection) -> str:
         most = f"{stream + 1} ({share:.0%})"
         rows.append((str(k), name, *gains, f"{error:.1e}", f"{diagonal:.3f}", most))
     table = text_table(rows, "rl" + "r" * (len(_HEADER) - 2))
-    return "\n".join([_title(checkpoint), "", table, "", *_summaries(inspection)])
+    lines = [_title(checkpoint), "", table, "", *_summaries(inspection)]
+    for block, ngrams in checkpoint.gates.items():
+        lines += ["", *_ngrams_as_text(block, ngrams)]
+    return "\n".join(lines)
 
 
 def as_json(checkpoint: "InspectedCheckpoint", inspection: Inspection) -> dict[str, Any]:
@@ -53,7 +59,7 @@ def as_json(checkpoint: "InspectedCheckpoint", inspection: Inspection) -> dict[s
                 "residual": inspection.matrices[k].tolist(),
             }
         )
-    return {
+    report = {
         "checkpoint": str(checkpoint.path),
         "matrices": "static" if checkpoint.tokens is None else "text",
         "step": checkpoint.step,
@@ -64,6 +70,24 @@ def as_json(checkpoint: "InspectedCheckpoint", inspection: Inspection) -> dict[s
             for span, product in inspection.composites.items()
         ],
     }
+    if checkpoint.gates:
+        report["gates"] = [
+            {
+                "block": block,
+                "ngrams": [
+                    {
+                        "text": text,
+                        "tokens": ngram.tokens,
+                        "positions": ngram.positions,
+                        "gate": ngram.gate,
+                        "streams": ngram.streams.tolist(),
+                    }
+                    for ngram, text in ngrams
+                ],
+            }
+            for block, ngrams in checkpoint.gates.items()
+        ]
+    return report
 
 
 def draw(checkpoint: "InspectedCheckpoint", inspection: Inspection, folder: Path) -> int:
@@ -92,6 +116,26 @@ def draw(checkpoint: "InspectedCheckpoint", inspection: Inspection, folder: Path
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     return len(pictures)
+
+
+def _ngrams_as_text(block: int, ngrams: "list[tuple[NgramGate, str]]") -> list[str]:
+    """The n-grams that open a block's gate most, as a table below a line."""
+    total = sum(ngram.positions for ngram, _ in ngrams)
+    mean = sum(ngram.gate * ngram.positions for ngram, _ in ngrams) / total
+    rows: list[tuple[str, ...]] = [("n-gram", "gate", "positions", "opens to stream")]
+    for ngram, text in ngrams[:_NGRAMS]:
+        stream = int(ngram.streams.argmax())
+        most = f"{stream + 1} ({float(ngram.streams[stream]):.3f})"
+        # Quoted: spaces and line ends count.
+        rows.append(
+            (json.dumps(text, ensure_ascii=False), f"{ngram.gate:.3f}", str(ngram.positions), most)
+        )
+    most_open = f"what opens it most, of {len(ngrams)} n-grams"
+    return [
+        f"memory of block {block}: mean gate {mean:.3f}; {most_open}",
+        "",
+        text_table(rows, "lrrr"),
+    ]
 
 
 def _heatmap(matrix: Any, title: str, step: int | None) -> "np.ndarray":
