@@ -22,9 +22,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mhc_lightning.checkpoints.reading import load_folder, numbered_state
+from mhc_lightning.checkpoints.row_state import gathered as gathered_rows
+from mhc_lightning.checkpoints.row_state import overlapping, parse_piece, pieces
 from mhc_lightning.checkpoints.saved_tensors import SavedTensors, load_weights
 from mhc_lightning.modules.initialisation import held_rows
 from mhc_lightning.optimizers.parameter_names import NAMES, check_names
+from mhc_lightning.optimizers.row_updates import ROWS, RowState, UpdatesRows
 
 
 class DistributedState:
@@ -107,11 +110,14 @@ class DistributedState:
         """This process's part of an optimizer's state; every process must call this.
 
         Returns:
-            The tensors themselves, by `<entry>.<name of the parameter>`, and the parameter groups
-            of the whole optimizer, with the parameters' names.
+            The tensors themselves, by `<entry>.<name of the parameter>`, the state of tables in
+            `pieces`; and the parameter groups of the whole optimizer, with the parameters' names.
         """
-        names = self._whole_groups(optimizer)
-        return self._optimizer_tensors(optimizer), _saved_groups(optimizer, names)
+        groups = self._whole_groups(optimizer)
+        tensors = self._optimizer_tensors(optimizer)
+        for name, state in self._row_states(optimizer).items():
+            tensors |= pieces(state, name)
+        return tensors, _saved_groups(optimizer, groups)
 
     def gather_optimizer(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole optimizer's `state_dict` on rank zero, empty elsewhere.
@@ -119,7 +125,15 @@ class DistributedState:
         Every process must call this.
         """
         groups = self._whole_groups(optimizer)
-        gathered = self._gather(self._optimizer_tensors(optimizer))
+        tensors = self._optimizer_tensors(optimizer)
+        for name, state in self._row_states(optimizer).items():
+            entries = dict(state.items())
+            if not state.is_whole:
+                assert self._shards is not None
+                entries = gathered_rows(state, self._shards, self._device)
+            if entries and len(entries[ROWS]):
+                tensors |= {f"{entry}.{name}": tensor for entry, tensor in entries.items()}
+        gathered = self._gather(tensors)
         if dist.get_rank() != 0:
             return {}
         return numbered_state(gathered, _saved_groups(optimizer, groups))
@@ -134,7 +148,9 @@ class DistributedState:
         whole_groups = self._whole_groups(optimizer)
         check_names([group.get(NAMES) for group in state["param_groups"]], whole_groups)
         values = {
-            name: {key: _part(value, parameters[name]) for key, value in entries.items()}
+            name: entries
+            if ROWS in entries  # of all rows: the optimizer takes this process's
+            else {key: _part(value, parameters[name]) for key, value in entries.items()}
             for names, group in zip(whole_groups, state["param_groups"], strict=True)
             for name, number in zip(names, group["params"], strict=True)
             if name in parameters and (entries := state["state"].get(number)) is not None
@@ -150,11 +166,12 @@ class DistributedState:
         values: dict[str, dict[str, Tensor]] = {}
         for key, like in saved.on_meta.items():
             entry, name = key.split(".", 1)
-            if name in parameters:
+            if name in parameters and parse_piece(key) is None:
                 parts[key] = values.setdefault(name, {})[entry] = _empty_part(
                     like, parameters[name]
                 )
         saved.load_into(parts)
+        values |= overlapping(saved, parameters)
         self._install(optimizer, values, groups)
 
     def _install(
@@ -180,9 +197,15 @@ class DistributedState:
         return {
             f"{entry}.{names[parameter]}": value
             for parameter, state in optimizer.state.items()
+            if not isinstance(state, RowState)
             for entry, value in state.items()
             if isinstance(value, Tensor)
         }
+
+    def _row_states(self, optimizer: Optimizer) -> dict[str, RowState]:
+        names = self._names()
+        states = optimizer.row_states() if isinstance(optimizer, UpdatesRows) else {}
+        return {names[weight]: state for weight, state in states.items()}
 
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self._module.named_parameters()}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mhc_lightning.checkpoints.folder_index import RUN
 from mhc_lightning.checkpoints.refusals import load_error, require_model
+from mhc_lightning.checkpoints.row_state import joined
 from mhc_lightning.checkpoints.saved_tensors import SavedTensors
 
 
@@ -56,7 +57,7 @@ def load_whole_folder(path: Path, *, trusted: bool) -> dict[str, Any]:
     checkpoint = load_folder(path, trusted=trusted)
     checkpoint["state_dict"] = checkpoint["state_dict"].read()
     for number, state in enumerate(checkpoint["optimizer_states"]):
-        tensors = SavedTensors(path, f"optimizer_states.{number}.").read()
+        tensors = joined(SavedTensors(path, f"optimizer_states.{number}.").read())
         state.update(numbered_state(tensors, state["param_groups"]))
     return checkpoint
 

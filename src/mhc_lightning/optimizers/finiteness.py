@@ -1,6 +1,6 @@
 """A check that a run's parameters and optimizer state are finite, before they are saved."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -12,7 +12,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from mhc_lightning.errors import NonFiniteLossError
+from mhc_lightning.optimizers.row_updates import RowState
 
+_AT_ONCE = 2**26  # values
 _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -77,7 +79,8 @@ def non_finite(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[NonFi
     """The tensors with non-finite values on this process, parameters first."""
     tensors = []
     for name, values in _state(module, optimizers):
-        nan, infinite = int(values.isnan().sum()), int(values.isinf().sum())
+        nan = sum(int(part.isnan().sum()) for part in _parts(values))
+        infinite = sum(int(part.isinf().sum()) for part in _parts(values))
         if nan or infinite:
             tensors.append(NonFinite(name, nan, infinite, values.numel()))
     return tensors
@@ -96,8 +99,16 @@ def _is_finite(module: nn.Module, optimizers: Iterable[Optimizer]) -> bool:
     """True if all values on this process are finite; waits for each device once."""
     flags: dict[torch.device, list[Tensor]] = {}
     for _, values in _state(module, optimizers):
-        flags.setdefault(values.device, []).append(values.isfinite().all())
+        alike = flags.setdefault(values.device, [])
+        alike += [part.isfinite().all() for part in _parts(values)]
     return all(bool(torch.stack(alike).all()) for alike in flags.values())
+
+
+def _parts(values: Tensor) -> Sequence[Tensor]:
+    """Views of a tensor that a check can take in turn: it makes temporary copies."""
+    if values.dim() == 0 or values.numel() <= _AT_ONCE:
+        return (values,)
+    return values.split(max(1, _AT_ONCE * len(values) // values.numel()))
 
 
 def _state(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Tensor]]:
@@ -111,7 +122,7 @@ def _state(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple
     for optimizer in optimizers:
         for parameter, entries in optimizer.state.items():
             name = names.get(parameter, "a parameter of none of its modules")
-            if isinstance(entries, Mapping):
+            if isinstance(entries, Mapping | RowState):
                 named += [(f"the optimizer's {key} of {name}", v) for key, v in entries.items()]
     for name, value in named:
         if isinstance(value, Tensor) and value.dtype in _CHECKED and not value.is_meta:

@@ -24,8 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.modules.initialisation import held_rows
-from mhc_lightning.modules.memory.row_store import nonzero_rows, row_store_of
+from mhc_lightning.modules.memory.row_store import nonzero_rows, row_store_of, updated_rows
 
 RowUpdate = Literal["adam", "rowwise"]
 
@@ -35,21 +34,26 @@ _GROWTH = 1.25
 
 
 class RowState:
-    """What an optimizer keeps of the rows of a table that it has updated, in order of appearance.
+    """What an optimizer keeps of the rows of a table that it has updated.
 
-    `items()` are the tensors to save: `rows`, int64 [T], their numbers in the table; `step`, int32
-    [T], the updates of each; and the update's moments: `exp_avg` and `exp_avg_sq` [T, D] of
-    `adam`, `row_exp_avg_sq` [T] of `rowwise`.
+    Rows are in the order in which they were first touched, and ascending after `settle`. `items()`
+    are the tensors to save: `rows`, int64 [T], their numbers in the table; `step`, int32 [T], the
+    updates of each; and the update's moments: `exp_avg` and `exp_avg_sq` [T, D] of `adam`,
+    `row_exp_avg_sq` [T] of `rowwise`.
 
     Args:
-        weight: The table [R, D]; of a sharded one, the state is that of this process's rows.
+        weight: The table [R, D]; the state is that of the rows that this process updates.
         update: The update.
+
+    Attributes:
+        is_whole: Whether these are all rows of the table.
     """
 
     def __init__(self, weight: Tensor, update: RowUpdate) -> None:
-        part, self._first = held_rows(weight.detach())
+        part, self._first = updated_rows(weight)
         self._places: Tensor | None = None  # [rows held], made when it is needed
         self._held, self._count = len(part), 0
+        self.is_whole = len(part) == len(weight)
         wide = {"device": part.device, "dtype": part.dtype}
         self._tensors = {
             ROWS: torch.empty(0, dtype=torch.int64, device=part.device),
@@ -90,11 +94,15 @@ class RowState:
             found[new] = self._places[local[new]] = self._numbers(start, self._count)
         return found.long()
 
-    def trim(self) -> None:
-        """Free the memory that is kept for further rows."""
-        for entry, tensor in self._tensors.items():
-            if len(tensor) > self._count:
-                self._tensors[entry] = tensor[: self._count].clone()
+    def settle(self) -> None:
+        """Sort the rows, and free the memory that is kept for further ones.
+
+        What is saved then depends neither on the order of the batches nor on the layout.
+        """
+        order = self[ROWS].argsort()
+        for entry, tensor in self._tensors.items():  # one copy at a time
+            self._tensors[entry] = tensor[order]
+        self._places = None
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the entries of a state; of rows that this process does not hold, nothing.
@@ -136,6 +144,19 @@ class RowState:
 class UpdatesRows(Optimizer):
     """The part of an optimizer that updates its groups with `rows`, and keeps their state."""
 
+    def row_states(self) -> dict[Tensor, RowState]:
+        """The state of each table in a group with `rows`, ready to be saved; it may be empty."""
+        states: dict[Tensor, RowState] = {}
+        for group in self.param_groups:
+            for weight in group["params"] if group.get(ROWS) else ():
+                states[weight] = state = self._state_of(weight, group)
+                state.settle()
+        return states
+
+    def _state_of(self, weight: Tensor, group: dict[str, Any]) -> RowState:
+        state: Any = self.state.get(weight)
+        return state if isinstance(state, RowState) else RowState(weight, group[ROWS])
+
     def update_rows(self, group: dict[str, Any]) -> None:
         """Update the touched rows of the tables of a group."""
         for weight in group["params"]:
@@ -143,9 +164,8 @@ class UpdatesRows(Optimizer):
             if store is not None:
                 store.finish()
             if weight.grad is not None:
-                if not isinstance(self.state.get(weight), RowState):
-                    self.state[weight] = RowState(weight, group[ROWS])
-                state: Any = self.state[weight]
+                state: Any = self._state_of(weight, group)
+                self.state[weight] = state
                 update_rows(weight, state, group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -160,9 +180,7 @@ class UpdatesRows(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as torch's optimizers have it; that of rows is a dict of tensors [T, ...]."""
-        for state in self.state.values():
-            if isinstance(state, RowState):
-                state.trim()
+        self.row_states()
         whole = super().state_dict()
         plain = {
             k: dict(v.items()) if isinstance(v, RowState) else v for k, v in whole["state"].items()
@@ -206,7 +224,7 @@ def update_rows(weight: Tensor, state: RowState, group: Mapping[str, Any]) -> No
         state: The state of the rows.
         group: `rows`, `lr`, `betas` and `eps`.
     """
-    part, first = held_rows(weight.detach())
+    part, first = updated_rows(weight)
     grad = weight.grad
     assert grad is not None
     if grad.is_sparse:

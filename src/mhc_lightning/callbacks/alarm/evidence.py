@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from mhc_lightning.modules.memory.row_store import row_store_of
 from mhc_lightning.strategies.layout import layout_of
 
 
@@ -73,7 +74,7 @@ def largest_gradient(trainer: pl.Trainer) -> str | None:
     squares: list[tuple[str, float]] = []
     for name, parameter in trainer.lightning_module.named_parameters():
         if parameter.grad is not None:
-            squares.append((name, _squared_norm(parameter.grad)))
+            squares.append((name, _squared_norm(parameter)))
     stages = layout_of(trainer.strategy).gather_over_pipeline(squares)
     squares = [square for stage in stages for square in stage]
     if not squares:
@@ -88,8 +89,13 @@ def largest_gradient(trainer: pl.Trainer) -> str | None:
     return f"largest gradient in {name} ({share:.0%} of the squared norm)"
 
 
-def _squared_norm(gradient: Tensor) -> float:
-    norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+def _squared_norm(parameter: Tensor) -> float:
+    gradient, store = parameter.grad, row_store_of(parameter)
+    assert gradient is not None
+    if store is not None:
+        norm = store.norm(torch.float32)
+    else:
+        norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     return float(norm.double() ** 2)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_lightning.kernels.transforms import transforming
+from mhc_lightning.modules.initialisation import held_rows
 
 _STORE = "row_store"  # the attribute of a parameter that has one
 
@@ -99,6 +100,10 @@ class RowStore:
         assert grad is not None
         return torch.linalg.vector_norm(grad._values(), dtype=dtype)
 
+    def held(self) -> tuple[Tensor, int]:
+        """The rows that this process updates [rows, D], in place, and the first one's number."""
+        return held_rows(self.weight.detach())
+
     def clear(self) -> None:
         """Drop the gradient."""
         self._parts.clear()
@@ -127,6 +132,12 @@ class RowStore:
 def row_store_of(parameter: Tensor) -> RowStore | None:
     """The store of a table's weight; None for all other parameters."""
     return getattr(parameter, _STORE, None)
+
+
+def updated_rows(weight: Tensor) -> tuple[Tensor, int]:
+    """The rows of a table that this process updates [rows, D], in place, and the first's number."""
+    store = row_store_of(weight)
+    return held_rows(weight.detach()) if store is None else store.held()
 
 
 def row_gradient(weight: Tensor, rows: Tensor, values: Tensor) -> Tensor:
