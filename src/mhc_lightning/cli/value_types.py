@@ -20,6 +20,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 # Settings whose default is of one of several types that they take.
 _SEVERAL_TYPES = frozenset({"trainer.devices", "trainer.limit_val_batches"})
+_ALSO_LISTS = frozenset({"memory.rows"})
 
 
 def check_overridden_values(before: DictConfig, after: DictConfig, keys: list[str]) -> None:
@@ -40,6 +41,8 @@ def check_overridden_values(before: DictConfig, after: DictConfig, keys: list[st
                 raise UserError(f"{key} is a section, not a single value; set {key}.NAME=VALUE")
             continue
         kind = type(default)
+        if OmegaConf.is_list(value) and key in _ALSO_LISTS:
+            continue
         if OmegaConf.is_config(value):
             raise _wrong_type(key, OmegaConf.to_container(value), _NAMES.get(kind, kind.__name__))
         if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:

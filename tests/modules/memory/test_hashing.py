@@ -20,10 +20,9 @@ from ngram_reference import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.modules.memory.hashing import (
-    NOT_A_TOKEN,
+from mhc_lightning.modules.memory.hashing import NOT_A_TOKEN, NgramHash
+from mhc_lightning.modules.memory.layout import (
     ROW_MULTIPLE,
-    NgramHash,
     NgramLayout,
     prime_layout,
     spaced_layout,

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from mhc_lightning.modules.memory.hashing import NgramHash, prime_layout
+from mhc_lightning.modules.memory.hashing import NgramHash
+from mhc_lightning.modules.memory.layout import prime_layout
 
 
 def test_classes_of_earlier_positions_and_the_pad_before_the_first():

@@ -10,16 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhc_lightning.errors import UserError
 from mhc_lightning.kernels.precision import widened
-from mhc_lightning.modules.memory.hashing import NgramHash, NgramLayout, prime_layout
+from mhc_lightning.modules.memory.hashing import NgramHash
+from mhc_lightning.modules.memory.layout import NgramLayout, prime_layout, row_width
 from mhc_lightning.modules.memory.memory import BlockMemory, Memory, Recalled
 from mhc_lightning.modules.memory.recent import RecentWindow
+from mhc_lightning.modules.memory.settings import (
+    Placement,
+    check_reading,
+    whole_number,
+    whole_numbers,
+)
 from mhc_lightning.modules.memory.table import NgramTable
 from mhc_lightning.modules.precision import autocast_dtype
 
 _LEAST_SCORE = 1e-6  # below it the signed square root is flat
 _CONV_EPS = 1e-5
+_MOST_TAPS = 1024
 
 
 def default_blocks(num_layers: int) -> list[int]:
@@ -83,29 +90,21 @@ class Engram(Memory):
         compress: bool = True,
         documents: bool = True,
         pad_token: int | None = None,
-        placement: str = "device",
+        placement: Placement = "device",
     ) -> None:
         super().__init__()
-        blocks = default_blocks(num_layers) if layers is None else sorted(set(layers))
-        outside = [block for block in blocks if not 0 <= block < num_layers]
-        if outside or not blocks:
-            raise UserError(
-                f"memory.layers names block {outside[0] if outside else '(none)'}, but the network"
-                f" has the blocks 0 to {num_layers - 1}; name some of these"
-            )
+        blocks = default_blocks(num_layers)
+        if layers is not None:
+            blocks = sorted(set(whole_numbers("layers", layers, 0, num_layers - 1)))
         layout = prime_layout(blocks, orders, num_heads, rows)
-        per_order = max(1, model_dim // (4 * num_heads)) * num_heads if dim is None else dim
-        width, rest = divmod(per_order, num_heads)
-        if rest or not width:
-            raise UserError(
-                f"memory.dim={per_order} cannot be shared evenly by memory.num_heads={num_heads};"
-                f" use a multiple of {num_heads}"
-            )
+        width = row_width(layout, dim, default=model_dim // (4 * num_heads))
+        whole_number("conv_kernel", conv_kernel, 1, _MOST_TAPS)
+        check_reading(pad_token, placement, vocab_size)
         self.hash = NgramHash(layout, vocab_size, "multiply_xor", seed, multipliers)
         self.places = tuple(blocks)
         self.compress, self.documents, self.pad_token = compress, documents, pad_token
         self.placement = placement
-        self.shape_settings = {"dim": per_order, "conv": conv, "bias": bias}
+        self.shape_settings = {"dim": width * num_heads, "conv": conv, "bias": bias}
         self.shape_settings |= {"conv_kernel": conv_kernel} if conv else {}
         self._settings: dict[str, Any] = {
             "dim": model_dim,

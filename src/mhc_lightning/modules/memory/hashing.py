@@ -1,149 +1,26 @@
-"""From tokens to rows of n-gram tables: moduli, multipliers, and the hash of each suffix n-gram.
+"""From tokens to rows of n-gram tables: multipliers, and the hash of each suffix n-gram.
 
 Shapes: B batch, S sequence, L tables, H heads of a table (orders times heads per order), N the
 longest order, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.modules.memory.layout import NgramLayout
+from mhc_lightning.modules.memory.settings import whole_number, whole_numbers
 
 Scheme = Literal["multiply_xor", "polynomial"]
 
-ROW_MULTIPLE = 64  # heads begin at multiples of it, so that tables are cut between heads or rows
 NOT_A_TOKEN = -1  # in a history: there is no token that far back
 UNBOUND = -2  # in place of the token that ends documents, as long as no tokenizer is bound
 _LARGEST = int(np.iinfo(np.int64).max)
 _SEED_PER_TABLE = 10007
-
-
-class NgramLayout(NamedTuple):
-    """The sizes of hashed n-gram tables; they do not depend on the tokenizer.
-
-    Attributes:
-        tables: Numbers that enter each table's seed: for Engram the blocks, from 0.
-        orders: n of each n-gram, ascending, at least 2.
-        num_heads: Heads (hash functions) of each order.
-        moduli: Rows of each head, [L][H], order by order. No two are equal.
-    """
-
-    tables: tuple[int, ...]
-    orders: tuple[int, ...]
-    num_heads: int
-    moduli: tuple[tuple[int, ...], ...]
-
-    @property
-    def longest(self) -> int:
-        """N: the hash of a position depends on its last N tokens."""
-        return max(self.orders)
-
-    @property
-    def heads(self) -> int:
-        """H: rows that one position reads in one table."""
-        return len(self.orders) * self.num_heads
-
-    @property
-    def rows_per_head(self) -> int:
-        """Rows from one head's first to the next one's: the largest modulus, rounded up."""
-        largest = max(modulus for table in self.moduli for modulus in table)
-        return math.ceil(largest / ROW_MULTIPLE) * ROW_MULTIPLE
-
-    def used_rows(self, table: int) -> int:
-        """Rows of a table that a hash can name: the sum of its moduli."""
-        return sum(self.moduli[table])
-
-
-def prime_layout(
-    tables: Sequence[int], orders: Sequence[int], num_heads: int, rows: int | Sequence[int]
-) -> NgramLayout:
-    """Heads with distinct prime sizes (arXiv 2601.07372, released code).
-
-    Tables, orders and heads ascend. Each order of each table starts at its `rows` and takes the
-    next prime that no head before has.
-
-    Args:
-        tables: See `NgramLayout`.
-        orders: See `NgramLayout`.
-        num_heads: Heads of each order.
-        rows: The least number of rows of a head, for all orders or for each.
-
-    Raises:
-        UserError: An argument is out of range.
-    """
-    from sympy import nextprime  # torch depends on it; importing it takes a while
-
-    orders, sizes = _checked(orders, num_heads, rows)
-    taken: set[int] = set()
-    moduli = []
-    for _ in tables:
-        heads: list[int] = []
-        for size in sizes:
-            candidate = size - 1
-            for _ in range(num_heads):
-                candidate = int(nextprime(candidate))
-                while candidate in taken:
-                    candidate = int(nextprime(candidate))
-                taken.add(candidate)
-                heads.append(candidate)
-        moduli.append(tuple(heads))
-    return NgramLayout(tuple(tables), orders, num_heads, tuple(moduli))
-
-
-def spaced_layout(orders: Sequence[int], num_heads: int, rows: int, vocab_size: int) -> NgramLayout:
-    """One table whose head k has `rows + 2·k` rows (arXiv 2501.16975, released code).
-
-    Args:
-        orders: See `NgramLayout`.
-        num_heads: Heads of each order.
-        rows: Rows of the first head.
-        vocab_size: V.
-
-    Raises:
-        UserError: An argument is out of range, or a head's rows are a multiple of V: such a head
-            sees the last token alone, again and again.
-    """
-    orders, _ = _checked(orders, num_heads, rows)
-    moduli = tuple(rows + 2 * k for k in range(len(orders) * num_heads))
-    multiples = [modulus for modulus in moduli if modulus % vocab_size == 0]
-    if multiples:
-        raise UserError(
-            f"memory.rows={rows} gives a head {multiples[0]} rows, a multiple of the"
-            f" {vocab_size} tokens, and so the same row to all n-grams that end alike; use"
-            f" memory.rows={rows + 1 if (rows + 1) % 2 or vocab_size % 2 else rows + 2}"
-        )
-    return NgramLayout((0,), orders, num_heads, (moduli,))
-
-
-def _checked(
-    orders: Sequence[int], num_heads: int, rows: int | Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    orders = tuple(orders)
-    if not orders or min(orders) < 2 or list(orders) != sorted(set(orders)):
-        raise UserError(
-            f"memory.orders must be different whole numbers from 2 on, ascending, not"
-            f" {list(orders)}"
-        )
-    if num_heads < 1:
-        raise UserError(f"memory.num_heads must be at least 1, not {num_heads}")
-    sizes = (rows,) * len(orders) if isinstance(rows, int) else tuple(rows)
-    if len(sizes) != len(orders):
-        raise UserError(
-            f"memory.rows must be one number or one for each of the {len(orders)} orders, not"
-            f" {list(sizes)}"
-        )
-    least = len(orders) * num_heads
-    if min(sizes) < least:
-        raise UserError(
-            f"memory.rows={min(sizes)} is below the {least} heads of a table, each of which needs"
-            f" a number of rows of its own; use at least memory.rows={least}"
-        )
-    return orders, sizes
 
 
 class NgramHash(nn.Module):
@@ -166,6 +43,9 @@ class NgramHash(nn.Module):
         scheme: The hash function.
         seed: Seed of the multipliers.
         multipliers: Multipliers [L][N] in place of drawn ones.
+
+    Raises:
+        UserError: The seed or the multipliers are out of range.
 
     Attributes:
         classes: [V], the compressed id of each token; at first each token is its own class.
@@ -190,8 +70,8 @@ class NgramHash(nn.Module):
         self.layout = layout
         self.vocab_size = vocab_size
         self.scheme: Scheme = scheme
-        self.seed = seed
-        self._given = multipliers
+        self.seed = whole_number("seed", seed, 0, _LARGEST)
+        self._given = None if multipliers is None else _checked_multipliers(multipliers, layout)
         self._values = self._constants(np.arange(vocab_size), 0, UNBOUND)
         for name, value in self._values.items():
             self.register_buffer(name, torch.tensor(value))
@@ -226,6 +106,11 @@ class NgramHash(nn.Module):
             raise UserError(
                 f"the tokenizer has {len(classes)} ids but model.vocab_size={self.vocab_size}; set"
                 f" model.vocab_size={len(classes)} or more"
+            )
+        if pad_token >= len(classes):
+            raise UserError(
+                f"memory.pad_token={pad_token} is no token of the tokenizer, whose ids are 0 to"
+                f" {len(classes) - 1}"
             )
         pad = int(classes[pad_token])
         whole = np.full(self.vocab_size, pad, dtype=np.int64)
@@ -355,3 +240,16 @@ class NgramHash(nn.Module):
             for table in layout.tables
         ]
         return np.stack(drawn) * 2 + 1
+
+
+def _checked_multipliers(
+    multipliers: Sequence[Sequence[int]], layout: NgramLayout
+) -> list[tuple[int, ...]]:
+    count, length = len(layout.tables), layout.longest
+    rows = multipliers if isinstance(multipliers, Sequence) else ()
+    if [len(row) if isinstance(row, list | tuple) else 0 for row in rows] != [length] * count:
+        raise UserError(
+            f"memory.multipliers must be a list for each of the {count} blocks, of {length} numbers"
+            f" each (for the last {length} tokens), not {multipliers}"
+        )
+    return [whole_numbers("multipliers", row, -_LARGEST - 1, _LARGEST) for row in rows]

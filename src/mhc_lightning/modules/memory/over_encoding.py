@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.modules.memory.hashing import NgramHash, NgramLayout, spaced_layout
+from mhc_lightning.modules.memory.hashing import NgramHash
+from mhc_lightning.modules.memory.layout import NgramLayout, row_width, spaced_layout
 from mhc_lightning.modules.memory.memory import INPUT, InputMemory, Memory, Recalled
+from mhc_lightning.modules.memory.settings import Placement, check_reading
 from mhc_lightning.modules.memory.table import NgramTable
 from mhc_lightning.modules.precision import autocast_dtype
 
@@ -56,25 +58,20 @@ class OverEncoding(Memory):
         compress: bool = False,
         documents: bool = True,
         pad_token: int | None = 0,
-        placement: str = "device",
+        placement: Placement = "device",
         **sizes: object,
     ) -> None:
         super().__init__()
         if word_scale not in ("mean", "full"):
             raise UserError(f"memory.word_scale must be mean or full, not {word_scale!r}")
         layout = spaced_layout(orders, num_heads, rows, vocab_size)
-        per_order = max(1, model_dim // layout.heads) * num_heads if dim is None else dim
-        width, rest = divmod(per_order, num_heads)
-        if rest or not width:
-            raise UserError(
-                f"memory.dim={per_order} cannot be shared evenly by memory.num_heads={num_heads};"
-                f" use a multiple of {num_heads}"
-            )
+        width = row_width(layout, dim, default=model_dim // layout.heads)
+        check_reading(pad_token, placement, vocab_size)
         self.hash = NgramHash(layout, vocab_size, "polynomial")
         self.places = (INPUT,)
         self.compress, self.documents, self.pad_token = compress, documents, pad_token
         self.placement = placement
-        self.shape_settings = {"dim": per_order, "word_scale": word_scale}
+        self.shape_settings = {"dim": width * num_heads, "word_scale": word_scale}
         self.register_buffer("word_divisor", torch.empty(1, dtype=torch.int64))
         self._word_scale, self._row_width, self._dim = word_scale, width, model_dim
         self.reset_parameters()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhc_lightning.modules.memory.hashing import NgramLayout
+from mhc_lightning.modules.memory.layout import NgramLayout
 from mhc_lightning.modules.memory.row_store import RowStore
 from mhc_lightning.modules.precision import KeepsFloat32
 
