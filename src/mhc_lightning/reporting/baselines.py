@@ -9,7 +9,7 @@ import numpy as np
 from mhc_lightning.errors import UserError
 from mhc_lightning.reporting.logged_runs import LoggedRun
 from mhc_lightning.reporting.metric_series import LOSS, VALIDATION_LOSS
-from mhc_lightning.reporting.run_description import has_one_stream
+from mhc_lightning.reporting.run_description import has_one_stream, memory_name
 from mhc_lightning.reporting.settings_comparison import same_batches, same_but_for_the_seed
 from mhc_lightning.reporting.statistics import Estimate, final_mean, mean_interval
 
@@ -56,7 +56,8 @@ def choose_baseline(runs: Sequence[LoggedRun], named: str | None) -> LoggedRun |
     Args:
         runs: All runs.
         named: The baseline's folder, or its name on the page. None takes the first run with the
-            ordinary residual connection, or else the first run; a single run has no baseline.
+            ordinary residual connection, or else the first run, in both cases one without a memory
+            if there is one; a single run has no baseline.
 
     Raises:
         UserError: The named run is not among the runs.
@@ -71,7 +72,8 @@ def choose_baseline(runs: Sequence[LoggedRun], named: str | None) -> LoggedRun |
         )
     if len(runs) < 2:
         return None
-    return next((run for run in runs if has_one_stream(run)), runs[0])
+    residual = [run for run in runs if has_one_stream(run)] or list(runs)
+    return next((run for run in residual if memory_name(run) == "none"), residual[0])
 
 
 def baseline_of(

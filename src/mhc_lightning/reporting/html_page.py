@@ -13,6 +13,7 @@ from mhc_lightning.reporting import tables
 from mhc_lightning.reporting.figures.inline_svg import inline_svg
 from mhc_lightning.reporting.figures.line_panels import Panel
 from mhc_lightning.reporting.logged_runs import LoggedRun
+from mhc_lightning.reporting.memory_table import memory_table
 from mhc_lightning.reporting.report import Report
 from mhc_lightning.reporting.run_description import (
     UNKNOWN,
@@ -50,6 +51,7 @@ def render_page(report: Report) -> str:
             judged=list(zip(report.summaries, report.verdicts, strict=True)),
             numbers=tables.numbers_table(report),
             seeds=tables.seeds_table(report),
+            memories=memory_table(report),
             caveats=tables.caveats(report),
             undescribed=[run.name for run in report.runs if not tables.is_described(run)],
             shared_facts=tables.shared_facts(report),

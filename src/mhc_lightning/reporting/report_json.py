@@ -51,6 +51,7 @@ def _run_values(summary: Summary, verdict: Verdict) -> dict[str, Any]:
         "gradient_norm": _fields(summary.gradient),
         "tokens_per_second": summary.speed,
         "peak_memory_bytes": summary.memory,
+        "memory_of_ngrams": _fields(summary.ngrams),
         "what_was_run": describe_run(summary.run),
         "commands": commands(summary.run),
     }

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mhc_lightning.reporting.logged_runs import LoggedRun
 
 UNKNOWN = "not recorded"
+NO_MEMORY = "Memory"  # the class of a memory without rows
 
 COMPLETE, DIVERGED, INCOMPLETE, UNKNOWN_LENGTH = "complete", "diverged", "incomplete", "unknown"
 
@@ -37,6 +38,15 @@ def has_one_stream(run: LoggedRun) -> bool | None:
         return True
     streams = run.setting("model.num_streams")
     return None if streams is None else streams == 1
+
+
+def memory_name(run: LoggedRun) -> str | None:
+    """The class of the memory of n-grams, or `none`; None where it is not recorded."""
+    if run.setting("model") is None:
+        return None
+    target = run.setting("memory._target_") or run.setting("model.memory._target_")
+    name = str(target or NO_MEMORY).rpartition(".")[2]
+    return "none" if name == NO_MEMORY else name
 
 
 def planned_steps(run: LoggedRun) -> int | None:
@@ -85,6 +95,7 @@ def describe_run(run: LoggedRun) -> dict[str, str]:
         "Experiment": _experiment(run) or UNKNOWN,
         "Connection": connection_name(run) or UNKNOWN,
         "Streams": _text(1 if has_one_stream(run) else run.setting("model.num_streams")),
+        "Memory of n-grams": memory_name(run) or UNKNOWN,
         "Parameters": _text(run.fact("parameters.total")),
         "Width, blocks": UNKNOWN if blocks is None else width,
         "Data": _data(run),

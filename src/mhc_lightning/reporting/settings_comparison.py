@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mhc_lightning.reporting.logged_runs import LoggedRun
+from mhc_lightning.reporting.run_description import memory_name
 
 # Sections of the configuration that do not change what is trained.
 _IRRELEVANT = frozenset(
@@ -21,7 +22,10 @@ def training_settings(run: LoggedRun) -> dict[str, Any] | None:
     """All settings that may change what is trained, by dotted key; None without `config.yaml`."""
     if run.config is None:
         return None
-    return dict(_leaves({k: v for k, v in run.config.items() if k not in _IRRELEVANT}, ""))
+    settings = dict(_leaves({k: v for k, v in run.config.items() if k not in _IRRELEVANT}, ""))
+    if memory_name(run) == "none":  # runs of before there were memories do not name it
+        return {k: v for k, v in settings.items() if "memory" not in k.split(".")[:-1]}
+    return settings
 
 
 def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -37,14 +41,15 @@ def differing_settings(runs: Sequence[LoggedRun]) -> dict[str, list[Any]]:
 
     Returns:
         By dotted key one value per run; None for a run without a configuration or without this
-        key. The connection, which the model's section repeats, is listed once.
+        key. The connection and the memory, which the model's section repeats, are listed once.
     """
     settings = [training_settings(run) for run in runs]
     present = [values for values in settings if values is not None]
     keys = dict.fromkeys(key for values in present for key in values)
     differing = {}
     for key in keys:
-        if key.startswith("model.connection.") and key.removeprefix("model.") in keys:
+        repeated = key.startswith(("model.connection.", "model.memory."))
+        if repeated and key.removeprefix("model.") in keys:
             continue
         if any(values.get(key) != present[0].get(key) for values in present):
             differing[key] = [None if values is None else values.get(key) for values in settings]

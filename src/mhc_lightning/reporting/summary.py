@@ -14,6 +14,7 @@ from mhc_lightning.reporting.gain_extremes import (
     gain_tag,
 )
 from mhc_lightning.reporting.logged_runs import LoggedRun
+from mhc_lightning.reporting.memory_summary import MemorySummary, memory_summary
 from mhc_lightning.reporting.metric_series import (
     GRADIENT_NORM,
     LOSS,
@@ -61,6 +62,7 @@ class Summary:
         gradient: Gradient norm.
         speed: Median tokens per second.
         memory: The largest peak memory, in bytes.
+        ngrams: Its memory of n-grams, if it has logged one.
         not_finite: First step at which a metric was NaN or infinite, and the metric's name.
     """
 
@@ -74,6 +76,7 @@ class Summary:
     gradient: GradientNorm | None
     speed: float | None
     memory: float | None
+    ngrams: MemorySummary | None
     not_finite: tuple[int, str] | None
 
 
@@ -102,6 +105,7 @@ def _summarise(run: LoggedRun, baseline: LoggedRun | None) -> Summary:
         gradient=_gradient_norm(run),
         speed=None if speed is None else float(np.median(speed.values)),
         memory=None if memory is None else float(memory.values.max()),
+        ngrams=memory_summary(run.scalars),
         not_finite=_first_not_finite(run),
     )
 

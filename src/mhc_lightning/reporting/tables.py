@@ -23,7 +23,13 @@ from mhc_lightning.reporting.summary import AT_ONE, LIMIT, Summary
 # Settings that `describe_run` names already.
 _DESCRIBED = frozenset(
     {
-        *("connection._target_", "model.num_streams", "model.dim", "model.num_layers"),
+        *(
+            "memory._target_",
+            "connection._target_",
+            "model.num_streams",
+            "model.dim",
+            "model.num_layers",
+        ),
         *("data.path", "trainer.max_steps", "optimizer.lr", "trainer.precision"),
         *("seed", "data.seed"),
     }
@@ -81,7 +87,7 @@ class Table:
     rows: list[tuple[Heading, list[Cell]]] = field(default_factory=list)
 
 
-_NOT_LOGGED = Cell("not logged", missing=True)
+NOT_LOGGED = Cell("not logged", missing=True)
 
 
 def numbers_table(report: Report) -> Table:
@@ -116,13 +122,13 @@ def numbers_table(report: Report) -> Table:
 def _loss(summary: Summary) -> Cell:
     loss = summary.loss
     if loss is None:
-        return _NOT_LOGGED
+        return NOT_LOGGED
     return Cell(f"{loss.value:.4f}", (format_steps(loss.first_step, loss.last_step),))
 
 
 def _validation(summary: Summary) -> Cell:
     if summary.validation is None:
-        return _NOT_LOGGED
+        return NOT_LOGGED
     step, value = summary.validation
     return Cell(format_number(value, 5), (f"step {step:,}",))
 
@@ -143,7 +149,7 @@ def _gap(summary: Summary) -> Cell:
         lines.append(
             f"validation {format_difference(value)}{'' if is_last else f', step {step:,}'}"
         )
-    return Cell(lines[0], tuple(lines[1:])) if lines else _NOT_LOGGED
+    return Cell(lines[0], tuple(lines[1:])) if lines else NOT_LOGGED
 
 
 def _gap_with_baseline(summary: Summary) -> Cell:
@@ -157,7 +163,7 @@ def _gain(tag: str) -> Callable[[Summary], Cell]:
     def cell(summary: Summary) -> Cell:
         gains = summary.gains.get(tag)
         if gains is None:
-            return _NOT_LOGGED
+            return NOT_LOGGED
         if gains.distance <= AT_ONE:
             return Cell("1", ("always" if gains.distance == 0 else f"to {AT_ONE:g}",))
         largest = gains.largest
@@ -172,17 +178,17 @@ def _gain(tag: str) -> Callable[[Summary], Cell]:
 def _gradient_norm(summary: Summary) -> Cell:
     norm = summary.gradient
     if norm is None:
-        return _NOT_LOGGED
+        return NOT_LOGGED
     text = f"{format_number(norm.median)}, {format_number(norm.largest)}"
     return Cell(text, (f"step {norm.step:,}",))
 
 
 def _speed(summary: Summary) -> Cell:
-    return _NOT_LOGGED if summary.speed is None else Cell(f"{summary.speed:,.0f}")
+    return NOT_LOGGED if summary.speed is None else Cell(f"{summary.speed:,.0f}")
 
 
 def _memory(summary: Summary) -> Cell:
-    return _NOT_LOGGED if summary.memory is None else Cell(format_bytes(summary.memory))
+    return NOT_LOGGED if summary.memory is None else Cell(format_bytes(summary.memory))
 
 
 def seeds_table(report: Report) -> Table | None:

@@ -87,8 +87,12 @@ def panel_by_layer(
     name: str,
     title: str,
     reference: float | None,
+    each: str = "sub-layer",
 ) -> Iterator[Panel]:
-    """The last sample of a metric that is logged by sub-layer; nothing if no run logged it."""
+    """The last sample of a metric that is logged by sub-layer, or by block (`each`).
+
+    Nothing if no run logged it.
+    """
     lines: dict[str, Series] = {}
     for run in runs:
         layers, _, values = layer_matrix(run.scalars, tag)
@@ -97,7 +101,7 @@ def panel_by_layer(
     lines = {label: series for label, series in lines.items() if len(series)}
     if not lines:
         return
-    figure, axes = new_axes(title, "sub-layer", "last sample")
+    figure, axes = new_axes(title, each, "last sample")
     for label, series in lines.items():
         draw_line(axes, series, styles[label], marks=len(series) <= 40)
     if reference is not None:
@@ -111,7 +115,7 @@ def panel_by_layer(
         f"{label} at most {format_gain(float(series.values.max()))}"
         for label, series in lines.items()
     )
-    yield Panel(name, title, f"{title}, by sub-layer at the end: {largest}.", figure)
+    yield Panel(name, title, f"{title}, by {each} at the end: {largest}.", figure)
 
 
 def describe_ends(title: str, ends: Sequence[tuple[float, RunStyle]]) -> str:

@@ -21,6 +21,7 @@ from mhc_lightning.reporting.figures.line_panels import (
     panel_by_layer,
     panel_by_step,
 )
+from mhc_lightning.reporting.figures.memory_panels import memory_panels
 from mhc_lightning.reporting.figures.run_styles import RunStyle
 from mhc_lightning.reporting.gain_extremes import DIRECTIONS, KINDS, gain_tag, gains_by_layer
 from mhc_lightning.reporting.logged_runs import LoggedRun
@@ -86,6 +87,14 @@ def figure_sections(
             " Sinkhorn residual is the largest distance of a column or row sum from 1, over all"
             " tokens. Runs with one stream are left out.",
             list(_streams(runs, styles)),
+        ),
+        Section(
+            "Memory of n-grams",
+            "Samples of one micro-batch each. A gate at 0 is closed, at 1 open. What memory adds is"
+            " compared with the streams (or the embedding) that it adds to. Rows touched are the"
+            " different rows of all tables that the micro-batch reads. A collision is an n-gram"
+            " whose row is that of another one of the micro-batch, too.",
+            list(memory_panels(runs, styles)),
         ),
     ]
     return [section for section in sections if section.panels]
