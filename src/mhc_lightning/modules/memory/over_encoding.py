@@ -35,7 +35,9 @@ class OverEncoding(Memory):
         placement: Where the rows are: `device`, `sharded` or `host`.
         vocab_size: V of the network.
         model_dim: C of the network.
-        sizes: Further sizes of the network, which this memory does not need.
+        num_layers: Of the network; this memory does not need it, nor the next two.
+        num_streams: Of the network.
+        norm_eps: Of the network.
 
     Attributes:
         word_divisor: [1], what the word's embedding is divided by. It is for readers of a
@@ -50,6 +52,9 @@ class OverEncoding(Memory):
         *,
         vocab_size: int,
         model_dim: int,
+        num_layers: int = 0,
+        num_streams: int = 0,
+        norm_eps: float = 0.0,
         rows: int,
         orders: Sequence[int] = (2, 3),
         num_heads: int = 4,
@@ -59,7 +64,6 @@ class OverEncoding(Memory):
         documents: bool = True,
         pad_token: int | None = 0,
         placement: Placement = "device",
-        **sizes: object,
     ) -> None:
         super().__init__()
         if word_scale not in ("mean", "full"):
