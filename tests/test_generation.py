@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from networks import MEMORIES
 from torch import Tensor, nn
 from transformers import (
     LogitsProcessor,
@@ -17,6 +19,8 @@ from transformers import (
 from mhc_lightning.errors import UserError
 from mhc_lightning.generation import Sampling, _distribution, generate, generate_together
 from mhc_lightning.modules import Transformer
+
+END = 7  # the token that ends documents
 
 
 class Fixed(nn.Module):
@@ -127,13 +131,20 @@ def test_greedy_reads_what_it_wrote() -> None:
     assert generated(Counter(), [3], max_new_tokens=3, temperature=1e-40, seed=0) == [4, 5, 6]
 
 
-@pytest.fixture
-def network(tiny_transformer: Callable[..., Transformer]) -> Transformer:
-    """A network with experts that is sure enough of itself for its choices to differ."""
-    model = tiny_transformer(num_layers=3, init_std=0.5).eval()
+@pytest.fixture(params=["no memory", *MEMORIES])
+def network(
+    tiny_transformer: Callable[..., Transformer], request: pytest.FixtureRequest
+) -> Transformer:
+    """A network with experts that is sure enough of itself for its choices to differ.
+
+    Documents end with the token that the tests pad with.
+    """
+    memory = {} if request.param == "no memory" else {"memory": MEMORIES[request.param]}
+    model = tiny_transformer(num_layers=3, init_std=0.5, **memory).eval()
+    model.memory.bind(np.arange(40) // 2, END)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
-        if name.endswith("phi"):
+        if name.endswith("phi") or ".memory." in name or name.startswith("input_memory"):
             torch.nn.init.normal_(parameter, generator=generator)
     return model
 
@@ -141,7 +152,7 @@ def network(tiny_transformer: Callable[..., Transformer]) -> Transformer:
 def test_the_cache_changes_nothing(network: Transformer) -> None:
     """Greedy tokens and logits equal those of whole sequences read anew for every token."""
     model = network
-    prompt = [3, 1, 4, 1, 5]
+    prompt = [3, 1, END, 1, 5]
     drawn = generated(model, prompt, max_new_tokens=12, temperature=0)
     sequence = list(prompt)
     caches = model.new_caches(1, 40)
@@ -164,7 +175,8 @@ def test_the_cache_changes_nothing(network: Transformer) -> None:
 def test_rows_of_different_length_share_a_batch(network: Transformer) -> None:
     """Logits of every row equal those of the row alone, also after others have left."""
     prompts = [torch.randint(0, 40, (length,)) for length in (9, 2, 5, 1)]
-    padded = torch.full((4, 9), 7)
+    prompts[0][-1] = prompts[2][3] = END
+    padded = torch.full((4, 9), END)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     caches = network.new_caches(4, 14)
@@ -201,7 +213,7 @@ def test_counts_beyond_the_new_tokens_are_refused(network: Transformer, counts: 
 
 
 def test_prompts_together_are_continued_as_each_alone(network: Transformer) -> None:
-    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8], [9, 7], [1, 1]]
+    prompts = [[3, 1, 4, END, 5, 9, 2, 6], [5], [3, 5, 8], [9, END], [1, 1]]
     samplings = [
         Sampling(12, temperature=0),
         Sampling(30, temperature=0),

@@ -185,7 +185,7 @@ class EngramBlock(BlockMemory):
         """An empty cache of the convolution's input."""
         if self.conv is None:
             return None
-        like = self.key.weight
+        like = self.gate.key_norm  # a quantised projection has no weight that is a tensor
         shape = (batch_size, self.conv.reach, self.num_streams, self.dim)
         return RecentWindow(torch.zeros(shape, dtype=dtype, device=like.device))
 
