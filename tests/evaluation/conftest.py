@@ -6,21 +6,36 @@ import pytest
 import torch
 from local_tasks import write_local_tasks
 
+from mhc_lightning.data.token_classes import bind_tokenizer
 from mhc_lightning.data.tokenizers import ByteTokenizer
-from mhc_lightning.modules import ManifoldHyperConnection, Transformer
+from mhc_lightning.modules import (
+    Engram,
+    ManifoldHyperConnection,
+    Memory,
+    OverEncoding,
+    Transformer,
+)
+
+MEMORIES = {
+    "no memory": Memory,
+    "engram": partial(Engram, rows=97, num_heads=2, dim=8, zero_start=False),
+    "over_encoding": partial(OverEncoding, rows=98, num_heads=2, dim=8),
+}
 
 
-@pytest.fixture(scope="session")
-def network():
+@pytest.fixture(scope="session", params=MEMORIES)
+def network(request):
     """A small random network over bytes, sure enough of itself for its choices to differ."""
     torch.manual_seed(3)
     model = Transformer(
         connection=partial(ManifoldHyperConnection), vocab_size=257, dim=24, num_layers=2,
         num_heads=2, head_dim=8, rope_dim=4, kv_rank=8, ffn_dim=32, init_std=0.5,
+        memory=MEMORIES[request.param],
     )  # fmt: skip
+    bind_tokenizer(model.memory, ByteTokenizer())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("phi"):
+            if name.endswith(("phi", "table.weight", "conv.weight")):
                 parameter.normal_()
     return model.eval()
 
