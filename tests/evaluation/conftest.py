@@ -1,6 +1,7 @@
 """A small network over bytes, and tasks on local data."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mhc_lightning.modules import (
     Transformer,
 )
 
-MEMORIES = {
+MEMORIES: dict[str, Any] = {
     "no memory": Memory,
     "engram": partial(Engram, rows=97, num_heads=2, dim=8, zero_start=False),
     "over_encoding": partial(OverEncoding, rows=98, num_heads=2, dim=8),
