@@ -191,17 +191,17 @@ def points_at(member: str, step: int, runs: Runs, costs: Mapping[str, Cost]) -> 
 
 @dataclass(frozen=True)
 class Line:
-    """A straight line in log10(FLOPs), fitted to each seed by least squares.
+    """A straight line in the logarithm of a size, fitted to each seed by least squares.
 
     Attributes:
         connection: Whose points.
         seeds: Those with a value at every point; the others are left out.
         points: How many points.
-        first: FLOPs of the first point.
-        last: FLOPs of the last point.
-        centre: Geometric mean of the points' FLOPs.
+        first: The size (FLOPs, rows, …) of the first point.
+        last: That of the last point.
+        centre: Geometric mean of the points' sizes.
         value: The line at the centre.
-        slope: Its rise per tenfold FLOPs.
+        slope: Its rise per tenfold size.
         deviation: Root mean square of what the mean line leaves of the seeds' mean.
     """
 
@@ -215,29 +215,42 @@ class Line:
     slope: Estimate
     deviation: float
 
-    def at(self, flops: float) -> float:
+    def at(self, size: float) -> float:
         """The mean line."""
-        return self.value.mean + self.slope.mean * math.log10(flops / self.centre)
+        return self.value.mean + self.slope.mean * math.log10(size / self.centre)
 
 
 def fit_line(
     points: Sequence[Point], values: Callable[[Point], Mapping[int, float]]
 ) -> Line | None:
-    """Fit a quantity of one connection's points.
+    """Fit a quantity of one connection's points against their FLOPs; see `fit_logarithm`.
+
+    Args:
+        points: Those of one connection.
+        values: The quantity, by seed.
+    """
+    sizes = [point.flops for point in points]
+    return fit_logarithm(points[0].connection, sizes, [values(point) for point in points])
+
+
+def fit_logarithm(
+    name: str, sizes: Sequence[float], tables: Sequence[Mapping[int, float]]
+) -> Line | None:
+    """Fit a quantity against log10 of a size.
 
     Each seed has a line of its own; value and slope are means over seeds. So the intervals hold
     what seeds differ by, not that the truth may be no straight line.
 
     Args:
-        points: Those of one connection.
-        values: The quantity, by seed.
+        name: Whose quantity it is.
+        sizes: Of the points.
+        tables: The quantity at each point, by seed.
 
     Returns:
-        None where no seed has at least two points with different FLOPs, or one misses some.
+        None where no seed has at least two points of different size, or one misses some.
     """
-    tables = [values(point) for point in points]
     seeds = [s for s in dict.fromkeys(s for t in tables for s in t) if all(s in t for t in tables)]
-    across = np.log10([point.flops for point in points])
+    across = np.log10(sizes)
     if not seeds or len(set(across)) < 2:
         return None
     centre = float(across.mean())
@@ -247,11 +260,11 @@ def fit_line(
     assert slope is not None and value is not None
     left = table.mean(1) - (value.mean + slope.mean * (across - centre))
     return Line(
-        connection=points[0].connection,
+        connection=name,
         seeds=tuple(seeds),
-        points=len(points),
-        first=points[0].flops,
-        last=points[-1].flops,
+        points=len(sizes),
+        first=sizes[0],
+        last=sizes[-1],
         centre=10**centre,
         value=value,
         slope=slope,

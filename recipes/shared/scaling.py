@@ -89,9 +89,13 @@ def runs_of(
 
 
 def planned(member: Member, connection: str, overrides: tuple[str, ...]) -> Cost:
+    """Parameters and arithmetic of a member with a connection."""
+    return plan_cost(member.typed, (f"connection={connection}", *member.overrides, *overrides))
+
+
+def plan_cost(config: str, overrides: Sequence[str]) -> Cost:
     """Parameters and arithmetic, as `plan` counts them."""
-    words = (f"connection={connection}", *member.overrides, *overrides)
-    record = json.loads(run("plan", "--config", member.typed, *words, "--json", capture=True))
+    record = json.loads(run("plan", "--config", config, *overrides, "--json", capture=True))
     return Cost(record["parameters"], record["flops_per_token"])
 
 

@@ -90,9 +90,9 @@ def described_point(point: Point) -> dict[str, Any]:
         "tokens": point.tokens,
         "flops_per_token": point.cost.flops_per_token,
         "flops": point.flops,
-        "loss": _described(point.losses),
-        "gap": _described(point.gaps),
-        "ratio_percent": _described(point.ratios),
+        "loss": described_values(point.losses),
+        "gap": described_values(point.gaps),
+        "ratio_percent": described_values(point.ratios),
         "diverged_seeds": list(point.diverged),
     }
     if point.connection == BASELINE:
@@ -100,7 +100,8 @@ def described_point(point: Point) -> dict[str, Any]:
     return described
 
 
-def _described(values: dict[int, float]) -> dict[str, Any]:
+def described_values(values: dict[int, float]) -> dict[str, Any]:
+    """Values by seed for the JSON, with their mean and its interval."""
     found = estimate(values.values())
     by_seed = {str(seed): value for seed, value in values.items()}
     return {"by_seed": by_seed, **(asdict(found) if found is not None else {"mean": None})}
