@@ -9,7 +9,7 @@ from gaps import Estimate, Line, estimate, fit_logarithm
 from parts import EQUAL_FLOPS, MEMORIES
 from trained import Trained
 
-PAPER = {
+PAPER: dict[str, dict[str, Any]] = {
     "allocation": {
         "source": "arXiv 2601.07372: 9.9 billion parameters, 993 million of them active",
         "best_share": [0.75, 0.80],
