@@ -70,7 +70,7 @@ def allocation(words: tuple[str, ...], costs: Costs) -> list[Variant]:
     config = shown(EXPERTS)
     sizes = read_sizes(config, words)
     inactive, blocks = sizes.experts - sizes.active, _two_blocks(sizes)
-    variants = []
+    variants: list[Variant] = []
     for share in SHARES:
         moved = round((1 - share) * inactive)
         overrides = words
