@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from commands import command
 
-from mhc_lightning.modules.memory.hashing import NgramLayout, prime_layout, spaced_layout
+from mhc_lightning.modules.memory.layout import NgramLayout, prime_layout, spaced_layout
 
 ORDERS = (2, 3)
 HEADS = 4  # of each order
