@@ -229,6 +229,8 @@ def fit_line(
         points: Those of one connection.
         values: The quantity, by seed.
     """
+    if not points:
+        return None
     sizes = [point.flops for point in points]
     return fit_logarithm(points[0].connection, sizes, [values(point) for point in points])
 
