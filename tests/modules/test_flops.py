@@ -25,3 +25,11 @@ def test_over_encoding_adds_its_projection() -> None:
         64
     ) - tiny_transformer().flops_per_token(64)
     assert added == 6 * 16 * 16
+
+
+def test_over_decoding_adds_its_projection_and_a_second_pass_of_the_head() -> None:
+    memory = partial(OverEncoding, rows=101, num_heads=2, dim=8)
+    more = partial(memory, over_decoding_weight=0.1)
+    networks = [tiny_transformer(memory=each) for each in (memory, more)]
+    plain, decoding = (network.flops_per_token(64) for network in networks)
+    assert decoding - plain == 6 * (16 * 16 + 40 * 16)

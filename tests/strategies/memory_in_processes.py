@@ -33,7 +33,7 @@ ACCUMULATED = 2
 SEQUENCES = 16  # per optimizer step
 MEMORIES: dict[str, Any] = {
     "engram": partial(Engram, rows=50, dim=8, num_heads=2, layers=[1, 6], zero_start=False),
-    "over_encoding": partial(OverEncoding, rows=67, dim=8, num_heads=2),
+    "over_encoding": partial(OverEncoding, rows=67, dim=8, num_heads=2, over_decoding_weight=0.3),
 }
 STRATEGIES: dict[str, Any] = {
     "single": lambda **_: SingleDeviceStrategy(torch.device("cpu")),

@@ -5,6 +5,7 @@ from torch import nn
 from mhc_lightning.modules.attention import LatentAttention
 from mhc_lightning.modules.memory import NgramTable
 from mhc_lightning.modules.memory.engram import ShortConvolution
+from mhc_lightning.modules.memory.over_decoding import OverDecoding
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 
 
@@ -22,6 +23,8 @@ def training_flops_per_token(network: nn.Module, sequence_length: int) -> int:
         elif isinstance(module, LatentAttention):
             widths = 2 * module.head_dim + module.rope_dim
             attention_flops += sequence_length * module.num_heads * widths
+        elif isinstance(module, OverDecoding):
+            values = network.get_parameter("output.weight").numel()  # the head runs once more
         elif isinstance(module, ShortConvolution):
             values = module.weight.numel()
         elif isinstance(module, nn.Embedding | NgramTable):

@@ -25,7 +25,7 @@ from mhc_lightning.modules.flops import training_flops_per_token
 from mhc_lightning.modules.head_loss import count_targets, head_token_losses, mean_head_loss
 from mhc_lightning.modules.initialisation import NormalMatrices, plan_normal, reset_modules
 from mhc_lightning.modules.limits import require_at_least
-from mhc_lightning.modules.memory import BlockMemory, InputMemory, Memory, Recalled
+from mhc_lightning.modules.memory import BlockMemory, HeadMemory, InputMemory, Memory, Recalled
 from mhc_lightning.modules.memory.stored import check_loaded
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
@@ -72,7 +72,6 @@ class Transformer(nn.Module):
         UserError: A size is out of range.
     """
 
-    parts_behind_blocks: ClassVar = ("norm", "output")
     parts_of_all_stages: ClassVar = ("memory",)
 
     def __init__(
@@ -168,6 +167,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(dim, eps=norm_eps)
         self.output = nn.Linear(dim, vocab_size, bias=False)
+        self.head_memory = self.memory.head_memory()
         for draw in self._plan_draws():
             draw()
 
@@ -176,8 +176,14 @@ class Transformer(nn.Module):
         """Names of the submodules that `embed` uses."""
         return ("embedding",) if self.input_memory is None else ("embedding", "input_memory")
 
+    @property
+    def parts_behind_blocks(self) -> tuple[str, ...]:
+        """Names of the submodules that `head_loss` uses."""
+        head = ("norm", "output")
+        return head if self.head_memory is None else (*head, "head_memory")
+
     def _memory_parts(self) -> list[nn.Module]:
-        return [m for m in self.modules() if isinstance(m, InputMemory | BlockMemory)]
+        return [m for m in self.modules() if isinstance(m, InputMemory | BlockMemory | HeadMemory)]
 
     def _plan_draws(self) -> list[NormalMatrices]:
         return plan_normal(self, self.init_seed, self.init_std, last=self._memory_parts())
@@ -258,7 +264,8 @@ class Transformer(nn.Module):
 
         All logits exist at once where `output` is no plain projection and has to be called: with
         an adapter, a bias, hooks, a parametrization or a quantised weight. Targets equal to
-        `ignore_index` are left out, as in `linear_cross_entropy`.
+        `ignore_index` are left out, as in `linear_cross_entropy`. In training mode a memory may add
+        to the loss (`OverDecoding`).
         """
         streams, carry = self.run(tokens)
         return self.head_loss(streams, carry, targets, ignore_index=ignore_index)
@@ -272,7 +279,11 @@ class Transformer(nn.Module):
         ignore_index: int = IGNORE_INDEX,
     ) -> Tensor:
         """The part of `loss` that follows the blocks."""
-        return mean_head_loss(self.output, self.read_out(streams, carry), targets, ignore_index)
+        hidden = self.read_out(streams, carry)
+        loss = mean_head_loss(self.output, hidden, targets, ignore_index)
+        if self.head_memory is not None and self.training:
+            loss = loss + self.head_memory(self.output, hidden, targets, ignore_index)
+        return loss
 
     def token_losses(
         self, tokens: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX

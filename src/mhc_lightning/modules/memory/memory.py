@@ -58,6 +58,23 @@ class BlockMemory(nn.Module):
         raise NotImplementedError
 
 
+class HeadMemory(nn.Module):
+    """The part of a memory that adds to the loss in training."""
+
+    def forward(
+        self, output: nn.Module, hidden: Tensor, targets: Tensor, ignore_index: int
+    ) -> Tensor:
+        """What it adds, a float32 scalar.
+
+        Args:
+            output: The network's output projection.
+            hidden: [B, S, C], what the projection takes.
+            targets: int64 [B, S], the next tokens.
+            ignore_index: Targets equal to it do not count.
+        """
+        raise NotImplementedError
+
+
 class Memory(nn.Module):
     """A memory of n-grams, without any by itself; subclasses recall something.
 
@@ -93,6 +110,10 @@ class Memory(nn.Module):
 
     def block_memory(self, block: int) -> BlockMemory | None:
         """A new part for a block, if this memory has one there."""
+        return None
+
+    def head_memory(self) -> HeadMemory | None:
+        """A new part for the loss, if this memory has one."""
         return None
 
     def bind(self, classes: np.ndarray, end_of_document: int) -> None:

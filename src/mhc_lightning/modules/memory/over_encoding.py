@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, C width of the network, H rows of a position.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules.memory.hashing import NgramHash
 from mhc_lightning.modules.memory.layout import NgramLayout, row_width, spaced_layout
-from mhc_lightning.modules.memory.memory import INPUT, InputMemory, Memory, Recalled
+from mhc_lightning.modules.memory.memory import (
+    INPUT,
+    HeadMemory,
+    InputMemory,
+    Memory,
+    Recalled,
+)
+from mhc_lightning.modules.memory.over_decoding import OverDecoding
 from mhc_lightning.modules.memory.settings import Placement, check_reading
 from mhc_lightning.modules.memory.table import NgramTable
 from mhc_lightning.modules.precision import autocast_dtype
@@ -29,6 +37,8 @@ class OverEncoding(Memory):
             rounded down to what the heads can share.
         word_scale: `mean` divides the word's embedding as the rows are, by 1 + H; `full` leaves it
             (LongCat-Flash-Lite-Sparse).
+        over_decoding_weight: Weight of the loss of the token after the next, in training (see
+            `OverDecoding`; the paper's is 0.1); 0 for none.
         compress: Whether tokens that differ in case, accents and spaces only are hashed alike.
         documents: Whether n-grams end where documents begin.
         pad_token: The token in place of a missing one; None for the one that ends documents.
@@ -60,6 +70,7 @@ class OverEncoding(Memory):
         num_heads: int = 4,
         dim: int | None = None,
         word_scale: Literal["mean", "full"] = "mean",
+        over_decoding_weight: float = 0.0,
         compress: bool = False,
         documents: bool = True,
         pad_token: int | None = 0,
@@ -68,6 +79,10 @@ class OverEncoding(Memory):
         super().__init__()
         if word_scale not in ("mean", "full"):
             raise UserError(f"memory.word_scale must be mean or full, not {word_scale!r}")
+        if not 0 <= over_decoding_weight < math.inf:
+            raise UserError(
+                f"memory.over_decoding_weight must be at least 0, not {over_decoding_weight}"
+            )
         layout = spaced_layout(orders, num_heads, rows, vocab_size)
         width = row_width(layout, dim, default=model_dim // layout.heads)
         check_reading(pad_token, placement, vocab_size)
@@ -76,6 +91,8 @@ class OverEncoding(Memory):
         self.compress, self.documents, self.pad_token = compress, documents, pad_token
         self.placement = placement
         self.shape_settings = {"dim": width * num_heads, "word_scale": word_scale}
+        self.shape_settings["over_decoding_weight"] = "above 0" if over_decoding_weight else "0"
+        self._over_decoding_weight = over_decoding_weight
         self.register_buffer("word_divisor", torch.empty(1, dtype=torch.int64))
         self._word_scale, self._row_width, self._dim = word_scale, width, model_dim
         self.reset_parameters()
@@ -91,6 +108,11 @@ class OverEncoding(Memory):
         """The part for the embedding."""
         assert self.hash is not None
         return OverEncodingInput(self.hash.layout, self._row_width, self._dim, self._word_scale)
+
+    def head_memory(self) -> HeadMemory | None:
+        """The part for the loss."""
+        weight = self._over_decoding_weight
+        return OverDecoding(self._dim, weight) if weight else None
 
 
 class OverEncodingInput(InputMemory):

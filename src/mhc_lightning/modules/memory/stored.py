@@ -64,7 +64,8 @@ def has_memory(saved: Mapping[str, Tensor]) -> bool:
 def belongs_to_memory(name: str) -> bool:
     """True if a tensor of a network, by its name, is a part of its memory."""
     parts = name.split(".")
-    return parts[0] in ("memory", "input_memory") or (parts[0] == "blocks" and "memory" in parts)
+    ends = ("memory", "input_memory", "head_memory")
+    return parts[0] in ends or (parts[0] == "blocks" and "memory" in parts)
 
 
 def memory_differences(memory: Memory, saved: Mapping[str, Tensor]) -> list[str]:
@@ -160,6 +161,9 @@ def _shape_settings(memory: Memory, saved: Mapping[str, Tensor], num_heads: int)
     if "word_scale" in memory.shape_settings:
         divisor = _numpy(saved, f"{MEMORY}word_divisor")
         found["word_scale"] = "full" if divisor is None or divisor[0] == 1 else "mean"
+    if "over_decoding_weight" in memory.shape_settings:
+        has_head = any(name.startswith("head_memory.") for name in names)
+        found["over_decoding_weight"] = "above 0" if has_head else "0"
     return found
 
 
