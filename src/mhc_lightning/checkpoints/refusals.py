@@ -7,15 +7,18 @@
 | it holds pickled objects and does not lie in the run's own folder | `load_error` |
 | it cannot be loaded | `load_error` |
 | it holds no model | `require_model` |
+| its memory is another one, or one of the two has none | `modules.memory.stored.check_memory` |
 | tensors are missing, or of other names or shapes | `interchange.compatibility.check_tensors` |
 | an exported model: damaged, of a newer form, built with other settings | `interchange` |
 | its tokens are of another tokenizer | `cli.tokenizer.check_tokenizer` |
+| its memory hashes other tokens alike | `cli.tokenizer.check_tokenizer`, `check_memory` |
 | its optimizer is of another kind | `LanguageModel.on_load_checkpoint` |
 | its optimizer is of other parameters | `optimizers.parameter_names.check_names` |
 | it was trained on other data | `data.resume.check_same_stream` |
 
 Commands decide the reasons in this order, but in `fit` Lightning restores the data module before
-the optimizer. `fit` reads no tokenizer from a checkpoint: its data bring one.
+the optimizer. `fit` reads no tokenizer from a checkpoint: its data bring one, which a memory is
+bound to before it is compared.
 
 Two refusals are not about loading: `cli.run_folder` refuses to overwrite a run, and
 `optimizers.finiteness` refuses to save a state that is not finite.
