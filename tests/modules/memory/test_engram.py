@@ -264,3 +264,16 @@ def test_parameters_of_a_block_are_as_counted_by_hand() -> None:
     layout_rows = 4 * 64  # heads times rows per head, a multiple of 64
     expected = layout_rows * 3 + width * (4 + 1) * C + 2 * 4 * C + 4 * C * 4 + 4 * C
     assert sum(parameter.numel() for parameter in block.parameters()) == expected
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_part_by_itself_has_rows_and_adds_nothing_at_first(bias: bool) -> None:
+    memory = small_memory(4, rows=4001, bias=bias)
+    block = memory.block_memory(1)
+    assert isinstance(block, EngramBlock)
+    assert block.table.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    streams = torch.randn(2, 7, 4, C)
+    recalled = memory.recall(torch.randint(V, (2, 7)))
+    assert torch.equal(block(streams, recalled), streams)
+    other = small_memory(4, rows=4001, zero_start=False).block_memory(1)
+    assert other is not None and not torch.equal(other(streams, recalled), streams)

@@ -172,7 +172,10 @@ class EngramBlock(BlockMemory):
         self.key = nn.Linear(width, num_streams * dim, bias=bias)
         self.value = nn.Linear(width, dim, bias=bias)
         if zero_start:
-            self.value.init_std = 0.0  # type: ignore[assignment]
+            self.value.init_std = 0.0  # type: ignore[assignment]  # for a Transformer's draw
+            with torch.no_grad():
+                for parameter in self.value.parameters():
+                    parameter.zero_()
         self.gate = EngramGate(dim, num_streams, norm_eps)
         self.conv = ShortConvolution(dim, num_streams, conv_kernel, self.dilation) if conv else None
 

@@ -52,6 +52,12 @@ class NgramTable(KeepsFloat32):
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.weight = nn.Parameter(torch.empty(self.num_rows, width, dtype=dtype))
         self.store: RowStore | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the rows; a Transformer draws them in its own way."""
+        with torch.no_grad():
+            self.weight.normal_(std=self.init_std)
 
     def forward(self, rows: Tensor, beside: Tensor | None = None) -> Tensor:
         """Rows, int64 [..., H] -> values [..., H, D].
