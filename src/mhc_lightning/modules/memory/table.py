@@ -68,7 +68,10 @@ class NgramTable(KeepsFloat32):
                 computes that of the values too. Pipeline schedules that split the backward pass
                 need it where the values meet the streams more than once.
         """
-        values = F.embedding(rows, self.weight) if self.store is None else self.store.look_up(rows)
+        if self.store is None or self.store.weight is not self.weight:  # another one is lent
+            values = F.embedding(rows, self.weight)
+        else:
+            values = self.store.look_up(rows)
         return values if beside is None else _Beside.apply(values, beside)
 
     def extra_repr(self) -> str:
