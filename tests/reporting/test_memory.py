@@ -141,6 +141,5 @@ def test_runs_without_a_memory_are_alike_and_are_the_baseline(memories):
     assert settings == {
         "memory._target_": [None, MEMORIES["engram"]["_target_"],
                             MEMORIES["over_encoding"]["_target_"]],
-        "memory._partial_": [None, True, None],
         "memory.rows": [None, 99, 77],
     }  # fmt: skip

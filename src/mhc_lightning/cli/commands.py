@@ -286,13 +286,15 @@ GPUs.""",
   output=DIR           where index.html, report.json (what --json prints) and figures/*.png go
                        (default: report); an earlier report there is replaced
   baseline=RUN         the run that the others are compared with; without it, the first with the
-                       plain residual connection, else the first
+                       plain residual connection, else the first; of these, one without a
+                       memory if there is one
 
 On the page: a verdict on each run in plain words, a table (losses, the gap to the baseline with a
-95% interval, largest gains, gradient norm, speed, memory), figures, the matrices that were drawn
-last, the settings, and the command that repeats the run. Runs may still be going on, or have been
-killed. metrics.csv is read where there is one, else TensorBoard event files with the same tags,
-whoever wrote them; the page names what is not recorded.""",
+95% interval, largest gains, gradient norm, speed, memory), one of n-gram memories (gates, rows
+touched), figures, the matrices that were drawn last, the settings, and the command that repeats
+the run. Runs may still be going on, or have been killed. metrics.csv is read where there is one,
+else TensorBoard event files with the same tags, whoever wrote them; the page names what is not
+recorded.""",
             examples=("report runs/residual runs/hc runs/mhc output=comparison",),
             paths="all",
             path_keys=("output", "baseline"),

@@ -13,6 +13,7 @@ _IRRELEVANT = frozenset(
         *("prompt", "input", "output", "generate", "prepare", "export", "evaluate", "name"),
     }
 )
+_PARTIAL = "_partial_"  # how an object is made, and not what it is
 _SEEDS = ("seed", "data.seed")
 # The data's settings that decide, beside the data themselves, which sequences a step sees.
 _BATCHING = ("batch_size", "sequence_length", "seed", "shuffle_window")
@@ -32,7 +33,7 @@ def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
-        else:
+        elif key != _PARTIAL:
             yield f"{prefix}{key}", value
 
 
