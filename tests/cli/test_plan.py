@@ -14,6 +14,7 @@ from mhc_lightning.cli.experiments import shipped_experiments
 from mhc_lightning.cli.main import main
 from mhc_lightning.cli.plan import check_room, plan
 from mhc_lightning.errors import UserError
+from mhc_lightning.formatting import format_bytes
 from mhc_lightning.planning import activations
 
 PAPER = [f"{c}_{size}" for c in ("baseline", "hc", "mhc") for size in ("3b", "9b", "27b", "3b_1t")]
@@ -58,7 +59,7 @@ def test_every_model_of_the_paper_is_planned_from_a_few_passes(name, capsys, mon
         assert record["recompute_block"] == BLOCKS[size]
     memory = dict(record["memory_bytes_per_device"])
     assert memory.pop("total") == sum(memory.values())
-    kinds = "weights gradients optimizer activations logits rebuilt communication"
+    kinds = "weights gradients optimizer activations logits rebuilt communication row_update"
     assert set(memory) == set(kinds.split())
     assert record["fits"] and record["tokens_per_second"] > 0
 
@@ -188,6 +189,35 @@ def test_fit_refuses_what_cannot_fit_and_allocates_nothing(command):
     assert last.startswith("error: a device needs ") and "has 79.0 GiB (1xh100)" in last
     assert "what would make it fit: " in last
     assert os.listdir(command.folder / "run") == []
+
+
+def test_a_host_that_is_too_small_is_refused_by_name(capsys):
+    words = ["plan", "--config", "mhc_quickstart", "machine=8xh200", "memory=engram"]
+    tables = ["memory.rows=500000000", "memory.placement=host", "memory.dim=512"]
+    output, line = refused(capsys, *words, *tables)
+    assert "DOES NOT FIT" in output
+    assert "the memory's rows need" in line and "in the memory of each machine" in line
+    assert f"has {format_bytes(2 * 10**12)} (8xh200)" in line
+
+
+def test_a_table_that_a_device_cannot_hold_is_refused_with_where_it_would_fit(capsys):
+    words = ["plan", "--config", "mhc_quickstart", "machine=8xh200", "memory=engram"]
+    tables = ["memory.rows=40000000", "memory.dim=512"]
+    _, line = refused(capsys, *words, *tables)
+    assert "a device needs" in line
+    for placement in ("sharded", "host"):
+        setting = f"memory.placement={placement}"
+        assert setting in line
+        record = planned(capsys, *words[2:], *tables, setting)
+        assert record["fits"] and record["memory_rows"]["placement"] == placement
+
+
+def test_memory_is_planned_in_every_place(capsys):
+    assert main(["plan", "--config", "engram_27b", "machine=64xh200", "strategy=fsdp"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("5.792B  rows that n-grams can name", "sharded*", "host", "20.5 KiB"):
+        assert expected in text
+    assert max(map(len, text.splitlines())) <= 110
 
 
 def test_fit_looks_at_the_memory_that_is_free(monkeypatch):

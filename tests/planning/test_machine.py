@@ -1,10 +1,12 @@
 """Machines: their names, and the memory that a process can get on this one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.planning import machine_of, this_machine
+from mhc_lightning.planning import Machine, machine_of, this_machine
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,18 @@ def test_a_containers_limit_counts(files, left, tmp_path, monkeypatch):
     monkeypatch.setattr("mhc_lightning.planning.machine._CGROUP_ROOT", tmp_path)
     found = machine_of("cpu").kind.memory
     assert found == left if left is not None else found >= free * 0.5
+
+
+def test_devices_of_a_processor_share_the_memory_of_their_host():
+    gpu = machine_of("8xh100")
+    room = gpu.kind.memory
+    assert gpu.holds(room, 2 * 10**12)
+    assert not gpu.holds(room + 1, 0) and not gpu.holds(0, 2 * 10**12 + 1)
+    kind = replace(machine_of("cpu").kind, memory=250, host_memory=1000)
+    four = Machine(kind, 4)
+    assert four.holds(250, 0) and four.holds(150, 400)
+    assert not four.holds(151, 400) and not four.holds(251, 0)
+
+
+def test_nodes_are_full_but_for_the_last():
+    assert [machine_of(f"{count}xh200").nodes for count in (1, 8, 9, 64)] == [1, 1, 2, 8]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
-from mhc_lightning.planning.memory import DataParallel, device_memory
+from mhc_lightning.planning.data_parallel import DataParallel
+from mhc_lightning.planning.memory import device_memory
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.strategies import shard
 

@@ -15,7 +15,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from mhc_lightning.modules import Engram, OverEncoding
 from mhc_lightning.planning.activations import KINDS, MicroBatch
-from mhc_lightning.planning.memory import DataParallel
+from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.pipeline_memory import boundary_bytes, pipeline_memory
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.schedule_order import PassKind, schedule_order

@@ -1,12 +1,15 @@
 """Settings that make a run fit."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from mhc_lightning.modules import Engram
 from mhc_lightning.planning import (
     DataParallel,
     PlannedRun,
+    RowTraining,
     machine_of,
     make_plan,
     precision_of,
@@ -95,3 +98,29 @@ def test_several_nodes_are_spelled_out_and_the_hopeless_is_said_to_be(run, build
     else:
         pytest.fail("no memory was small enough for several nodes")
     assert remedies(model, run, with_memory(1000)) == []
+
+
+def test_tables_go_where_there_is_room(run, build):
+    memory = partial(Engram, rows=10_000, layers=[0], num_heads=2, dim=512)
+    model = build("mhc", memory=memory)
+
+    def found(run, share):
+        needed = make_plan(model, run, machine_of("h100")).memory.total
+        machine = with_memory(int(needed * share))
+        return remedies(model, run, machine), machine
+
+    words, machine = found(run, 0.3)
+    assert "memory.placement=host" in words and "memory.placement=sharded" not in words
+    assert make_plan(model, replace(run, rows=RowTraining("host")), machine).fits
+    four = replace(run, replicas=DataParallel(4))
+    words, machine = found(four, 0.5)
+    assert "memory.placement=sharded" in words
+    assert make_plan(model, replace(four, rows=RowTraining("sharded")), machine).fits
+    # The host has not enough either: only shares help.
+    kind = replace(machine_of("h100").kind, host_memory=2**20)
+    small = replace(machine_of("4xh100"), kind=kind)
+    hosted = replace(four, rows=RowTraining("host"))
+    plan = make_plan(model, hosted, small)
+    assert plan.machine.holds(plan.memory.total, 0) and not plan.fits
+    assert plan.host_memory > 2**20
+    assert "memory.placement=sharded" in remedies(model, hosted, small)

@@ -107,6 +107,7 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
     from mhc_lightning.planning import (
         NotPlannableError,
         PlannedRun,
+        RowTraining,
         ShapesOnly,
         make_plan,
         precision_of,
@@ -142,6 +143,7 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
         state_per_value=optimizer.state_per_value,
         recompute_block=block,
         pipeline=pipeline,
+        rows=RowTraining(model.memory.placement, getattr(optimizer, "memory_update", "adam")),
     )
     return model, make_plan(model, run, machine)
 
@@ -204,12 +206,21 @@ def _require_room(model: "Transformer", planned: "Plan") -> None:
         return
     from mhc_lightning.planning import remedies
 
-    kinds = ", ".join(
-        f"{kind} {format_bytes(size)}" for kind, size in vars(planned.memory).items() if size
-    )
-    changes = remedies(model, planned.run, planned.machine)
+    machine, memory, host = planned.machine, planned.memory, planned.host_memory
+    changes = remedies(model, planned.run, machine)
+    if machine.holds(memory.total, 0):
+        needs = (
+            f"the memory's rows need {format_bytes(host)} in the memory of each machine, with the"
+            f" state of their optimizer, but it has {format_bytes(machine.kind.host_memory)}"
+        )
+    else:
+        kinds = ", ".join(
+            f"{kind} {format_bytes(size)}" for kind, size in vars(memory).items() if size
+        )
+        needs = (
+            f"a device needs {format_bytes(memory.total)} of memory ({kinds}) but has"
+            f" {format_bytes(machine.kind.memory)}"
+        )
     raise UserError(
-        f"a device needs {format_bytes(planned.memory.total)} of memory ({kinds}) but has"
-        f" {format_bytes(planned.machine.kind.memory)} ({planned.machine.name});"
-        f" what would make it fit: {'; or '.join(changes) or _OTHERWISE}"
+        f"{needs} ({machine.name}); what would make it fit: {'; or '.join(changes) or _OTHERWISE}"
     )

@@ -4,6 +4,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING
 
 from mhc_lightning.cli.pipeline_report import devices_table, pipeline_heading, schedules_table
+from mhc_lightning.cli.rows_report import rows_table
 from mhc_lightning.cli.text_table import text_table
 from mhc_lightning.formatting import format_bytes, format_count, format_duration, format_seconds
 
@@ -18,6 +19,7 @@ _ABOUT = {
     "logits": "for a moment, a chunk of tokens at a time",
     "rebuilt": "for a moment in backward, where it is more than the logits were",
     "communication": "gathered parameters and buffers of collectives",
+    "row_update": "for a moment, while tables are updated",
 }
 
 _RECEIVED = "buffers to receive in, and gathered parameters and gradients"
@@ -34,6 +36,8 @@ def report(name: str, plan: "Plan") -> str:
     if plan.pipeline is not None:
         parts[3:3] = [devices_table(plan.pipeline)]
         parts += [schedules_table(plan)]
+    if plan.placements:
+        parts += [rows_table(plan)]
     return "\n\n".join(parts)
 
 
@@ -69,7 +73,7 @@ def _memory(plan: "Plan") -> str:
     rows = [
         (name, format_bytes(size), meanings[name])
         for name, size in vars(memory).items()
-        if size or name != "rebuilt"
+        if size or name not in ("rebuilt", "row_update")
     ]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     pipeline = plan.pipeline
@@ -131,6 +135,9 @@ def _time(plan: "Plan") -> str:
             f"{plan.run.max_steps:,} steps, {_tokens(plan)}",
         ),
     ]
+    if plan.placements:
+        about = "beside all of this" if step.rows_hidden else "which nothing hides"
+        rows.insert(4, ("rows", format_seconds(step.rows), f"of the memory's tables, {about}"))
     if plan.pipeline is None:
         del rows[3]
     title = "time per step, by a roofline (real steps take longer: launches, waiting, imbalance)"

@@ -3,12 +3,13 @@
 This package imports the modules and the optimizer recipes, not Lightning or the command line.
 """
 
+from mhc_lightning.planning.data_parallel import DataParallel, RowTraining
 from mhc_lightning.planning.errors import NotPlannableError
 from mhc_lightning.planning.machine import Machine, machine_of, this_machine
 from mhc_lightning.planning.measured_times import MeasuredTimes, read_times
-from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline import Pipeline, PipelineForecast
-from mhc_lightning.planning.plan import Plan, PlannedRun, make_plan, with_schedules
+from mhc_lightning.planning.plan import Plan, make_plan, with_schedules
+from mhc_lightning.planning.planned_run import PlannedRun
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.remedies import remedies
 from mhc_lightning.planning.shapes_only import ShapesOnly
@@ -22,6 +23,7 @@ __all__ = [
     "PipelineForecast",
     "Plan",
     "PlannedRun",
+    "RowTraining",
     "ShapesOnly",
     "machine_of",
     "make_plan",

@@ -11,6 +11,7 @@ import torch
 from mhc_lightning.errors import UserError
 
 _GIB = 2**30
+_HOST = 2 * 10**12
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 # Version 2 and version 1: limit, use, statistics, and the entry of reclaimable bytes in them.
 _CGROUPS = (
@@ -36,6 +37,8 @@ class DeviceKind:
         bandwidth: Bandwidth of its memory, bytes/s.
         link: Bandwidth to the devices of its node, bytes/s in each direction.
         network: Bandwidth of its adapter to other nodes, bytes/s in each direction.
+        pcie: Bandwidth to the memory of its host, bytes/s in each direction.
+        host_memory: Bytes of the host's memory, for all devices of a node.
         per_node: Devices of a node.
         flops_share: Share of the peak that matrix products of a large model reach.
         bandwidth_share: Share of the bandwidth that a streaming kernel reaches.
@@ -49,6 +52,8 @@ class DeviceKind:
     bandwidth: float
     link: float
     network: float
+    pcie: float
+    host_memory: int
     per_node: int = 8
     flops_share: float = 0.6
     bandwidth_share: float = 0.8
@@ -77,17 +82,34 @@ class Machine:
         """The machine as `machine=` names it."""
         return f"{self.devices}x{self.kind.name}"
 
+    @property
+    def nodes(self) -> int:
+        """Number of nodes that the devices fill."""
+        return -(-self.devices // self.kind.per_node)
 
-# Vendor data sheets, dense rates of the SXM forms; a link is half of NVLink's two-way figure, and
-# the network is one 400 Gb/s (A100: 200 Gb/s) adapter per GPU. Memory is the part that CUDA leaves
-# to programs. The shares are this package's assumptions.
+    def holds(self, device: int, host: int) -> bool:
+        """True if a device has memory for some bytes, and the host of a node for others.
+
+        Devices of a processor have the host's memory, of which each has an equal share.
+        """
+        kind = self.kind
+        if kind.is_gpu:
+            return device <= kind.memory and host <= kind.host_memory
+        sharing = max(1, kind.host_memory // max(1, kind.memory))
+        return device + -(-host // sharing) <= kind.memory
+
+
+# Vendor data sheets, dense rates of the SXM forms. A link is half of NVLink's two-way figure, the
+# network is one 400 Gb/s (A100: 200 Gb/s) adapter per GPU, and PCIe has 16 lanes of generation 5
+# (A100: 4). Memory is the part that CUDA leaves to programs; a host has 2 TB, as NVIDIA's own
+# machines of eight have. The shares are this package's assumptions.
 _KINDS = {
     kind.name: kind
     for kind in (
-        DeviceKind("a100", 79 * _GIB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9),
-        DeviceKind("h100", 79 * _GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9),
-        DeviceKind("h200", 139 * _GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9),
-        DeviceKind("b200", 178 * _GIB, 2250e12, 75e12, 8.0e12, 900e9, 50e9),
+        DeviceKind("a100", 79 * _GIB, 312e12, 19.5e12, 2.04e12, 300e9, 25e9, 32e9, _HOST),
+        DeviceKind("h100", 79 * _GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, 64e9, _HOST),
+        DeviceKind("h200", 139 * _GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, 64e9, _HOST),
+        DeviceKind("b200", 178 * _GIB, 2250e12, 75e12, 8.0e12, 900e9, 50e9, 64e9, _HOST),
     )
 }
 
@@ -124,14 +146,16 @@ def this_machine(devices: int, device: torch.device) -> Machine:
     name = torch.cuda.get_device_name(device).lower()
     kind = next((kind for known, kind in _KINDS.items() if known in name), _KINDS["a100"])
     free, _ = torch.cuda.mem_get_info(device)
-    return Machine(replace(kind, memory=free), devices)
+    host = int(_available_memory())
+    return Machine(replace(kind, memory=free, host_memory=host), devices)
 
 
 def this_cpu() -> DeviceKind:
     """This machine's processor: cores of 64 GFLOP/s (two 8-wide fused units at 2 GHz)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    flops = 64e9 * (cores or 1)
-    return DeviceKind("cpu", int(_available_memory()), flops, flops, 20e9, 5e9, 1e9, per_node=1)
+    flops, memory = 64e9 * (cores or 1), int(_available_memory())
+    rates = {"bandwidth": 20e9, "link": 5e9, "network": 1e9, "pcie": 20e9}
+    return DeviceKind("cpu", memory, flops, flops, **rates, host_memory=memory, per_node=1)
 
 
 def _available_memory() -> float:

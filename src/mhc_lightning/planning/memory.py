@@ -6,7 +6,7 @@ rebuilds more than the loss needs, the fullest moment is the rebuilding of the l
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,24 +14,11 @@ from torch import nn
 from mhc_lightning.kernels.cross_entropy import tokens_per_chunk
 from mhc_lightning.modules import Connection, NgramTable, Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.recompute import rebuilt_bytes
+from mhc_lightning.planning.row_memory import RowMemory, row_memory
 from mhc_lightning.planning.stage_part import has_head
-
-
-@dataclass(frozen=True)
-class DataParallel:
-    """Data parallelism: the number of devices, and the state that each device holds.
-
-    Attributes:
-        devices: Number of data-parallel devices.
-        sharded: Whether each device holds a shard of weights, gradients and optimizer state (FSDP)
-            instead of all of them (DDP, or a single device).
-        copies_gradients: Whether gradients are reduced in separate buffers.
-    """
-
-    devices: int = 1
-    sharded: bool = False
-    copies_gradients: bool = False
+from mhc_lightning.planning.tables import dense_values
 
 
 @dataclass(frozen=True)
@@ -40,13 +27,15 @@ class DeviceMemory:
 
     Attributes:
         weights: Parameters and buffers.
-        gradients: One per parameter.
+        gradients: One per parameter; of tables, one per row that a step looks up.
         optimizer: State of the optimizer.
         activations: Tensors that the forward pass saves for the backward pass, lower-precision
             copies of weights included.
         logits: Temporary tensors of the loss.
         rebuilt: Temporary tensors of a recompute block, as far as they exceed `logits`.
-        communication: Gathered parameters and buffers of collectives.
+        communication: Gathered parameters and buffers of collectives, and rows from the host.
+        row_update: Temporary tensors of the update of tables, as far as they exceed those of a
+            forward pass.
     """
 
     weights: int
@@ -56,6 +45,7 @@ class DeviceMemory:
     logits: int
     rebuilt: int
     communication: int
+    row_update: int = 0
 
     @property
     def total(self) -> int:
@@ -81,7 +71,7 @@ def device_memory(
     share = replicas.devices if replicas.sharded else 1
     saved = saved_for_backward(model, batch, copies_weights(batch, replicas))
     logits = loss_bytes(model, batch, replicas)
-    return DeviceMemory(
+    memory = DeviceMemory(
         weights=-(-weights // share) + buffers,
         gradients=-(-weights // share),
         optimizer=-(-optimizer // share),
@@ -89,6 +79,20 @@ def device_memory(
         logits=logits,
         rebuilt=max(0, rebuilt_bytes(model, batch) - logits),
         communication=_communication_bytes(model, batch, replicas, weights),
+    )
+    return with_rows(memory, row_memory(model, batch, replicas))
+
+
+def with_rows(memory: DeviceMemory, rows: RowMemory) -> DeviceMemory:
+    """Add the tables that a device holds."""
+    passing = memory.activations + memory.logits + memory.rebuilt
+    return replace(
+        memory,
+        weights=memory.weights + rows.weights,
+        gradients=memory.gradients + rows.gradients,
+        optimizer=memory.optimizer + rows.optimizer,
+        communication=memory.communication + rows.fetched,
+        row_update=max(0, rows.update - passing),
     )
 
 
@@ -98,10 +102,14 @@ def state_bytes(
     batch: MicroBatch,
     state_per_value: Callable[[nn.Module, nn.Parameter], int],
 ) -> tuple[int, int, int]:
-    """Bytes of parameters, of buffers and of the optimizer's state, for some parts of a model."""
+    """Bytes of parameters, of buffers and of the optimizer's state, for some parts of a model.
+
+    Tables of a memory are left out: see `row_memory`.
+    """
     sizes = {p: size for part in parts for p, size in _parameter_bytes(part, batch).items()}
     optimizer = sum(size * state_per_value(model, p) for p, size in sizes.items())
-    buffers = sum(b.numel() * b.element_size() for part in parts for b in part.buffers())
+    held = {buffer for part in parts for buffer in part.buffers()}
+    buffers = sum(b.numel() * b.element_size() for b in held)
     return sum(sizes.values()), buffers, optimizer
 
 
@@ -114,8 +122,9 @@ def _parameter_bytes(model: Transformer, batch: MicroBatch) -> dict[nn.Parameter
     sizes = {}
     for module in model.modules():
         precision = batch.precision
-        wide = isinstance(module, Connection | NgramTable)
-        size = precision.coefficient if wide else precision.weight
+        if isinstance(module, NgramTable):
+            continue
+        size = precision.coefficient if isinstance(module, Connection) else precision.weight
         for parameter in module.parameters(recurse=False):
             sizes[parameter] = parameter.numel() * size
     return sizes
@@ -143,8 +152,8 @@ def _communication_bytes(
     if not replicas.sharded:
         return weights if replicas.copies_gradients and replicas.devices > 1 else 0
     value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    outside = sum(p.numel() for p in model.parameters()) - sum(blocks)
+    blocks = [dense_values(block) for block in model.blocks]
+    outside = dense_values(model) - sum(blocks)
     # Embedding, norm and head stay gathered. Of the blocks, one computes, one is gathered ahead
     # (with its buffer), and one has gradients and their float32 sum.
     return outside * value + max(blocks) * (4 * value + batch.precision.coefficient)

@@ -10,18 +10,18 @@ from torch import nn
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch
+from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.measured_times import MeasuredTimes
-from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline_memory import (
     PipelineDevice,
     boundary_bytes,
     pipeline_memory,
 )
-from mhc_lightning.planning.roofline import StepTime, ring_link
+from mhc_lightning.planning.roofline import StepTime, ring_link, update_bytes
 from mhc_lightning.planning.schedule_order import schedule_order
 from mhc_lightning.planning.simulation import Timeline, simulate
-from mhc_lightning.planning.stage_times import stage_times, transfer_times
+from mhc_lightning.planning.stage_times import row_times, stage_times, transfer_times
 from mhc_lightning.planning.stages import SCHEDULES, StagePlan, cut_network
 
 
@@ -77,6 +77,8 @@ class PipelineForecast:
         passes: Passes per optimizer step.
         update: Seconds in which the optimizer changes the weights.
         collectives: Seconds of a pass in which pipelines gather and reduce their shared state.
+        rows: Seconds of a pass in which rows of a memory's tables move to the device and back.
+        rows_hidden: Whether they move while the device computes.
         arithmetic: Seconds of matrix products in a pass, mean over devices.
         boundary_bytes: Bytes of a micro-batch across a boundary.
     """
@@ -88,6 +90,8 @@ class PipelineForecast:
     passes: int
     update: float
     collectives: float
+    rows: float
+    rows_hidden: bool
     arithmetic: float
     boundary_bytes: int
 
@@ -98,9 +102,12 @@ class PipelineForecast:
 
     def seconds(self, *, overlapped: bool) -> float:
         """Seconds of one optimizer step."""
+        hidden, waited = (self.rows, 0.0) if self.rows_hidden else (0.0, self.rows)
         if overlapped:
-            return self.passes * max(self.overlapped.seconds, self.collectives) + self.update
-        return self.passes * (self.sequential.seconds + self.collectives) + self.update
+            a_pass = max(self.overlapped.seconds, self.collectives, hidden)
+        else:
+            a_pass = max(self.sequential.seconds + self.collectives, hidden)
+        return self.passes * (a_pass + waited) + self.update
 
     @property
     def step_seconds(self) -> StepTime:
@@ -113,7 +120,13 @@ class PipelineForecast:
         busy = self.passes * sum(map(line.busy, range(line.devices))) / line.devices
         measured = self.pipeline.measured is not None
         compute = busy if measured else min(busy, self.passes * self.arithmetic)
-        spent = StepTime(compute, busy - compute + self.update, self.passes * self.collectives)
+        spent = StepTime(
+            compute,
+            busy - compute + self.update,
+            self.passes * self.collectives,
+            rows=self.passes * self.rows,
+            rows_hidden=self.rows_hidden,
+        )
         return replace(spent, waiting=self.seconds(overlapped=False) - spent.total)
 
     def record(self) -> dict[str, Any]:
@@ -211,10 +224,7 @@ def forecast(
     batch = replace(batch, recompute_block=pipeline.recompute_block(model))
     devices = pipeline_memory(model, plan, parts, batch, replicas, state_per_value)
     bandwidth = kind.bandwidth * kind.bandwidth_share
-    update = max(
-        (2 * d.memory.weights + d.memory.gradients + 2 * d.memory.optimizer) / bandwidth
-        for d in devices
-    )
+    update = max(update_bytes(d.memory, d.rows) / bandwidth for d in devices)
     peak = kind.low_flops if batch.precision.activation < 4 else kind.full_flops
     flops = model.flops_per_token(batch.length) * batch.tokens * parts
     arithmetic = flops / plan.devices / (peak * kind.flops_share)
@@ -222,8 +232,9 @@ def forecast(
     if measured is None:
         times = stage_times(model, plan, batch, replicas, machine)
         transfers = transfer_times(model, plan, batch, replicas, machine)
+        rows = parts * max(row_times(model, plan, batch, replicas, machine))
     else:
-        times, transfers = list(measured.stages), list(measured.transfers)
+        times, transfers, rows = list(measured.stages), list(measured.transfers), 0.0
         update = update if measured.update is None else measured.update
     order = schedule_order(plan, parts)
     return PipelineForecast(
@@ -235,6 +246,8 @@ def forecast(
         update=update,
         collectives=max(_collective_bytes(d, batch, replicas) for d in devices)
         / (ring_link(machine, replicas) * kind.link_share),
+        rows=rows,
+        rows_hidden=replicas.placement == "host",
         arithmetic=arithmetic,
         boundary_bytes=boundary_bytes(model, batch),
     )
@@ -283,6 +296,7 @@ def _collective_bytes(device: PipelineDevice, batch: MicroBatch, replicas: DataP
     if not replicas.sharded:
         return 0.0
     precision = batch.precision
-    parameters = device.memory.gradients * replicas.devices / precision.weight
+    dense = device.memory.gradients - device.rows.gradients
+    parameters = dense * replicas.devices / precision.weight
     others = (replicas.devices - 1) / replicas.devices
     return others * parameters * (precision.activation + precision.coefficient)

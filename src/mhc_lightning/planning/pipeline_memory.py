@@ -27,18 +27,21 @@ from mhc_lightning.planning.activations import (
     handed_on,
     saved_for_backward,
 )
+from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.memory import (
-    DataParallel,
     DeviceMemory,
     copies_weights,
     loss_bytes,
     state_bytes,
+    with_rows,
 )
 from mhc_lightning.planning.recompute import rebuilt_bytes, rebuilt_for_weights
+from mhc_lightning.planning.row_memory import RowMemory, row_memory, together
 from mhc_lightning.planning.schedule_order import PassKind, Slot, in_flight, schedule_order
 from mhc_lightning.planning.split_backward import gradients_for_weights
 from mhc_lightning.planning.stage_part import part_of
 from mhc_lightning.planning.stages import StagePlan
+from mhc_lightning.planning.tables import dense_values
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class PipelineDevice:
         in_flight: Largest number of forward passes that wait for their backward pass.
         memory: Bytes at the device's fullest moment.
         activations: Bytes saved by forward passes, by kind.
+        rows: The part of a memory's tables in these bytes.
     """
 
     device: int
@@ -60,6 +64,7 @@ class PipelineDevice:
     in_flight: int
     memory: DeviceMemory
     activations: dict[str, int]
+    rows: RowMemory
 
 
 _WAITING, _COPIES = "gradients_for_weights", "weight_copies"
@@ -120,22 +125,27 @@ def pipeline_memory(
         fullest, kinds = _fullest(slots, stages)
         weights, buffers, optimizer = state_bytes(model, own, batch, state_per_value)
         share = replicas.devices if replicas.sharded else 1
+        rows = together(row_memory(part, batch, replicas) for part in own)
         devices.append(
             PipelineDevice(
                 device=device,
                 stages=tuple(held),
                 blocks=sum(len(plan.blocks[stage]) for stage in held),
                 in_flight=in_flight(slots),
-                memory=replace(
-                    fullest,
-                    weights=-(-weights // share) + buffers,
-                    gradients=-(-weights // share),
-                    optimizer=-(-optimizer // share),
-                    communication=fullest.communication
-                    + ends * micro_batches * boundary
-                    + _gathered_bytes(own, batch, replicas),
+                memory=with_rows(
+                    replace(
+                        fullest,
+                        weights=-(-weights // share) + buffers,
+                        gradients=-(-weights // share),
+                        optimizer=-(-optimizer // share),
+                        communication=fullest.communication
+                        + ends * micro_batches * boundary
+                        + _gathered_bytes(own, batch, replicas),
+                    ),
+                    rows,
                 ),
                 activations=kinds,
+                rows=rows,
             )
         )
     return devices
@@ -205,6 +215,6 @@ def _gathered_bytes(parts: list[Transformer], batch: MicroBatch, replicas: DataP
         return 0
     value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
     wide = batch.precision.coefficient
-    every = sum(p.numel() for part in parts for p in part.parameters())
-    blocks = (sum(p.numel() for p in block.parameters()) for part in parts for block in part.blocks)
+    every = sum(dense_values(part) for part in parts)
+    blocks = (dense_values(block) for part in parts for block in part.blocks)
     return every * (value + wide) + max(blocks) * wide

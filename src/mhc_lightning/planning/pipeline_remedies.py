@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
+from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline import Pipeline
-from mhc_lightning.planning.plan import PlannedRun
+from mhc_lightning.planning.planned_run import PlannedRun
 from mhc_lightning.planning.stages import SCHEDULES, cut_network
 
 _MOST_DEVICES = 1024

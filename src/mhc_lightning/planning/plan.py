@@ -1,76 +1,24 @@
 """The plan of a run: its parameters, memory, traffic and time, predicted before it starts."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import nn
-
 from mhc_lightning.modules import Transformer
-from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.activations import saved_for_backward
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import DataParallel, DeviceMemory, copies_weights, device_memory
+from mhc_lightning.planning.memory import DeviceMemory, copies_weights, device_memory
 from mhc_lightning.planning.parameters import ParameterCounts, count_parameters
 from mhc_lightning.planning.pipeline import (
     Comparison,
-    Pipeline,
     PipelineForecast,
     compare_schedules,
-    forecast,
 )
-from mhc_lightning.planning.pipeline_memory import pipeline_memory
-from mhc_lightning.planning.precision import Precision
+from mhc_lightning.planning.placements import PlacedRows, placements_of
+from mhc_lightning.planning.planned_run import PlannedRun, run_forecast, run_memory
 from mhc_lightning.planning.recompute import best_block, rebuilt_bytes
 from mhc_lightning.planning.roofline import StepTime, step_time
+from mhc_lightning.planning.tables import ngram_tables
 from mhc_lightning.planning.traffic import StreamTraffic, stream_traffic
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """The settings of a run that decide its memory and time.
-
-    Attributes:
-        batch_size: Sequences per optimizer step, over all devices.
-        micro_batch_size: Sequences that a device, or a pipeline, takes at a time.
-        sequence_length: Tokens of a sequence.
-        max_steps: Optimizer steps.
-        precision: Sizes of weights and activations.
-        replicas: Devices, or pipelines, and the state that each holds.
-        state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
-        recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
-        pipeline: Layout of each pipeline; None without pipelines.
-    """
-
-    batch_size: int
-    micro_batch_size: int
-    sequence_length: int
-    max_steps: int
-    precision: Precision
-    replicas: DataParallel
-    state_per_value: Callable[[nn.Module, nn.Parameter], int]
-    recompute_block: int = 0
-    pipeline: Pipeline | None = None
-
-    @property
-    def devices(self) -> int:
-        """Number of devices."""
-        return self.replicas.devices * (1 if self.pipeline is None else self.pipeline.plan.devices)
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches per optimizer step and device; of a pipeline, passes through it."""
-        return max(1, self.batch_size // (self.micro_batch_size * self.replicas.devices))
-
-    def micro_batch(self, machine: Machine) -> MicroBatch:
-        """The micro-batch that one device of `machine` computes at a time."""
-        parts = 1 if self.pipeline is None else self.pipeline.micro_batches
-        return MicroBatch(
-            self.micro_batch_size // parts,
-            self.sequence_length,
-            self.precision,
-            machine.kind.is_gpu,
-            self.recompute_block,
-        )
 
 
 @dataclass(frozen=True)
@@ -91,6 +39,7 @@ class Plan:
         flops_per_token: FLOPs of forward and backward.
         stream_bytes_per_token: Bytes that stream operations move.
         step_seconds: Seconds of one optimizer step.
+        placements: The run with a memory's tables in each of `PLACEMENTS`; empty without tables.
         pipeline: The prediction of each device of a pipeline; `memory` and `activations` are those
             of the fullest.
         schedules: The run under every schedule of a pipeline.
@@ -107,13 +56,20 @@ class Plan:
     flops_per_token: int
     stream_bytes_per_token: StreamTraffic
     step_seconds: StepTime
+    placements: dict[str, PlacedRows] = field(default_factory=dict)
     pipeline: PipelineForecast | None = None
     schedules: dict[str, Comparison] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
-        """True if the memory of a device suffices."""
-        return self.memory.total <= self.machine.kind.memory
+        """True if the memory of a device suffices, and that of its host."""
+        return self.machine.holds(self.memory.total, self.host_memory)
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of a memory's tables in the memory of a node's host."""
+        placed = self.placements.get(self.run.sharing.placement)
+        return 0 if placed is None else placed.rows.host
 
     @property
     def tokens(self) -> int:
@@ -154,6 +110,13 @@ class Plan:
             "tokens": self.tokens,
             "days": self.days,
         }
+        if self.placements:
+            placements = {name: each.record() for name, each in self.placements.items()}
+            record["memory_rows"] = {
+                "placement": self.run.sharing.placement,
+                "placements": placements,
+            }
+            record["host_memory_bytes_available_per_machine"] = kind.host_memory
         if self.pipeline is not None:
             schedules = {name: each.record() for name, each in self.schedules.items()}
             record["pipeline"] = {**self.pipeline.record(), "schedules": schedules}
@@ -169,12 +132,11 @@ def make_plan(model: Transformer, run: PlannedRun, machine: Machine) -> Plan:
         machine: The machine.
     """
     plan = _plan(model, run, machine)
+    if ngram_tables(model):
+        plan = replace(plan, placements=placements_of(model, run, machine))
     if run.pipeline is None:
         return plan
-    batch = run.micro_batch(machine)
-    rest = batch, run.replicas, run.state_per_value, machine, run.micro_batches
-    found = forecast(model, run.pipeline, *rest)
-
+    found = run_forecast(model, run, machine)
     best = replace(run.pipeline, recompute="auto").recompute_block(model)
     without = run_memory(model, replace(run, recompute_block=0), machine)
     within = run_memory(model, replace(run, recompute_block=run.recompute_block or best), machine)
@@ -190,16 +152,6 @@ def make_plan(model: Transformer, run: PlannedRun, machine: Machine) -> Plan:
     )
 
 
-def run_memory(model: Transformer, run: PlannedRun, machine: Machine) -> DeviceMemory:
-    """Bytes of a run's fullest device; the arguments are those of `make_plan`."""
-    batch = run.micro_batch(machine)
-    if run.pipeline is None:
-        return device_memory(model, batch, run.replicas, run.state_per_value)
-    plan, parts = run.pipeline.plan, run.pipeline.micro_batches
-    devices = pipeline_memory(model, plan, parts, batch, run.replicas, run.state_per_value)
-    return max((device.memory for device in devices), key=lambda memory: memory.total)
-
-
 def with_schedules(plan: Plan, model: Transformer, baseline: Transformer | None) -> Plan:
     """Add the prediction under every schedule to a pipeline's plan.
 
@@ -210,15 +162,15 @@ def with_schedules(plan: Plan, model: Transformer, baseline: Transformer | None)
     """
     run = plan.run
     assert run.pipeline is not None
-    rest = run.replicas, run.state_per_value, plan.machine, run.micro_batches
+    rest = run.sharing, run.state_per_value, plan.machine, run.micro_batches
     batch = run.micro_batch(plan.machine)
     return replace(plan, schedules=compare_schedules(model, baseline, run.pipeline, batch, *rest))
 
 
 def _plan(model: Transformer, run: PlannedRun, machine: Machine) -> Plan:
     batch = run.micro_batch(machine)
-    copies = copies_weights(batch, run.replicas)
-    memory = device_memory(model, batch, run.replicas, run.state_per_value)
+    copies = copies_weights(batch, run.sharing)
+    memory = device_memory(model, batch, run.sharing, run.state_per_value)
     block = run.recompute_block or best_block(model)
     without, within = replace(batch, recompute_block=0), replace(batch, recompute_block=block)
     kept = saved_for_backward(model, within, copies)
@@ -233,5 +185,5 @@ def _plan(model: Transformer, run: PlannedRun, machine: Machine) -> Plan:
         recompute_block=block,
         flops_per_token=model.flops_per_token(run.sequence_length),
         stream_bytes_per_token=stream_traffic(model, run.precision),
-        step_seconds=step_time(model, batch, run.replicas, memory, machine, run.micro_batches),
+        step_seconds=step_time(model, batch, run.sharing, memory, machine, run.micro_batches),
     )

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from mhc_lightning.modules import Transformer
+from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import DataParallel
 from mhc_lightning.planning.pipeline_remedies import Change, device_settings, pipeline_changes
-from mhc_lightning.planning.plan import PlannedRun, run_memory
+from mhc_lightning.planning.planned_run import PlannedRun, run_fits
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.recompute import best_block
+from mhc_lightning.planning.tables import ngram_tables
 
 _MOST_DEVICES = 1024
 _SHORTEST_SEQUENCE = 128
@@ -28,7 +29,7 @@ def remedies(model: Transformer, run: PlannedRun, machine: Machine) -> list[str]
     """
 
     def fits(changed: PlannedRun) -> bool:
-        return run_memory(model, changed, machine).total <= machine.kind.memory
+        return run_fits(model, changed, machine)
 
     def first_of(kinds: Iterable[Iterable[Change]]) -> list[str]:
         found = (next((text for text, changed in kind if fits(changed)), None) for kind in kinds)
@@ -36,24 +37,39 @@ def remedies(model: Transformer, run: PlannedRun, machine: Machine) -> list[str]
 
     shorter = ((f"data.sequence_length={r.sequence_length}", r) for r in _shorter(run))
     lower = ((f"trainer.precision={name}", r) for name, r in _lower(run))
+    placed = [[(f"memory.placement={r.rows.placement}", r)] for r in _placed(run, model)]
     if run.pipeline is not None:
-        return first_of([*pipeline_changes(model, run, machine), shorter, lower])
+        return first_of([*pipeline_changes(model, run, machine), *placed, shorter, lower])
     smaller = ((f"data.micro_batch_size={r.micro_batch_size}", r) for r in _smaller(run))
     sharded = ((_sharding(r, machine), r) for r in _sharded(run, machine))
     recomputing = (("recompute=auto", r) for r in _recomputing(run, model))
-    found = first_of((recomputing, smaller, shorter, lower, sharded))
+    found = first_of((*placed, recomputing, smaller, shorter, lower, sharded))
     if found:
         return found
     least = replace(run, micro_batch_size=1)
     both = (
         (f"{_sharding(r, machine)} data.micro_batch_size=1", r) for r in _sharded(least, machine)
     )
-    return first_of([both])
+    elsewhere = (
+        (f"memory.placement={r.rows.placement} data.micro_batch_size=1", r)
+        for r in _placed(least, model)
+    )
+    return first_of([elsewhere, both])
 
 
 def _recomputing(run: PlannedRun, model: Transformer) -> Iterator[PlannedRun]:
     if run.recompute_block == 0 < best_block(model):
         yield replace(run, recompute_block=best_block(model))
+
+
+def _placed(run: PlannedRun, model: Transformer) -> Iterator[PlannedRun]:
+    """The other placements of a memory's tables."""
+    if ngram_tables(model):
+        now = run.sharing.placement
+        for name in ("sharded", "host"):
+            changed = replace(run, rows=replace(run.rows, placement=name))
+            if name != now and (name == "host" or run.replicas.devices > 1):
+                yield changed
 
 
 def _smaller(run: PlannedRun) -> Iterator[PlannedRun]:

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import DataParallel, DeviceMemory, copies_weights
+from mhc_lightning.planning.memory import DeviceMemory, copies_weights
 from mhc_lightning.planning.recompute import replayed_bytes
+from mhc_lightning.planning.row_memory import RowMemory, row_memory
+from mhc_lightning.planning.row_traffic import row_traffic
+from mhc_lightning.planning.tables import dense_values
 from mhc_lightning.planning.traffic import stream_traffic
 
 
@@ -24,17 +28,23 @@ class StepTime:
         traffic: Weights, activations, streams and optimizer state, through device memory.
         communication: Collectives.
         waiting: Waiting of a pipeline's devices for each other.
+        rows: Rows of a memory's tables, between devices or between a device and its host.
+        rows_hidden: Whether these move while the device computes.
     """
 
     compute: float
     traffic: float
     communication: float
     waiting: float = 0.0
+    rows: float = 0.0
+    rows_hidden: bool = False
 
     @property
     def total(self) -> float:
         """The whole step; collectives overlap with the rest."""
-        return max(self.compute + self.traffic, self.communication) + self.waiting
+        beside = self.communication, self.rows if self.rows_hidden else 0.0
+        behind = self.waiting + (0.0 if self.rows_hidden else self.rows)
+        return max(self.compute + self.traffic, *beside) + behind
 
 
 def step_time(
@@ -64,19 +74,34 @@ def step_time(
     activations = 2 * (sum(saved.values()) - saved["connections"] - saved["weight_copies"])
     streams = stream_traffic(model, precision).training_fused * batch.tokens
     streams += replayed_bytes(model, batch)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = dense_values(model)
     # Forward, gradient of the input, gradient of the weight.
     weights = 3 * parameters * precision.activation
-    # Read weights, gradients and state; write weights and state.
-    update = 2 * memory.weights + memory.gradients + 2 * memory.optimizer
-    moved = micro_batches * (activations + streams + weights) + update
+    held = row_memory(model, batch, replicas)
+    moving = row_traffic(model, precision, replicas, machine)
+    rows = moving.device * batch.tokens
+    moved = micro_batches * (activations + streams + weights + rows) + update_bytes(memory, held)
 
     return StepTime(
         compute=flops / (peak * kind.flops_share),
         traffic=moved / (kind.bandwidth * kind.bandwidth_share),
         communication=_collective_bytes(parameters, batch, replicas, micro_batches)
         / (ring_link(machine, replicas) * kind.link_share),
+        rows=moving.seconds(batch.tokens * micro_batches, ring_link(machine, replicas), machine),
+        rows_hidden=replicas.placement == "host",
     )
+
+
+def update_bytes(memory: DeviceMemory, rows: RowMemory) -> int:
+    """Bytes that an optimizer step moves for all parameters but tables.
+
+    Args:
+        memory: The bytes of a device.
+        rows: The tables' part in them.
+    """
+    # Read weights, gradients and state; write weights and state.
+    state = 2 * (memory.weights - rows.weights) + 2 * (memory.optimizer - rows.optimizer)
+    return state + memory.gradients - rows.gradients
 
 
 def _collective_bytes(

@@ -9,14 +9,18 @@ arithmetic, and launches, waiting and imbalance cost nothing.
 
 from mhc_lightning.modules import ResidualConnection, Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.machine import Machine
-from mhc_lightning.planning.memory import DataParallel, copies_weights
+from mhc_lightning.planning.memory import copies_weights
 from mhc_lightning.planning.pipeline_memory import boundary_bytes
 from mhc_lightning.planning.recompute import replayed_bytes
+from mhc_lightning.planning.roofline import ring_link
+from mhc_lightning.planning.row_traffic import row_traffic
 from mhc_lightning.planning.simulation import StageTimes
 from mhc_lightning.planning.stage_part import has_embedding, has_head, part_of
 from mhc_lightning.planning.stages import StagePlan
 from mhc_lightning.planning.sub_layers import sub_layers
+from mhc_lightning.planning.tables import dense_values
 from mhc_lightning.planning.traffic import stream_traffic
 
 
@@ -72,6 +76,27 @@ def transfer_times(
     return seconds
 
 
+def row_times(
+    model: Transformer,
+    plan: StagePlan,
+    batch: MicroBatch,
+    replicas: DataParallel,
+    machine: Machine,
+) -> list[float]:
+    """Seconds in which the rows of a memory's tables move for a micro-batch, in each stage.
+
+    Args:
+        model: The whole model; it may be on the meta device.
+        plan: The stages.
+        batch: A micro-batch.
+        replicas: The pipelines that share the stages' state, and where the rows are.
+        machine: The devices.
+    """
+    parts = (part_of(model, blocks) for blocks in plan.blocks)
+    moved = (row_traffic(part, batch.precision, replicas, machine) for part in parts)
+    return [each.seconds(batch.tokens, ring_link(machine, replicas), machine) for each in moved]
+
+
 def _stage_times(
     part: Transformer,
     batch: MicroBatch,
@@ -91,7 +116,8 @@ def _stage_times(
 
     saved = saved_for_backward(part, batch, copies_weights(batch, replicas))
     kept = sum(saved.values()) - saved["connections"] - saved["weight_copies"]
-    weights = (sum(p.numel() for p in part.parameters()) - head_parameters) * value
+    weights = (dense_values(part) - head_parameters) * value
+    rows = row_traffic(part, batch.precision, replicas, machine).device * tokens
     streams = stream_traffic(part, batch.precision)
     streams_back = streams.training_fused - streams.forward_fused
     merge, merge_back = _feed_forward_merges(part, batch)
@@ -101,10 +127,10 @@ def _stage_times(
 
     forward = seconds(
         products + head + attention / 3,
-        kept + weights + 3 * head_parameters * value + streams.forward_fused * tokens,
+        kept + weights + 3 * head_parameters * value + streams.forward_fused * tokens + rows / 3,
     )
     to_input = seconds(products + attention * 2 / 3, kept / 2 + weights + streams_back * tokens)
-    to_weight = seconds(products, kept / 2 + weights)
+    to_weight = seconds(products, kept / 2 + weights + rows * 2 / 3)
     # Tokens have no gradient: torch runs this stage's whole backward pass in the second half.
     first = splits and has_embedding(part)
     return StageTimes(

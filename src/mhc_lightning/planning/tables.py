@@ -52,3 +52,9 @@ def ngram_tables(part: nn.Module) -> list[NgramTable]:
 def rows_per_token(table: NgramTable) -> int:
     """Rows that one token reads: one of each head."""
     return table.num_rows // table.rows_per_head
+
+
+def dense_values(part: nn.Module) -> int:
+    """Number of parameters in a module, without those of tables."""
+    tables = sum(table.weight.numel() for table in ngram_tables(part))
+    return sum(p.numel() for p in part.parameters()) - tables
