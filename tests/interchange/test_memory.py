@@ -38,6 +38,7 @@ MEMORIES = {
         "rows": 601,
         "num_heads": 2,
         "dim": 8,
+        "over_decoding_weight": 0.2,
     },
 }
 TOKENS = torch.randint(0, 257, (2, 19), generator=torch.Generator().manual_seed(3))
