@@ -171,7 +171,9 @@ def test_every_row_is_in_its_head(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 def test_it_compiles_whole(kind: str, backend: str) -> None:
     hashing = hashes()[kind]
     hashing.bind(classes_of(V, np.random.default_rng(1)), 3, 7)
