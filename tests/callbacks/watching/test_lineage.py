@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import MEMORIES, scrambled
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -67,10 +68,14 @@ def run(net: Transformer, mode: str, tokens: Tensor = TOKENS) -> Tensor:
         with torch.no_grad():
             return net(tokens)
     if mode in ("reentrant", "not reentrant"):
-        streams = net.embed(tokens)
+        recalled = net.recall(tokens)
+        streams = net.embed(tokens, recalled)
         carry = None
         for block in net.blocks:
-            streams, carry = checkpoint(block, streams, carry, use_reentrant=mode == "reentrant")
+            more = (None, True, recalled) if recalled else ()
+            streams, carry = checkpoint(
+                block, streams, carry, *more, use_reentrant=mode == "reentrant"
+            )
         return net.head(streams, carry)
     net.set_recompute("auto" if mode == "recompute" else "off")
     net.requires_grad_(mode != "frozen")
@@ -95,6 +100,31 @@ def test_each_pass_of_a_network_is_one_chain(kind: str, mode: str) -> None:
     assert after(net, lambda: run(net, mode)) == ONE
     assert after(net, lambda: (run(net, mode), run(net, mode))) == TWO
     assert after(net, lambda: (run(net, mode), run(net, mode, TOKENS.flip(0)))) == TWO
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["residual", "mhc", "mhc_single_pass"])
+def test_a_memory_between_two_sub_layers_breaks_no_chain(kind: str, mode: str) -> None:
+    for memory in (MEMORIES["over_encoding"], partial(MEMORIES["engram"], layers=[0, 1])):
+        net = network(kind, memory=memory)
+        assert after(net, partial(run, net, mode)) == ONE
+        assert after(net, partial(twice, net, mode)) == TWO
+
+
+@pytest.mark.parametrize("mode", ["plain", "loss", "no_grad"])
+def test_composite_gains_across_a_memory_are_those_of_the_product(mode: str) -> None:
+    net = scrambled(network("hc", memory=MEMORIES["engram"]), 0.3, seed=4)
+    assert [block.memory is not None for block in net.blocks] == [True, True]
+    seen = watched(net, lambda: run(net, mode))
+    matrices = [each.mappings.residual.detach().double() for each in seen]
+    product = torch.eye(2, dtype=torch.float64)
+    composites = []
+    for matrix in matrices:  # by hand: of each token, H_l ··· H_1
+        product = matrix @ product
+        composites.append(product.sum(-1).abs().amax(-1).mean())
+    gains = amax_gains([each.mappings.residual for each in seen], predecessors(seen))
+    torch.testing.assert_close(gains[2].double(), torch.stack(composites), rtol=1e-5, atol=0)
+    assert max(composites) > 1.2 and composites[1] != composites[3]
 
 
 @pytest.mark.parametrize("teacher_mode", ["no_grad", "frozen", "plain"])

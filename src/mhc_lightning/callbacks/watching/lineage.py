@@ -100,6 +100,12 @@ class Lineage:
         if name in ("", inner) or inner.startswith(f"{name}."):
             self._note_output(output, last)
 
+    def continue_streams(self, streams: Any, output: Any) -> None:
+        """Note that a module between two sub-layers has changed streams, as a memory does."""
+        number = self.find(floating_tensors(streams))
+        if number is not None:
+            self._note_output(output, number)
+
     def leave_program(self, number: int, name: str, args: tuple[Any, ...], output: Any) -> None:
         """Note the output of a compiled program, whose last sub-layer is `number`."""
         leaves = tree_leaves(output, is_leaf=_is_record)

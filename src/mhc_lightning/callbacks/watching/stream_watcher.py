@@ -19,6 +19,7 @@ from mhc_lightning.callbacks.watching.compiled_regions import (
 from mhc_lightning.callbacks.watching.lineage import Lineage
 from mhc_lightning.callbacks.watching.observations import Observation, Sighting, in_order, is_record
 from mhc_lightning.kernels import StreamMappings
+from mhc_lightning.modules.memory import BlockMemory
 
 Extract = Callable[[nn.Module, tuple[Any, ...], Any], StreamMappings | None]
 """From (module, arguments, output) of one call to its record, or None for other modules.
@@ -201,6 +202,8 @@ class StreamWatcher:
             self._sightings.append(Sighting(order, name, mappings, note, stage, after))
             self._clock += 1
         if self._place is None:
+            if isinstance(module, BlockMemory):
+                self._lineage.continue_streams(args[0], output)
             self._lineage.leave(name, output)
 
     def _see_compiled(
