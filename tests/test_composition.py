@@ -8,6 +8,7 @@ from pathlib import Path
 
 import composing_callbacks  # noqa: F401  # its probes
 import composing_connections  # noqa: F401
+import composing_memory  # noqa: F401
 import composing_transformer  # noqa: F401
 import pytest
 from composition import FEATURES, PARTS, PROBES, rendered_page

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -183,6 +184,14 @@ class LanguageModel(pl.LightningModule):
                 f"trainer.precision={self.trainer.precision} is not supported (gradients would be"
                 " clipped at their scaled size); use bf16-mixed"
             )
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            averages = isinstance(callback, WeightAveraging) and callback._use_buffers
+            if averages and memory_in(self.model).hash is not None:
+                raise UserError(
+                    f"{type(callback).__name__} averages buffers, among them the constants of the"
+                    " memory's hash, which would no longer be whole numbers; give it"
+                    " use_buffers=False"
+                )
         self._load_pending_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

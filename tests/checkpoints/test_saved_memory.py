@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from networks import DENSE, MEMORIES, tiny_transformer
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -181,6 +182,20 @@ def test_a_tokenizer_of_another_kind_is_not_asked(tmp_path: Path) -> None:
     """A data module of the user's own may keep any object under this name."""
     with pytest.warns(UserWarning, match=WITHOUT):
         fitted(tmp_path / "own.ckpt", tokenizer=object())
+
+
+def test_an_average_of_the_constants_is_refused() -> None:
+    for averages, steps in ((True, 0), (False, 2)):
+        callback = EMAWeightAveraging(use_buffers=averages, decay=0.5)
+        runner = trainer(callbacks=[callback])
+        model = module()
+        if averages:
+            with pytest.raises(UserError, match=r"EMAWeightAveraging averages buffers.*False"):
+                runner.fit(model, datamodule=Data(ByteTokenizer()))
+        else:
+            runner.fit(model, datamodule=Data(ByteTokenizer()))
+            assert is_bound_to_bytes(model)
+        assert runner.global_step == steps
 
 
 def test_a_network_that_knows_of_no_memory_has_none() -> None:

@@ -24,6 +24,7 @@ from composing_parts import (
     tokens,
 )
 from lightning.pytorch.strategies import ModelParallelStrategy
+from networks import MEMORIES
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -76,8 +77,10 @@ def connections(shard: Callable[[nn.Module], nn.Module]) -> None:
         )
 
 
-def transformers(shard: Callable[[nn.Module], nn.Module]) -> None:
-    net = network()
+def transformers(
+    shard: Callable[[nn.Module], nn.Module], build: Callable[[], Any] = network
+) -> None:
+    net = build()
     cross_entropy(net).backward()
     expected = gradients(net)
     net.zero_grad()
@@ -86,6 +89,12 @@ def transformers(shard: Callable[[nn.Module], nn.Module]) -> None:
     logits = split(inputs).flatten(0, 1)
     nn.functional.cross_entropy(logits, targets.flatten()).backward()
     assert_same(gradients(split), expected)
+
+
+def memories(shard: Callable[[nn.Module], nn.Module]) -> None:
+    """A table's rows are sharded, too; the constants of the hash are whole everywhere."""
+    for kind in ("engram", "over_encoding"):
+        transformers(shard, functools.partial(network, memory=MEMORIES[kind]))
 
 
 def ddp(module: nn.Module) -> nn.Module:
@@ -121,9 +130,11 @@ def main() -> None:
     cells: dict[str, Callable[[], None]] = {
         "DDP connections": lambda: connections(ddp),
         "DDP Transformer": lambda: transformers(ddp),
+        "DDP memory": lambda: memories(ddp),
         "DDP callbacks": lambda: callbacks("ddp", Watched),
         "FSDP2 connections": lambda: connections(fsdp),
         "FSDP2 Transformer": lambda: transformers(fsdp),
+        "FSDP2 memory": lambda: memories(fsdp),
         "FSDP2 callbacks": lambda: callbacks(ModelParallelStrategy(), Sharded),
     }
     found = {}

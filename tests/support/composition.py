@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-PARTS = ("connections", "Transformer", "callbacks")
+PARTS = ("connections", "Transformer", "callbacks", "memory")
 
 FEATURES = {
     "torch.compile": "`fullgraph=True` for connections; a whole network as `torch.compile(net)`",
@@ -69,7 +69,8 @@ def rendered_page() -> str:
         "",
         "Each cell is proved by a test of `tests/test_composition.py`, in tiny networks on a CPU:",
         "*works* says that outputs, gradients or logged gains equal those without the feature.",
-        "*Connections* are all nine kinds. This page is written by",
+        "*Connections* are all nine kinds; *memory* is Engram and Over-Encoding in a Transformer.",
+        "This page is written by",
         '`WRITE_DOCS=1 make test ARGS="tests/test_composition.py"`.',
         "",
         f"| | {' | '.join(PARTS)} |",

@@ -178,7 +178,7 @@ class NgramHash(nn.Module):
         """
         before, length = self.layout.longest - 1, tokens.shape[1]
         if history is None:
-            history = tokens.new_full((len(tokens), before), NOT_A_TOKEN)
+            history = tokens.new_full((tokens.shape[0], before), NOT_A_TOKEN)
         context = torch.cat([history, tokens], 1)
         exists, goes_on = context >= 0, context != self.document_end
         classes = torch.where(exists, self.classes[context.clamp(min=0)], self.pad)

@@ -17,13 +17,23 @@ INIT_STD = 0.02  # of a table's rows
 class _Beside(torch.autograd.Function):
     """The first tensor; for autograd it depends on the second one too, with no gradient."""
 
+    generate_vmap_rule = True  # with `setup_context` and `jvp` it goes through torch.func
+
     @staticmethod
-    def forward(ctx, values, beside):  # type: ignore[no-untyped-def]
+    def forward(values, beside):  # type: ignore[no-untyped-def]
         return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        pass
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         return grad, None
+
+    @staticmethod
+    def jvp(ctx, values, beside):  # type: ignore[no-untyped-def]
+        return values.view_as(values)
 
 
 class NgramTable(KeepsFloat32):
