@@ -32,6 +32,7 @@ def folder(tmp_path: Path) -> Path:
     [
         "your_project/index",
         "your_project/connections",
+        "your_project/memory",
         "your_project/lightning_cli",
         "your_project/hydra",
         "extend/connection",

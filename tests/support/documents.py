@@ -25,6 +25,7 @@ IN_ORDER = [
     "docs/train/report.md",
     "docs/train/exchange.md",
     "docs/train/paper_models.md",
+    "docs/train/memory.md",
 ]
 # Commands for more devices than there are: their layouts are built.
 LAYOUTS = ["docs/train/many_devices.md", "docs/train/slurm_and_torchrun.md"]

@@ -53,7 +53,7 @@ class Engram(Memory):
         zero_start: Whether the value projection starts at zero: the network then computes at
             first what it computes without memory. The paper does not say how it starts.
         seed: Seed of the hash.
-        multipliers: Multipliers of the hash [blocks][N] in place of drawn ones.
+        multipliers: Multipliers of the hash (blocks × N) in place of drawn ones.
         compress: Whether tokens that differ in case, accents and spaces only are hashed alike.
         documents: Whether n-grams end where documents begin.
         pad_token: The token in place of a missing one; None for the one that ends documents.
