@@ -33,7 +33,7 @@ EXTRA_EXPERTS = 24
 """As many parameters as these have are put in one place or another by `what_for`."""
 EQUAL_FLOPS = ", equal FLOPs"
 """Ends the names of runs that are shorter, since a token costs more."""
-_SAME_FLOPS = 0.005  # a smaller difference is none
+_SAME_FLOPS = 0.02  # a smaller difference counts as none
 
 
 @dataclass(frozen=True)
