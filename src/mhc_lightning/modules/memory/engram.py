@@ -136,6 +136,8 @@ class EngramBlock(BlockMemory):
         v_m = g_m · W_V e
         h_m ← h_m + v_m + SiLU(conv(norm(v_m)))
 
+    The gate's slope is at most 125, where |s| is just above 1e-6, and zero below.
+
     The convolution is depthwise and causal; its taps are N positions apart and start at zero.
 
     Args:

@@ -92,7 +92,7 @@ def prime_layout(
 
 
 def spaced_layout(orders: Sequence[int], num_heads: int, rows: int, vocab_size: int) -> NgramLayout:
-    """One table whose head k has `rows + 2·k` rows (arXiv 2501.16975, released code).
+    """One table whose head k has `rows + 2·k` rows (arXiv 2501.16975).
 
     Args:
         orders: See `NgramLayout`.
@@ -101,8 +101,8 @@ def spaced_layout(orders: Sequence[int], num_heads: int, rows: int, vocab_size: 
         vocab_size: V.
 
     Raises:
-        UserError: An argument is out of range, or a head's rows are a multiple of V: such a head
-            sees the last token alone, again and again.
+        UserError: An argument is out of range, the hash would leave int64, or a head's rows are a
+            multiple of V: such a head sees the last token alone, again and again.
     """
     orders, (rows, *_) = _checked(orders, num_heads, whole_number("rows", rows, 1, _MOST_ROWS))
     heads = len(orders) * num_heads
