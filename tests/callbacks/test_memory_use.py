@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.callbacks import MemoryReading, MemoryUse
+from mhc_lightning.errors import UserError
 from mhc_lightning.language_model import inputs_and_targets
 from mhc_lightning.modules import Engram, OverEncoding
 from mhc_lightning.modules.block import PreNorm
@@ -243,6 +244,21 @@ def test_another_project(foreign: Any, fit: Any) -> None:
     norms = ((after - before).norm() / before.norm()).item()
     assert use.last["memory/added_norm/input"] == pytest.approx(norms, rel=1e-5)
     assert use.last["memory/rows_touched"] == len(rows.unique())
+
+
+def test_readings_that_are_none_are_refused(foreign: Any, fit: Any) -> None:
+    rows = torch.zeros(3, 2, dtype=torch.int64)
+    wrong: list[tuple[Any, str]] = [
+        (torch.ones(3), "extract returned a Tensor for a Mixer; return a MemoryReading"),
+        (MemoryReading("input", rows=rows), r"suffixes of shape None and orders \[\]"),
+        (MemoryReading("input", rows=rows, suffixes=rows, orders=(2,)), r"orders \[2\]"),
+        (MemoryReading("input", rows=rows, suffixes=rows, orders=(2, 3)), r"orders \[2, 3\]"),
+        (MemoryReading("input", rows=rows, suffixes=rows[1:], orders=(2, 2)), r"\(3, 2\), suff"),
+    ]
+    for reading, message in wrong:
+        use = MemoryUse(1, lambda m, *_, r=reading: r if type(m).__name__ == "Mixer" else None)
+        with pytest.raises(UserError, match=message):
+            fit(foreign.Module(), use, max_steps=1, logger=False)
 
 
 def test_processes_and_stages(tmp_path: Path) -> None:

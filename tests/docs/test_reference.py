@@ -71,7 +71,7 @@ def test_the_page_of_tags_has_each_number_of_a_memory():
     import torch
 
     from mhc_lightning.callbacks.memory_use import memory_numbers
-    from mhc_lightning.callbacks.watching.memory_watcher import MemorySight
+    from mhc_lightning.callbacks.watching.memory_readings import MemorySight
 
     rows, number = torch.zeros(3, 1, dtype=torch.int64), torch.ones(())
     sights = [MemorySight(p, number[None], number, rows, rows, (1,)) for p in ("layer_3", "input")]

@@ -11,7 +11,7 @@ from mhc_lightning.callbacks.stream_diversity import StreamDiversity
 from mhc_lightning.callbacks.stream_matrix_heatmap import StreamMatrixHeatmap
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
 from mhc_lightning.callbacks.throughput import Throughput
-from mhc_lightning.callbacks.watching.memory_watcher import MemoryReading
+from mhc_lightning.callbacks.watching.memory_readings import MemoryReading
 from mhc_lightning.callbacks.watching.observations import Observation
 
 __all__ = [

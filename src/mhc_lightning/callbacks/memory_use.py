@@ -8,11 +8,8 @@ from torch import Tensor
 
 from mhc_lightning.callbacks.row_use import RowUse, row_use
 from mhc_lightning.callbacks.sampler import Sampler
-from mhc_lightning.callbacks.watching.memory_watcher import (
-    ExtractReading,
-    MemorySight,
-    MemoryWatcher,
-)
+from mhc_lightning.callbacks.watching.memory_readings import ExtractReading, MemorySight
+from mhc_lightning.callbacks.watching.memory_watcher import MemoryWatcher
 from mhc_lightning.strategies.layout import layout_of
 
 
@@ -44,7 +41,8 @@ class MemoryUse(Sampler[dict[str, Tensor]]):
             several modules may each show a part of one memory. It must not wait for the device.
 
     Raises:
-        UserError: The interval is not a positive integer.
+        UserError: The interval is not a positive integer; at the first sample, `extract` returned
+            no reading, or rows that do not fit the rest of it.
     """
 
     _watcher: MemoryWatcher

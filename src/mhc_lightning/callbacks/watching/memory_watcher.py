@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mhc_lightning.callbacks.watching.compiled_regions import (
@@ -13,77 +13,21 @@ from mhc_lightning.callbacks.watching.compiled_regions import (
     SwitchableHook,
     modules_in_compiled_regions,
 )
+from mhc_lightning.callbacks.watching.memory_readings import (
+    ExtractReading,
+    MemorySight,
+    added_norm,
+    condensed,
+    mean_gate,
+)
 from mhc_lightning.callbacks.watching.stream_watcher import in_backward, in_transform
 from mhc_lightning.modules.memory import BlockMemory, InputMemory, Memory
 from mhc_lightning.modules.memory.memory import INPUT
 
 
-class MemoryReading(NamedTuple):
-    """What one call of a module shows of a memory of n-grams; None for what it does not show.
-
-    Attributes:
-        place: Where the memory acts, as tags name it: `layer_<k>`, or `input`.
-        gate: [..., n], how far it opens to each stream.
-        rows: int64 [..., H], the row that each head reads; no two heads share one.
-        suffixes: int64 [..., N], the last tokens as the hash sees them, the newest first.
-        orders: How many of them the n-gram of each head has [H].
-        streams: [...], the streams (or the embedding) that it adds to.
-        result: [...], the same with what it adds.
-    """
-
-    place: str
-    gate: Tensor | None = None
-    rows: Tensor | None = None
-    suffixes: Tensor | None = None
-    orders: tuple[int, ...] = ()
-    streams: Tensor | None = None
-    result: Tensor | None = None
-
-
-ExtractReading = Callable[[nn.Module, tuple[Any, ...], Any], MemoryReading | None]
-"""From (module, arguments, output) of one call to what it shows, or None for other modules.
-
-The arguments are the positional ones followed by the values of the keyword ones.
-"""
-
-
-class MemorySight(NamedTuple):
-    """A `MemoryReading` without what is too large to keep.
-
-    Attributes:
-        place: As there.
-        gate: [n], the mean over positions.
-        added: [], the norm of what is added, over that of the streams.
-        rows: As there, with `suffixes` and `orders`.
-        suffixes: As there.
-        orders: As there.
-    """
-
-    place: str
-    gate: Tensor | None = None
-    added: Tensor | None = None
-    rows: Tensor | None = None
-    suffixes: Tensor | None = None
-    orders: tuple[int, ...] = ()
-
-
 def place_name(place: int) -> str:
     """The name in tags of a place of `Recalled`."""
     return "input" if place == INPUT else f"layer_{place}"
-
-
-def mean_gate(gate: Tensor) -> Tensor:
-    """Gates [..., n] -> their mean over positions [n], in at least float32."""
-    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
-    return wide.reshape(-1, gate.shape[-1]).mean(0)
-
-
-def added_norm(streams: Tensor, result: Tensor) -> Tensor:
-    """‖result - streams‖ / ‖streams‖ over all elements, in at least float32; 0 for no streams."""
-    dtype = torch.promote_types(streams.dtype, torch.float32)
-    streams, result = streams.to(dtype), result.to(dtype)
-    norms = [torch.linalg.vector_norm(x) for x in (result - streams, streams)]
-    return norms[0] / norms[1].clamp_min(torch.finfo(dtype).tiny)
 
 
 # What hooks see of the package's own parts. A compiled program is traced once for all modules of a
@@ -255,14 +199,4 @@ class MemoryWatcher:
     ) -> MemorySight | None:
         assert self._extract is not None
         reading = self._extract(module, args, output)
-        if reading is None:
-            return None
-        gate, before, after = reading.gate, reading.streams, reading.result
-        return MemorySight(
-            reading.place,
-            None if gate is None else mean_gate(gate),
-            None if before is None or after is None else added_norm(before, after),
-            reading.rows,
-            reading.suffixes,
-            reading.orders,
-        )
+        return None if reading is None else condensed(reading, type(module).__name__)
