@@ -85,7 +85,7 @@ class RowState:
         if self._places is None:
             self._places = torch.full((self._held,), -1, dtype=torch.int32, device=rows.device)
             self._places[self[ROWS] - self._first] = self._numbers(0, self._count)
-        found = self._places[local]
+        found = self._places.index_select(0, local)
         new = (found < 0).nonzero()[:, 0]
         if len(new):
             start = self._count
@@ -230,34 +230,35 @@ def update_rows(weight: Tensor, state: RowState, group: Mapping[str, Any]) -> No
     if grad.is_sparse:
         rows, values = grad._indices()[0], grad._values()
         touched = values.any(1)
-        rows, values = rows[touched], values[touched]
+        if not touched.all():
+            rows, values = rows[touched], values[touched]
     else:
         rows, values = nonzero_rows(grad.to_local() if isinstance(grad, DTensor) else grad)
         rows = rows + first
     if not len(rows):
         return
     places = state.places(rows)
-    step = state["step"][places] + 1
-    state["step"][places] = step
+    step = state["step"].index_select(0, places).add_(1)
+    state["step"].index_copy_(0, places, step)
     beta1, beta2 = group["betas"]
     if group[ROWS] == "rowwise":
         square = values.square().mean(1, keepdim=True)
         square = _averaged(state["row_exp_avg_sq"][:, None], places, square, beta2)
+        moves = values.clone()
     else:
         square = _averaged(state["exp_avg_sq"], places, values.square(), beta2)
-        values = _averaged(state["exp_avg"], places, values, beta1) / _correction(
-            step, beta1, values
-        )
-    root = (square / _correction(step, beta2, square)).sqrt_()
-    moves = values / root.add_(group["eps"]) * group["lr"]
+        moves = _averaged(state["exp_avg"], places, values, beta1)
+        moves.div_(_correction(step, beta1, values))
+    root = square.div_(_correction(step, beta2, square)).sqrt_().add_(group["eps"])
+    moves.div_(root).mul_(-group["lr"])
     local = rows - first
-    part.index_copy_(0, local, part[local] - moves)
+    part.index_copy_(0, local, moves.add_(part.index_select(0, local)))
 
 
 def _averaged(average: Tensor, places: Tensor, new: Tensor, beta: float) -> Tensor:
-    """Let the running averages at `places` take in new values [U, ...]; the averages."""
-    values = average[places].lerp_(new, 1 - beta)
-    average[places] = values
+    """Let the running averages at `places` take in new values [U, ...]; a copy of the averages."""
+    values = average.index_select(0, places).lerp_(new, 1 - beta)
+    average.index_copy_(0, places, values)
     return values
 
 
