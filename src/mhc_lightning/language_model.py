@@ -25,13 +25,16 @@ from mhc_lightning.kernels.argument_checks import check_values
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimizers.finiteness import last_gains
-from mhc_lightning.optimizers.recipes import MuonRecipe, OptimizerRecipe, takes_row_gradients
-from mhc_lightning.optimizers.resumed_settings import group_settings, keep_present_settings
+from mhc_lightning.optimizers.recipes import OptimizerRecipe, takes_row_gradients
+from mhc_lightning.optimizers.resumed_settings import (
+    check_kind,
+    group_settings,
+    keep_present_settings,
+)
 from mhc_lightning.strategies.gradient_norm import (
-    clip_rows_to_value,
     clip_to_norm,
     global_norm,
-    without_row_gradients,
+    rows_clipped_to_value,
 )
 from mhc_lightning.strategies.layout import layout_of
 from mhc_lightning.strategies.row_stores import (
@@ -203,17 +206,9 @@ class LanguageModel(pl.LightningModule):
         """
         if checkpoint.get("state_dict"):
             check_saved_memory(memory_in(self.model), checkpoint["state_dict"], "the checkpoint")
-        states = checkpoint.get("optimizer_states")
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if not (fitting and self._uses_recipe and states):
-            return
-        saved, now = "muon" in states[0]["param_groups"][0], isinstance(self.optimizer, MuonRecipe)
-        if saved != now:
-            names = {True: "Muon", False: "AdamW"}
-            raise UserError(
-                f"the checkpoint's optimizer is {names[saved]}, not {names[now]}; choose that one,"
-                " or begin at step 0 with its weights: export it and give ckpt_path=FOLDER"
-            )
+        if fitting and self._uses_recipe:
+            check_kind(checkpoint.get("optimizer_states"), self.optimizer)
 
     def on_train_start(self) -> None:
         """Keep the optimizer's present settings where a checkpoint has brought others.
@@ -318,9 +313,7 @@ class LanguageModel(pl.LightningModule):
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             clip_to_norm(trained, gradient_clip_val, norm)
             return
-        if gradient_clip_val:
-            clip_rows_to_value(trained, gradient_clip_val)
-        with without_row_gradients(trained):
+        with rows_clipped_to_value(trained, gradient_clip_val):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _log_optimizer_step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:

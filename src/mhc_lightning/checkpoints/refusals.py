@@ -12,8 +12,9 @@
 | an exported model: damaged, of a newer form, built with other settings | `interchange` |
 | its tokens are of another tokenizer | `cli.tokenizer.check_tokenizer` |
 | its memory hashes other tokens alike | `cli.tokenizer.check_tokenizer`, `check_memory` |
-| its optimizer is of another kind | `LanguageModel.on_load_checkpoint` |
+| its optimizer is of another kind | `optimizers.resumed_settings.check_kind` |
 | its optimizer is of other parameters | `optimizers.parameter_names.check_names` |
+| its optimizer updates a memory's rows in another way | `optimizers.row_updates.RowState.load` |
 | it was trained on other data | `data.resume.check_same_stream` |
 
 Commands decide the reasons in this order, but in `fit` Lightning restores the data module before

@@ -6,7 +6,26 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mhc_lightning.errors import UserError
+from mhc_lightning.optimizers.recipes import MuonRecipe, OptimizerRecipe
 from mhc_lightning.optimizers.schedule import follow_present_schedule
+
+
+def check_kind(states: Sequence[Mapping[str, Any]] | None, recipe: OptimizerRecipe) -> None:
+    """Compare the kind of a saved optimizer with that of the recipe of a run that resumes.
+
+    Raises:
+        UserError: One is Muon, and the other AdamW.
+    """
+    if not states:
+        return
+    saved, now = "muon" in states[0]["param_groups"][0], isinstance(recipe, MuonRecipe)
+    if saved != now:
+        names = {True: "Muon", False: "AdamW"}
+        raise UserError(
+            f"the checkpoint's optimizer is {names[saved]}, not {names[now]}; choose that one,"
+            " or begin at step 0 with its weights: export it and give ckpt_path=FOLDER"
+        )
 
 
 def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:

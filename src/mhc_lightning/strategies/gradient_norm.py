@@ -52,18 +52,18 @@ def clip_to_norm(parameters: Sequence[nn.Parameter], limit: float, norm: Tensor)
         values.mul_(factor.to(values.device, values.dtype))
 
 
-@torch.no_grad()
-def clip_rows_to_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
-    """Clamp the values of row gradients to `limit` on both sides."""
-    for parameter in _by_kind(parameters)[1]:
-        parameter.grad._values().clamp_(-limit, limit)  # type: ignore[union-attr]
-
-
 @contextmanager
-def without_row_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within, parameters with row gradients have none."""
+def rows_clipped_to_value(
+    parameters: Iterable[nn.Parameter], limit: float | None
+) -> Iterator[None]:
+    """Clamp the values of row gradients on both sides; within, only other gradients are there.
+
+    torch and Lightning cannot clip sparse gradients.
+    """
     kept = {p: p.grad for p in _by_kind(parameters)[1]}
-    for parameter in kept:
+    for parameter, grad in kept.items():
+        if limit:
+            grad._values().clamp_(-limit, limit)  # type: ignore[union-attr]
         parameter.grad = None
     try:
         yield
