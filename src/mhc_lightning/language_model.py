@@ -37,12 +37,14 @@ from mhc_lightning.strategies.gradient_norm import (
     rows_clipped_to_value,
 )
 from mhc_lightning.strategies.layout import layout_of
+from mhc_lightning.strategies.placements import require_placement
 from mhc_lightning.strategies.row_stores import (
     finish_row_gradients,
     install_row_stores,
     leave_tables_to_stores,
     remove_row_stores,
 )
+from mhc_lightning.strategies.sharded_rows import sharded_tables
 from mhc_lightning.strategies.sharding import shard_by_mesh
 
 
@@ -117,8 +119,10 @@ class LanguageModel(pl.LightningModule):
         """Bind the network's memory to the tokenizer of the data, if both are there.
 
         Raises:
-            UserError: The memory is bound to another tokenizer, or was trained with one.
+            UserError: The memory is bound to another tokenizer, or was trained with one; or the
+                strategy cannot train it.
         """
+        require_placement(self, self.trainer.strategy)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if isinstance(tokenizer, Tokenizer):
             bind_tokenizer(memory_in(self.model), tokenizer)
@@ -177,7 +181,8 @@ class LanguageModel(pl.LightningModule):
         """Check the trainer's clipping; load pending weights, now that no parameter is on `meta`.
 
         Raises:
-            UserError: The trainer would clip gradients wrongly.
+            UserError: The trainer would clip gradients wrongly, or the optimizer cannot update
+                tables that are shared out.
         """
         limit = self.trainer.gradient_clip_val
         if limit is not None and not limit >= 0:
@@ -195,6 +200,12 @@ class LanguageModel(pl.LightningModule):
                     " memory's hash, which would no longer be whole numbers; give it"
                     " use_buffers=False"
                 )
+        if sharded_tables(self) and not self._gives_row_gradients:
+            raise UserError(
+                "the rows of the memory's tables are shared out among processes, and only the"
+                " optimizers of this package's recipes update them; use one of these, or"
+                " memory.placement=device with strategy=ddp"
+            )
         self._load_pending_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,26 +1,32 @@
 """Trains a tiny model with a memory in legs, each in a layout of its own; started by torchrun."""
 
+import gc
 import json
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
+from train_in_processes import Allocations
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.checkpoints.run_checkpoint import RunCheckpoint
 from mhc_lightning.modules import (
     Engram,
     ManifoldHyperConnection,
+    NgramTable,
     OverEncoding,
     Transformer,
     initialisation,
 )
+from mhc_lightning.modules.initialisation import held_rows
+from mhc_lightning.modules.memory.row_store import row_store_of
 from mhc_lightning.optimizers.recipes import AdamWRecipe
 from mhc_lightning.strategies import (
     DataParallelStrategy,
@@ -43,11 +49,33 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
+class RowSgd(torch.optim.SGD):
+    """SGD that takes row gradients, too."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                store = row_store_of(parameter)
+                if store is not None:
+                    store.finish()
+                    grad = parameter.grad
+                    assert grad is not None and grad.is_sparse
+                    rows, moves = grad._indices()[0], group["lr"] * grad._values()
+                    part, first = held_rows(parameter.detach())
+                    part.index_add_(0, rows - first, moves, alpha=-1)
+                    store.clear()
+        super().step()
+        return loss
+
+
 class Sgd(AdamWRecipe):
     """Parameters under Adam cannot be compared: it divides by gradients that are all rounding."""
 
+    row_gradients: ClassVar = True
+
     def build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameter_groups(module.parameters()), lr=self.lr)
+        return RowSgd(self.parameter_groups(module.parameters()), lr=self.lr)
 
 
 class Watched(LanguageModel):
@@ -61,8 +89,8 @@ class Watched(LanguageModel):
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         if not self.gradients:
             for name, parameter in self.named_parameters():
-                if parameter.grad is not None:
-                    grad = parameter.grad
+                grad = parameter.grad
+                if grad is not None and not grad.is_sparse:
                     whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
                     self.gradients[name] = whole.clone()
         super().configure_gradient_clipping(*args, **kwargs)
@@ -101,11 +129,27 @@ def build(leg: dict[str, Any]) -> Watched:
         )
     network.double()  # rounding hides nothing
     recipe = AdamWRecipe if leg.get("adam") else Sgd
-    optimizer = recipe(lr=leg.get("lr", 0.1), weight_decay=0.0, eps=1e-8, schedule="constant")
+    optimizer = recipe(
+        lr=leg.get("lr", 0.1), weight_decay=0.0, eps=leg.get("eps", 1e-8), schedule="constant"
+    )
     return Watched(network, optimizer, recompute=leg.get("recompute", "off"))
 
 
 def run(leg: dict[str, Any], output: Path) -> None:
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+    before = memory("VmRSS")
+    with Allocations() if leg.get("counted") else nullcontext() as allocations:
+        _run(leg, output, allocations, before)
+
+
+def memory(entry: str) -> int:
+    """The bytes that this process has in memory now (VmRSS), or has had at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{entry}:")[2].split()[0])
+
+
+def _run(leg: dict[str, Any], output: Path, allocations: Allocations | None, before: int) -> None:
     model = build(leg)
     strategy = STRATEGIES[leg["strategy"]](**leg.get("layout", {}))
     folder = output / leg.get("folder", leg["name"])
@@ -134,6 +178,16 @@ def run(leg: dict[str, Any], output: Path) -> None:
     trainer.fit(
         model, loader, ckpt_path=(folder / resume).resolve() if resume else None, weights_only=False
     )
+    if allocations is not None:
+        tables = [m for m in model.modules() if isinstance(m, NgramTable)]
+        table = max(t.weight.numel() for t in tables)
+        grown = memory("VmHWM") - before
+        counted = torch.tensor([allocations.largest, table, grown])
+        everywhere = [torch.empty_like(counted) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(everywhere, counted)
+        if trainer.is_global_zero:
+            torch.save(torch.stack(everywhere), output / f"{leg['name']}.pt")
+        return
     state = trainer.strategy.lightning_module_state_dict()
     gradients: list[Any] = [model.gradients]
     if trainer.world_size > 1:

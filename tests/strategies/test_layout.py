@@ -39,7 +39,7 @@ def planned(strategy: Any, devices: int = 4, rank: int = 1) -> Layout:
     ("strategy", "expected"),
     [
         (DDPStrategy(), Layout(4, 1)),
-        (DataParallelStrategy(), Layout(4, 1)),
+        (DataParallelStrategy(), Layout(4, 1, materialises_module=True)),
         (ModelParallelStrategy(2, 2), Layout(2)),
         (ModelParallelStrategy(tensor_parallel_size=4), Layout(1)),
         (FullyShardedStrategy(), Layout(4, materialises_module=True)),

@@ -32,7 +32,10 @@ STRATEGIES: dict[str, Any] = {
 
 
 class Allocations(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made, without those on meta."""
+    """Remembers the largest tensor that any operation made, without those on meta.
+
+    Of a sparse tensor its values count, which an operation made before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +44,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor):
+            plain = isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor)
+            if plain and not tensor.is_sparse:
                 self.largest = max(self.largest, 0 if tensor.is_meta else tensor.numel())
         return out
 

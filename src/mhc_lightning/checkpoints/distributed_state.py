@@ -10,7 +10,7 @@ does not gather over the stages of a pipeline. Whole files number parameters in 
 Lightning's own strategies read and write such files.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from mhc_lightning.checkpoints.gathering import whole_tensors
 from mhc_lightning.checkpoints.reading import load_folder, numbered_state
 from mhc_lightning.checkpoints.row_state import gathered as gathered_rows
 from mhc_lightning.checkpoints.row_state import overlapping, parse_piece, pieces
@@ -238,11 +239,11 @@ class DistributedState:
             listing: list[Any] = [[(n, t.shape, t.dtype) for n, t in tensors.items()]]
             if moves:
                 dist.send_object_list(listing, group=group, group_dst=0, device=self._device)
-            for _, whole in _whole_tensors(tensors):
+            for _, whole in whole_tensors(tensors):
                 if moves:
                     dist.send(whole.to(self._device).contiguous(), group=group, group_dst=0)
             return gathered
-        for name, whole in _whole_tensors(tensors):
+        for name, whole in whole_tensors(tensors):
             if moves:
                 gathered[name] = whole.cpu().clone()
         for stage in range(1, count if moves else 1):
@@ -262,11 +263,6 @@ def _saved_groups(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> list[
         {**group, "params": list(listed), **({NAMES: list(listed)} if NAMES in group else {})}
         for group, listed in zip(groups, names, strict=True)
     ]
-
-
-def _whole_tensors(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    for name, tensor in tensors.items():
-        yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _empty_part(like: Tensor, parameter: Tensor) -> Tensor:

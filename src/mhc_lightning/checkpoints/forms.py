@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from mhc_lightning.checkpoints.distributed_state import DistributedState
 from mhc_lightning.checkpoints.file_writing import write_checkpoint
 from mhc_lightning.checkpoints.folder_writing import save_folder
-from mhc_lightning.checkpoints.portable_strategy import PortableStrategy
+from mhc_lightning.checkpoints.portable_strategy import PortableState
 from mhc_lightning.checkpoints.reading import load_whole_folder
 from mhc_lightning.errors import UserError
 
@@ -56,7 +56,7 @@ class ShardedFolder:
     is_folder = True
 
     def __init__(self, strategy: Strategy, asynchronous: bool) -> None:
-        if not isinstance(strategy, PortableStrategy | SingleDeviceStrategy | DDPStrategy):
+        if not isinstance(strategy, PortableState | SingleDeviceStrategy | DDPStrategy):
             raise UserError(
                 f"checkpoint.sharded=true does not work with {type(strategy).__name__}; use"
                 " checkpoint.sharded=false"
@@ -69,7 +69,7 @@ class ShardedFolder:
     def take(self, trainer: pl.Trainer) -> dict[str, Any]:
         """The run's state, with this process's part of the tensors; every process calls this."""
         strategy: Any = trainer.strategy
-        spread = isinstance(strategy, PortableStrategy)
+        spread = _spreads(strategy)
         with strategy.in_parts() if spread else nullcontext():
             taken = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         whole = (
@@ -119,15 +119,20 @@ def choose_form(
         UserError: The strategy does not support the form.
     """
     if sharded == "auto":
-        spread = isinstance(strategy, PortableStrategy) and strategy.world_size > 1
+        spread = _spreads(strategy) and strategy.world_size > 1  # type: ignore[attr-defined]
         sharded = spread or asynchronous
     return ShardedFolder(strategy, asynchronous) if sharded else WholeFile()
 
 
 def read_folders_too(strategy: Strategy) -> None:
     """Let one of Lightning's own strategies resume from a checkpoint folder, as ours do."""
-    if not isinstance(strategy, PortableStrategy):
+    if not _spreads(strategy):
         strategy.checkpoint_io = _FolderReadingIO(strategy.checkpoint_io)
+
+
+def _spreads(strategy: Strategy) -> bool:
+    """Whether processes hold different parts of the module, which the strategy itself loads."""
+    return isinstance(strategy, PortableState) and strategy.spreads_module
 
 
 class _FolderReadingIO(CheckpointIO):

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -44,6 +44,8 @@ class OptimizerRecipe(ABC):
     Raises:
         UserError: A value is out of range.
     """
+
+    row_gradients: ClassVar[bool] = False  # see `takes_row_gradients`
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
@@ -213,7 +215,12 @@ class MuonRecipe(OptimizerRecipe):
 
 
 def takes_row_gradients(recipe: OptimizerRecipe) -> bool:
-    """Whether a recipe's optimizer updates tables by row gradients; one of a subclass may not."""
+    """Whether a recipe's optimizer updates tables by row gradients; one of a subclass may not.
+
+    A subclass says that its optimizer does by `row_gradients = True`.
+    """
+    if getattr(recipe, "row_gradients", False):
+        return True
     ours = (AdamWRecipe.build_optimizer, MuonRecipe.build_optimizer)
     return getattr(type(recipe), "build_optimizer", None) in ours
 

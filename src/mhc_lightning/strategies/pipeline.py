@@ -25,6 +25,7 @@ from mhc_lightning.strategies.layout import Layout, mesh_layout
 from mhc_lightning.strategies.optimization_loop import run_backward_within_step
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
+from mhc_lightning.strategies.sharded_rows import shard_rows, store_sharded_rows, tables_of
 from mhc_lightning.strategies.sharding import bring_to_life, shard_parts
 from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
@@ -233,18 +234,22 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
         for stage in stages:
             if not any(parameter.is_meta for parameter in stage.parameters()):
                 stage.to(self.root_device)
-        if self.device_mesh["data_parallel"].size() > 1:
+        replicas = self.device_mesh["data_parallel"]
+        if replicas.size() > 1:
             mixed = "bf16" in str(self.precision_plugin.precision)
             for stage in stages:
                 shard_parts(
                     stage,
                     stage.blocks.values(),
-                    self.device_mesh["data_parallel"],
+                    replicas,
                     torch.bfloat16 if mixed else None,
                     reshard_after_forward=False,
+                    ignored=shard_rows(tables_of(stage).values(), replicas),
                 )
         everywhere = [getattr(network, n) for n in getattr(network, "parts_of_all_stages", ())]
         bring_to_life([*stages, *everywhere], self.root_device)
+        for stage in stages:
+            store_sharded_rows(stage)
         leave_out(network, stages)
         self.model_to_device()
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]

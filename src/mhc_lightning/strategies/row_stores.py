@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from mhc_lightning.modules.memory import NgramTable
 from mhc_lightning.modules.memory.row_store import RowStore, sum_rows
 from mhc_lightning.strategies.layout import Layout
+from mhc_lightning.strategies.sharded_rows import store_sharded_rows
 
 # torch's name, on a module that is wrapped, for the parameters that DDP does not synchronise.
 _LEFT_BY_DDP = "_ddp_params_and_buffers_to_ignore"
@@ -71,8 +72,9 @@ def leave_tables_to_stores(module: nn.Module, leave: bool = True) -> None:
 def install_row_stores(module: nn.Module, layout: Layout) -> None:
     """Give the trained tables of a module row gradients; their parameters must be final.
 
-    Tables that are sharded already, or have a store, are left as they are.
+    Tables that have a store are left as they are.
     """
+    store_sharded_rows(module)
     for _, table in trained_tables(module):
         if table.store is None and not isinstance(table.weight, DTensor):
             shared = layout.data_parallel_size > 1
@@ -93,6 +95,7 @@ def finish_row_gradients(module: nn.Module) -> None:
 def remove_row_stores(module: nn.Module) -> None:
     """Give the tables of a module ordinary gradients again."""
     for part in module.modules():
-        if isinstance(part, NgramTable) and part.store is not None:
+        sharded = isinstance(part, NgramTable) and isinstance(part.weight, DTensor)
+        if isinstance(part, NgramTable) and part.store is not None and not sharded:
             part.store.remove()
             part.store = None

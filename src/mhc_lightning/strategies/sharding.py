@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.connection import Unmerged
 from mhc_lightning.modules.initialisation import reset_module
+from mhc_lightning.strategies.sharded_rows import shard_rows, store_sharded_rows, tables_of
 
 
 def shard(
@@ -29,7 +30,8 @@ def shard(
     Each block is gathered for its own forward and backward pass only. Connections form groups of
     their own, because they compute in float32 whatever `param_dtype` is. A model built on
     `meta` gets memory and initial values shard by shard, so it never has to fit one device or
-    process. The values are those of a model that was built whole from the same `init_seed`.
+    process. The values are those of a model that was built whole from the same `init_seed`. The
+    tables of a memory are never gathered: see `sharded_rows`.
 
     Args:
         model: The network.
@@ -38,10 +40,12 @@ def shard(
         param_dtype: The dtype in which parameters are gathered; None keeps theirs. Gradients are
             reduced in float32 in any case.
     """
-    shard_parts(model, model.blocks, mesh, param_dtype)
+    tables = shard_rows(tables_of(model).values(), mesh)
+    shard_parts(model, model.blocks, mesh, param_dtype, ignored=tables)
     for method in ("loss", "token_losses", "forward_cached"):
         register_fsdp_forward_method(model, method)
     bring_to_life([model], device)
+    store_sharded_rows(model)
 
 
 def shard_by_mesh(module: pl.LightningModule, network: Transformer) -> None:
@@ -62,6 +66,7 @@ def shard_parts(
     param_dtype: torch.dtype | None = None,
     *,
     reshard_after_forward: bool = True,
+    ignored: set[nn.Parameter] | None = None,
 ) -> None:
     """Shard the parameters below `root` in groups: each connection, each block, and the rest.
 
@@ -71,12 +76,17 @@ def shard_parts(
         mesh: One-dimensional.
         param_dtype: The dtype in which parameters are gathered; None keeps theirs.
         reshard_after_forward: True to free gathered parameters until the backward pass.
+        ignored: Parameters that are left as they are.
     """
     # Blocks hand float32 mappings to each other: nothing that enters a block may be cast.
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    keep: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
+    keep: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": reshard_after_forward,
+        "ignored_params": ignored,
+    }
     for block in blocks:
         for module in block.modules():
             if isinstance(module, Connection) and next(module.parameters(), None) is not None:
