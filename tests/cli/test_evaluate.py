@@ -102,6 +102,25 @@ def test_a_local_task_on_a_checkpoint_and_on_its_export(trained, words, tasks, c
     assert report["results"]["local_text"]["bits_per_byte_stderr,none"] is None
 
 
+@pytest.mark.parametrize("memory", ["engram", "over_encoding"])
+def test_a_model_with_a_memory(command, tasks, capfd, memory):
+    from mhc_lightning.interchange import load_exported
+
+    words = (f"memory={memory}", "memory.rows=301", "memory.num_heads=2", "memory.dim=8")
+    more = ("callbacks=minimal", "optimizer.schedule=constant", "optimizer.lr=0.05")
+    assert command.inside("fit", *words, *more, "output_dir=run") == 0
+    assert command.inside("export", *words, *LAST, "output=out") == 0
+    expected = direct_accuracy(load_exported(command.folder / "out"), tasks[1])
+    asked = ("tasks=[local_choice, local_text]", f"include_path={tasks[0]}", "batch_size=2")
+    found = []
+    for form in (LAST, ("ckpt_path=out", "data.path=nowhere")):
+        capfd.readouterr()
+        assert command.inside("evaluate", *words, *form, *asked, "--json") == 0
+        found.append(json.loads(capfd.readouterr()[0])["results"])
+    assert found[0] == found[1]
+    assert found[0]["local_choice"]["acc,none"] == expected
+
+
 def last_error(code, capfd):
     _, errors = capfd.readouterr()
     assert code == 2, errors

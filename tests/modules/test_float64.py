@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import CONNECTIONS
+from networks import CONNECTIONS, MEMORIES
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
@@ -113,11 +113,18 @@ class Widths(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("connection", CONNECTIONS)
+@pytest.mark.parametrize(
+    ("connection", "memory"),
+    [
+        *((connection, None) for connection in CONNECTIONS),
+        *(("mhc", memory) for memory in MEMORIES),
+    ],
+)
 def test_no_operator_returns_less(
-    connection: str, tiny_transformer: Callable[..., Transformer]
+    connection: str, memory: str | None, tiny_transformer: Callable[..., Transformer]
 ) -> None:
-    model = tiny_transformer(connection=CONNECTIONS[connection])
+    more = {} if memory is None else {"memory": MEMORIES[memory]}
+    model = tiny_transformer(connection=CONNECTIONS[connection], **more)
     at_work(model)
     with Widths() as seen:
         model.loss(TOKENS, TOKENS.flip(1)).backward()
