@@ -225,3 +225,34 @@ def test_a_tokenizer_whose_tokens_are_alike_in_another_way_is_refused(saved, cap
     assert saved.inside("fit", *resumed) == 2
     assert "another tokenizer, with 1 of 257" in capsys.readouterr().err.splitlines()[-1]
     token_classes._classes_of.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_run_with_a_memory_goes_on_in_any_layout(command):
+    """Two stages, one device, two shards: files and folders, and the same memory everywhere."""
+    words = (*COMMON, *ENGRAM, "memory.layers=[0,1]", "data.micro_batch_size=2",
+             "optimizer.eps=1e-6", "checkpoint.every_n_steps=1", "output_dir=moving")  # fmt: skip
+    layouts = (
+        ("strategy=pipeline", "trainer.devices=2"),
+        (),
+        ("strategy=fsdp", "trainer.devices=2"),
+        ("strategy=ddp", "trainer.devices=2"),
+    )
+    for steps, layout in enumerate(layouts, 1):
+        resumed = ("ckpt_path=last",) if steps > 1 else ()
+        command("fit", *words, *layout, *resumed, f"trainer.max_steps={steps}")
+    command("fit", *words, "output_dir=still", "trainer.max_steps=4")
+    moving, still = command.metrics("moving"), command.metrics("still")
+    assert list(moving) == list(still) == [1, 2, 3, 4]
+    for step, row in still.items():
+        for tag in ("train/loss", "train/grad_norm"):
+            assert float(moving[step][tag]) == pytest.approx(float(row[tag]), rel=1e-4), (step, tag)
+    one, two = state(command, "moving"), state(command, "still")
+    assert list(one) == list(two)
+    for name, tensor in two.items():
+        if tensor.dtype == torch.int64:
+            assert torch.equal(one[name], tensor), name
+    for layout in layouts[::2]:
+        refused = (*words, *layout, "memory.seed=5", "ckpt_path=last")
+        _, errors = command("validate", *refused, code=2)
+        assert "of memory.seed=5)" in errors.splitlines()[-1]

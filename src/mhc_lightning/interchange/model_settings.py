@@ -9,7 +9,9 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Connection, Memory, Transformer
 
 # Settings that matter in training alone: a trained network computes the same with any value.
-_TRAINING_SETTINGS = ("init_std", "bias_update_speed", "zero_start", "placement")
+_TRAINING_SETTINGS = (
+    *("init_std", "bias_update_speed", "zero_start", "placement", "over_decoding_weight"),
+)
 _PARTS = ("connection", "memory")  # sections within the section `model`
 _NO_MEMORY = "mhc_lightning.modules.Memory"
 
