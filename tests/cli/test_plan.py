@@ -196,8 +196,8 @@ def test_a_host_that_is_too_small_is_refused_by_name(capsys):
     tables = ["memory.rows=500000000", "memory.placement=host", "memory.dim=512"]
     output, line = refused(capsys, *words, *tables)
     assert "DOES NOT FIT" in output
-    assert "the memory's rows need" in line and "in the memory of each machine" in line
-    assert f"has {format_bytes(2 * 10**12)} (8xh200)" in line
+    assert "the rows of the memory and their optimizer's state need" in line
+    assert f"on each host but there are {format_bytes(2 * 10**12)} (8xh200)" in line
 
 
 def test_a_table_that_a_device_cannot_hold_is_refused_with_where_it_would_fit(capsys):

@@ -19,6 +19,8 @@ from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.pipeline_memory import boundary_bytes, pipeline_memory
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.schedule_order import PassKind, schedule_order
+from mhc_lightning.planning.split_backward import gradients_for_weights
+from mhc_lightning.planning.stage_part import part_of
 from mhc_lightning.planning.stages import cut_network
 from mhc_lightning.strategies.pipeline_stage import Stage
 from mhc_lightning.strategies.sharding import shard_parts
@@ -262,3 +264,24 @@ def test_boundaries_carry_streams_and_what_goes_with_them(build):
     batch = MicroBatch(2, 64, precision_of("bf16-mixed"), True)
     assert boundary_bytes(build("mhc"), batch) == 2 * 64 * 4 * 32 * 2
     assert boundary_bytes(build("residual"), batch) == 2 * 64 * 32 * 2
+
+
+@pytest.mark.parametrize("conv", [True, False])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_gradients_that_wait_for_a_memorys_weights_are_counted(conv, precision, build):
+    """What the first half of a split backward pass keeps with a memory, above that without."""
+    kept, counted = [], []
+    for memory in ({}, {"memory": partial(ENGRAM, layers=[3], conv=conv)}):
+        model = build("mhc", precision, **SIZES, **memory)
+        plan = cut_network(model, schedule="gpipe", devices=2, blocks_per_stage=[2, 2])
+        batch = MicroBatch(2, 128, precision_of(precision), False)
+        device = Device(model, plan, 1, batch, precision, 1)
+        device.forward(1, 0)
+        outputs, flow = device.forwards[1, 0]
+        parameters = device.stages[1].parameters()
+        _, halves = stage_backward_input(list(outputs), None, flow, parameters)
+        gradients = [g for half in halves for each in half["grads"] for g in each if g is not None]
+        sizes = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in gradients}
+        kept.append(sum(sizes.values()))
+        counted.append(gradients_for_weights(part_of(model, plan.blocks[1]), batch))
+    assert counted[1] - counted[0] == kept[1] - kept[0]

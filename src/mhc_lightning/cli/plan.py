@@ -206,21 +206,18 @@ def _require_room(model: "Transformer", planned: "Plan") -> None:
         return
     from mhc_lightning.planning import remedies
 
-    machine, memory, host = planned.machine, planned.memory, planned.host_memory
-    changes = remedies(model, planned.run, machine)
+    machine, memory = planned.machine, planned.memory
+    changes = "; or ".join(remedies(model, planned.run, machine)) or _OTHERWISE
     if machine.holds(memory.total, 0):
-        needs = (
-            f"the memory's rows need {format_bytes(host)} in the memory of each machine, with the"
-            f" state of their optimizer, but it has {format_bytes(machine.kind.host_memory)}"
+        raise UserError(
+            f"the rows of the memory and their optimizer's state need"
+            f" {format_bytes(planned.host_memory)} on each host but there are"
+            f" {format_bytes(machine.kind.host_memory)} ({machine.name});"
+            f" what would make it fit: {changes}"
         )
-    else:
-        kinds = ", ".join(
-            f"{kind} {format_bytes(size)}" for kind, size in vars(memory).items() if size
-        )
-        needs = (
-            f"a device needs {format_bytes(memory.total)} of memory ({kinds}) but has"
-            f" {format_bytes(machine.kind.memory)}"
-        )
+    kinds = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in vars(memory).items() if size)
     raise UserError(
-        f"{needs} ({machine.name}); what would make it fit: {'; or '.join(changes) or _OTHERWISE}"
+        f"a device needs {format_bytes(memory.total)} of memory ({kinds}) but has"
+        f" {format_bytes(machine.kind.memory)} ({machine.name});"
+        f" what would make it fit: {changes}"
     )

@@ -10,10 +10,13 @@ from functools import singledispatch
 from torch import nn
 
 from mhc_lightning.modules import LatentAttention, MixtureOfExperts, SwiGLU, Transformer
+from mhc_lightning.modules.memory import BlockMemory
+from mhc_lightning.modules.memory.engram import EngramBlock
 from mhc_lightning.planning.activations import MicroBatch
 from mhc_lightning.planning.errors import NotPlannableError
 from mhc_lightning.planning.stage_part import has_embedding, has_head, width_of
-from mhc_lightning.planning.sub_layers import sub_layers
+from mhc_lightning.planning.sub_layers import memories, sub_layers
+from mhc_lightning.planning.tables import rows_per_token
 
 
 def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:
@@ -34,7 +37,22 @@ def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:
             # The merge of the previous sub-layer, and the read of this sub-layer.
             per_token += (connection.num_streams + 1) * dim * value
         per_token += norm + values_behind_weights(body) * value
+    per_token += sum(_bytes_behind_memory(each, batch) for each in memories(part).values())
     return per_token * batch.tokens
+
+
+def _bytes_behind_memory(memory: BlockMemory, batch: MicroBatch) -> int:
+    """Bytes per token in front of a memory's weights: rows, keys, value, gates, convolution."""
+    if not isinstance(memory, EngramBlock):
+        raise NotPlannableError(
+            f"what {type(memory).__name__} keeps in a split backward pass is not known"
+        )
+    wide, value = batch.precision.coefficient, batch.precision.activation
+    streams = memory.num_streams * memory.dim
+    rows = rows_per_token(memory.table) * memory.table.width + memory.num_streams
+    # Of the convolution, its taps and the weight of its norm.
+    products = streams + memory.dim + (0 if memory.conv is None else 2 * streams)
+    return rows * wide + products * value
 
 
 @singledispatch
