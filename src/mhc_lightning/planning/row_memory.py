@@ -20,7 +20,7 @@ _NUMBER = 8  # bytes of the number of a row, int64
 _PLACE = 4  # where the state of a row is, int32
 _SORTING = 3 * _NUMBER  # of a row in a sum: sorted numbers, their order, and the places
 # Vectors of a row's width that live at a time while rows are updated.
-_UPDATING = {"adam": 6, "rowwise": 4}
+_UPDATING = {"adam": 3, "rowwise": 2}
 
 
 class RowMemory(NamedTuple):
