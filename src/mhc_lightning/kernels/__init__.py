@@ -2,8 +2,10 @@
 
 from mhc_lightning.kernels.aggregate import aggregate_streams
 from mhc_lightning.kernels.backend import fuses_seams
+from mhc_lightning.kernels.context_gate import context_gates
 from mhc_lightning.kernels.cross_entropy import IGNORE_INDEX, linear_cross_entropy, token_losses
 from mhc_lightning.kernels.expand_mean import expand_streams, mean_streams
+from mhc_lightning.kernels.gated_write import gated_write
 from mhc_lightning.kernels.mappings import StreamMappings
 from mhc_lightning.kernels.merge import merge_streams
 from mhc_lightning.kernels.merge_read import merge_and_read
@@ -21,8 +23,10 @@ __all__ = [
     "IGNORE_INDEX",
     "StreamMappings",
     "aggregate_streams",
+    "context_gates",
     "expand_streams",
     "fuses_seams",
+    "gated_write",
     "hyper_mappings",
     "linear_cross_entropy",
     "mean_streams",

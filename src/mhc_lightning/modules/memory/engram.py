@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhc_lightning.kernels import context_gates, gated_write
 from mhc_lightning.kernels.precision import widened
 from mhc_lightning.modules.memory.hashing import NgramHash
 from mhc_lightning.modules.memory.layout import NgramLayout, prime_layout, row_width
@@ -24,8 +24,6 @@ from mhc_lightning.modules.memory.settings import (
 from mhc_lightning.modules.memory.table import NgramTable
 from mhc_lightning.modules.precision import autocast_dtype
 
-_LEAST_SCORE = 1e-6  # below it the signed square root is flat
-_CONV_EPS = 1e-5
 _MOST_TAPS = 1024
 
 
@@ -187,12 +185,13 @@ class EngramBlock(BlockMemory):
         return self.gate.window
 
     def new_cache(self, batch_size: int, dtype: torch.dtype) -> RecentWindow | None:
-        """An empty cache of the convolution's input."""
+        """An empty cache of what the convolution sees: values and gates, at least in float32."""
         if self.conv is None:
             return None
         like = self.gate.key_norm  # a quantised projection has no weight that is a tensor
-        shape = (batch_size, self.conv.reach, self.num_streams, self.dim)
-        return RecentWindow(torch.zeros(shape, dtype=dtype, device=like.device))
+        shape = (batch_size, self.conv.reach, self.dim + self.num_streams)
+        wide = torch.promote_types(dtype, torch.float32)
+        return RecentWindow(torch.zeros(shape, dtype=wide, device=like.device))
 
     def forward(
         self, streams: Tensor, recalled: Recalled, cache: RecentWindow | None = None
@@ -201,10 +200,14 @@ class EngramBlock(BlockMemory):
         rows = self.table(recalled[self.block], beside=streams).flatten(-2)  # [B, S, H · D]
         rows = rows.to(autocast_dtype(rows) or streams.dtype)
         key = self.key(rows).unflatten(-1, (self.num_streams, self.dim))
-        gated = self.gate(streams, key, self.value(rows))
-        if self.conv is not None:
-            gated = gated + self.conv(gated, cache)
-        return streams + gated.to(streams.dtype)
+        value = self.value(rows)
+        streams, gate = self.gate(streams, key)
+        if self.conv is None:
+            return gated_write(streams, value, gate)
+        if cache is not None:
+            seen = cache.extend(torch.cat([value, gate], -1))
+            value, gate = seen.split([self.dim, self.num_streams], -1)
+        return gated_write(streams, value, gate, self.conv(), self.dilation)
 
 
 class EngramGate(nn.Module):
@@ -236,20 +239,15 @@ class EngramGate(nn.Module):
             self.key_norm.fill_(1)
             self.stream_norm.fill_(1)
 
-    def forward(self, streams: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Streams and keys [B, S, n, C], a value [B, S, C] -> gated values [B, S, n, C]."""
-        key, wide = widened(key), widened(streams)
-        weight = (widened(self.key_norm) * widened(self.stream_norm)).view(-1, self.dim)
-        products = (wide * key * weight).sum(-1)
-        squares = [(x * x).mean(-1) + self.norm_eps for x in (wide, key)]
-        score = products * (squares[0].rsqrt() * squares[1].rsqrt()) / self.dim**0.5
-        gate = torch.sigmoid(score.sign() * score.abs().clamp(min=_LEAST_SCORE).sqrt())
-        gate = self.window(gate)
-        return gate.to(value.dtype)[..., None] * value[..., None, :]
+    def forward(self, streams: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Streams and keys [B, S, n, C] -> the streams, to go on with, and gates [B, S, n]."""
+        weight = widened(self.key_norm) * widened(self.stream_norm)
+        streams, gate = context_gates(streams, key, weight.view(-1, self.dim), self.norm_eps)
+        return streams, self.window(gate)
 
 
 class ShortConvolution(nn.Module):
-    """SiLU of a depthwise causal convolution of the normalised input; zero at the start.
+    """The parameters of a depthwise causal convolution of normalised values; zero at the start.
 
     Args:
         dim: C.
@@ -278,18 +276,7 @@ class ShortConvolution(nn.Module):
             self.weight.zero_()
             self.norm.fill_(1)
 
-    def forward(self, x: Tensor, cache: RecentWindow | None = None) -> Tensor:
-        """[B, S, n, C] -> [B, S, n, C]; with a cache, `x` continues the cached positions."""
-        length = x.shape[1]
-        normed = F.rms_norm(x, (self.dim,), eps=_CONV_EPS)
-        normed = normed * self.norm.view(-1, self.dim).to(x.dtype)
-        if cache is None:
-            normed = F.pad(normed, (0, 0, 0, 0, self.reach, 0))
-        else:
-            normed = cache.extend(normed)
-        taps = self.weight.view(-1, self.dim, self.kernel).to(x.dtype)
-        mixed = normed[:, self.reach :] * taps[..., -1]
-        for tap in range(self.kernel - 1):
-            first = tap * self.dilation
-            mixed = mixed + normed[:, first : first + length] * taps[..., tap]
-        return F.silu(mixed)
+    def forward(self) -> Tensor:
+        """The taps with the norm's weights in them, [kernel, n, C], as `gated_write` takes them."""
+        taps = widened(self.weight).view(-1, self.dim, self.kernel)
+        return (taps * widened(self.norm).view(-1, self.dim, 1)).movedim(-1, 0)
