@@ -241,9 +241,9 @@ def gated_write_backward_kernel(
     taps_sums = ()
     for _ in tl.static_range(n * count):
         taps_sums = taps_sums + (tl.zeros((block_tokens, block_width), tl.float32),)
-    for start in range(0, per_range, block_tokens):
-        first = tl.program_id(1).to(tl.int64) * per_range + start
-        place = first + tl.arange(0, block_tokens)
+    first = tl.program_id(1).to(tl.int64) * per_range
+    for start in range(first, tl.minimum(first + per_range, rows), block_tokens):
+        place = start + tl.arange(0, block_tokens)
         exists = place < rows
         mask = inside(place[:, None], column, rows, width, block_width)
         position = place % positions
