@@ -21,6 +21,8 @@ from mhc_lightning.kernels.aggregate.triton import (
     aggregate_forward_config,
 )
 from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
+from mhc_lightning.kernels.context_gate.triton import gate_backward_config, gate_forward_config
+from mhc_lightning.kernels.gated_write.triton import write_backward_config, write_forward_config
 from mhc_lightning.kernels.merge.triton import merge_backward_config, merge_forward_config
 from mhc_lightning.kernels.merge_read.triton.merge_project import merge_project_config
 from mhc_lightning.kernels.merge_read.triton.merge_project_backward import (
@@ -173,7 +175,12 @@ def many_tokens_per_program(n: int, width: int, itemsize: int) -> Iterator[None]
         "merge_forward": merge_forward_config,
         "merge_backward": merge_backward_config,
         "replay_forward": replay_forward_config,
+        "context_gate_forward": gate_forward_config,
+        "context_gate_backward": gate_backward_config,
     }
+    for end in ("", "_convolved"):
+        defaults[f"gated_write_forward{end}"] = write_forward_config
+        defaults[f"gated_write_backward{end}"] = write_backward_config
     for end in ("", "_per_stream"):
         defaults[f"project_backward{end}"] = project_backward_config
     for end in ("", "_single_pass"):

@@ -1,6 +1,7 @@
 """`tune` without a GPU: what it refuses, and that it measures what training runs."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from mhc_lightning.kernels.triton_support.block_sizes import noted_lookups
 from mhc_lightning.kernels.triton_support.launch import intercept
 from mhc_lightning.kernels.triton_support.workloads import workloads
 from mhc_lightning.modules import (
+    Engram,
     HyperConnection,
     IdentityHyperConnection,
     ManifoldHyperConnection,
+    Memory,
     SinglePassHyperConnection,
 )
+from mhc_lightning.modules.memory.engram import EngramBlock
 
 KINDS = [
     HyperConnection,
@@ -61,17 +65,37 @@ def launches(call):
     return found
 
 
+def engram_block(conv):
+    sizes = {"vocab_size": 9, "model_dim": WIDTH, "num_layers": 2, "num_streams": 2}
+    return memory(conv)(**sizes).block_memory(1)
+
+
+def memory(conv):
+    return functools.partial(Engram, rows=50, num_heads=2, layers=[1], conv=conv)
+
+
 @pytest.mark.parametrize("streams", [2, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_training_runs_is_what_is_tuned(kind, streams, tiny_transformer, monkeypatch):
+    compare_with_training(kind, streams, Memory, tiny_transformer, monkeypatch)
+
+
+@pytest.mark.parametrize("conv", [True, False])
+def test_what_training_with_a_memory_runs_is_what_is_tuned(conv, tiny_transformer, monkeypatch):
+    kind = ManifoldHyperConnection
+    compare_with_training(kind, 2, memory(conv), tiny_transformer, monkeypatch)
+
+
+def compare_with_training(kind, streams, memory, tiny_transformer, monkeypatch):
     monkeypatch.setenv("MHC_LIGHTNING_KERNELS", "triton")
-    model = tiny_transformer(connection=kind, num_streams=streams, dim=WIDTH)
+    model = tiny_transformer(connection=kind, num_streams=streams, dim=WIDTH, memory=memory)
     model.set_recompute(RECOMPUTED)
     tokens = torch.arange(12).view(2, 6)
     trained = launches(lambda: model.loss(tokens, tokens).backward())
     connection = next(m for m in model.modules() if isinstance(m, kind))
     work = workloads(12, streams, WIDTH, torch.float32, sub_layers=RECOMPUTED)
-    names = workloads_of(connection, RECOMPUTED)
+    engram = next((m for m in model.modules() if isinstance(m, EngramBlock)), None)
+    names = workloads_of(connection, RECOMPUTED, engram)
     beside = {"sinkhorn_forward", "sinkhorn_backward"} & set(names)
     assert set(trained) == set(names) - beside
     if kind is IdentityHyperConnection:
@@ -96,6 +120,7 @@ def test_every_kernel_there_is_can_be_tuned():
         name
         for kind in KINDS
         for streams in (2, 5)
-        for name in workloads_of(kind(WIDTH, streams, 0), RECOMPUTED)
+        for engram in (None, *(engram_block(conv) for conv in (True, False)))
+        for name in workloads_of(kind(WIDTH, streams, 0), RECOMPUTED, engram)
     }
     assert tuned == set(work)

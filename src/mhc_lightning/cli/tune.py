@@ -9,9 +9,12 @@ from mhc_lightning.errors import UserError
 if TYPE_CHECKING:
     from mhc_lightning.kernels.triton_support.tuning import Choice
     from mhc_lightning.modules import Connection
+    from mhc_lightning.modules.memory.engram import EngramBlock
 
 # Workloads of every connection.
 _STREAMS = ["expand_backward", "aggregate_forward", "merge_forward", "merge_backward"]
+_GATES = ["context_gate_forward", "context_gate_backward"]
+_WRITES = ["gated_write_forward", "gated_write_backward"]
 
 
 def tune(experiment: Experiment, arguments: Arguments) -> None:
@@ -25,6 +28,7 @@ def tune(experiment: Experiment, arguments: Arguments) -> None:
 
     from mhc_lightning.cli.instantiation import build
     from mhc_lightning.modules import ResidualConnection
+    from mhc_lightning.modules.memory.engram import EngramBlock
     from mhc_lightning.planning import ShapesOnly, precision_of
     from mhc_lightning.planning.sub_layers import sub_layers
 
@@ -46,8 +50,10 @@ def tune(experiment: Experiment, arguments: Arguments) -> None:
     dtype = low if precision_of(setting).activation == 2 else torch.float32
     data = values["data"]
     tokens = (data["micro_batch_size"] or data["batch_size"]) * data["sequence_length"]
+    engram = next((m for m in model.modules() if isinstance(m, EngramBlock)), None)
+    names = workloads_of(connection, model.set_recompute(values["recompute"]), engram)
     try:
-        _tune(connection, model.set_recompute(values["recompute"]), tokens, dtype)
+        _tune(connection, names, model.recompute_block_size, tokens, dtype)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"this GPU cannot hold the streams of {tokens:,} tokens several times over;"
@@ -55,7 +61,9 @@ def tune(experiment: Experiment, arguments: Arguments) -> None:
         ) from error
 
 
-def _tune(connection: "Connection", recompute_block: int, tokens: int, dtype: Any) -> None:
+def _tune(
+    connection: "Connection", names: list[str], recompute_block: int, tokens: int, dtype: Any
+) -> None:
     import torch
 
     from mhc_lightning.kernels.triton_support.availability import trouble_with_triton
@@ -81,7 +89,6 @@ def _tune(connection: "Connection", recompute_block: int, tokens: int, dtype: An
     kind = str(dtype).removeprefix("torch.")
     print(f"{device}: n = {n}, C = {width}, {kind}, {tokens:,} tokens")
     work = workloads(tokens, n, width, dtype, "cuda", sub_layers=max(recompute_block, 1))
-    names = workloads_of(connection, recompute_block)
     for choice in tune_kernels(
         work, names, lambda call: do_bench(call, return_mode="median") / 1e3
     ):
@@ -92,12 +99,15 @@ def _tune(connection: "Connection", recompute_block: int, tokens: int, dtype: An
     print(f"written to {path}, where every run on this machine finds it")
 
 
-def workloads_of(connection: "Connection", recompute_block: int) -> list[str]:
+def workloads_of(
+    connection: "Connection", recompute_block: int, engram: "EngramBlock | None" = None
+) -> list[str]:
     """Names of the workloads of training with a connection, and of `sinkhorn_knopp` beside mHC.
 
     Args:
         connection: One of the network's, none of which is a residual one.
         recompute_block: Sub-layers per recompute block; 0 if nothing is recomputed.
+        engram: The memory of a block, if there is one: all of a network's are alike.
     """
     from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
     from mhc_lightning.modules import (
@@ -114,6 +124,9 @@ def workloads_of(connection: "Connection", recompute_block: int) -> list[str]:
         names += ["aggregate_backward_of_pre"]
     if recompute_block:
         names += ["replay_forward"]
+    if engram is not None:
+        end = "" if engram.conv is None else "_convolved"
+        names += [*_GATES, *(f"{name}{end}" for name in _WRITES)]
     if isinstance(connection, HyperConnection):
         names += ["project_per_stream", "project_backward_per_stream"]
         return [*names, "hyper_coefficients_forward", "hyper_coefficients_backward"]

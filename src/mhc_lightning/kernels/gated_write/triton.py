@@ -18,6 +18,7 @@ from mhc_lightning.kernels.gated_write.operands import (
 from mhc_lightning.kernels.triton_support.block_sizes import Config, configured
 from mhc_lightning.kernels.triton_support.launch import launch
 from mhc_lightning.kernels.triton_support.tiles import (
+    WARP_BYTES,
     inside,
     pointers,
     row_block,
@@ -38,8 +39,10 @@ def write_forward(streams: Tensor, operands: WriteOperands) -> Tensor:
         operands: Gates and taps float32.
     """
     length, n, width = streams.shape[1:]
-    value, gate, taps, dilation = operands
-    value, gate, scale = _contiguous(value, gate, taps)
+    value, gate = operands.value.contiguous(), operands.gate.contiguous()
+    taps, dilation, scale = operands.taps, operands.dilation, None
+    if taps is not None:
+        scale = gate * inverse_rms(gate, mean_square(value, gate.dtype))
     flat = streams.flatten(0, 1)
     name = f"gated_write_forward{'' if taps is None else '_convolved'}"
     default = write_forward_config(n, width, streams.element_size())
@@ -80,12 +83,14 @@ def write_backward(grad: Tensor, operands: WriteOperands) -> WriteGrads:
     connects with a position; caches serve all loads but the first.
     """
     length, n, width = grad.shape[1:]
-    value, gate, taps, dilation = operands
+    value, gate = operands.value.contiguous(), operands.gate.contiguous()
+    taps, dilation, inverse = operands.taps, operands.dilation, None
+    if taps is not None:
+        inverse = inverse_rms(gate, mean_square(value, gate.dtype))
     batch, positions = value.shape[:2]
-    value, gate, scale = _contiguous(value, gate, taps)
     flat = grad.flatten(0, 1)
     name = f"gated_write_backward{'' if taps is None else '_convolved'}"
-    default = write_backward_config(n, width, grad.element_size())
+    default = write_backward_config(n, width, grad.element_size(), taps is not None)
     config = configured(name, n, width, grad.dtype, default)
     vector = vector_width(width, flat)
     rows, per_range = batch * positions, max(_RANGE, config.block_tokens)
@@ -100,7 +105,7 @@ def write_backward(grad: Tensor, operands: WriteOperands) -> WriteGrads:
         flat,
         value,
         gate,
-        scale,
+        None if inverse is None else gate * inverse,
         taps,
         value_grad,
         sums,
@@ -121,11 +126,9 @@ def write_backward(grad: Tensor, operands: WriteOperands) -> WriteGrads:
         num_stages=config.num_stages,
     )
     gate_grad, *scale_grad = sums.sum(0).view(batch, positions, -1, n).unbind(2)
-    if taps_sums is None:
+    if taps_sums is None or inverse is None:
         return WriteGrads(value_grad, gate_grad, None)
-    more, square_grad = through_norm(
-        scale_grad[0], gate, inverse_rms(gate, mean_square(value, gate.dtype))
-    )
+    more, square_grad = through_norm(scale_grad[0], gate, inverse)
     value_grad.addcmul_(value, square_grad * (2 / width))
     return WriteGrads(value_grad, gate_grad + more, taps_sums.sum(0))
 
@@ -135,19 +138,11 @@ def write_forward_config(n: int, width: int, itemsize: int) -> Config:
     return Config(*row_block(width, itemsize, warps=4), num_warps=4, num_stages=1)
 
 
-def write_backward_config(n: int, width: int, itemsize: int) -> Config:
-    """A warp per position, and few channels: registers hold the sums of all streams' taps."""
-    return Config(4, 128 if n <= 4 else 64, num_warps=4, num_stages=1)
-
-
-def _contiguous(
-    value: Tensor, gate: Tensor, taps: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Value, gates, and what makes the value the convolution's input, by stream."""
-    value, gate = value.contiguous(), gate.contiguous()
-    if taps is None:
-        return value, gate, None
-    return value, gate, gate * inverse_rms(gate, mean_square(value, gate.dtype))
+def write_backward_config(n: int, width: int, itemsize: int, convolved: bool = True) -> Config:
+    """A warp per position; few channels with taps, whose sums of all streams stay in registers."""
+    if not convolved:
+        return Config(4, WARP_BYTES // itemsize, num_warps=4, num_stages=1)
+    return Config(4, 128 if n <= 2 else 64 if n <= 4 else 32, num_warps=4, num_stages=1)
 
 
 @triton.jit(do_not_specialize=["tokens", "length", "before", "token_stride", "stream_stride"])
@@ -183,7 +178,7 @@ def gated_write_forward_kernel(
     value = value.to(tl.float32)
     earlier = ()
     for k in tl.static_range(count - 1):
-        back: tl.constexpr = (count - 1 - k) * dilation
+        back = (count - 1 - k) * dilation
         there = mask & (position >= back)[:, None]
         at = value_ptr + (place - back)[:, None] * width + column
         earlier = earlier + (tl.load(at, mask=there, other=0.0).to(tl.float32),)
@@ -195,7 +190,7 @@ def gated_write_forward_kernel(
         if count > 0:
             mixed = tl.zeros((block_tokens, block_width), tl.float32)
             for k in tl.static_range(count):
-                back: tl.constexpr = (count - 1 - k) * dilation
+                back = (count - 1 - k) * dilation
                 there = in_tokens & (position >= back)
                 scale = tl.load(scale_ptr + (place - back) * n + i, mask=there, other=0.0)
                 tap = tl.load(taps_ptr + (k * n + i) * width + column, mask=in_width, other=0.0)
@@ -251,7 +246,7 @@ def gated_write_backward_kernel(
         token = place // positions * length + output
         values = ()  # the values at all positions that meet this one in an output
         for m in tl.static_range(2 * near - 1):
-            ahead: tl.constexpr = (m - (near - 1)) * dilation
+            ahead = (m - (near - 1)) * dilation
             there = mask & ((position + ahead >= 0) & (position + ahead < positions))[:, None]
             at = value_ptr + (place + ahead)[:, None] * width + column
             values = values + (tl.load(at, mask=there, other=0.0).to(tl.float32),)
@@ -263,14 +258,14 @@ def gated_write_backward_kernel(
             inputs = ()
             if count > 0:
                 for m in tl.static_range(2 * near - 1):
-                    ahead: tl.constexpr = (m - (near - 1)) * dilation
+                    ahead = (m - (near - 1)) * dilation
                     there = (position + ahead >= 0) & (position + ahead < positions)
                     at = scale_ptr + (place + ahead) * n + i
                     scale = tl.load(at, mask=exists & there, other=0.0)[:, None]
                     inputs = inputs + (scale * values[m],)
             scaled_grad = tl.zeros((block_tokens, block_width), tl.float32)
             for j in tl.static_range(near):
-                ahead: tl.constexpr = j * dilation
+                ahead = j * dilation
                 sent = (output + ahead >= 0) & (output + ahead < length)
                 at = pointers(
                     grad_ptr, (token + ahead)[:, None], column, token_stride, width_stride, vector

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from mhc_lightning.kernels.aggregate.triton import aggregate_backward, aggregate_forward
 from mhc_lightning.kernels.backend import MOST_FUSED_STREAMS
+from mhc_lightning.kernels.context_gate.operands import GateOperands
+from mhc_lightning.kernels.context_gate.triton import gate_backward, gate_forward
 from mhc_lightning.kernels.expand_mean.triton import expand_backward, mean_forward
+from mhc_lightning.kernels.gated_write.operands import WriteOperands
+from mhc_lightning.kernels.gated_write.triton import write_backward, write_forward
 from mhc_lightning.kernels.mappings import MappingGrads, StreamMappings
 from mhc_lightning.kernels.merge.triton import merge_backward, merge_forward
 from mhc_lightning.kernels.merge_read.triton.merge_project import merge_project
@@ -28,6 +32,7 @@ from mhc_lightning.kernels.replay.triton import replay_forward
 from mhc_lightning.kernels.sinkhorn.triton import sinkhorn_backward, sinkhorn_forward
 
 ITERATIONS, EPS = 20, 1e-20
+TAPS, DILATION = 4, 3  # of Engram's convolution
 
 
 class Workload(NamedTuple):
@@ -89,6 +94,9 @@ def workloads(
     outputs = [tensor(tokens, width, kind=dtype) for _ in range(sub_layers - 1)]
     replayed = (outputs, [mappings] * sub_layers, [False, *[True] * (sub_layers - 1)])
     merged = (x, y, residual, post)
+    compared = GateOperands(x, tensor(tokens, n, width, kind=dtype), tensor(n, width))
+    written = WriteOperands(y[None], pre[None], None, 1)
+    convolved = written._replace(taps=tensor(TAPS, n, width), dilation=DILATION)
     of_reading = (raw, inverse_rms, pre, read_grad, grad)
     calls: dict[str, tuple[int, Callable[..., object], tuple[Any, ...]]] = {
         "aggregate_forward": (n + 1, aggregate_forward, (x, pre)),
@@ -123,6 +131,24 @@ def workloads(
         "merge_project_backward_single_pass": (
             *(3 * n + 3, merge_project_backward),
             (*merged, phi, *of_reading, True),
+        ),
+        "context_gate_forward": (2 * n, gate_forward, (compared, EPS)),
+        "context_gate_backward": (
+            *(5 * n, gate_backward),
+            (compared, pre, pre, post, grad, post),
+        ),
+        "gated_write_forward": (2 * n + 1, write_forward, (x[None], written)),
+        "gated_write_backward": (n + 2, write_backward, (grad[None], written)),
+        # Every tap is loaded by itself, and caches serve all but the first: in backward a gradient
+        # for each tap, and the values at all positions that meet in an output. Beside the kernels
+        # the value is read for its norm, and once more for the gradient that comes through it.
+        "gated_write_forward_convolved": (
+            *(2 * n + TAPS + 1, write_forward),
+            (x[None], convolved),
+        ),
+        "gated_write_backward_convolved": (
+            *(n * TAPS + 2 * TAPS + 4, write_backward),
+            (grad[None], convolved),
         ),
         "coefficients_forward": (0, coefficients_forward, (products, squares, *gates, EPS)),
         "coefficients_backward": (0, coefficients_backward, (grads, raw, inverse_rms, *gates)),
