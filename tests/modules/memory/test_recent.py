@@ -111,10 +111,10 @@ def test_a_memory_does_not_look_beyond_a_documents_start(name: str) -> None:
             assert torch.equal(found[:, len(before) :], rows)
 
 
-def test_a_cache_has_the_dtype_of_the_network() -> None:
+def test_a_cache_holds_values_and_gates_in_float32_whatever_the_network_has() -> None:
     model = network("engram").bfloat16()
     caches = model.new_caches(2, 9)
     kept = caches[0].memory.values
-    assert kept.dtype == torch.bfloat16 and kept.shape == (2, 9, 4, 16)
+    assert kept.dtype == torch.float32 and kept.shape == (2, 9, 16 + 4)
     assert caches[-1].values.dtype == torch.int64 and caches[-1].values.shape == (2, 2)
     assert network("engram_without_conv").new_caches(2, 9)[0].memory is None
