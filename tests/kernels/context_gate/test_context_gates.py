@@ -1,5 +1,7 @@
 """Context gates and their gradients, by both backends, against their equation in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from accuracy import assert_close_to_float64, randn
@@ -15,6 +17,8 @@ from mhc_lightning.kernels.triton_support.block_sizes import Config, choose
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
+run: Any = context_gates  # with lists of tensors
+run_exactly: Any = exact_gates
 
 
 def like(streams: Tensor) -> Tensor:
@@ -50,10 +54,10 @@ def test_against_float64(
     monkeypatch.setenv("MHC_LIGHTNING_KERNELS", backend)
     streams = laid_out(layout, randn(tokens, n, width, dtype=dtype))
     key = laid_out(key_layout, like(streams).to(key_dtype))
-    leaves = [t.requires_grad_() for t in (streams, key, 1 + randn(n, width, scale=0.2))]
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
-    passed, gates = context_gates(*leaves, EPS)
-    exact = exact_gates(*doubles, EPS)
+    leaves: list[Any] = [t.requires_grad_() for t in (streams, key, 1 + randn(n, width, scale=0.2))]
+    doubles: list[Any] = [t.detach().double().requires_grad_() for t in leaves]
+    passed, gates = run(*leaves, eps=EPS)
+    exact = run_exactly(*doubles, eps=EPS)
     assert gates.dtype == torch.float32
     assert passed.data_ptr() == streams.data_ptr()
     assert_close_to_float64(gates, exact.detach())
@@ -88,8 +92,8 @@ def test_gradients_in_float64_and_of_a_key_that_is_zero() -> None:
     streams, key, weight = (
         randn(*shape, dtype=torch.float64) for shape in [(4, 3, 6)] * 2 + [(3, 6)]
     )
-    leaves = [t.requires_grad_() for t in (streams, key, weight)]
-    assert torch.autograd.gradcheck(lambda *t: context_gates(*t, EPS), leaves)
+    leaves: list[Any] = [t.requires_grad_() for t in (streams, key, weight)]
+    assert torch.autograd.gradcheck(lambda *t: run(*t, eps=EPS), leaves)
     gates = context_gates(streams.detach(), torch.zeros_like(key).requires_grad_(), weight, 1e-20)[
         1
     ]
@@ -114,12 +118,12 @@ def test_many_tokens_are_cut_into_pieces_with_the_same_result() -> None:
     tokens, n, width = 700, 4, 256
     streams = randn(tokens, n, width)
     operands = streams, like(streams), 1 + randn(n, width, scale=0.2)
-    leaves = [t.requires_grad_() for t in operands]
-    doubles: list[Tensor] = [t.detach().double().requires_grad_() for t in leaves]
+    leaves: list[Any] = [t.requires_grad_() for t in operands]
+    doubles: list[Any] = [t.detach().double().requires_grad_() for t in leaves]
     weights = torch.randn(tokens, n, dtype=torch.float64)
-    passed, gates = context_gates(*leaves, EPS)
+    passed, gates = run(*leaves, eps=EPS)
     ours = torch.autograd.grad((gates * weights.float()).sum() + passed.sum(), leaves)
-    exact = (exact_gates(*doubles, EPS) * weights).sum() + doubles[0].sum()
+    exact = (run_exactly(*doubles, eps=EPS) * weights).sum() + doubles[0].sum()
     for a, b in zip(ours, torch.autograd.grad(exact, doubles), strict=True):
         assert_close_to_float64(a, b)
 

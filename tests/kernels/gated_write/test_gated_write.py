@@ -1,5 +1,7 @@
 """Gated writes and their gradients, by both backends, against their equation in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from accuracy import assert_close_to_float64, randn
@@ -13,6 +15,8 @@ from mhc_lightning.kernels.gated_write.triton import write_backward, write_forwa
 from mhc_lightning.kernels.triton_support.block_sizes import Config, choose
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+run: Any = gated_write  # with lists of tensors
+run_exactly: Any = exact_write
 
 
 @balanced(
@@ -51,16 +55,16 @@ def test_against_float64(
     streams = laid_out(layout, randn(batch, length, n, width, dtype=dtype))
     value = randn(batch, positions, width, dtype=value_dtype)
     gate = torch.rand(batch, positions, n)
-    leaves = [streams, value, gate, *([randn(kernel, n, width)] if kernel else [])]
-    leaves = [t.requires_grad_() for t in leaves]
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    operands = [streams, value, gate, *([randn(kernel, n, width)] if kernel else [])]
+    leaves: list[Any] = [t.requires_grad_() for t in operands]
+    doubles: list[Any] = [t.detach().double().requires_grad_() for t in leaves]
     # Fewer programs than by default: the interpreter runs one after the other.
     end = "_convolved" if kernel else ""
     with choose(f"gated_write_backward{end}", Config(16, 64, 4, 1)):
-        new = gated_write(*leaves[:3], leaves[3] if kernel else None, dilation)
+        new = run(*leaves[:3], leaves[3] if kernel else None, dilation)
         grad = laid_out(grad_layout, randn(batch, length, n, width, dtype=dtype))
         grads = torch.autograd.grad(new, leaves, grad)
-    exact = exact_write(*doubles[:3], doubles[3] if kernel else None, dilation)
+    exact = run_exactly(*doubles[:3], doubles[3] if kernel else None, dilation)
     assert new.dtype == dtype
     assert_close_to_float64(new, exact.detach())
     assert [g.dtype for g in grads] == [t.dtype for t in leaves]
@@ -83,10 +87,10 @@ def test_every_cut_into_programs_gives_the_same(
         new = write_forward(streams, operands)
     with choose(f"gated_write_backward{end}", Config(*config)):
         grads = write_backward(grad, operands)
-    doubles = [t.double().requires_grad_() for t in (operands.value, operands.gate)]
+    doubles: list[Any] = [t.double().requires_grad_() for t in (operands.value, operands.gate)]
     if taps is not None:
         doubles.append(taps.double().requires_grad_())
-    exact = exact_write(streams.double(), *doubles[:2], doubles[2] if count else None, 3)
+    exact = run_exactly(streams.double(), *doubles[:2], doubles[2] if count else None, 3)
     assert_close_to_float64(new, exact.detach())
     expected = torch.autograd.grad(exact, doubles, grad.double())
     for a, b in zip((g for g in grads if g is not None), expected, strict=True):
@@ -97,29 +101,29 @@ def test_every_cut_into_programs_gives_the_same(
 def test_many_tokens_are_cut_into_pieces_with_the_same_result(batch: int, length: int) -> None:
     """Parts of one sequence, of each of several, and several short sequences together."""
     n, width, count, dilation = 4, 256, 4, 3
-    leaves = [
+    operands = [
         randn(batch, length, n, width),
         randn(batch, length, width),
         torch.rand(batch, length, n),
         randn(count, n, width),
     ]
-    leaves = [t.requires_grad_() for t in leaves]
-    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    leaves: list[Any] = [t.requires_grad_() for t in operands]
+    doubles: list[Any] = [t.detach().double().requires_grad_() for t in leaves]
     grad = randn(batch, length, n, width)
-    new, exact = gated_write(*leaves, dilation), exact_write(*doubles, dilation)
+    new, exact = run(*leaves, dilation=dilation), run_exactly(*doubles, dilation=dilation)
     assert_close_to_float64(new.detach(), exact.detach())
     ours = torch.autograd.grad(new, leaves, grad)
     for a, b in zip(ours, torch.autograd.grad(exact, doubles, grad.double()), strict=True):
         assert_close_to_float64(a, b)
-    again = torch.autograd.grad(gated_write(*leaves, dilation), leaves, grad)
+    again = torch.autograd.grad(run(*leaves, dilation=dilation), leaves, grad)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
 @pytest.mark.parametrize("before", [0, 4])
 def test_gradients_in_float64(before: int) -> None:
     shapes = [(2, 5, 3, 4), (2, 5 + before, 4), (2, 5 + before, 3), (3, 3, 4)]
-    leaves = [randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
-    assert torch.autograd.gradcheck(lambda *t: gated_write(*t, 2), leaves)
+    leaves: list[Any] = [randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *t: run(*t, dilation=2), leaves)
     if before == 0:
         assert torch.autograd.gradcheck(gated_write, leaves[:3])
 

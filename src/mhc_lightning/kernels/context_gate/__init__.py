@@ -117,5 +117,5 @@ gate_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _gate_plain(streams: Tensor, key: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The streams and their gates in plain torch, for the transforms of `torch.func`."""
-    operands = GateOperands(*(x.reshape(-1, *x.shape[-2:]) for x in (streams, key)), weight)
-    return streams, reference.gate_forward(operands, eps).gate
+    flat, keys = (x.reshape(-1, *x.shape[-2:]) for x in (streams, key))
+    return streams, reference.gate_forward(GateOperands(flat, keys, weight), eps).gate
