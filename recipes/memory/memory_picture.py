@@ -76,6 +76,7 @@ def _allocation(axes: Axes, found: Sequence[Trained]) -> None:
     moved = [one for one in found if one.variant.baseline is not None]
     places = [one.variant.place or 0.0 for one in moved]
     _points(axes, places, [one.gaps for one in moved], _OWN, "here")
+    axes.plot([1.0], [0.0], "o", color=_BASE, ms=5)
     axes.plot(
         [float(np.mean(paper["best_share"]))], [paper["gap_at_best"]], "D", color=_PAPER,
         markerfacecolor="white", label="paper's gap there",
