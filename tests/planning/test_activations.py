@@ -62,6 +62,7 @@ WITH_MEMORY = [
     ("residual", "bf16-true", 3, 48, {"memory": OVER_ENCODING}, 0),
     ("mhc", "32-true", 2, 64, {"memory": OVER_ENCODING}, 3),
     ("mhc", "bf16-mixed", 2, 64, {"memory": partial(OVER_ENCODING, word_scale="full")}, 0),
+    ("mhc", "bf16-mixed", 2, 64, {"memory": partial(OVER_ENCODING, over_decoding_weight=0.1)}, 0),
     ("mhc", "32-true", 2, 64, {"memory": partial(OVER_ENCODING, over_decoding_weight=0.1)}, 0),
 ]
 

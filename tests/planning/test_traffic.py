@@ -1,7 +1,10 @@
 """Bytes that stream operations move, against the counts of the paper."""
 
+from functools import partial
+
 import pytest
 
+from mhc_lightning.modules import Engram, OverEncoding
 from mhc_lightning.planning.precision import precision_of
 from mhc_lightning.planning.traffic import stream_traffic
 
@@ -24,3 +27,16 @@ def test_fused_traffic(n, forward, training, build):
 def test_a_residual_reads_two_vectors_and_writes_one(build):
     traffic = stream_traffic(build("residual"), precision_of("32-true"))
     assert traffic == (LAYERS * 4 * 3 * C, LAYERS * 4 * 3 * C, LAYERS * 4 * 6 * C)
+
+
+def test_each_memory_reads_and_changes_the_streams_once_more(build):
+    precision = precision_of("bf16-true")
+    plain = stream_traffic(build("mhc"), precision)
+    memory = partial(Engram, rows=100, layers=[0, 1], num_heads=2, dim=8)
+    found = stream_traffic(build("mhc", memory=memory), precision)
+    streams = 2 * 2 * 4 * C  # bytes of four streams, in two blocks
+    added = [ours - theirs for ours, theirs in zip(found, plain, strict=True)]
+    # Gate, sum of two, result; one read and one write; and two reads and a write in backward.
+    assert added == [4 * streams, 2 * streams, 5 * streams]
+    only_input = partial(OverEncoding, rows=101)
+    assert stream_traffic(build("mhc", memory=only_input), precision) == plain
