@@ -1,6 +1,7 @@
 """A LanguageModel trains the tables of a memory by the rows that a step touches."""
 
 import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.callbacks.alarm.update_control import UpdateGuard
-from mhc_lightning.errors import UserError
+from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.modules import Engram, NgramTable, OverEncoding
 from mhc_lightning.optimizers import AdamWRecipe, MuonRecipe
 from mhc_lightning.optimizers.finiteness import non_finite
@@ -144,6 +145,30 @@ def test_after_a_fit_a_table_has_an_ordinary_gradient():
     model.model.loss(tokens, tokens).backward()
     grad = table_of(model).weight.grad
     assert grad is not None and not grad.is_sparse
+
+
+def test_frozen_rows_keep_their_values():
+    model = build()
+    table_of(model).weight.requires_grad_(False)
+    before = table_of(model).weight.clone()
+    trainer = fit(model)
+    assert torch.equal(table_of(model).weight, before)
+    assert [len(group["params"]) > 0 for group in trainer.optimizers[0].param_groups] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_a_gradient_of_rows_that_is_not_finite_stops_the_run():
+    """Before anything has changed; the loss is finite still."""
+    model = build()
+    weight: Any = table_of(model).weight
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.on_after_backward = lambda: weight.row_store._parts[0]._values()[0, 0].fill_(math.inf)
+    with pytest.raises(NonFiniteLossError, match="the gradient became infinite"):
+        fit(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_skipped_update_leaves_rows_and_their_state_alone():

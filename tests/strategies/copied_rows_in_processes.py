@@ -18,6 +18,13 @@ RECIPES = {"adamw": AdamWRecipe, "muon": MuonRecipe}
 
 
 class Checked(layouts.Watched):
+    def setup(self, stage: str) -> None:
+        """The first process's rows have to reach the others."""
+        super().setup(stage)
+        if dist.is_initialized() and dist.get_rank() > 0 and self.trainer.ckpt_path is None:
+            for table in (m for m in self.modules() if isinstance(m, NgramTable)):
+                torch.nn.init.ones_(table.weight)
+
     def on_train_end(self) -> None:
         """Tables went by row gradients, and all copies are equal bit for bit."""
         (optimizer,) = self.trainer.optimizers

@@ -73,10 +73,8 @@ def test_two_processes_train_as_one_does(single, tmp_path, strategy):
 def test_a_run_resumes_exactly_and_on_another_number_of_processes(
     single, tmp_path, sharded, processes
 ):
-    saved = [
-        {**leg, "folder": str(k), "steps": 2, "save": {"sharded": sharded}}
-        for k, leg in enumerate(ALL)
-    ]
+    some = (0, 2)
+    saved = [{**ALL[k], "folder": str(k), "steps": 2, "save": {"sharded": sharded}} for k in some]
     train(tmp_path, processes, *saved)
     (found,) = (tmp_path / "0").rglob("step_00000002*")
     again = [
@@ -85,7 +83,9 @@ def test_a_run_resumes_exactly_and_on_another_number_of_processes(
     ]
     for leg in again:
         leg["save"] = {"sharded": sharded, "every_n_steps": 1000}
-    whole = single if processes == 1 else train(tmp_path, 2, *ALL)
+    whole = [single[k] for k in some]
+    if processes == 2:
+        whole = train(tmp_path, 2, *(ALL[k] for k in some))
     for number in (processes, 3 - processes):
         for ours, expected in zip(train(tmp_path, number, *again), whole, strict=True):
             assert_same(ours, expected, exact=number == processes)

@@ -40,6 +40,8 @@ class ReplicatedRows(RowStore):
         counts = [torch.empty_like(count) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(counts, count, group=self._group)
         sizes = torch.cat(counts).tolist()
+        if not any(sizes):
+            return rows, values
         rows = torch.cat(self._gathered(rows, sizes))
         values = torch.cat(self._gathered(values, sizes))
         rows, values = sum_rows(rows, values)
