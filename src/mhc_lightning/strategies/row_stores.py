@@ -74,11 +74,12 @@ def leave_tables_to_stores(module: nn.Module, leave: bool = True) -> None:
 def install_row_stores(module: nn.Module, layout: Layout) -> None:
     """Give the trained tables of a module row gradients; their parameters must be final.
 
-    Tables that have a store are left as they are.
+    Stores of an earlier fit, which an error may have left, are replaced.
     """
+    remove_row_stores(module)
     store_sharded_rows(module)
     for _, table in trained_tables(module):
-        if table.store is None and not isinstance(table.weight, DTensor):
+        if not isinstance(table.weight, DTensor):
             shared = layout.data_parallel_size > 1
             table.store = (
                 ReplicatedRows(table.weight, layout.data_parallel_group)

@@ -119,9 +119,11 @@ class RowStore:
 
     def _sum(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         shape, device = self.weight.shape, self.weight.device
-        if any(not part.is_sparse for part in parts):  # transforms have made a dense one
-            parts = [part.to_dense() if part.is_sparse else part for part in parts]
-            return nonzero_rows(torch.stack(tuple(parts)).sum(0))
+        if any(not part.is_sparse for part in parts):  # of compiled or exported code
+            total = torch.zeros(shape, dtype=self.weight.dtype, device=device)
+            for part in parts:
+                total.add_(part)
+            return nonzero_rows(total)
         rows = [torch.empty(0, dtype=torch.int64, device=device)]
         values = [torch.empty(0, shape[1], dtype=self.weight.dtype, device=device)]
         rows += [part._indices()[0] for part in parts]
@@ -148,7 +150,7 @@ def row_gradient(weight: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up the values of equal rows, in their order; the result is deterministic.
+    """Add up the values of equal rows, on a CPU in their order; the result is deterministic.
 
     Args:
         rows: int64 [N], in any order.
@@ -158,7 +160,7 @@ def sum_rows(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         Rows [U], ascending, each once, and values [U, D].
     """
     unique, places = torch.unique(rows, return_inverse=True)
-    # The backward pass of a small embedding: deterministic on all devices, as no scatter is.
+    # The backward pass of a small embedding: it sorts, where a scatter on a GPU adds in any order.
     summed = torch.ops.aten.embedding_dense_backward(values, places, len(unique), -1, False)
     return unique, summed
 
