@@ -32,8 +32,8 @@ class RowMemory(NamedTuple):
         optimizer: State of the optimizer on the device.
         fetched: Rows on the device that come from the host: of this micro-batch and of the next.
         update: Temporary tensors of the optimizer step, on the device.
-        host: All of the tables' bytes in the memory of the host, for the devices of a machine
-            together: rows, state, and the gradients of a step.
+        host: Bytes in the memory of the host, which its devices share: rows, state, and the
+            gradients of all devices in a step.
     """
 
     weights: int = 0
@@ -80,7 +80,7 @@ def _of_table(table: NgramTable, batch: MicroBatch, replicas: DataParallel) -> R
         host = held * row + optimizer + of_all * (gradient + _SORTING)
         return RowMemory(gradients=of_pass * gradient, fetched=2 * of_pass * row, host=host)
     shared = replicas.placement == "device" and replicas.devices > 1
-    # Rows are as many hashes: those of all devices fall evenly on the shares.
+    # Hashes spread the rows that all devices look up evenly over the shares.
     summed = min(held, of_all if shared else looked_up)
     adding = looked_up * (gradient + _SORTING)
     adding += of_all * (2 * gradient + _SORTING) if shared else 0
