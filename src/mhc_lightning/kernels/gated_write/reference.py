@@ -72,8 +72,13 @@ def write_backward(grad: Tensor, operands: WriteOperands) -> WriteGrads:
         gate_grad += more
         value_grad.addcmul_(value, square_grad * (2 / value.shape[-1]))
     return WriteGrads(
-        value_grad[:, missing:].to(operands.value.dtype, memory_format=torch.contiguous_format),
-        gate_grad[:, missing:].contiguous(),
+        # Results of their own, not views behind what was missing.
+        torch.empty_like(operands.value, memory_format=torch.contiguous_format).copy_(
+            value_grad[:, missing:]
+        ),
+        torch.empty_like(operands.gate, memory_format=torch.contiguous_format).copy_(
+            gate_grad[:, missing:]
+        ),
         torch.stack([sums.sum((0, 1)) for sums in taps_sums]) if taps_sums else None,
     )
 
