@@ -37,14 +37,19 @@ from mhc_lightning.strategies.gradient_norm import (
     rows_clipped_to_value,
 )
 from mhc_lightning.strategies.layout import layout_of
-from mhc_lightning.strategies.placements import require_placement
+from mhc_lightning.strategies.placements import (
+    place_tables,
+    placement_of,
+    require_placement,
+    shared_out,
+)
 from mhc_lightning.strategies.row_stores import (
     finish_row_gradients,
     install_row_stores,
     leave_tables_to_stores,
     remove_row_stores,
 )
-from mhc_lightning.strategies.sharded_rows import sharded_tables
+from mhc_lightning.strategies.sharded_rows import tables_of
 from mhc_lightning.strategies.sharding import shard_by_mesh
 
 
@@ -135,6 +140,10 @@ class LanguageModel(pl.LightningModule):
         self._configured = True
         if self.compile_sublayers:
             self.model.compile_sublayers()
+        strategy = None if self._trainer is None else self._trainer.strategy
+        alone = getattr(strategy, "world_size", 1) == 1
+        if alone and placement_of(self) == "host":
+            place_tables(self, tables_of(self).values(), None)
         if self.device_mesh is not None:
             shard_by_mesh(self, self.model)
             self._load_pending_weights()
@@ -200,11 +209,11 @@ class LanguageModel(pl.LightningModule):
                     " memory's hash, which would no longer be whole numbers; give it"
                     " use_buffers=False"
                 )
-        if sharded_tables(self) and not self._gives_row_gradients:
+        if shared_out(self) and not self._gives_row_gradients:
             raise UserError(
-                "the rows of the memory's tables are shared out among processes, and only the"
-                " optimizers of this package's recipes update them; use one of these, or"
-                " memory.placement=device with strategy=ddp"
+                "the rows of the memory's tables are shared out among processes, or in the"
+                " machine's memory, and only the optimizers of this package's recipes update them"
+                " there; use one of these, or memory.placement=device with strategy=ddp"
             )
         self._load_pending_weights()
 

@@ -64,6 +64,7 @@ class RowSgd(torch.optim.SGD):
                     rows, moves = grad._indices()[0], group["lr"] * grad._values()
                     part, first = held_rows(parameter.detach())
                     part.index_add_(0, rows - first, moves, alpha=-1)
+                    store.updated()
                     store.clear()
         super().step()
         return loss

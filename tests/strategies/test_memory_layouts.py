@@ -78,7 +78,7 @@ def pipeline(schedule: str, **more: Any) -> dict[str, Any]:
     return {"strategy": "pipeline", "layout": {"schedule": schedule, **more}}
 
 
-SHARDED = {"placement": "sharded"}
+SHARDED, HOST = {"placement": "sharded"}, {"placement": "host"}
 
 
 @pytest.mark.slow
@@ -100,6 +100,9 @@ def test_every_layout_of_two_processes_trains_as_one_process_does(
         {"memory": "over_encoding", "strategy": "ddp", "settings": SHARDED, "meta": True},
         {"memory": "engram", "strategy": "fsdp", "meta": True},
         {"memory": "over_encoding", "strategy": "fsdp", "settings": SHARDED},
+        {"memory": "engram", "strategy": "ddp", "settings": HOST, "recompute": 3},
+        {"memory": "engram", "strategy": "fsdp", "settings": HOST, "meta": True},
+        {"memory": "engram", **pipeline("zbv"), "settings": HOST, "meta": True},
     )
 
 
@@ -120,6 +123,9 @@ def test_every_layout_of_four_processes_trains_as_one_process_does(
         {"memory": "over_encoding", "strategy": "fsdp", "meta": True},
         {"memory": "engram", "strategy": "ddp", "settings": {**ODD, **SHARDED}, "meta": True},
         {"memory": "over_encoding", "strategy": "ddp", "settings": SHARDED},
+        {"memory": "engram", "strategy": "ddp", "settings": {**ODD, **HOST}, "meta": True},
+        {"memory": "engram", **pipeline("1f1b", **two_by_two), "settings": HOST, "recompute": 3},
+        {"memory": "over_encoding", "strategy": "fsdp", "settings": HOST},
     )
 
 
@@ -139,6 +145,7 @@ def test_a_run_that_moves_between_all_placements_and_sizes_is_the_run_that_stays
         "eps": 1e-5,  # Adam divides by gradients, some of which are mostly rounding
     }
     sharded = {**moving, "settings": SHARDED, "meta": True}
+    host = {**moving, "settings": HOST, "meta": True}
 
     def leg(start: int, **more: Any) -> dict[str, Any]:
         return {"name": f"until {start + 1}", "start": start, "steps": start + 1, **more}
@@ -147,15 +154,15 @@ def test_a_run_that_moves_between_all_placements_and_sizes_is_the_run_that_stays
         # Not from meta: constants such as 0.01 would be float64, and not float32 made wider.
         leg(0, **{**sharded, "resume": None, "meta": False}, strategy="ddp", save=folders),
         leg(1, **sharded, **pipeline("zbv"), save=behind),
-        leg(2, **moving, strategy="fsdp", save=file),
+        leg(2, **host, strategy="fsdp", save=file),
     ]
     four = [
         leg(3, **sharded, strategy="ddp", save=behind),
         leg(4, **sharded, **pipeline("1f1b", pipeline_size=2), save=folders),
-        leg(5, **moving, strategy="fsdp", save=folders),
+        leg(5, **host, strategy="ddp", save=folders),
     ]
     back = [
-        leg(6, **sharded, strategy="ddp", save=file),
+        leg(6, **host, **pipeline("1f1b", pipeline_size=1), save=behind),
         leg(7, **moving, strategy="ddp", save=file),
         leg(8, **sharded, strategy="ddp", save=folders),
     ]
@@ -163,7 +170,8 @@ def test_a_run_that_moves_between_all_placements_and_sizes_is_the_run_that_stays
     train(tmp_path, 2, *two)
     train(tmp_path, 4, *four)
     train(tmp_path, 2, *back)
-    one = train(tmp_path, 1, leg(9, **moving, save=file), {**still, "steps": 10})
+    last = leg(9, **{**host, "meta": False}, save=file)
+    one = train(tmp_path, 1, last, {**still, "steps": 10})
     losses = [
         row["train/loss"]
         for step in range(1, 11)

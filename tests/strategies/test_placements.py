@@ -42,22 +42,22 @@ def test_a_placement_is_the_memorys() -> None:
     assert placement_of(network("sharded")) == "sharded"
 
 
-@pytest.mark.parametrize("placement", ["device", "sharded"])
+@pytest.mark.parametrize("placement", ["device", "sharded", "host"])
 @pytest.mark.parametrize("kind", [DataParallelStrategy, FullyShardedStrategy, PipelineStrategy])
 def test_this_packages_strategies_take_all(placement: str, kind: Any) -> None:
     require_placement(network(placement), of_two_processes(kind))
 
 
-@pytest.mark.parametrize("placement", [None, "device", "sharded"])
+@pytest.mark.parametrize("placement", [None, "device", "sharded", "host"])
 def test_lightnings_own_take_what_they_can(placement: str | None) -> None:
     """Several processes; alone, a process holds all rows."""
     module = network(placement)
     require_placement(module, SingleDeviceStrategy(torch.device("cpu")))
     require_placement(module, DDPStrategy())
-    if placement != "sharded":
+    if placement in (None, "device"):
         require_placement(module, of_two_processes(DDPStrategy))
     else:
-        with pytest.raises(UserError, match="sharded does not work with DDPStrategy; use"):
+        with pytest.raises(UserError, match=f"{placement} does not work with DDPStrategy; use"):
             require_placement(module, of_two_processes(DDPStrategy))
     for kind in (FSDPStrategy, ModelParallelStrategy):
         if placement is None:

@@ -43,6 +43,13 @@ class NormalMatrices:
         return self._seed + sum(_groups(shape)[1] for shape in shapes)
 
     @torch.no_grad()
+    def fill_rows(self, part: Tensor, first_row: int) -> None:
+        """Fill a copy of some rows of the module's only matrix, from `first_row` on."""
+        (name,) = self._names
+        shape = getattr(self._module, name).shape
+        fill_normal(part, first_row, shape, self._std, self._seed)
+
+    @torch.no_grad()
     def __call__(self) -> None:
         """Fill the rows that this process holds; none on `meta`.
 

@@ -202,7 +202,12 @@ class Transformer(nn.Module):
 
     def recall(self, tokens: Tensor, history: Tensor | None = None) -> Recalled:
         """What a memory recalls for tokens [B, S], once for the embedding and all blocks."""
-        return self.memory.recall(tokens, history)
+        recalled = self.memory.recall(tokens, history)
+        for block in self.blocks if recalled else ():
+            part = getattr(block, "memory", None)
+            if isinstance(part, BlockMemory):
+                part.fetch_ahead(recalled)
+        return recalled
 
     def embed(self, tokens: Tensor, recalled: Recalled | None = None) -> Tensor:
         """Tokens [B, S] -> streams [B, S, n, C], all copies of the embedding.

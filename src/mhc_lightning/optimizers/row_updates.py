@@ -167,6 +167,8 @@ class UpdatesRows(Optimizer):
                 state: Any = self._state_of(weight, group)
                 self.state[weight] = state
                 update_rows(weight, state, group)
+            if store is not None:
+                store.updated()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, row gradients that are not added up yet included."""

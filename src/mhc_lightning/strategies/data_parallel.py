@@ -9,12 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mhc_lightning.checkpoints.distributed_state import DistributedState
 from mhc_lightning.checkpoints.portable_strategy import PortableState
 from mhc_lightning.strategies.layout import Layout
-from mhc_lightning.strategies.sharded_rows import (
-    shard_rows,
-    sharded_tables,
-    store_sharded_rows,
-    tables_to_shard,
-)
+from mhc_lightning.strategies.placements import place_tables, placement_of
+from mhc_lightning.strategies.sharded_rows import sharded_tables, store_sharded_rows, tables_of
 from mhc_lightning.strategies.sharding import bring_to_life
 from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
@@ -22,8 +18,9 @@ from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 class DataParallelStrategy(WatchedStrategy, PortableState, DDPStrategy):
     """Lightning's DDPStrategy, whose processes watch over each other.
 
-    A memory with `placement=sharded` has its rows shared out among the processes. A module may come
-    with its network on `meta`: no process then ever builds such a table whole.
+    A memory with `placement=sharded` has its rows shared out among the processes, and one with
+    `placement=host` is in the machine's memory once for all. A module may come with its network on
+    `meta`: no process then ever builds a table that is shared out whole.
 
     Args:
         timeout_seconds: Seconds that a process waits for another before that one counts as hung.
@@ -59,11 +56,14 @@ class DataParallelStrategy(WatchedStrategy, PortableState, DDPStrategy):
         super().setup_environment()
         module = self.lightning_module
         assert module is not None
-        if self.world_size > 1 and (tables_to_shard(module) or sharded_tables(module)):
+        placed = placement_of(module) in ("sharded", "host")
+        if self.world_size > 1 and placed:
             self._table_mesh = init_device_mesh(
                 self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",)
             )
-            shard_rows(tables_to_shard(module).values(), self._table_mesh)
+            sharded = sharded_tables(module)
+            whole = [table for name, table in tables_of(module).items() if name not in sharded]
+            place_tables(module, whole, self._table_mesh)
         bring_to_life([module], self.root_device)
         store_sharded_rows(module)
 
@@ -71,6 +71,7 @@ class DataParallelStrategy(WatchedStrategy, PortableState, DDPStrategy):
         """Set up the module, of which DDP leaves the shared-out tables alone."""
         module: Any = self.lightning_module
         ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-        ignored |= {f"{name}.weight" for name in sharded_tables(module)}
+        if self.spreads_module:
+            ignored |= {f"{name}.weight" for name in tables_of(module)}
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
         super().setup(trainer)

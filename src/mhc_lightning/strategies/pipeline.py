@@ -25,7 +25,8 @@ from mhc_lightning.strategies.layout import Layout, mesh_layout
 from mhc_lightning.strategies.optimization_loop import run_backward_within_step
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
-from mhc_lightning.strategies.sharded_rows import shard_rows, store_sharded_rows, tables_of
+from mhc_lightning.strategies.placements import place_tables
+from mhc_lightning.strategies.sharded_rows import store_sharded_rows, tables_of
 from mhc_lightning.strategies.sharding import bring_to_life, shard_parts
 from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
@@ -235,16 +236,18 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             if not any(parameter.is_meta for parameter in stage.parameters()):
                 stage.to(self.root_device)
         replicas = self.device_mesh["data_parallel"]
-        if replicas.size() > 1:
-            mixed = "bf16" in str(self.precision_plugin.precision)
-            for stage in stages:
+        for stage in stages:
+            tables, several = tables_of(stage).values(), replicas.size() > 1
+            placed = place_tables(network, tables, replicas if several else None)
+            if several:
+                mixed = "bf16" in str(self.precision_plugin.precision)
                 shard_parts(
                     stage,
                     stage.blocks.values(),
                     replicas,
                     torch.bfloat16 if mixed else None,
                     reshard_after_forward=False,
-                    ignored=shard_rows(tables_of(stage).values(), replicas),
+                    ignored=placed,
                 )
         everywhere = [getattr(network, n) for n in getattr(network, "parts_of_all_stages", ())]
         bring_to_life([*stages, *everywhere], self.root_device)

@@ -84,6 +84,10 @@ class RowExchange:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def wait(self) -> None:
+        """Wait for all processes."""
+        dist.barrier(self._host_group)
+
     def _fetch_heads(self, rows: Tensor, held: Tensor) -> Tensor:
         each = self.heads // self.size  # heads of a process
         by_owner = rows.reshape(-1, self.size, each).transpose(0, 1)  # [W, P, H / W]
@@ -114,3 +118,11 @@ class RowExchange:
         result = tensor.new_empty(sum(received), *tensor.shape[1:])
         dist.all_to_all_single(result, tensor.contiguous(), received, sent, group=self.group)
         return result
+
+
+def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same processes that moves tensors in CPU memory."""
+    if dist.get_backend(group) == "gloo":
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

@@ -79,7 +79,7 @@ def install_row_stores(module: nn.Module, layout: Layout) -> None:
     remove_row_stores(module)
     store_sharded_rows(module)
     for _, table in trained_tables(module):
-        if not isinstance(table.weight, DTensor):
+        if table.store is None and not isinstance(table.weight, DTensor):
             shared = layout.data_parallel_size > 1
             table.store = (
                 ReplicatedRows(table.weight, layout.data_parallel_group)
@@ -98,7 +98,8 @@ def finish_row_gradients(module: nn.Module) -> None:
 def remove_row_stores(module: nn.Module) -> None:
     """Give the tables of a module ordinary gradients again."""
     for part in module.modules():
-        sharded = isinstance(part, NgramTable) and isinstance(part.weight, DTensor)
-        if isinstance(part, NgramTable) and part.store is not None and not sharded:
+        if isinstance(part, NgramTable) and part.store is not None:
+            if isinstance(part.weight, DTensor) or part.store.keeps_place:
+                continue  # they are found by their stores alone
             part.store.remove()
             part.store = None

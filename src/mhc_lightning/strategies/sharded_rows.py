@@ -4,15 +4,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from mhc_lightning.modules.initialisation import held_rows
-from mhc_lightning.modules.memory import Memory, NgramTable
+from mhc_lightning.modules.memory import NgramTable
 from mhc_lightning.modules.memory.row_store import RowStore, sum_rows
-from mhc_lightning.strategies.row_exchange import RowExchange
+from mhc_lightning.strategies.row_exchange import RowExchange, host_group
 
 
 class ShardedRows(RowStore):
@@ -76,13 +75,6 @@ def sharded_tables(root: nn.Module) -> dict[str, NgramTable]:
     }
 
 
-def tables_to_shard(root: nn.Module) -> dict[str, NgramTable]:
-    """The tables below a module that its memory wants sharded, and that are whole."""
-    memories = [m for m in root.modules() if isinstance(m, Memory) and m.placement == "sharded"]
-    whole = tables_of(root).items() - sharded_tables(root).items()
-    return dict(whole) if memories else {}
-
-
 def shard_rows(tables: Iterable[NgramTable], mesh: DeviceMesh) -> set[nn.Parameter]:
     """Leave of each table the rows that this process holds; a table may be on meta.
 
@@ -114,7 +106,7 @@ def store_sharded_rows(root: nn.Module) -> None:
 
     A weight loses its store when it is moved or cast.
     """
-    host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+    host_groups: dict[Any, Any] = {}
     for table in sharded_tables(root).values():
         weight: Any = table.weight
         if isinstance(table.store, ShardedRows):
@@ -123,15 +115,7 @@ def store_sharded_rows(root: nn.Module) -> None:
         else:
             group = weight.device_mesh.get_group()
             if group not in host_groups:
-                host_groups[group] = _host_group(group)
+                host_groups[group] = host_group(group)
             heads = table.num_rows // table.rows_per_head
             exchange = RowExchange(table.num_rows, heads, group, host_groups[group])
         table.store = ShardedRows(weight, exchange)
-
-
-def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same processes that moves tensors in CPU memory."""
-    if dist.get_backend(group) == "gloo":
-        return group
-    ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

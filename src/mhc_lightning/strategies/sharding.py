@@ -16,7 +16,8 @@ from torch.distributed.fsdp import (
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.connection import Unmerged
 from mhc_lightning.modules.initialisation import reset_module
-from mhc_lightning.strategies.sharded_rows import shard_rows, store_sharded_rows, tables_of
+from mhc_lightning.strategies.placements import place_tables
+from mhc_lightning.strategies.sharded_rows import store_sharded_rows, tables_of
 
 
 def shard(
@@ -40,7 +41,7 @@ def shard(
         param_dtype: The dtype in which parameters are gathered; None keeps theirs. Gradients are
             reduced in float32 in any case.
     """
-    tables = shard_rows(tables_of(model).values(), mesh)
+    tables = place_tables(model, tables_of(model).values(), mesh)
     shard_parts(model, model.blocks, mesh, param_dtype, ignored=tables)
     for method in ("loss", "token_losses", "forward_cached"):
         register_fsdp_forward_method(model, method)

@@ -193,6 +193,11 @@ class EngramBlock(BlockMemory):
         wide = torch.promote_types(dtype, torch.float32)
         return RecentWindow(torch.zeros(shape, dtype=wide, device=like.device))
 
+    def fetch_ahead(self, recalled: Recalled) -> None:
+        """Begin to fetch the rows of this batch, if they are not on the device."""
+        if self.table.store is not None:
+            self.table.store.fetch_ahead(recalled[self.block])
+
     def forward(
         self, streams: Tensor, recalled: Recalled, cache: RecentWindow | None = None
     ) -> Tensor:

@@ -42,6 +42,9 @@ class BlockMemory(nn.Module):
 
     block: int
 
+    def fetch_ahead(self, recalled: Recalled) -> None:
+        """Begin to fetch the rows of this batch, if they are not on the device."""
+
     @property
     def gate_window(self) -> nn.Module | None:
         """A submodule through which gates [B, S, n] pass, for observers; None without gates."""

@@ -39,7 +39,10 @@ class RowStore:
 
     Attributes:
         weight: The table.
+        keeps_place: True if the table stays where it is, whatever its module is moved to.
     """
+
+    keeps_place = False
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight = weight
@@ -57,6 +60,9 @@ class RowStore:
         self._hook.remove()
         if row_store_of(self.weight) is self:
             delattr(self.weight, _STORE)
+
+    def fetch_ahead(self, rows: Tensor) -> None:
+        """Begin to fetch rows that the next `look_up` asks for, where they are not at hand."""
 
     def look_up(self, rows: Tensor) -> Tensor:
         """Rows, int64 [...] -> their values [..., D], in the table's dtype.
@@ -99,6 +105,9 @@ class RowStore:
         grad = self.weight.grad
         assert grad is not None
         return torch.linalg.vector_norm(grad._values(), dtype=dtype)
+
+    def updated(self) -> None:
+        """Called when this process has updated its rows; every process that shares the table."""
 
     def held(self) -> tuple[Tensor, int]:
         """The rows that this process updates [rows, D], in place, and the first one's number."""

@@ -3,6 +3,9 @@
 Shapes: H heads, D width of a row.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,6 +86,11 @@ class NgramTable(KeepsFloat32):
         else:
             values = self.store.look_up(rows)
         return values if beside is None else _Beside.apply(values, beside)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the rows, unless their store keeps them where they are."""
+        keeps = self.store is not None and self.store.keeps_place
+        return self if keeps else super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """The sizes, for a printed model."""
