@@ -54,7 +54,7 @@ def network(memory: Callable[..., Memory], dim: int) -> Transformer:
     for module in model.modules():
         if isinstance(module, NgramTable):
             module.weight = nn.Parameter(torch.zeros(module.num_rows, module.width))
-            RowStore(module.weight)
+            module.store = RowStore(module.weight)
     return model
 
 
@@ -140,7 +140,7 @@ def ways(args: argparse.Namespace, update: bool) -> dict[str, Any]:
     for parameter in ours.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
-    RowStore(ours.table.weight)
+    ours.table.store = RowStore(ours.table.weight)
     multipliers = memory.hash.multipliers[0].numpy()
     sizes = (memory.hash.layout, multipliers, 0, args.dim, 4, ours.table.width)
     shape = (args.batch, args.length, 4, args.dim)
