@@ -116,6 +116,7 @@ def test_whole_numbers_may_be_written_as_powers_of_ten():
         (["model.num_stream=3"], "did you mean 'model.num_streams'"),
         (["optimiser.lr=3"], "did you mean 'optimizer.lr'"),
         (["conection=hc"], "did you mean 'connection'"),
+        (["memory.rows=9"], "it is a setting of memory=engram|longcat|over_encoding, which"),
         (["trainer.max_steps=abc"], "trainer.max_steps must be a whole number, not 'abc'"),
         (["model.dim=1.5"], "model.dim must be a whole number, not 1.5"),
         (["model.dim=true"], "model.dim must be a whole number, not True"),

@@ -1,6 +1,7 @@
 """Finds experiments and config groups: in the shipped folder, and beside the user's file."""
 
 import difflib
+import re
 from pathlib import Path
 
 from mhc_lightning.errors import UserError
@@ -43,6 +44,12 @@ def find_experiment(config: str) -> Path:
         f"no config {config!r}, neither as a file nor by name; {hint}"
         f"shipped experiments: {', '.join(shipped_experiments()) or 'none'}"
     )
+
+
+def choices_with(group: str, name: str) -> list[str]:
+    """The shipped choices of a config group whose file has a setting of that name itself."""
+    files = sorted((shipped_folder() / group).glob("*.yaml"))
+    return [f.stem for f in files if re.search(rf"(?m)^{re.escape(name)}:", f.read_text("utf-8"))]
 
 
 def group_choices(folders: list[Path]) -> dict[str, list[str]]:

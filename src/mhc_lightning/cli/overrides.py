@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError
 from omegaconf.grammar_parser import parse as parse_interpolations
 
+from mhc_lightning.cli.experiments import choices_with
 from mhc_lightning.errors import UserError
 
 
@@ -45,8 +46,12 @@ def with_known_key(word: str, keys: set[str], groups: dict[str, list[str]], sect
     key = key_of(word)
     full = full_key(key, keys, section)
     if full not in keys:
+        group, _, name = key.partition(".")
+        others = choices_with(group, name)
         near = nearest_key(key, keys | set(groups))
         hint = f"did you mean {near!r}? " if near else ""
+        if others:
+            hint = f"it is a setting of {group}={'|'.join(others)}, which is not chosen; "
         raise UserError(
             f"unknown key {key!r}; {hint}--print-config lists all keys, and +{key}=… adds one"
         )
