@@ -18,6 +18,7 @@ from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.modules import Engram, NgramTable, OverEncoding
 from mhc_lightning.optimizers import AdamWRecipe, MuonRecipe
 from mhc_lightning.optimizers.finiteness import non_finite
+from mhc_lightning.strategies.row_stores import leave_tables_to_stores
 
 STEPS, ACCUMULATED = 4, 2
 MEMORIES: dict[str, Any] = {
@@ -145,6 +146,17 @@ def test_after_a_fit_a_table_has_an_ordinary_gradient():
     model.model.loss(tokens, tokens).backward()
     grad = table_of(model).weight.grad
     assert grad is not None and not grad.is_sparse
+
+
+def test_ddp_leaves_tables_and_the_constants_of_hashes_alone():
+    model = build()
+    leave_tables_to_stores(model)
+    left = set(model._ddp_params_and_buffers_to_ignore)
+    constants = {f"model.memory.hash.{name}" for name, _ in model.model.memory.hash.named_buffers()}
+    assert left == {"model.blocks.1.memory.table.weight", *constants}
+    assert "model.memory.hash.classes" in constants
+    leave_tables_to_stores(model, False)
+    assert not model._ddp_params_and_buffers_to_ignore
 
 
 def test_frozen_rows_keep_their_values():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mhc_lightning.modules.memory import NgramTable
+from mhc_lightning.modules.memory.hashing import NgramHash
 from mhc_lightning.modules.memory.row_store import RowStore, sum_rows
 from mhc_lightning.strategies.layout import Layout
 from mhc_lightning.strategies.sharded_rows import store_sharded_rows
@@ -64,11 +65,18 @@ def trained_tables(module: nn.Module) -> Iterator[tuple[str, NgramTable]]:
 
 
 def leave_tables_to_stores(module: nn.Module, leave: bool = True) -> None:
-    """Have DDP leave a module's tables alone, or not: their stores combine gradients."""
-    tables = {f"{name}.weight" for name, _ in trained_tables(module)}
-    if tables:
-        others = [n for n in getattr(module, _LEFT_BY_DDP, ()) if n not in tables]
-        setattr(module, _LEFT_BY_DDP, [*others, *sorted(tables)] if leave else others)
+    """Have DDP leave a module's tables alone, or not: their stores combine gradients.
+
+    With them go the constants of hashes, which are the same on every process. DDP would send them
+    before every forward pass.
+    """
+    left = {f"{name}.weight" for name, _ in trained_tables(module)}
+    for name, part in module.named_modules():
+        if isinstance(part, NgramHash):
+            left |= {f"{name}.{buffer}" for buffer, _ in part.named_buffers()}
+    if left:
+        others = [n for n in getattr(module, _LEFT_BY_DDP, ()) if n not in left]
+        setattr(module, _LEFT_BY_DDP, [*others, *sorted(left)] if leave else others)
 
 
 def install_row_stores(module: nn.Module, layout: Layout) -> None:
