@@ -47,6 +47,8 @@ def _launched_by_nobody() -> Iterator[None]:
     yield
     for name in _LAUNCHED:
         os.environ.pop(name, None)
+    if torch.distributed.is_initialized():  # a strategy of this process alone has left it
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

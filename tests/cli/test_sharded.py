@@ -13,8 +13,8 @@ from mhc_lightning.cli.composition import compose_experiment
 EXPERTS = ("model.num_experts=4", "model.num_active_experts=2", "model.num_shared_experts=1")
 
 
-@pytest.mark.parametrize(("strategy", "on_meta"), [("auto", False), ("ddp", False), ("fsdp", True)])
-def test_only_a_sharded_model_is_built_on_meta(command, strategy, on_meta):
+@pytest.mark.parametrize(("strategy", "on_meta"), [("auto", False), ("ddp", True), ("fsdp", True)])
+def test_a_model_that_may_be_shared_out_is_built_on_meta(command, strategy, on_meta):
     words = command.words("fit", *EXPERTS, "output_dir=run", f"strategy={strategy}")
     experiment = compose_experiment(parse_arguments(words))
     trainer = build_trainer(experiment, logger=False, enable_checkpointing=False)

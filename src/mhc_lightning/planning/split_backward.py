@@ -42,7 +42,7 @@ def gradients_for_weights(part: Transformer, batch: MicroBatch) -> int:
 
 
 def _bytes_behind_memory(memory: BlockMemory, batch: MicroBatch) -> int:
-    """Bytes per token in front of a memory's weights: rows, keys, value, gates, convolution."""
+    """Bytes per token in front of a memory's weights: rows, gates, keys, value, streams."""
     if not isinstance(memory, EngramBlock):
         raise NotPlannableError(
             f"what {type(memory).__name__} keeps in a split backward pass is not known"
@@ -50,9 +50,8 @@ def _bytes_behind_memory(memory: BlockMemory, batch: MicroBatch) -> int:
     wide, value = batch.precision.coefficient, batch.precision.activation
     streams = memory.num_streams * memory.dim
     rows = rows_per_token(memory.table) * memory.table.width + memory.num_streams
-    # Of the convolution, its taps and the weight of its norm.
-    products = streams + memory.dim + (0 if memory.conv is None else 2 * streams)
-    return rows * wide + products * value
+    # The gates pass the streams on. The convolution's taps wait for the same gradient as these.
+    return rows * wide + (2 * streams + memory.dim) * value
 
 
 @singledispatch
