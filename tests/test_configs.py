@@ -115,8 +115,11 @@ def data(tmp_path_factory):
 )
 def test_every_experiment_trains_when_shrunk(name, data, tmp_path):
     words = ["recompute=off", *([] if name == "mhc_quickstart" else NO_PICTURES)]
-    if compose(name).config.model.num_experts:
+    config = compose(name).config
+    if config.model.num_experts:
         words.append("model.num_experts=8")
+    if "rows" in config.memory:
+        words.append("memory.rows=64")
     table = fit(name, data, tmp_path, *words)
     assert len(table) == 2 and "val/loss" in table[0]
     assert (tmp_path / "run/checkpoints/last").resolve().is_file()

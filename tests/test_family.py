@@ -10,6 +10,7 @@ from mhc_lightning.cli.composition import Experiment, compose_experiment
 from mhc_lightning.cli.instantiation import build
 from mhc_lightning.modules import Connection, MixtureOfExperts, NgramTable, Transformer
 from mhc_lightning.planning.parameters import count_parameters
+from mhc_lightning.planning.tables import ngram_tables
 
 # arXiv 2512.24880, Table 5, as printed: total and active parameters of the models with mHC.
 PUBLISHED = {
@@ -150,7 +151,9 @@ def test_engrams_backbone_is_the_27b_model_with_55_experts() -> None:
     assert share_of_experts("engram_27b") / share_of_experts("mhc_27b") == pytest.approx(49 / 66)
     for name in ("engram_27b", "engram_40b"):
         ours, theirs = experiment(name).values(), experiment("mhc_27b").values()
-        assert ours["memory"]["layers"] == [1, 14]
+        network = model_of(name)
+        assert network.memory.places == (1, 14)
+        assert {table.width for table in ngram_tables(network)} == {80}
         assert (ours["memory"]["orders"], ours["memory"]["num_heads"]) == ([2, 3], 8)
         assert ours["optimizer"]["_target_"].endswith("MuonRecipe")
         assert ours["optimizer"]["lr"] == 4.0e-4
