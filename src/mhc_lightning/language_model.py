@@ -48,6 +48,7 @@ from mhc_lightning.strategies.row_stores import (
     install_row_stores,
     leave_tables_to_stores,
     remove_row_stores,
+    settle_rows,
 )
 from mhc_lightning.strategies.sharded_rows import tables_of
 from mhc_lightning.strategies.sharding import shard_by_mesh
@@ -256,6 +257,25 @@ class LanguageModel(pl.LightningModule):
     def on_validation_start(self) -> None:
         """Load pending weights, now that no parameter is on `meta`."""
         self._load_pending_weights()
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Begin to fetch the rows of the next micro-batch, if they are in the machine's memory.
+
+        A loader tells the next micro-batch by `peek()`, as `TrainingLoader` does.
+        """
+        layout = layout_of(self.trainer.strategy)
+        loader: Any = self.trainer.train_dataloader
+        if memory_in(self.model).placement != "host" or layout.pipeline_group is not None:
+            return  # the stages of a pipeline take parts of a batch
+        following = loader.peek() if hasattr(loader, "peek") else None
+        if following is not None:
+            tokens, _ = inputs_and_targets(following.to(self.device, non_blocking=True))
+            every = self.trainer.accumulate_grad_batches
+            self.model.prefetch(tokens, before_update=(batch_idx + 1) % every == 0)
+
+    def on_train_end(self) -> None:
+        """Wait for the last update of rows in the machine's memory."""
+        settle_rows(self)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one micro-batch."""

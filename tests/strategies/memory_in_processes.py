@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from train_in_processes import Allocations
 
 from mhc_lightning import LanguageModel
@@ -63,8 +63,7 @@ class RowSgd(torch.optim.SGD):
                     assert grad is not None and grad.is_sparse
                     rows, moves = grad._indices()[0], group["lr"] * grad._values()
                     part, first = held_rows(parameter.detach())
-                    part.index_add_(0, rows - first, moves, alpha=-1)
-                    store.updated()
+                    store.apply(partial(part.index_add_, 0, rows - first, moves, alpha=-1))
                     store.clear()
         super().step()
         return loss
@@ -102,6 +101,24 @@ class Watched(LanguageModel):
             self.rows.append(
                 {tag: float(metrics[tag]) for tag in ("train/loss", "train/grad_norm")}
             )
+
+
+class Peeked:
+    """A loader that tells its next batch: rows of a host are fetched before they are needed."""
+
+    def __init__(self, batches: Sequence[torch.Tensor]) -> None:
+        self._batches, self._next = batches, 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for k, batch in enumerate(self._batches):
+            self._next = k + 1
+            yield batch
+
+    def peek(self) -> torch.Tensor | None:
+        return self._batches[self._next] if self._next < len(self) else None
 
 
 def tokens_of_run() -> torch.Tensor:
@@ -175,7 +192,7 @@ def _run(leg: dict[str, Any], output: Path, allocations: Allocations | None, bef
     replicas = layout_of(strategy).data_parallel_size
     share = tokens_of_run().unflatten(1, (replicas, -1))[:, trainer.global_rank % replicas]
     share = share[leg.get("start", 0) * ACCUMULATED :].flatten(0, 1)
-    loader = DataLoader(share, batch_size=SEQUENCES // ACCUMULATED // replicas)
+    loader = Peeked(share.split(SEQUENCES // ACCUMULATED // replicas))
     trainer.fit(
         model, loader, ckpt_path=(folder / resume).resolve() if resume else None, weights_only=False
     )

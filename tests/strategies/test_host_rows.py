@@ -76,9 +76,9 @@ def test_rows_are_gathered_ahead_and_are_those_of_the_batch() -> None:
     gathered: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
 
-        def gather(weight: torch.Tensor, rows: torch.Tensor) -> Any:
+        def gather(*args: Any, **more: Any) -> Any:
             gathered.append(threading.current_thread().name)
-            return real(weight, rows)
+            return real(*args, **more)
 
         real = host_rows._gather
         patch.setattr(host_rows, "_gather", gather)
@@ -88,11 +88,79 @@ def test_rows_are_gathered_ahead_and_are_those_of_the_batch() -> None:
         rows = torch.tensor([[3, 70, 140, 200]])
         assert table.store is not None
         assert torch.equal(table.store.look_up(rows), table.weight[rows])
-        host_rows._gatherer().submit(int).result()  # the thread is done with what came before
+        table.store.settle()
         assert sorted(name[:4] for name in gathered[1:]) == ["Main", "rows"]
         with torch.no_grad():
             table.weight.mul_(2)
         assert not torch.equal(network(tokens), expected)
+
+
+def host_table(deterministic: bool = True) -> tuple[NgramTable, HostRows]:
+    network = build(zero_start=False)
+    put_on_host(tables(network), None, deterministic)
+    (table,) = tables(network)
+    assert isinstance(table.store, HostRows)
+    return table, table.store
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_rows_of_the_next_micro_batch_are_gathered_behind_the_update_or_before_it(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    table, store = host_table(deterministic)
+    rows, real, gathered = torch.tensor([[3, 70], [140, 3]]), host_rows._gather, []
+    before = table.weight.detach()[rows].clone()
+    monkeypatch.setattr(host_rows, "_gather", lambda *a, **k: gathered.append(1) or real(*a, **k))
+
+    def update() -> None:
+        with torch.no_grad():
+            table.weight.add_(1)
+
+    store.prefetch(rows.clone(), before_update=True)
+    store.apply(update)
+    store.fetch_ahead(rows)
+    found = store.look_up(rows)
+    assert torch.equal(found, before + 1 if deterministic else before)
+    assert len(gathered) == 1
+    store.settle()
+    store.fetch_ahead(rows)  # what was gathered before serves once
+    assert torch.equal(store.look_up(rows), before + 1) and len(gathered) == 2
+
+
+def test_rows_gathered_for_another_micro_batch_are_not_taken() -> None:
+    table, store = host_table()
+    store.prefetch(torch.tensor([[1, 2]]), before_update=False)
+    rows = torch.tensor([[1, 3]])
+    store.fetch_ahead(rows)
+    assert torch.equal(store.look_up(rows), table.weight.detach()[rows])
+
+
+def test_an_update_runs_elsewhere_and_what_reads_rows_waits_for_it() -> None:
+    table, store = host_table()
+    may_go_on, threads = threading.Event(), []
+
+    def update() -> None:
+        may_go_on.wait(20)
+        threads.append(threading.current_thread().name)
+        with torch.no_grad():
+            table.weight.zero_()
+
+    store.apply(update)
+    assert not threads  # this thread goes on
+    threading.Timer(0.05, may_go_on.set).start()
+    assert not table.state_dict()["weight"].any()
+    assert threads[0].startswith("rows")
+
+
+def test_an_update_that_fails_fails_the_run() -> None:
+    _, store = host_table()
+
+    def update() -> None:
+        raise RuntimeError("no such row")
+
+    store.apply(update)
+    with pytest.raises(RuntimeError, match="no such row"):
+        store.finish()
 
 
 def test_a_table_stays_where_it_is_and_a_copy_is_an_ordinary_one() -> None:

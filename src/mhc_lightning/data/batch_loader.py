@@ -179,13 +179,24 @@ class TrainingLoader(BatchLoader):
         self._stream, self._position = dataset, position
         self._trainer, self._accumulation = trainer, accumulation
         self._batches = _RankBatches(micro_batch_size, rank, world_size)
+        self._source: Iterator[tuple[int, Tensor]] = iter(())
+        self._peeked: list[tuple[int, Tensor]] = []
         super().__init__(dataset, self._batches, length, num_workers, pin_memory)
 
     def __iter__(self) -> Iterator[Tensor]:
         start = self._batches.start = self._position.begin(self._trainer, self._accumulation)
-        for position, batch in zip(count(start, self._batches.stride), super().__iter__()):
+        self._peeked = []
+        self._source = zip(count(start, self._batches.stride), super().__iter__())
+        while self.peek() is not None:
+            position, batch = self._peeked.pop()
             self._stream.warn_of_repeats(position)
             yield batch
+
+    def peek(self) -> Tensor | None:
+        """The batch that the iteration gives next; None at its end."""
+        if not self._peeked:
+            self._peeked = list(islice(self._source, 1))
+        return self._peeked[0][1] if self._peeked else None
 
     def state_dict(self) -> dict[str, Any]:
         """The position, which the data module's state holds too."""

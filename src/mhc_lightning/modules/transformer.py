@@ -26,6 +26,7 @@ from mhc_lightning.modules.head_loss import count_targets, head_token_losses, me
 from mhc_lightning.modules.initialisation import NormalMatrices, plan_normal, reset_modules
 from mhc_lightning.modules.limits import require_at_least
 from mhc_lightning.modules.memory import BlockMemory, HeadMemory, InputMemory, Memory, Recalled
+from mhc_lightning.modules.memory.memory import MemoryPart
 from mhc_lightning.modules.memory.stored import check_loaded
 from mhc_lightning.modules.mixture_of_experts import MixtureOfExperts
 from mhc_lightning.modules.norm import RMSNorm
@@ -203,11 +204,24 @@ class Transformer(nn.Module):
     def recall(self, tokens: Tensor, history: Tensor | None = None) -> Recalled:
         """What a memory recalls for tokens [B, S], once for the embedding and all blocks."""
         recalled = self.memory.recall(tokens, history)
-        for block in self.blocks if recalled else ():
-            part = getattr(block, "memory", None)
-            if isinstance(part, BlockMemory):
-                part.fetch_ahead(recalled)
+        for part in self._held_memory_parts() if recalled else ():
+            part.fetch_ahead(recalled)
         return recalled
+
+    def prefetch(self, tokens: Tensor, *, before_update: bool) -> None:
+        """Begin to fetch what a memory recalls for the next micro-batch, if that takes a while.
+
+        Args:
+            tokens: [B, S], which `recall` will get.
+            before_update: True if the present micro-batch is the last one of its optimizer step.
+        """
+        recalled = self.memory.recall(tokens)
+        for part in self._held_memory_parts():
+            part.prefetch(recalled, before_update)
+
+    def _held_memory_parts(self) -> list[MemoryPart]:
+        parts = [self.input_memory, *(getattr(block, "memory", None) for block in self.blocks)]
+        return [part for part in parts if isinstance(part, MemoryPart)]
 
     def embed(self, tokens: Tensor, recalled: Recalled | None = None) -> Tensor:
         """Tokens [B, S] -> streams [B, S, n, C], all copies of the embedding.

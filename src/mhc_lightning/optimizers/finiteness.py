@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from mhc_lightning.errors import NonFiniteLossError
+from mhc_lightning.modules.memory.row_store import row_store_of
 from mhc_lightning.optimizers.row_updates import RowState
 
 _AT_ONCE = 2**26  # values
@@ -114,6 +115,8 @@ def _parts(values: Tensor) -> Sequence[Tensor]:
 def _state(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, Tensor]]:
     """The tensors to check, by name; of sharded tensors, this process's part."""
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+    for store in filter(None, map(row_store_of, names)):
+        store.settle()
     named: list[tuple[str, Any]] = [
         (f"parameter {name}", parameter)
         for parameter, name in names.items()

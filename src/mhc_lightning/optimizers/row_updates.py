@@ -15,7 +15,8 @@ Shapes: R rows of the table, D their width, U touched rows, T rows ever touched.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -149,6 +150,9 @@ class UpdatesRows(Optimizer):
         states: dict[Tensor, RowState] = {}
         for group in self.param_groups:
             for weight in group["params"] if group.get(ROWS) else ():
+                store = row_store_of(weight)
+                if store is not None:
+                    store.settle()
                 states[weight] = state = self._state_of(weight, group)
                 state.settle()
         return states
@@ -159,16 +163,20 @@ class UpdatesRows(Optimizer):
 
     def update_rows(self, group: dict[str, Any]) -> None:
         """Update the touched rows of the tables of a group."""
+        settings = {key: value for key, value in group.items() if key != "params"}
         for weight in group["params"]:
             store = row_store_of(weight)
             if store is not None:
                 store.finish()
+            update: Callable[[], object] = _nothing
             if weight.grad is not None:
                 state: Any = self._state_of(weight, group)
                 self.state[weight] = state
-                update_rows(weight, state, group)
-            if store is not None:
-                store.updated()
+                update = partial(update_rows, weight, weight.grad, state, settings)
+            if store is None:
+                update()
+            else:
+                store.apply(update)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, row gradients that are not added up yet included."""
@@ -208,8 +216,12 @@ class UpdatesRows(Optimizer):
         self.state.update(loaded)
 
 
+def _nothing() -> None:
+    """The update of a table without a gradient."""
+
+
 @torch.no_grad()
-def update_rows(weight: Tensor, state: RowState, group: Mapping[str, Any]) -> None:
+def update_rows(weight: Tensor, grad: Tensor, state: RowState, group: Mapping[str, Any]) -> None:
     """Update the touched rows of a table by its gradient g, with moments of each row's own.
 
     With t the updates of a row so far, this one included, `adam` is for each value
@@ -221,14 +233,12 @@ def update_rows(weight: Tensor, state: RowState, group: Mapping[str, Any]) -> No
     moment.
 
     Args:
-        weight: [R, D], a DTensor sharded by rows among them. Its `grad` is a row gradient of rows
-            that this process holds, or dense.
+        weight: [R, D], a DTensor sharded by rows among them.
+        grad: A row gradient of rows that this process updates, or a dense one.
         state: The state of the rows.
         group: `rows`, `lr`, `betas` and `eps`.
     """
     part, first = updated_rows(weight)
-    grad = weight.grad
-    assert grad is not None
     if grad.is_sparse:
         rows, values = grad._indices()[0], grad._values()
         touched = values.any(1)

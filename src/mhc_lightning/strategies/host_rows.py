@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,13 +24,18 @@ from mhc_lightning.strategies.row_exchange import RowExchange, host_group
 
 SHARED_MEMORY = Path("/dev/shm")
 
+_Fetched = tuple[Tensor, Tensor]  # rows and their values, in CPU memory
+
 
 class HostRows(RowStore):
     """The rows of a table in the machine's memory; each process updates its own part of them.
 
-    Look-ups gather on the CPU, in another thread once a batch's rows are known. Gradients go to the
-    process that updates their rows, which adds them up in the order of the processes. No process
-    goes on before all have updated their rows.
+    Gradients go to the process that updates their rows, which adds them up in the order of the
+    processes. Another thread then updates the rows, waits until all processes have done so, and
+    gathers rows: those of the next micro-batch while the present one is computed, if they are
+    known. It works in the order in which it is asked to, so that rows are gathered as the last
+    update has left them. Without `deterministic` it does not wait for that update: rows that it
+    changes may be one step old, on some processes and not on others.
 
     Shapes: R rows of the table, D their width, U rows of a gradient.
 
@@ -38,14 +43,25 @@ class HostRows(RowStore):
         weight: The table [R, D], the same memory in all processes.
         exchange: The exchange of this table's gradients, in CPU memory; None if one process has
             the table to itself.
+        turn: The same processes once more, for the other thread alone.
+        deterministic: Whether rows are always those that the last update has left.
     """
 
     keeps_place = True
 
-    def __init__(self, weight: nn.Parameter, exchange: RowExchange | None) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        exchange: RowExchange | None,
+        turn: dist.ProcessGroup | None,
+        deterministic: bool = True,
+    ) -> None:
         super().__init__(weight)
-        self.exchange = exchange
-        self._ahead: tuple[Tensor, Future[tuple[Tensor, Tensor]]] | None = None
+        self.exchange, self.deterministic, self._turn = exchange, deterministic, turn
+        self._ahead: tuple[Tensor, Future[_Fetched]] | None = None
+        self._after_update: Tensor | None = None  # rows to gather behind the next update
+        self._prefetched: _Fetched | None = None  # of the next micro-batch; the thread's own
+        self._updates: list[Future[None]] = []
         self._mesh: DeviceMesh | None = None
         if exchange is not None:
             names = ("data_parallel",)
@@ -53,11 +69,16 @@ class HostRows(RowStore):
 
     @torch.compiler.disable
     def fetch_ahead(self, rows: Tensor) -> None:
-        """Begin to gather rows in another thread, while the device computes the blocks before.
+        """Begin to gather rows in another thread, while the device computes the blocks before."""
+        self._ahead = rows, _worker().submit(self._fetch, rows)
 
-        No update comes between: rows are those that `look_up` would gather.
-        """
-        self._ahead = rows, _gatherer().submit(_gather, self.weight.detach(), rows)
+    @torch.compiler.disable
+    def prefetch(self, rows: Tensor, before_update: bool) -> None:
+        """Gather rows of the next micro-batch, behind the update if there is one before."""
+        if before_update and self.deterministic:
+            self._after_update = rows
+        else:
+            _worker().submit(self._gather_next, rows)
 
     @torch.compiler.disable
     def look_up(self, rows: Tensor) -> Tensor:
@@ -65,6 +86,7 @@ class HostRows(RowStore):
         ahead, self._ahead = self._ahead, None
         fetched = ahead[1].result() if ahead is not None and ahead[0] is rows else None
         if fetched is None:  # a block that backward computes again, or rows of one's own
+            self.settle()
             fetched = _gather(self.weight.detach(), rows)
         return _LookUp.apply(self.weight, rows.device, *fetched)
 
@@ -96,10 +118,38 @@ class HostRows(RowStore):
             self.held()[0], self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
         )
 
-    def updated(self) -> None:
-        """Wait until all processes have updated their rows."""
-        if self.exchange is not None:
-            self.exchange.wait()
+    def apply(self, update: Callable[[], object]) -> None:
+        """Have the other thread run the update, and wait there until all processes have."""
+        self._updates.append(_worker().submit(self._update, update))
+        if self._after_update is not None:
+            _worker().submit(self._gather_next, self._after_update)
+            self._after_update = None
+
+    def settle(self) -> None:
+        """Wait until all processes have updated their rows.
+
+        The other thread is then at rest, with all tables.
+        """
+        updates, self._updates = self._updates, []
+        for update in updates:
+            update.result()  # raises what the update has raised
+        _worker().submit(int).result()
+
+    def _update(self, update: Callable[[], object]) -> None:
+        update()
+        if self._turn is not None:
+            dist.barrier(self._turn)
+
+    def _gather_next(self, rows: Tensor) -> None:
+        self._prefetched = _gather(self.weight.detach(), rows)
+
+    def _fetch(self, rows: Tensor) -> _Fetched:
+        """Rows and values: those that were gathered before, if they are of the same rows."""
+        found, self._prefetched = self._prefetched, None
+        here = rows.to("cpu")
+        if found is not None and torch.equal(found[0], here):
+            return found
+        return _gather(self.weight.detach(), here, to=rows.device)
 
 
 class _LookUp(torch.autograd.Function):
@@ -118,26 +168,29 @@ class _LookUp(torch.autograd.Function):
 
 
 @cache
-def _gatherer() -> ThreadPoolExecutor:
-    """The thread that gathers rows ahead."""
+def _worker() -> ThreadPoolExecutor:
+    """The thread that updates and gathers rows, of all tables, in the order of the calls."""
     return ThreadPoolExecutor(1, thread_name_prefix="rows")
 
 
 @torch.no_grad()
-def _gather(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _gather(weight: Tensor, rows: Tensor, to: torch.device | None = None) -> _Fetched:
     """Rows in CPU memory, and their values; pinned if they go to a device."""
     here = rows.to("cpu")
     values = weight[here]
-    return here, values if rows.device.type == "cpu" else values.pin_memory()
+    return here, values if (to or rows.device).type == "cpu" else values.pin_memory()
 
 
 def _save_own_rows(table: Any, state: dict[str, Any], prefix: str, _: object) -> None:
     """Have each process save and load its own rows of a table, as if the table were sharded."""
     if isinstance(table.store, HostRows):
+        table.store.settle()
         state[f"{prefix}weight"] = table.store.as_sharded()
 
 
-def put_on_host(tables: Iterable[NgramTable], group: dist.ProcessGroup | None) -> set[nn.Parameter]:
+def put_on_host(
+    tables: Iterable[NgramTable], group: dist.ProcessGroup | None, deterministic: bool = True
+) -> set[nn.Parameter]:
     """Move whole tables into memory that the processes of a group share, and give them stores.
 
     Tables on meta get their initial values, each process its own rows.
@@ -145,6 +198,7 @@ def put_on_host(tables: Iterable[NgramTable], group: dist.ProcessGroup | None) -
     Args:
         tables: The tables, the same in every process.
         group: The processes; None for this one alone.
+        deterministic: See `HostRows`.
 
     Returns:
         The new weights.
@@ -155,7 +209,10 @@ def put_on_host(tables: Iterable[NgramTable], group: dist.ProcessGroup | None) -
     """
     tables = [table for table in tables if not isinstance(table.store, HostRows)]
     shared = group if group is not None and dist.get_world_size(group) > 1 else None
-    host = None if shared is None else host_group(shared)
+    host, turn = None, None
+    if shared is not None:
+        host, ranks = host_group(shared), dist.get_process_group_ranks(shared)
+        turn = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
     moving = [t.weight for t in tables if not _is_in_place(t.weight, host)]
     if moving:
         _require_memory(sum(w.numel() * w.element_size() for w in moving), host)
@@ -164,7 +221,7 @@ def put_on_host(tables: Iterable[NgramTable], group: dist.ProcessGroup | None) -
         exchange = None if host is None else RowExchange(table.num_rows, heads, host, host)
         if not _is_in_place(whole, host):
             table.weight = nn.Parameter(_new_memory(whole, host), whole.requires_grad)
-        table.store = store = HostRows(table.weight, exchange)
+        table.store = store = HostRows(table.weight, exchange, turn, deterministic)
         table.register_state_dict_post_hook(_save_own_rows)
         part, first = store.held()
         with torch.no_grad():
@@ -173,7 +230,8 @@ def put_on_host(tables: Iterable[NgramTable], group: dist.ProcessGroup | None) -
             elif whole.is_meta:
                 draw: Any = table.reset_parameters
                 draw.fill_rows(part, first)
-        store.updated()
+        if turn is not None:
+            dist.barrier(turn)
     return {table.weight for table in tables}
 
 

@@ -15,10 +15,12 @@ from mhc_lightning.strategies.sharded_rows import ShardedRows, shard_rows, table
 
 def placement_of(root: nn.Module) -> str | None:
     """Where the memory below a module wants its rows; None without a memory that has any."""
-    for module in root.modules():
-        if isinstance(module, Memory) and module.hash is not None:
-            return module.placement
-    return None
+    memory = _memory_in(root)
+    return None if memory is None else memory.placement
+
+
+def _memory_in(root: nn.Module) -> Memory | None:
+    return next((m for m in root.modules() if isinstance(m, Memory) and m.hash is not None), None)
 
 
 def shared_out(root: nn.Module) -> bool:
@@ -75,5 +77,8 @@ def place_tables(
         UserError: The machine has too little memory.
     """
     if placement_of(root) == "host":
-        return put_on_host(tables, None if mesh is None else mesh.get_group())
+        memory = _memory_in(root)
+        assert memory is not None
+        group = None if mesh is None else mesh.get_group()
+        return put_on_host(tables, group, memory.deterministic)
     return set() if mesh is None else shard_rows(tables, mesh)

@@ -84,10 +84,6 @@ class RowExchange:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def wait(self) -> None:
-        """Wait for all processes."""
-        dist.barrier(self._host_group)
-
     def _fetch_heads(self, rows: Tensor, held: Tensor) -> Tensor:
         each = self.heads // self.size  # heads of a process
         by_owner = rows.reshape(-1, self.size, each).transpose(0, 1)  # [W, P, H / W]

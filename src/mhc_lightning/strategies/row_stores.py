@@ -96,6 +96,13 @@ def install_row_stores(module: nn.Module, layout: Layout) -> None:
             )
 
 
+def settle_rows(module: nn.Module) -> None:
+    """Wait until the tables of a module are as the last step leaves them."""
+    for _, table in trained_tables(module):
+        if table.store is not None:
+            table.store.settle()
+
+
 def finish_row_gradients(module: nn.Module) -> None:
     """Add up the row gradients of an optimizer step, over processes too; all of them call this."""
     for _, table in trained_tables(module):

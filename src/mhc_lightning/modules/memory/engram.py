@@ -56,6 +56,7 @@ class Engram(Memory):
         documents: Whether n-grams end where documents begin.
         pad_token: The token in place of a missing one; None for the one that ends documents.
         placement: Where the rows are: `device`, `sharded` or `host`.
+        deterministic: Whether rows of `host` are never older than the last update.
         vocab_size: V of the network.
         model_dim: C of the network.
         num_layers: Blocks of the network.
@@ -89,6 +90,7 @@ class Engram(Memory):
         documents: bool = True,
         pad_token: int | None = None,
         placement: Placement = "device",
+        deterministic: bool = True,
     ) -> None:
         super().__init__()
         blocks = default_blocks(num_layers)
@@ -101,7 +103,7 @@ class Engram(Memory):
         self.hash = NgramHash(layout, vocab_size, "multiply_xor", seed, multipliers)
         self.places = tuple(blocks)
         self.compress, self.documents, self.pad_token = compress, documents, pad_token
-        self.placement = placement
+        self.placement, self.deterministic = placement, deterministic
         self.shape_settings = {"dim": width * num_heads, "conv": conv, "bias": bias}
         self.shape_settings |= {"conv_kernel": conv_kernel} if conv else {}
         self._settings: dict[str, Any] = {
@@ -192,11 +194,6 @@ class EngramBlock(BlockMemory):
         shape = (batch_size, self.conv.reach, self.dim + self.num_streams)
         wide = torch.promote_types(dtype, torch.float32)
         return RecentWindow(torch.zeros(shape, dtype=wide, device=like.device))
-
-    def fetch_ahead(self, recalled: Recalled) -> None:
-        """Begin to fetch the rows of this batch, if they are not on the device."""
-        if self.table.store is not None:
-            self.table.store.fetch_ahead(recalled[self.block])
 
     def forward(
         self, streams: Tensor, recalled: Recalled, cache: RecentWindow | None = None

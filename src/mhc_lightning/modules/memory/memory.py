@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from mhc_lightning.modules.memory.hashing import NOT_A_TOKEN, NgramHash
 from mhc_lightning.modules.memory.recent import RecentWindow
+from mhc_lightning.modules.memory.row_store import RowStore
+from mhc_lightning.modules.memory.table import NgramTable
 
 Recalled = Mapping[int, Tensor]
 """Rows int64 [B, S, H] by block (from 0) or `INPUT`; they depend on tokens alone."""
@@ -19,7 +21,36 @@ Recalled = Mapping[int, Tensor]
 INPUT = -1  # the place of a memory at the embedding
 
 
-class InputMemory(nn.Module):
+class MemoryPart(nn.Module):
+    """A part of a memory; one that reads rows of a table has it as `table`."""
+
+    def rows_of(self, recalled: Recalled) -> Tensor:
+        """The rows int64 [B, S, H] that this part reads."""
+        raise NotImplementedError
+
+    def fetch_ahead(self, recalled: Recalled) -> None:
+        """Begin to fetch the rows of this batch, if they are not on the device."""
+        store = self._store()
+        if store is not None:
+            store.fetch_ahead(self.rows_of(recalled))
+
+    def prefetch(self, recalled: Recalled, before_update: bool) -> None:
+        """Begin to fetch the rows of the micro-batch that follows the present one, likewise.
+
+        Args:
+            recalled: What is recalled for that micro-batch.
+            before_update: True if the present micro-batch is the last one of its optimizer step.
+        """
+        store = self._store()
+        if store is not None:
+            store.prefetch(self.rows_of(recalled), before_update)
+
+    def _store(self) -> RowStore | None:
+        table = getattr(self, "table", None)
+        return table.store if isinstance(table, NgramTable) else None
+
+
+class InputMemory(MemoryPart):
     """The part of a memory that acts on the embedding.
 
     Attributes:
@@ -28,12 +59,16 @@ class InputMemory(nn.Module):
 
     word_scale = 1.0
 
+    def rows_of(self, recalled: Recalled) -> Tensor:
+        """See `MemoryPart`."""
+        return recalled[INPUT]
+
     def forward(self, x: Tensor, recalled: Recalled) -> Tensor:
         """[B, S, C] -> [B, S, C]."""
         raise NotImplementedError
 
 
-class BlockMemory(nn.Module):
+class BlockMemory(MemoryPart):
     """The part of a memory that acts on the streams before a block's attention.
 
     Attributes:
@@ -42,8 +77,9 @@ class BlockMemory(nn.Module):
 
     block: int
 
-    def fetch_ahead(self, recalled: Recalled) -> None:
-        """Begin to fetch the rows of this batch, if they are not on the device."""
+    def rows_of(self, recalled: Recalled) -> Tensor:
+        """See `MemoryPart`."""
+        return recalled[self.block]
 
     @property
     def gate_window(self) -> nn.Module | None:
@@ -95,6 +131,7 @@ class Memory(nn.Module):
         documents: Whether n-grams end where documents begin.
         pad_token: The token in place of a missing one; None for the one that ends documents.
         placement: Where the rows are: `device`, `sharded` or `host`.
+        deterministic: Whether rows in the machine's memory are never older than the last update.
         shape_settings: Settings that decide names and shapes of weights, by name.
     """
 
@@ -105,7 +142,7 @@ class Memory(nn.Module):
         self.shape_settings: dict[str, Any] = {}
         self.compress = self.documents = False
         self.pad_token: int | None = None
-        self.placement = "device"
+        self.placement, self.deterministic = "device", True
 
     def input_memory(self) -> InputMemory | None:
         """A new part for the embedding, if this memory has one."""

@@ -43,6 +43,7 @@ class OverEncoding(Memory):
         documents: Whether n-grams end where documents begin.
         pad_token: The token in place of a missing one; None for the one that ends documents.
         placement: Where the rows are: `device`, `sharded` or `host`.
+        deterministic: Whether rows of `host` are never older than the last update.
         vocab_size: V of the network.
         model_dim: C of the network.
         num_layers: Of the network; this memory does not need it, nor the next two.
@@ -75,6 +76,7 @@ class OverEncoding(Memory):
         documents: bool = True,
         pad_token: int | None = 0,
         placement: Placement = "device",
+        deterministic: bool = True,
     ) -> None:
         super().__init__()
         if word_scale not in ("mean", "full"):
@@ -89,7 +91,7 @@ class OverEncoding(Memory):
         self.hash = NgramHash(layout, vocab_size, "polynomial")
         self.places = (INPUT,)
         self.compress, self.documents, self.pad_token = compress, documents, pad_token
-        self.placement = placement
+        self.placement, self.deterministic = placement, deterministic
         self.shape_settings = {"dim": width * num_heads, "word_scale": word_scale}
         self.shape_settings["over_decoding_weight"] = "above 0" if over_decoding_weight else "0"
         self._over_decoding_weight = over_decoding_weight

@@ -7,7 +7,7 @@ Memory and work for it grow with the rows that were looked up, not with the tabl
 Shapes: R rows of the table, D their width, U rows of a gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ class RowStore:
     2. `finish` adds them up, over processes too. The weight's `grad` is then the coalesced row
        gradient of the rows that this process updates, the mean over the shares of the batch.
        Clipping and callbacks work on it.
-    3. The optimizer updates these rows.
+    3. The optimizer hands `apply` the update of these rows. A store may leave it to another thread
+       for a while: `settle` waits for it.
     4. `clear` drops everything, as the optimizer's `zero_grad` does.
 
     A copy of a table (`deepcopy`, pickle) has no store.
@@ -64,6 +65,14 @@ class RowStore:
     def fetch_ahead(self, rows: Tensor) -> None:
         """Begin to fetch rows that the next `look_up` asks for, where they are not at hand."""
 
+    def prefetch(self, rows: Tensor, before_update: bool) -> None:
+        """Begin to fetch rows of the micro-batch that follows the present one, likewise.
+
+        Args:
+            rows: Those that its `fetch_ahead` will name.
+            before_update: True if the present micro-batch is the last one of its optimizer step.
+        """
+
     def look_up(self, rows: Tensor) -> Tensor:
         """Rows, int64 [...] -> their values [..., D], in the table's dtype.
 
@@ -80,6 +89,7 @@ class RowStore:
         """
         if self._finished:
             return
+        self.settle()
         self._finished = True
         grad = self.weight.grad
         parts = self._parts if grad is None else [*self._parts, grad]
@@ -106,8 +116,12 @@ class RowStore:
         assert grad is not None
         return torch.linalg.vector_norm(grad._values(), dtype=dtype)
 
-    def updated(self) -> None:
-        """Called when this process has updated its rows; every process that shares the table."""
+    def apply(self, update: Callable[[], object]) -> None:
+        """Run the update of this process's rows; every process that shares the table calls this."""
+        update()
+
+    def settle(self) -> None:
+        """Wait until the rows, and the optimizer's state of them, are those of the last step."""
 
     def held(self) -> tuple[Tensor, int]:
         """The rows that this process updates [rows, D], in place, and the first one's number."""
