@@ -34,9 +34,9 @@ def test_each_memory_reads_and_changes_the_streams_once_more(build):
     plain = stream_traffic(build("mhc"), precision)
     memory = partial(Engram, rows=100, layers=[0, 1], num_heads=2, dim=8)
     found = stream_traffic(build("mhc", memory=memory), precision)
-    streams = 2 * 2 * 4 * C  # bytes of four streams, in two blocks
+    vector = 2 * 2 * C  # bytes of one stream, in two blocks
     added = [ours - theirs for ours, theirs in zip(found, plain, strict=True)]
-    # Gate, sum of two, result; one read and one write; and two reads and a write in backward.
-    assert added == [4 * streams, 2 * streams, 5 * streams]
+    # n = 4. Two kernels forward move 2n and 2n + 1 vectors, two backward n + 2 and 5n.
+    assert added == [25 * vector, 17 * vector, 43 * vector]
     only_input = partial(OverEncoding, rows=101)
     assert stream_traffic(build("mhc", memory=only_input), precision) == plain

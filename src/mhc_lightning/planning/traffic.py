@@ -17,7 +17,8 @@ class StreamTraffic(NamedTuple):
 
     Attributes:
         forward_unfused: Forward, one operation at a time (Table 2).
-        forward_fused: Forward, with projection, read and merge as one kernel each.
+        forward_fused: Forward, with projection, read and merge, and a memory's gates and its write
+            to the streams, as one kernel each.
         training_fused: Forward and backward, with those kernels.
     """
 
@@ -44,10 +45,14 @@ def stream_traffic(model: Transformer, precision: Precision) -> StreamTraffic:
                 (11 * n + 5) * vector,
             )
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
-    vector = width_of(model) * model.num_streams * precision.activation
+    vector, n = width_of(model) * precision.activation, model.num_streams
     for _ in memories(model):
-        # The gate reads the streams, and the sum reads and writes them; as one kernel they are read
-        # once. Backward reads streams and gradients, and writes these.
-        counts = (4 * vector, 2 * vector, 5 * vector)
+        counts = (
+            # Gates read streams and keys; a product (n + 1) and a sum (3n) follow.
+            (6 * n + 1) * vector,
+            (4 * n + 1) * vector,
+            # Forward: gates 2n, write 2n + 1; backward: write n + 2, gates 5n.
+            (10 * n + 3) * vector,
+        )
         totals = [total + count for total, count in zip(totals, counts, strict=True)]
     return StreamTraffic(*totals)

@@ -26,7 +26,7 @@ class MemoryPart(nn.Module):
 
     def rows_of(self, recalled: Recalled) -> Tensor:
         """The rows int64 [B, S, H] that this part reads."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not implement rows_of()")
 
     def fetch_ahead(self, recalled: Recalled) -> None:
         """Begin to fetch the rows of this batch, if they are not on the device."""
@@ -65,7 +65,7 @@ class InputMemory(MemoryPart):
 
     def forward(self, x: Tensor, recalled: Recalled) -> Tensor:
         """[B, S, C] -> [B, S, C]."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not implement forward()")
 
 
 class BlockMemory(MemoryPart):
@@ -94,7 +94,7 @@ class BlockMemory(MemoryPart):
         self, streams: Tensor, recalled: Recalled, cache: RecentWindow | None = None
     ) -> Tensor:
         """[B, S, n, C] -> [B, S, n, C]."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not implement forward()")
 
 
 class HeadMemory(nn.Module):
@@ -111,7 +111,7 @@ class HeadMemory(nn.Module):
             targets: int64 [B, S], the next tokens.
             ignore_index: Targets equal to it do not count.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not implement forward()")
 
 
 class Memory(nn.Module):
