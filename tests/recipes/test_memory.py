@@ -127,7 +127,7 @@ def stand_in(monkeypatch, losses):
             own = folder / each.name
             own.mkdir(parents=True, exist_ok=True)
             words = dict(word.split("=", 1) for word in each.overrides)
-            steps = int(words.get("trainer.max_steps", 1500))
+            steps = int(words.get("trainer.max_steps", 1000))
             data = {"batch_size": 10, "sequence_length": 10, "validation_sequences": None}
             config = {"data": data, "trainer": {"max_steps": steps}}
             (own / "config.yaml").write_text(yaml.safe_dump(config))
