@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels.precision import compute_dtype, widened
+from mhc_lightning.modules.document_attention import attention_within, causal_attention
+from mhc_lightning.modules.documents import Documents
 from mhc_lightning.modules.norm import RMSNorm
 from mhc_lightning.modules.plain_projection import plain_weight
 from mhc_lightning.modules.rotary import rotary_angles, rotate
@@ -127,17 +129,21 @@ class LatentAttention(nn.Module):
             torch.zeros(batch_size, max_length, self.rope_dim, dtype=dtype, device=device),
         )
 
-    def forward(self, x: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LatentCache | None = None, documents: Documents | None = None
+    ) -> Tensor:
         """Attend causally: [B, S, C] -> [B, S, C].
 
         With a cache, `x` continues the cached tokens and is written to the cache. Padding follows
-        the tokens of a row, so no token attends to padding.
+        the tokens of a row, so no token attends to padding. With `documents`, attention stays
+        within them, and positions count from the first token of each.
         """
         batch, length, _ = x.shape
-        if cache is None:
-            positions = torch.arange(length, device=x.device)
+        places = None if cache is None else cache.positions(length).unsqueeze(1)
+        if documents is not None:
+            positions = documents.positions.unsqueeze(1)  # [B, 1, S]: the same for all heads
         else:
-            positions = cache.positions(length).unsqueeze(1)  # [B, 1, S]: the same for all heads
+            positions = torch.arange(length, device=x.device) if places is None else places
         cos, sin = rotary_angles(positions, self.rope_dim, self.rope_theta, compute_dtype(x))
 
         widths = [self.head_dim, self.rope_dim]
@@ -149,11 +155,14 @@ class LatentAttention(nn.Module):
         latents = self.latent_norm(latents)
         rope_keys = rotate(rope_keys.unsqueeze(1), cos, sin).squeeze(1)
         cached = None if cache is None else cache.write(latents, rope_keys)
-        if cache is None or cached is None or cache.longest == 0:
-            mixed = self._attend_all(query, rope_query, latents, rope_keys)
+        if cache is None or cached is None or places is None or cache.longest == 0:
+            mixed = self._attend_all(query, rope_query, latents, rope_keys, documents=documents)
         else:
-            # A query attends to keys up to its own position: [B, 1, S, T].
-            visible = torch.arange(cached[0].shape[1], device=x.device) <= positions.unsqueeze(-1)
+            # A query attends to keys up to its own place: [B, 1, S, T].
+            keys = torch.arange(cached[0].shape[1], device=x.device)
+            visible = keys <= places.unsqueeze(-1)
+            if documents is not None:
+                visible = visible & (keys >= documents.starts[:, None, :, None])
             weight = plain_weight(self.key_value)
             if weight is None:
                 mixed = self._attend_all(query, rope_query, *cached, visible)
@@ -168,25 +177,26 @@ class LatentAttention(nn.Module):
         latents: Tensor,
         rope_keys: Tensor,
         visible: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Attention [B, H, S, head_dim] that builds all keys and values.
 
-        Queries attend causally to the sequence itself, or to the `visible` [B, 1, S, T] of T
-        tokens.
+        Queries attend causally to the sequence itself, within `documents` if given, or to the
+        `visible` [B, 1, S, T] of T tokens.
         """
         per_head = (self.num_heads, 2 * self.head_dim)
         key_value = self.key_value(latents).unflatten(-1, per_head).transpose(1, 2)
         key, value = key_value.chunk(2, dim=-1)
         shared = rope_keys[:, None].expand(-1, self.num_heads, -1, -1)
-        # Fused attention needs equal widths: values get zeros appended, which are cut off below.
-        mixed = F.scaled_dot_product_attention(
-            torch.cat([query, rope_query], dim=-1),
-            torch.cat([key, shared], dim=-1),
-            F.pad(value, (0, self.rope_dim)),
-            attn_mask=visible,
-            is_causal=visible is None,
-        )
-        return mixed[..., : self.head_dim]
+        query = torch.cat([query, rope_query], dim=-1)
+        key = torch.cat([key, shared], dim=-1)
+        if visible is not None:
+            padded = F.pad(value, (0, self.rope_dim))
+            mixed = F.scaled_dot_product_attention(query, key, padded, attn_mask=visible)
+            return mixed[..., : self.head_dim]
+        if documents is not None:
+            return attention_within(documents, query, key, value)
+        return causal_attention(query, key, value)
 
     def _attend_latents(
         self,

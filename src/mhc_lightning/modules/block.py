@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mhc_lightning.modules.attention import LatentCache
 from mhc_lightning.modules.connection import Connection, Merged, Sublayer, Unmerged
+from mhc_lightning.modules.documents import DOCUMENTS
 from mhc_lightning.modules.memory import BlockMemory, Recalled
 from mhc_lightning.modules.memory.recent import RecentWindow
 from mhc_lightning.modules.norm import RMSNorm
@@ -106,14 +107,15 @@ class Block(nn.Module):
             cache: What the block keeps of earlier tokens.
             merge: Whether to merge the feed-forward's output; if not, the next block merges it
                 while it reads.
-            recalled: What a memory recalls for the tokens of this batch.
+            recalled: What the network recalls of the tokens of this batch.
 
         Returns:
             Streams [B, S, n, C] and their carry; without `merge`, an `Unmerged` for the next block.
         """
-        attention: Sublayer = self.attention
-        if cache is not None:
-            attention = partial(self.attention, cache=cache.attention)
+        more: dict[str, Any] = {} if cache is None else {"cache": cache.attention}
+        if recalled and DOCUMENTS in recalled:
+            more["documents"] = recalled[DOCUMENTS]
+        attention: Sublayer = partial(self.attention, **more) if more else self.attention
         if self.memory is not None:
             streams, carry = streams.merge() if isinstance(streams, Unmerged) else (streams, carry)
             note_entry()
@@ -130,11 +132,11 @@ def run_blocks(
     carry: Tensor | None,
     recalled: Recalled | None = None,
 ) -> Merged:
-    """Take streams [B, S, n, C] and their carry through `blocks`, with what a memory recalls.
+    """Take streams [B, S, n, C] and their carry through `blocks`, with what is recalled of tokens.
 
     Between two plain blocks the merge is left to the second block, which reads in the same step.
     """
-    more = {"recalled": recalled} if recalled else {}  # a block without memory may not take it
+    more = {"recalled": recalled} if recalled else {}  # a block that needs none may not take it
     flow: tuple[Tensor, Tensor | None] | tuple[Unmerged] = (streams, carry)
     for block, following in zip(blocks, (*blocks[1:], None), strict=True):
         if _is_plain(block) and _is_plain(following):

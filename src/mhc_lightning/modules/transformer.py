@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import (
     IGNORE_INDEX,
     aggregate_streams,
@@ -20,6 +21,8 @@ from mhc_lightning.kernels.argument_checks import check_values
 from mhc_lightning.modules.attention import LatentAttention
 from mhc_lightning.modules.block import Block, BlockCache, PreNorm, run_blocks
 from mhc_lightning.modules.connection import Connection, Merged
+from mhc_lightning.modules.document_window import DocumentWindow
+from mhc_lightning.modules.documents import DOCUMENTS, Documents
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.flops import training_flops_per_token
 from mhc_lightning.modules.head_loss import count_targets, head_token_losses, mean_head_loss
@@ -68,6 +71,8 @@ class Transformer(nn.Module):
         init_seed: Seed of the initial weights, drawn from torch's generator.
         recompute: The setting given to `set_recompute`.
         recompute_block_size: Sub-layers per recompute block; 0 (the default) keeps all streams.
+        end_of_document: The token given to `mask_documents`; None (the default) to look at a
+            sequence as a whole.
 
     Raises:
         UserError: A size is out of range.
@@ -152,6 +157,7 @@ class Transformer(nn.Module):
             )
         self.recompute: str | int | None = "off"
         self.recompute_block_size = 0
+        self.end_of_document: int | None = None
         self.num_streams = blocks[0].attention_connection.num_streams
         self.memory = memory(
             vocab_size=vocab_size,
@@ -201,12 +207,50 @@ class Transformer(nn.Module):
         self._plan_draws()
         reset_modules(self)
 
-    def recall(self, tokens: Tensor, history: Tensor | None = None) -> Recalled:
-        """What a memory recalls for tokens [B, S], once for the embedding and all blocks."""
+    def mask_documents(self, end_of_document: int | None) -> None:
+        """Keep the documents of a sequence apart, from the next forward pass on.
+
+        Attention and a memory's convolution then stay within a document, and positions count from
+        the first token of each. `LanguageModel` leaves first tokens out of the loss.
+
+        Args:
+            end_of_document: The token that ends a document; None to look at a sequence as a whole.
+
+        Raises:
+            UserError: The network has no such token, or its memory's n-grams look across documents.
+        """
+        if end_of_document is not None and not 0 <= end_of_document < self.vocab_size:
+            raise UserError(
+                f"the network cannot keep documents apart by token {end_of_document}: its tokens"
+                f" are 0 to {self.vocab_size - 1}"
+            )
+        looks_across = self.memory.hash is not None and not self.memory.documents
+        if end_of_document is not None and looks_across:
+            raise UserError(
+                "data.document_mask=true keeps documents apart, and memory.documents=false has"
+                " n-grams look across them; use memory.documents=true"
+            )
+        self.end_of_document = end_of_document
+
+    def recall(
+        self,
+        tokens: Tensor,
+        history: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Recalled:
+        """What the embedding and all blocks need to know of tokens [B, S], found once for all.
+
+        Args:
+            tokens: [B, S].
+            history: The tokens before them, for a memory: see `Memory.recall`.
+            documents: Those of the tokens, if tokens before them matter.
+        """
         recalled = self.memory.recall(tokens, history)
         for part in self._held_memory_parts() if recalled else ():
             part.fetch_ahead(recalled)
-        return recalled
+        if self.end_of_document is None:
+            return recalled
+        return {**recalled, DOCUMENTS: documents or Documents.of(tokens, self.end_of_document)}
 
     def prefetch(self, tokens: Tensor, *, before_update: bool) -> None:
         """Begin to fetch what a memory recalls for the next micro-batch, if that takes a while.
@@ -261,8 +305,8 @@ class Transformer(nn.Module):
     ) -> Merged:
         """Take streams [B, S, n, C] and their carry through `blocks` (all of them by default).
 
-        No recompute block reaches beyond these blocks. Blocks with a memory need the result of
-        `recall`.
+        No recompute block reaches beyond these blocks. With a memory, or documents that are kept
+        apart, they need the result of `recall`.
         """
         with recomputing(self.recompute_block_size):
             return run_blocks(list(blocks or self.blocks), streams, carry, recalled)
@@ -271,7 +315,7 @@ class Transformer(nn.Module):
         """Take tokens [B, S] through the embedding and all blocks."""
         recalled = self.recall(tokens)
         streams = self.embed(tokens, recalled)
-        # A `run_blocks` that someone has put in place may know of no memory.
+        # A `run_blocks` that someone has put in place may know of nothing recalled.
         return self.run_blocks(streams, recalled=recalled) if recalled else self.run_blocks(streams)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -327,7 +371,7 @@ class Transformer(nn.Module):
         return count_targets(targets, ignore_index)
 
     def new_caches(self, batch_size: int, max_length: int) -> list[Any]:
-        """Empty caches for `forward_cached`: of every block, and of the tokens for a memory."""
+        """Empty caches for `forward_cached`: of every block, and of the tokens if they matter."""
         like = next(p for p in self.parameters() if p.is_floating_point())
         caches: list[Any] = []
         for block in self.blocks:
@@ -341,7 +385,11 @@ class Transformer(nn.Module):
                 )
             )
         history = self.memory.new_history(batch_size, like.device)
-        return caches if history is None else [*caches, history]
+        if history is not None:
+            caches.append(history)
+        if self.end_of_document is not None:
+            caches.append(DocumentWindow(batch_size, self.end_of_document, like.device))
+        return caches
 
     def forward_cached(
         self, tokens: Tensor, caches: list[Any], counts: Tensor | None = None
@@ -366,11 +414,15 @@ class Transformer(nn.Module):
             ((counts >= 1) & (counts <= most)).all(),
             f"counts must be from 1 to {most} (new tokens of each row)",
         )
-        recalled: Recalled = {}
-        for history in caches[len(self.blocks) :]:
-            recalled = self.recall(tokens, history.values)
-            history.extend(tokens)
-            history.advance(counts, most)
+        history, documents = None, None
+        for seen in caches[len(self.blocks) :]:
+            if isinstance(seen, DocumentWindow):
+                documents = seen.extend(tokens)
+            else:
+                history = seen.values
+                seen.extend(tokens)
+            seen.advance(counts, most)
+        recalled = self.recall(tokens, history, documents)
         more: dict[str, Any] = {"recalled": recalled} if recalled else {}
         streams, carry = self.embed(tokens, recalled), None
         for block, cache in zip(self.blocks, caches[: len(self.blocks)], strict=True):

@@ -41,7 +41,7 @@ def expected_loss(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
             if wanted[t] != IGNORE_INDEX:
                 total = total - F.log_softmax(model.output(h), -1)[wanted[t]]
                 count += 1
-            if t + 1 < len(wanted) and wanted[t + 1] != IGNORE_INDEX:
+            if IGNORE_INDEX not in (wanted[t], *wanted[t + 1 : t + 2]) and t + 1 < len(wanted):
                 projected = model.head_memory.projection.weight @ h
                 log = F.log_softmax(model.output.weight @ projected, -1)
                 total = total - WEIGHT * log[wanted[t + 1]]

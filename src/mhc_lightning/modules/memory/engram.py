@@ -3,14 +3,17 @@
 Shapes: B batch, S sequence, n streams, C width of the network, H rows of a position, D their width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhc_lightning.kernels import context_gates, gated_write
 from mhc_lightning.kernels.precision import widened
+from mhc_lightning.modules.documents import DOCUMENTS, Documents
 from mhc_lightning.modules.memory.hashing import NgramHash
 from mhc_lightning.modules.memory.layout import NgramLayout, prime_layout, row_width
 from mhc_lightning.modules.memory.memory import BlockMemory, Memory, Recalled
@@ -206,10 +209,48 @@ class EngramBlock(BlockMemory):
         streams, gate = self.gate(streams, key)
         if self.conv is None:
             return gated_write(streams, value, gate)
+        write = partial(gated_write, taps=self.conv(), dilation=self.dilation)
+        documents = recalled.get(DOCUMENTS)
         if cache is not None:
             seen = cache.extend(torch.cat([value, gate], -1))
+            if documents is not None:
+                return self._write_cached(write, streams, seen, documents)
             value, gate = seen.split([self.dim, self.num_streams], -1)
-        return gated_write(streams, value, gate, self.conv(), self.dilation)
+        elif documents is not None:
+            return documents.apart(write, streams, value, gate, dim=1)
+        return write(streams, value, gate)
+
+    def _write_cached(
+        self, write: Callable[..., Tensor], streams: Tensor, seen: Tensor, documents: Documents
+    ) -> Tensor:
+        """`write` in which the convolution sees no position of another document.
+
+        Args:
+            write: Takes streams, values and gates.
+            streams: [B, S, n, C].
+            seen: Values and gates [B, P, C + n] of the positions and of those before them.
+            documents: Those of the positions.
+        """
+        length, widths = streams.shape[1], [self.dim, self.num_streams]
+        reach = seen.shape[1] - length
+        back = torch.arange(-reach, 0, device=seen.device)
+
+        def write_piece(rows: slice, begin: int, end: int) -> Tensor:
+            places, starts = documents.places[rows, begin], documents.starts[rows, begin]
+            belongs = places[:, None] + back >= starts[:, None]  # [b, reach]
+            belongs = F.pad(belongs, (0, end - begin), value=True)
+            piece = seen[rows, begin : end + reach] * belongs[..., None]
+            return write(streams[rows, begin:end], *piece.split(widths, -1))
+
+        if all(len(pieces) == 1 for pieces in documents.spans):
+            return write_piece(slice(None), 0, length)
+        written = []
+        for row, pieces in enumerate(documents.spans):
+            begin = 0
+            for size in pieces:
+                written.append(write_piece(slice(row, row + 1), begin, begin + size))
+                begin += size
+        return torch.cat(written, 1).view_as(streams)
 
 
 class EngramGate(nn.Module):

@@ -15,8 +15,11 @@ from mhc_lightning.modules.memory.recent import RecentWindow
 from mhc_lightning.modules.memory.row_store import RowStore
 from mhc_lightning.modules.memory.table import NgramTable
 
-Recalled = Mapping[int, Tensor]
-"""Rows int64 [B, S, H] by block (from 0) or `INPUT`; they depend on tokens alone."""
+Recalled = Mapping[int, Any]
+"""What depends on tokens alone: rows int64 [B, S, H] by block (from 0) or `INPUT`.
+
+A network that keeps documents apart adds its `Documents` at `DOCUMENTS`.
+"""
 
 INPUT = -1  # the place of a memory at the embedding
 
@@ -61,7 +64,8 @@ class InputMemory(MemoryPart):
 
     def rows_of(self, recalled: Recalled) -> Tensor:
         """See `MemoryPart`."""
-        return recalled[INPUT]
+        rows: Tensor = recalled[INPUT]
+        return rows
 
     def forward(self, x: Tensor, recalled: Recalled) -> Tensor:
         """[B, S, C] -> [B, S, C]."""
@@ -79,7 +83,8 @@ class BlockMemory(MemoryPart):
 
     def rows_of(self, recalled: Recalled) -> Tensor:
         """See `MemoryPart`."""
-        return recalled[self.block]
+        rows: Tensor = recalled[self.block]
+        return rows
 
     @property
     def gate_window(self) -> nn.Module | None:

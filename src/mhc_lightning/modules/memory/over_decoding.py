@@ -14,7 +14,7 @@ class OverDecoding(HeadMemory):
     """Predicts the token after the next one with a projection of its own before the head.
 
     With h the hidden vector of a position, W_out the network's output projection and x the tokens,
-    over the T next tokens that count:
+    over the T next tokens x_{t+1} that count, where x_{t+2} counts too:
 
         weight · Σ_t -log softmax(W_out W h_t)[x_{t+2}] / T
 
@@ -37,7 +37,8 @@ class OverDecoding(HeadMemory):
     ) -> Tensor:
         """See `HeadMemory`."""
         after = F.pad(targets[:, 1:], (0, 1), value=ignore_index)
+        # Behind a next token that does not count is another document, or padding.
+        after = after.masked_fill(targets == ignore_index, ignore_index)
         mean = mean_head_loss(output, self.projection(hidden), after, ignore_index)
         counted = count_targets(targets, ignore_index)
-        share = count_targets(after, ignore_index) / counted.clamp(min=1)
-        return self.weight * share * mean
+        return self.weight * mean * count_targets(after, ignore_index) / counted.clamp(min=1)
