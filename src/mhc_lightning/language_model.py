@@ -17,6 +17,7 @@ from mhc_lightning.checkpoints.saved_memory import (
     load_beside_memory,
     memory_in,
 )
+from mhc_lightning.data.document_mask import keep_documents_apart
 from mhc_lightning.data.token_classes import bind_tokenizer
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.errors import NonFiniteLossError, UserError
@@ -54,11 +55,15 @@ from mhc_lightning.strategies.sharded_rows import tables_of
 from mhc_lightning.strategies.sharding import shard_by_mesh
 
 
-def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
+def inputs_and_targets(batch: Tensor, end_of_document: int | None = None) -> tuple[Tensor, Tensor]:
     """Split a batch [B, S + 1] into the tokens that are read and the targets, each [B, S].
 
     The network reads padding (-100) as token 0. Under causal attention only further padding attends
     to it.
+
+    Args:
+        batch: [B, S + 1].
+        end_of_document: The token whose successor is no target, as the first of another document.
 
     Raises:
         UserError: A token follows padding, and would attend to it.
@@ -71,6 +76,8 @@ def inputs_and_targets(batch: Tensor) -> tuple[Tensor, Tensor]:
         " leave tokens within out of the loss, call model.loss(tokens, targets) with targets of"
         f" {IGNORE_INDEX} in a training_step of your own",
     )
+    if end_of_document is not None:
+        targets = targets.masked_fill(inputs == end_of_document, IGNORE_INDEX)
     return inputs.masked_fill(padding, 0), targets
 
 
@@ -80,7 +87,8 @@ class LanguageModel(pl.LightningModule):
     A batch is int64 tokens [B, S + 1]. Shorter sequences are padded at their end with -100
     (`IGNORE_INDEX`); padding is not predicted, but experts count it in their load. The loss is the
     mean over the predicted tokens of a micro-batch. All micro-batches and ranks have the same
-    weight in a step, whatever share of them is padding.
+    weight in a step, whatever share of them is padding. Where documents are kept apart
+    (`Transformer.mask_documents`), the first token of each is not predicted either.
 
     Logged against the number of completed optimizer steps, first 1:
 
@@ -122,16 +130,19 @@ class LanguageModel(pl.LightningModule):
         return self.model(tokens)
 
     def setup(self, stage: str) -> None:
-        """Bind the network's memory to the tokenizer of the data, if both are there.
+        """Bind the network to the tokenizer of the data, if they have one, and to their documents.
 
         Raises:
-            UserError: The memory is bound to another tokenizer, or was trained with one; or the
-                strategy cannot train it.
+            UserError: The memory is bound to another tokenizer, or was trained with one; the
+                strategy cannot train it; or the network cannot keep the documents apart.
         """
         require_placement(self, self.trainer.strategy)
-        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None)
         if isinstance(tokenizer, Tokenizer):
             bind_tokenizer(memory_in(self.model), tokenizer)
+        if hasattr(data, "document_boundary"):
+            keep_documents_apart(self.model, data.document_boundary)
 
     def configure_model(self) -> None:
         """Compile the sub-layers if asked to, and shard the network if the strategy has a mesh."""
@@ -277,9 +288,12 @@ class LanguageModel(pl.LightningModule):
         """Wait for the last update of rows in the machine's memory."""
         settle_rows(self)
 
+    def _inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs_and_targets(batch, getattr(self.model, "end_of_document", None))
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one micro-batch."""
-        loss = self.model.loss(*inputs_and_targets(batch))
+        loss = self.model.loss(*self._inputs_and_targets(batch))
         step = self.trainer.global_step
         if self._step_of_losses != step:
             self._step_losses, self._step_of_losses = [], step
@@ -298,7 +312,7 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add the losses of a batch's predicted tokens, and their number."""
-        inputs, targets = inputs_and_targets(batch)
+        inputs, targets = self._inputs_and_targets(batch)
         total = self.model.token_losses(inputs, targets).sum(dtype=self._validation_sums.dtype)
         self._validation_sums += torch.stack([total, self.model.count_targets(targets)])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.distributed.tensor import DTensor
@@ -121,11 +122,20 @@ class Peeked:
         return self._batches[self._next] if self._next < len(self) else None
 
 
-def tokens_of_run() -> torch.Tensor:
-    """[10 batches, sequences of a batch, 9]; frequent tokens come first."""
+def tokens_of_run(end_of_document: int | None) -> torch.Tensor:
+    """[10 batches, sequences of a batch, 9]; frequent tokens come first.
+
+    If there is a token that ends documents, it is in each sequence once, and not the last: so all
+    shares of a batch have the same number of targets.
+    """
     generator = torch.Generator().manual_seed(1)
     tokens = torch.rand(20, SEQUENCES // ACCUMULATED, 9, generator=generator) ** 2 * 40
-    return tokens.long()
+    tokens = tokens.long()
+    if end_of_document is not None:
+        tokens[tokens == end_of_document] += 1
+        places = torch.randint(0, 8, (*tokens.shape[:2], 1), generator=generator)
+        tokens.scatter_(2, places, end_of_document)
+    return tokens
 
 
 def build(leg: dict[str, Any]) -> Watched:
@@ -146,6 +156,9 @@ def build(leg: dict[str, Any]) -> Watched:
             memory=partial(MEMORIES[leg["memory"]], **leg.get("settings", {})),
         )
     network.double()  # rounding hides nothing
+    if "end_of_document" in leg:
+        network.memory.bind(np.arange(40), leg["end_of_document"])
+        network.mask_documents(leg["end_of_document"])
     recipe = AdamWRecipe if leg.get("adam") else Sgd
     optimizer = recipe(
         lr=leg.get("lr", 0.1), weight_decay=0.0, eps=leg.get("eps", 1e-8), schedule="constant"
@@ -190,7 +203,8 @@ def _run(leg: dict[str, Any], output: Path, allocations: Allocations | None, bef
     )
     resume = leg.get("resume")
     replicas = layout_of(strategy).data_parallel_size
-    share = tokens_of_run().unflatten(1, (replicas, -1))[:, trainer.global_rank % replicas]
+    tokens = tokens_of_run(leg.get("end_of_document"))
+    share = tokens.unflatten(1, (replicas, -1))[:, trainer.global_rank % replicas]
     share = share[leg.get("start", 0) * ACCUMULATED :].flatten(0, 1)
     loader = Peeked(share.split(SEQUENCES // ACCUMULATED // replicas))
     trainer.fit(

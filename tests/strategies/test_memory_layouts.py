@@ -107,6 +107,28 @@ def test_every_layout_of_two_processes_trains_as_one_process_does(
 
 
 @pytest.mark.slow
+def test_documents_are_kept_apart_in_every_layout(tmp_path: Path) -> None:
+    """Every stage finds them from the tokens; from meta, and when streams are computed again."""
+    apart = {"end_of_document": 3}
+    legs: list[dict[str, Any]] = [{"name": memory, "memory": memory, **apart} for memory in BOTH]
+    looked_through = {"name": "engram, not apart", "memory": "engram"}
+    single = train(tmp_path, 1, *legs, looked_through)
+    losses = [[row["train/loss"] for row in single[n]["rows"]] for n in single]
+    assert losses[0] != pytest.approx(losses[2], rel=1e-3)
+    run_legs(
+        tmp_path,
+        single,
+        2,
+        {"memory": "engram", **apart, **pipeline("1f1b"), "recompute": 3},
+        {"memory": "engram", **apart, **pipeline("zbv"), "meta": True},
+        {"memory": "over_encoding", **apart, **pipeline("dualpipev", microbatches=4)},
+        {"memory": "engram", **apart, "strategy": "ddp"},
+        {"memory": "engram", **apart, "strategy": "fsdp", "meta": True, "recompute": "auto"},
+        {"memory": "over_encoding", **apart, "strategy": "fsdp"},
+    )
+
+
+@pytest.mark.slow
 def test_every_layout_of_four_processes_trains_as_one_process_does(
     single: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ IN_ORDER = [
     "docs/start/first_run.md",
     "docs/start/what_you_see.md",
     "docs/train/data.md",
+    "docs/train/documents.md",
     "docs/train/configuration.md",
     "docs/train/resume.md",
     "docs/train/watch.md",

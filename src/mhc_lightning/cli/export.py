@@ -24,6 +24,7 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     from mhc_lightning.cli.components import build_model
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.cli.value_types import check_arguments
+    from mhc_lightning.data.document_mask import keeps_documents_apart
     from mhc_lightning.interchange import export_model
 
     check_arguments("export", export_model, values["export"])
@@ -37,6 +38,7 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
         settings=values["model"],
         tokenizer=tokenizer,
         step=trained_steps(checkpoint),
+        document_mask=keeps_documents_apart(checkpoint),
         overwrite=values["overwrite"],
         **values["export"],
     )

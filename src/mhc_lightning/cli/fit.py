@@ -102,6 +102,7 @@ def _build(experiment: Experiment) -> "tuple[pl.Trainer, LanguageModel, TextData
     )
     from mhc_lightning.cli.instantiation import build, build_members
     from mhc_lightning.cli.plan import check_room
+    from mhc_lightning.data.document_mask import keep_documents_apart
     from mhc_lightning.data.token_classes import bind_tokenizer
 
     trainer = build_trainer(
@@ -117,6 +118,7 @@ def _build(experiment: Experiment) -> "tuple[pl.Trainer, LanguageModel, TextData
     check_layout(trainer, module, data)
     data.validate_against(module.model.vocab_size)
     bind_tokenizer(memory_in(module.model), data.tokenizer)
+    keep_documents_apart(module.model, data.document_boundary)
     return trainer, module, data
 
 

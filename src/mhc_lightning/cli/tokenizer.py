@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.checkpoints.saved_memory import check_saved_memory, memory_in
 from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.data.document_mask import keep_documents_apart, keeps_documents_apart
 from mhc_lightning.data.token_classes import bind_tokenizer
 from mhc_lightning.data.tokenizers import Tokenizer, load_tokenizer
 from mhc_lightning.errors import UserError
@@ -47,7 +48,9 @@ def tokenizer_of(
 def check_tokenizer(
     tokenizer: Tokenizer, checkpoint: dict[str, Any], path: Any, network: "Transformer"
 ) -> None:
-    """Check that a checkpoint was trained with a tokenizer, and bind the network's memory to it.
+    """Check that a checkpoint was trained with a tokenizer, and bind the network to it.
+
+    A network that was trained with `data.document_mask` keeps documents apart from here on.
 
     What a memory keeps of its tokenizer is compared by content: another version of the `tokenizers`
     library may find other tokens alike.
@@ -74,3 +77,5 @@ def check_tokenizer(
     bind_tokenizer(memory, tokenizer)
     hint = "use the tokenizer it was trained with"
     check_saved_memory(memory, checkpoint["state_dict"], str(path), hint)
+    if keeps_documents_apart(checkpoint):
+        keep_documents_apart(network, tokenizer.end_of_document)

@@ -46,6 +46,7 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     from mhc_lightning.cli.run_faults import named_faults
     from mhc_lightning.cli.strategy_choice import resolve_strategy
     from mhc_lightning.cli.tokenizer import check_tokenizer
+    from mhc_lightning.data.document_mask import keeps_documents_apart
 
     experiment, _ = resolve_strategy(experiment)
     path = require_checkpoint(experiment)
@@ -56,6 +57,13 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     data.validate_against(module.model.vocab_size)
     checkpoint = load_fitting(path, module, experiment)
     check_tokenizer(data.tokenizer, checkpoint, path, module.model)
+    trained_apart = keeps_documents_apart(checkpoint)
+    if trained_apart != data.document_mask and is_first_process():
+        print(
+            f"warning: {path} was trained with data.document_mask={str(trained_apart).lower()}, and"
+            " this loss is of the other setting",
+            file=sys.stderr,
+        )
     module.start_from(checkpoint["state_dict"])
     with named_faults(trainer):
         trainer.validate(module, datamodule=data, verbose=False)

@@ -81,14 +81,16 @@ def stream_identity(
     sequence_length: int,
     seed: int,
     shuffle_window: int,
+    document_mask: bool,
 ) -> dict[str, Any]:
-    """Everything that the order of the training stream depends on; plain types, for checkpoints."""
+    """Everything that the training stream and its targets depend on; plain types."""
     total = sum(weights)
     return {
         "tokenizer": sources[0].record.tokenizer["fingerprint"],
         "sequence_length": sequence_length,
         "seed": seed,
         "shuffle_window": shuffle_window,
+        "document_mask": document_mask,
         "sources": [
             [data.record.content, weight / total]
             for data, weight in zip(sources, weights, strict=True)
@@ -102,6 +104,7 @@ def check_same_stream(saved: dict[str, Any], configured: dict[str, Any]) -> None
     Raises:
         UserError: They differ.
     """
+    saved = {"document_mask": False, **saved}  # earlier versions had none
     changes = [
         key if key == "sources" else f"{key} was {saved.get(key)} and is {configured[key]}"
         for key in configured

@@ -38,8 +38,8 @@ class TextDataModule(L.LightningDataModule):
     any `micro_batch_size` and number of ranks. Batches are padded to equal sizes on every rank.
     Short sequences at the ends of chunks are padded to the whole length. Padding is -100
     (`mhc_lightning.kernels.IGNORE_INDEX`), which is not predicted. Of the held-out text only the
-    first token of each chunk file is left out. A loss of l nats per token is
-    `l / ln 2 / validation_bytes_per_token` bits per byte.
+    first token of each chunk file is left out, and with `document_mask` that of each document.
+    A loss of l nats per token is `l / ln 2 / validation_bytes_per_token` bits per byte.
 
     Args:
         path: A folder that `prepare` wrote, or the object-store URL of one; a list of these, or of
@@ -58,6 +58,9 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: Folder for copies of a URL's chunks; by default `$MHC_LIGHTNING_CACHE` or
             `~/.cache/mhc_lightning`.
         storage_options: Options of the object store's client.
+        document_mask: Keep the documents of a sequence apart: attention stays inside a document,
+            positions restart, and the first token of each is not predicted (`LanguageModel` has
+            its network do so: `Transformer.mask_documents`).
         allow_data_change: Resume although the checkpoint was trained on other data or in another
             order; the stream continues at the same number of sequences.
 
@@ -78,6 +81,7 @@ class TextDataModule(L.LightningDataModule):
         shuffle_window: int = 8,
         cache_dir: str | None = None,
         storage_options: dict[str, Any] | None = None,
+        document_mask: bool = False,
         allow_data_change: bool = False,
     ) -> None:
         super().__init__()
@@ -102,6 +106,7 @@ class TextDataModule(L.LightningDataModule):
         self.seed = seed
         self.validation_sequences = validation_sequences
         self.shuffle_window = shuffle_window
+        self.document_mask = document_mask
         self.allow_data_change = allow_data_change
         self._sources = parse_sources(path)
         self._open_options = (tokenizer, cache_dir, storage_options)
@@ -147,8 +152,28 @@ class TextDataModule(L.LightningDataModule):
         return self.tokenizer.end_of_document
 
     @property
+    def document_boundary(self) -> int | None:
+        """The token that ends documents which are kept apart; None without `document_mask`.
+
+        Raises:
+            UserError: The tokens have none.
+        """
+        if not self.document_mask:
+            return None
+        end: int | None = getattr(self.tokenizer, "end_of_document", None)
+        if end is None:
+            raise UserError(
+                "data.document_mask=true needs a token that ends documents, and the tokens of"
+                f" {self.sources[0].path} have none; use data.document_mask=false"
+            )
+        return end
+
+    @property
     def validation_bytes_per_token(self) -> float:
-        """Bytes of text per predicted token in validation; NaN without a validation split."""
+        """Bytes of text per token in validation; NaN without a validation split.
+
+        With `document_mask` the first tokens of documents, which are not predicted, count as any.
+        """
         counts = self._validation_sequences().num_tokens
         if not sum(counts):
             return math.nan
@@ -203,6 +228,7 @@ class TextDataModule(L.LightningDataModule):
         if stage == "fit":
             self.accumulation(self._data_parallel()[1])
         assert self.sources
+        _ = self.document_boundary
 
     def train_dataloader(self) -> TrainingLoader:
         """Training batches from the current position of the stream; see `TrainingLoader`."""
@@ -290,7 +316,12 @@ class TextDataModule(L.LightningDataModule):
 
     def _identity(self) -> dict[str, Any]:
         return stream_identity(
-            self.sources, self.weights, self.sequence_length, self.seed, self.shuffle_window
+            self.sources,
+            self.weights,
+            self.sequence_length,
+            self.seed,
+            self.shuffle_window,
+            self.document_mask,
         )
 
     def _validation_sequences(self) -> ValidationSequences:

@@ -40,6 +40,7 @@ class Exported:
         tokenizer_record: The record of the tokenizer.
         step: Optimizer steps of the training.
         files: XXH3 checksums of the tensor files; empty in folders of earlier versions.
+        document_mask: Whether the model was trained with documents kept apart.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Exported:
     tokenizer_record: dict[str, Any]
     step: int
     files: dict[str, str]
+    document_mask: bool = False
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with.
@@ -166,6 +168,7 @@ def open_exported(folder: str | Path) -> Exported:
             dict(record["tokenizer"]),
             int(record["step"]),
             dict(record.get("files", {})),
+            record.get("document_mask") is True,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} is incomplete: {error!r}") from error
@@ -183,6 +186,8 @@ def load_exported(folder: str | Path) -> Transformer:
         model = exported.build()
     tensors = exported.tensors(model.state_dict())
     exported.check_memory(model.memory)
+    if exported.document_mask:
+        model.mask_documents(exported.tokenizer().end_of_document)
     return materialize(model, tensors)
 
 

@@ -40,6 +40,7 @@ def export_model(
     settings: Mapping[str, Any],
     tokenizer: Tokenizer,
     step: int = 0,
+    document_mask: bool = False,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
@@ -54,6 +55,7 @@ def export_model(
             it (`_target_` names a class).
         tokenizer: The tokenizer that the model was trained with.
         step: Optimizer steps of the training.
+        document_mask: Whether the model was trained with documents kept apart.
         shard_bytes: Largest number of bytes of tensors in one file.
         overwrite: Replace an exported model that the folder already holds.
 
@@ -68,6 +70,7 @@ def export_model(
         **section_records(settings),
         "tokenizer": tokenizer.record(),
         "step": step,
+        **({"document_mask": True} if document_mask else {}),
     }
     tensors = model.state_dict() if isinstance(model, Transformer) else model
     with torch.device("meta"):

@@ -40,8 +40,8 @@ def weights_checkpoint(
             does not have.
 
     Returns:
-        `state_dict`, `global_step` (0), `tokenizer` (its fingerprint) and `trained_steps`
-        (the steps before the export).
+        `state_dict`, `global_step` (0), `tokenizer` (its fingerprint), `trained_steps` (the steps
+        before the export) and `document_mask`.
 
     Raises:
         UserError: Names the tensors that are missing, unexpected or of another shape.
@@ -53,4 +53,5 @@ def weights_checkpoint(
         "global_step": 0,
         "tokenizer": exported.tokenizer_record["fingerprint"],
         "trained_steps": exported.step,
+        "document_mask": exported.document_mask,
     }
