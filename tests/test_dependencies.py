@@ -15,6 +15,7 @@ EXTRAS = {
     "src/mhc_lightning/data/hub_datasets.py": "datasets",
     "src/mhc_lightning/cli/evaluate.py": "evaluate",
     "src/mhc_lightning/evaluation": "evaluate",
+    "src/mhc_lightning/huggingface": "huggingface",
     "recipes/shared/sweep.py": "slurm",
     "benchmarks": "dev",
     "docs": "docs",
@@ -88,7 +89,7 @@ def test_everything_declared_is_imported_by_the_package(foreign, project):
     assert names(project["dependencies"]) <= used
 
 
-@pytest.mark.parametrize("extra", ["datasets", "evaluate", "slurm"])
+@pytest.mark.parametrize("extra", ["datasets", "evaluate", "huggingface", "slurm"])
 def test_dev_holds_what_the_extras_need_or_it_comes_along(project, extra):
     dev = names(project["optional-dependencies"]["dev"])
     # lm_eval requires datasets.

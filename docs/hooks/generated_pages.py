@@ -36,6 +36,7 @@ _SUBJECTS = {
     "generation.py": "Generation",
     "evaluation": "Evaluation",
     "interchange": "Export, import, DeepSeek-V4",
+    "huggingface": "Hugging Face",
     "reporting": "Reports",
     "_torchvision.py": "Installation",
 }

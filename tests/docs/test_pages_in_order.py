@@ -113,6 +113,21 @@ def test_python_of_the_page_on_exchange(followed):
     assert names["settings"].hc_mult == 4 and "hc_head_base" in names["tensors"]
 
 
+def test_python_of_the_page_on_hugging_face(followed, capsys):
+    from mhc_lightning.interchange import load_exported
+
+    names: dict = {}
+    with chdir(followed.folder):
+        for block in blocks("docs/train/huggingface.md", "python"):
+            exec(block, names)
+        assert load_exported("my_tuned_model").vocab_size == names["model"].vocab_size
+    assert all(
+        begun in text
+        for begun, text in zip(("Once upon a", "There were"), names["texts"], strict=True)
+    )
+    assert "Once upon a time" in capsys.readouterr().out
+
+
 def tags_on_the_page() -> set[str]:
     """Patterns of the tags of docs/reference/tags.md."""
     text = (DOCS / "reference/tags.md").read_text(encoding="utf-8")

@@ -25,6 +25,7 @@ IN_ORDER = [
     "docs/train/watch.md",
     "docs/train/report.md",
     "docs/train/exchange.md",
+    "docs/train/huggingface.md",
     "docs/train/paper_models.md",
     "docs/train/memory.md",
 ]

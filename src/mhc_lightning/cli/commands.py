@@ -231,10 +231,15 @@ they open it most; --json has all n-grams.""",
 output= is the new folder: model.safetensors, config.json (the network and its connections, the
 tokenizer's record, the steps trained) and tokenizer.json. The tokenizer comes from the data;
 data.tokenizer=bytes, or the path of a tokenizer.json, does without them. In Python:
-mhc_lightning.interchange.load_exported(DIR).""",
+mhc_lightning.interchange.load_exported(DIR).
+
+form=huggingface writes what transformers' AutoModelForCausalLM and AutoTokenizer read once
+mhc_lightning.huggingface is imported (pip install 'mhc-lightning[huggingface]').""",
             examples=(
                 "export --config mhc_quickstart output_dir=runs/mine ckpt_path=last"
                 " output=my_model",
+                "export --config mhc_quickstart output_dir=runs/mine ckpt_path=last"
+                " output=my_hf_model form=huggingface",
             ),
             section="export",
         ),

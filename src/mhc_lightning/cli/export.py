@@ -1,6 +1,8 @@
 """The command `export`: the weights of a checkpoint as safetensors."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
@@ -25,14 +27,15 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.cli.value_types import check_arguments
     from mhc_lightning.data.document_mask import keeps_documents_apart
-    from mhc_lightning.interchange import export_model
 
-    check_arguments("export", export_model, values["export"])
+    settings = dict(values["export"])
+    export_as = _exporter(settings.pop("form"))
+    check_arguments("export", export_as, settings)
     path = require_checkpoint(experiment)
     module = build_model(experiment, on_meta=True)  # for its shapes
     checkpoint = load_fitting(path, module, experiment)
     tokenizer = tokenizer_of(experiment, checkpoint, path, module.model)
-    export_model(
+    export_as(
         below(checkpoint["state_dict"], "model."),
         values["output"],
         settings=values["model"],
@@ -40,6 +43,24 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
         step=trained_steps(checkpoint),
         document_mask=keeps_documents_apart(checkpoint),
         overwrite=values["overwrite"],
-        **values["export"],
+        **settings,
     )
     print(f"wrote {values['output']}: the weights of {path}", file=sys.stderr)
+
+
+def _exporter(form: Any) -> Callable[..., None]:
+    """The function that writes a folder of `export.form`.
+
+    Raises:
+        UserError: There is no such form, or it needs an extra that is not installed.
+    """
+    if form == "mhc_lightning":
+        from mhc_lightning.interchange import export_model
+
+        return export_model
+    if form == "huggingface":
+        import mhc_lightning.huggingface  # noqa: F401  (refuses to be imported without the extra)
+        from mhc_lightning.huggingface.folders import export_for_huggingface
+
+        return export_for_huggingface
+    raise UserError(f"export.form must be mhc_lightning or huggingface, not {form}")

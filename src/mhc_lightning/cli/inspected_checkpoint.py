@@ -105,14 +105,13 @@ def _look_at_exported(path: Path, text: str | None, arguments: Arguments) -> Ins
 
     from mhc_lightning.inspection import static_mappings_of
     from mhc_lightning.interchange.exported_model import load_exported, open_exported
-    from mhc_lightning.interchange.safetensors_files import StoredTensors
 
     _typed_settings(arguments, ())
     exported = open_exported(path)
     if text is None:
         with torch.device("meta"):
             network = exported.build()
-        layers = [*static_mappings_of(network, StoredTensors(path))]
+        layers = [*static_mappings_of(network, exported.stored())]
         return InspectedCheckpoint(path, layers, exported.step)
     tokenizer = exported.tokenizer()
     tokens = _tokens(tokenizer, text, _LONGEST)

@@ -26,6 +26,9 @@ from mhc_lightning.modules.memory.stored import belongs_to_memory, check_memory
 CONFIG_FILE = "config.json"
 FORMAT = "mhc-lightning"
 FORMAT_VERSION = 1
+HUGGINGFACE_MODEL_TYPE = "mhc"  # of the folders that transformers reads, in their config.json
+HUGGINGFACE_PREFIX = "model."  # of the names of their tensors
+TRAINING_TOKENIZER = "training_tokenizer"  # a folder in them, where theirs differs from ours
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class Exported:
         memory: The class of the memory and its arguments; None without one.
         tokenizer_record: The record of the tokenizer.
         step: Optimizer steps of the training.
-        files: XXH3 checksums of the tensor files; empty in folders of earlier versions.
+        files: XXH3 checksums of the tensor files; empty in folders of earlier versions, and in
+            those that transformers reads, and may have written.
         document_mask: Whether the model was trained with documents kept apart.
+        prefix: What names in the tensor files begin with, or not.
     """
 
     folder: Path
@@ -51,6 +56,7 @@ class Exported:
     step: int
     files: dict[str, str]
     document_mask: bool = False
+    prefix: str = ""
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model was trained with.
@@ -58,7 +64,14 @@ class Exported:
         Raises:
             UserError: The tokenizer's file is missing or was changed.
         """
-        return tokenizer_from_record(self.tokenizer_record, self.folder)
+        apart = self.folder / TRAINING_TOKENIZER
+        return tokenizer_from_record(
+            self.tokenizer_record, apart if apart.is_dir() else self.folder
+        )
+
+    def stored(self) -> StoredTensors:
+        """The tensors by name, each read when it is looked up, unchecked."""
+        return StoredTensors(self.folder, self.prefix)
 
     @property
     def sections(self) -> dict[str, dict[str, Any]]:
@@ -81,7 +94,7 @@ class Exported:
             UserError: Names what differs.
         """
         hint = "give the settings in its config.json" if self.memory is not None else ""
-        check_memory(memory, memory_of(StoredTensors(self.folder)), str(self.folder), hint)
+        check_memory(memory, memory_of(self.stored()), str(self.folder), hint)
 
     def tensors(
         self, expected: Mapping[str, Tensor], *, new_memory: bool = False
@@ -100,7 +113,12 @@ class Exported:
         if new_memory:
             expected = {n: tensor for n, tensor in expected.items() if not belongs_to_memory(n)}
         integers = [name for name, tensor in expected.items() if not tensor.is_floating_point()]
-        check_tensors(read_shapes(self.folder, integers), expected, str(self.folder))
+        integers += [f"{self.prefix}{name}" for name in integers]
+        shapes = {
+            name.removeprefix(self.prefix): shape
+            for name, shape in read_shapes(self.folder, integers).items()
+        }
+        check_tensors(shapes, expected, str(self.folder))
         for name, checksum in self.files.items():
             file = self.folder / name
             if not file.is_file() or file_xxh3(file) != checksum:
@@ -110,7 +128,7 @@ class Exported:
                     f" or, if the change is meant, take {name} out of `files` and `checksum` out of"
                     f" {CONFIG_FILE}"
                 )
-        tensors = read_tensors(self.folder)
+        tensors = {n.removeprefix(self.prefix): t for n, t in read_tensors(self.folder).items()}
         return {name: tensors[name] for name in expected}
 
 
@@ -125,7 +143,9 @@ def has_own_record(folder: Path) -> bool:
         record = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(record, dict) and record.get("format") == FORMAT
+    return isinstance(record, dict) and (
+        record.get("format") == FORMAT or record.get("model_type") == HUGGINGFACE_MODEL_TYPE
+    )
 
 
 def open_exported(folder: str | Path) -> Exported:
@@ -145,6 +165,8 @@ def open_exported(folder: str | Path) -> Exported:
         ) from error
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
+    if isinstance(record, dict) and record.get("model_type") == HUGGINGFACE_MODEL_TYPE:
+        return _of_transformers(folder, record)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{file} does not describe an exported model of mhc-lightning")
     version = record.get("format_version")
@@ -171,6 +193,32 @@ def open_exported(folder: str | Path) -> Exported:
             record.get("document_mask") is True,
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{file} is incomplete: {error!r}") from error
+
+
+def _of_transformers(folder: Path, record: Mapping[str, Any]) -> Exported:
+    """A folder that `export form=huggingface`, or an `MhcForCausalLM`, has written."""
+    file = folder / CONFIG_FILE
+    if record.get("tokenizer") is None:
+        raise UserError(
+            f"{file} does not say with which tokenizer the model was trained; copy `tokenizer` from"
+            " the config.json of the model that it was made from"
+        )
+    try:
+        sections = record["network"]
+        memory = sections.get("memory")
+        return Exported(
+            folder,
+            dict(sections["model"]),
+            dict(sections["connection"]),
+            None if memory is None else dict(memory),
+            dict(record["tokenizer"]),
+            int(record.get("step", 0)),
+            {},
+            record.get("document_end") is not None,
+            HUGGINGFACE_PREFIX,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is incomplete: {error!r}") from error
 
 

@@ -72,6 +72,26 @@ def export_model(
         "step": step,
         **({"document_mask": True} if document_mask else {}),
     }
+    tensors = check_export(model, settings, tokenizer)
+    with new_folder(Path(folder), overwrite) as aside:
+        write_tensors(tensors, aside, shard_bytes)
+        if isinstance(tokenizer, JsonTokenizer):
+            shutil.copyfile(tokenizer.path, aside / TOKENIZER_FILE)
+        written = sorted(aside.glob("*.safetensors"))
+        record["files"] = {file.name: file_xxh3(file) for file in written}
+        record["checksum"] = json_sha256(record)
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        (aside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def check_export(
+    model: Transformer | Mapping[str, Tensor], settings: Mapping[str, Any], tokenizer: Tokenizer
+) -> Mapping[str, Tensor]:
+    """The tensors of a model to export, checked against its settings and its tokenizer.
+
+    Raises:
+        UserError: See `export_model`.
+    """
     tensors = model.state_dict() if isinstance(model, Transformer) else model
     with torch.device("meta"):
         rebuilt = build_network(section_records(settings), "the configuration")
@@ -91,19 +111,11 @@ def export_model(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model {rebuilt.vocab_size}:"
             " it is not the one that the model was trained with"
         )
-    with _new_folder(Path(folder), overwrite) as aside:
-        write_tensors(tensors, aside, shard_bytes)
-        if isinstance(tokenizer, JsonTokenizer):
-            shutil.copyfile(tokenizer.path, aside / TOKENIZER_FILE)
-        written = sorted(aside.glob("*.safetensors"))
-        record["files"] = {file.name: file_xxh3(file) for file in written}
-        record["checksum"] = json_sha256(record)
-        text = json.dumps(record, indent=2, ensure_ascii=False)
-        (aside / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    return tensors
 
 
 @contextmanager
-def _new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill, which takes the name of `folder` at the end.
 
     Raises:

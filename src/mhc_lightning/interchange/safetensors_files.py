@@ -28,7 +28,9 @@ _INTEGERS = ("I64",)
 _METADATA = {"format": "pt"}  # readers of the Hugging Face libraries ask for it
 
 
-def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int, prefix: str = ""
+) -> None:
     """Write tensors to `folder`, in their order, as they are (dtype and bits).
 
     Args:
@@ -37,6 +39,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
         folder: Folder for the files.
         shard_bytes: Largest number of bytes of tensors in one file; a larger tensor gets a file of
             its own.
+        prefix: What the names in the files begin with.
 
     Raises:
         UserError: `shard_bytes` is below 1.
@@ -51,9 +54,10 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int)
     }
     shards = split_torch_state_dict_into_shards(sizes, max_shard_size=shard_bytes)
     for file, names in shards.filename_to_tensors.items():
-        _save(tensors, names, folder / file)
+        _save(tensors, names, folder / file, prefix)
     if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        files = {f"{prefix}{name}": file for name, file in shards.tensor_to_filename.items()}
+        index = {"metadata": shards.metadata, "weight_map": files}
         text = json.dumps(index, indent=2)
         (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -100,14 +104,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _save(tensors: Mapping[str, Tensor], names: list[str], file: Path) -> None:
+def _save(tensors: Mapping[str, Tensor], names: list[str], file: Path, prefix: str) -> None:
     chosen: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name in names:
         tensor = tensors[name].detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         # safetensors refuses tensors that share memory.
-        chosen[name] = tensor.clone() if storage in storages else tensor
+        chosen[f"{prefix}{name}"] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     try:
         save_file(chosen, file, metadata=_METADATA)
@@ -151,6 +155,7 @@ class StoredTensors(Mapping[str, Tensor]):
     Args:
         path: One `.safetensors` file, or a folder as `write_tensors` and the Hugging Face
             libraries write them.
+        prefix: Left out of names that begin with it.
 
     Attributes:
         on_meta: Shapes and dtypes by name, in tensors on `meta`.
@@ -159,27 +164,29 @@ class StoredTensors(Mapping[str, Tensor]):
         UserError: A file is missing or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._files: dict[str, Path] = {}
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        self._files: dict[str, tuple[Path, str]] = {}  # the file, and the name in it
         for file in _files(path) if path.is_dir() else [path]:
             with _opened(file) as content:
-                self._files.update(dict.fromkeys(content.keys(), file))
+                for name in content.keys():  # noqa: SIM118
+                    self._files[name.removeprefix(prefix)] = file, name
 
     @cached_property
     def on_meta(self) -> dict[str, Tensor]:
         """See the class."""
         found = {}
-        for name, file in self._files.items():
+        for name, (file, stored) in self._files.items():
             with _opened(file) as content:
-                part = content.get_slice(name)
+                part = content.get_slice(stored)
                 shape = part.get_shape()
-                nothing = part[:0] if shape else content.get_tensor(name)
+                nothing = part[:0] if shape else content.get_tensor(stored)
                 found[name] = torch.empty(shape, dtype=nothing.dtype, device="meta")
         return found
 
     def __getitem__(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as content:
-            tensor: Tensor = content.get_tensor(name)
+        file, stored = self._files[name]
+        with _opened(file) as content:
+            tensor: Tensor = content.get_tensor(stored)
             return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -70,8 +70,22 @@ class LatentCache:
         self.lengths = self.lengths + counts
         self.longest += most
 
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in each row; memory at least doubles when it grows."""
+        room = self._latents.shape[1]
+        if length > room:
+            more = (0, 0, 0, max(length - room, room))
+            self._latents, self._rope_keys = (
+                F.pad(memory, more) for memory in (self._latents, self._rope_keys)
+            )
+
+    def remove(self, count: int) -> None:
+        """Take back the last `count` tokens of each row."""
+        self.lengths = self.lengths - count
+        self.longest -= count
+
     def keep(self, rows: Tensor) -> None:
-        """Keep the given rows [K] only."""
+        """Keep the given rows [K] only, in their order; a row may be kept several times."""
         self._latents = self._latents[rows]
         self._rope_keys = self._rope_keys[rows]
         self.lengths = self.lengths[rows]

@@ -45,8 +45,22 @@ class BlockCache(NamedTuple):
         if self.memory is not None:
             self.memory.advance(counts, most)
 
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in each row."""
+        self.attention.reserve(length)
+
+    def remove(self, count: int) -> None:
+        """Take back the last `count` tokens of each row, unless a memory needs them.
+
+        Raises:
+            TypeError: The block has a memory, which keeps the last few tokens only.
+        """
+        if self.memory is not None:
+            raise TypeError("a memory cannot take tokens back")
+        self.attention.remove(count)
+
     def keep(self, rows: Tensor) -> None:
-        """Keep the given rows [K] only."""
+        """Keep the given rows [K] only, in their order; a row may be kept several times."""
         self.attention.keep(rows)
         if self.memory is not None:
             self.memory.keep(rows)

@@ -414,6 +414,22 @@ class Transformer(nn.Module):
             ((counts >= 1) & (counts <= most)).all(),
             f"counts must be from 1 to {most} (new tokens of each row)",
         )
+        streams, carry = self.run_cached(tokens, caches, counts)
+        last = torch.arange(batch, device=tokens.device), counts - 1
+        return self.head(streams[last], None if carry is None else carry[last])
+
+    def run_cached(self, tokens: Tensor, caches: list[Any], counts: Tensor) -> Merged:
+        """Take new tokens [B, S] through the embedding and all blocks, after those in `caches`.
+
+        Args:
+            tokens: New tokens; a row with fewer than S ends with padding, any token.
+            caches: What `new_caches` gave.
+            counts: Number of new tokens of each row [B], from 0 to S.
+
+        Returns:
+            Streams [B, S, n, C] and their carry.
+        """
+        most = tokens.shape[1]
         history, documents = None, None
         for seen in caches[len(self.blocks) :]:
             if isinstance(seen, DocumentWindow):
@@ -428,8 +444,7 @@ class Transformer(nn.Module):
         for block, cache in zip(self.blocks, caches[: len(self.blocks)], strict=True):
             streams, carry = block(streams, carry, cache, **more)
             cache.advance(counts, most)
-        last = torch.arange(batch, device=tokens.device), counts - 1
-        return self.head(streams[last], None if carry is None else carry[last])
+        return streams, carry
 
     def set_recompute(self, setting: str | int | None, blocks_per_stage: Sequence[int] = ()) -> int:
         """Choose whether backward rebuilds streams from the start of each recompute block.

@@ -32,5 +32,5 @@ class RecentWindow:
         self.values, self._extended = self._extended[rows, places], None
 
     def keep(self, rows: Tensor) -> None:
-        """Keep the given rows [K] only."""
+        """Keep the given rows [K] only, in their order; a row may be kept several times."""
         self.values = self.values[rows]
