@@ -12,6 +12,8 @@ from packaging.utils import canonicalize_name
 
 # Where the dependencies of an extra may be imported, beside those that are always there.
 EXTRAS = {
+    "src/mhc_lightning/data/formats/arrow_tables.py": "formats",
+    "src/mhc_lightning/data/formats/web_archives.py": "formats",
     "src/mhc_lightning/data/hub_datasets.py": "datasets",
     "src/mhc_lightning/cli/evaluate.py": "evaluate",
     "src/mhc_lightning/evaluation": "evaluate",
@@ -89,7 +91,7 @@ def test_everything_declared_is_imported_by_the_package(foreign, project):
     assert names(project["dependencies"]) <= used
 
 
-@pytest.mark.parametrize("extra", ["datasets", "evaluate", "huggingface", "slurm"])
+@pytest.mark.parametrize("extra", ["datasets", "evaluate", "formats", "huggingface", "slurm"])
 def test_dev_holds_what_the_extras_need_or_it_comes_along(project, extra):
     dev = names(project["optional-dependencies"]["dev"])
     # lm_eval requires datasets.

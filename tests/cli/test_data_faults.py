@@ -30,11 +30,12 @@ def test_no_step_is_taken_on_a_damaged_chunk(command, prepared, tmp_path, capsys
 def test_prepare_refuses_other_forms_in_one_line_and_takes_them_if_told(command, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text("some words\n" * 50)
-    (tmp_path / "in/b.csv").write_text("text\nsome words\n")
+    (tmp_path / "in/b.csv").write_text("body\nsome words\n")
     words = ("input=in", "output=out", "prepare.num_workers=1")
     assert command.inside("prepare", *words) == 2
     (error,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
-    assert "in/b.csv looks like CSV: " in error and "as_text=['*.csv']" in error
+    assert "in/b.csv looks like CSV with the columns 'body' and no 'text': " in error
+    assert "as_text=['*.csv']" in error
     assert not (tmp_path / "out").exists()
     assert command.inside("prepare", *words, "as_text=['*.csv']") == 0
     assert "taken for plain text: 2 files (1 .csv, 1 .txt)" in capsys.readouterr().out

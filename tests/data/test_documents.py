@@ -1,30 +1,43 @@
-"""Documents in JSON Lines, their bytes, and the split by content."""
+"""The documents of records, and the split by content."""
 
 import pytest
 
-from mhc_lightning.data.documents import is_held_out, jsonl_document, text_bytes
+from mhc_lightning.data.documents import (
+    Document,
+    ReadingOptions,
+    Skipped,
+    is_held_out,
+    record_documents,
+)
+from mhc_lightning.data.record_text import BadRecord
 from mhc_lightning.errors import UserError
 
-
-def test_jsonl_lines_give_their_field() -> None:
-    assert jsonl_document('{"text": "hé\\n"}'.encode(), "text", str) == "hé\n".encode()
-    assert jsonl_document(b'{"text": null}', "text", str) == b""
-    assert jsonl_document(b'{"text": "\xff"}', "text", str) == b"\xff"
-    for line, message in (
-        (b"{", r"line 7 of /x\.jsonl is no JSON"),
-        (b'{"body": "a", "id": 1}', r"line 7 .* no field 'text' but 'body', 'id'"),
-        (b'["a"]', "no field 'text' but no fields at all"),
-        (b'{"text": 5}', "is int, not text"),
-        (b'{"text": "a", "deep": ' + b"[" * 10**5, "line 7 of /x.jsonl is no JSON"),
-    ):
-        with pytest.raises(UserError, match=message):
-            jsonl_document(line, "text", lambda: "line 7 of /x.jsonl")
+RECORDS: list[tuple[int, object]] = [
+    (1, {"text": "a"}),
+    (3, {"body": "b"}),
+    (4, {"text": None}),
+    (5, BadRecord("is no JSON")),
+    (7, {"text": "c"}),
+]
 
 
-def test_lone_surrogates_are_kept_as_bytes() -> None:
-    assert text_bytes("a\udcffb") == b"a\xffb"
-    assert text_bytes("a\ud800") == b"a\xed\xa0\x80"
-    assert text_bytes("é\ud800 \udcff\udcfe") == "é".encode() + b"\xed\xa0\x80 \xff\xfe"
+def test_a_bad_record_ends_the_run_or_is_counted_with_the_first_named() -> None:
+    skipped = Skipped()
+    place = "line {} of x.jsonl".format
+    reading = ReadingOptions(skip_bad_records=True)
+    documents = list(record_documents(RECORDS, place, reading, skipped))
+    assert documents == [Document(b"a", False), Document(b"c", False)]
+    assert (skipped.bad_records, skipped.empty_documents) == (2, 1)
+    assert skipped.first_bad_record.startswith("line 3 of x.jsonl has no field 'text' but 'body'")
+    with pytest.raises(UserError, match=r"^line 3 of x\.jsonl has no .*on_bad_record=skip$"):
+        list(record_documents(RECORDS, place, ReadingOptions(), Skipped()))
+
+
+def test_what_was_skipped_adds_up_and_the_first_bad_record_stays() -> None:
+    total = Skipped(1, 2, 0, "", 1)
+    total.add(Skipped(1, 1, 3, "row 1", 2))
+    total.add(Skipped(0, 0, 1, "row 9", 0))
+    assert total == Skipped(2, 3, 4, "row 1", 3)
 
 
 def test_the_split_is_a_stable_share_of_the_documents() -> None:

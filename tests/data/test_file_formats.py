@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from mhc_lightning.data.documents import Skipped
+from mhc_lightning.data.documents import ReadingLog, ReadingOptions
 from mhc_lightning.data.file_formats import detect_format
 from mhc_lightning.data.input_files import find_input_files
+from mhc_lightning.data.record_text import RecordText
 from mhc_lightning.data.work_units import plan_units
 from mhc_lightning.errors import UserError
 
@@ -72,46 +73,66 @@ def arrow(kind: str) -> bytes:
     return stream.getvalue()
 
 
-WARC = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: 5\r\n\r\nhello\r\n\r\n"
 PROSE = "\n".join(TEXTS) * 50
 
 ROWS_OF = ("a.jsonl", "a.ndjson", "a.json", "a.jsonl.txt", "a.jsonl.part", "a", "a.txt")
 
 REFUSED: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
-    "array.json": (json.dumps(ROWS).encode(), "a JSON array"),
-    "pretty.json": (json.dumps(ROWS, indent=2).encode(), "a JSON array"),
-    "array.txt": (json.dumps(ROWS).encode(), "a JSON array"),
-    "strings.json": (json.dumps(TEXTS).encode(), "a JSON array"),
     "columns.json": (
         json.dumps({"text": TEXTS}, indent=1).encode(),
         "JSON that is not one object per line",
     ),
     "other.json": (b'{"body": "x"}\n{"body": "y"}\n', "JSON Lines with the fields 'body'"),
+    "array.json": (b'[{"body": "x"}, {"body": "y"}]', "JSON array with the fields 'body'"),
     "log.txt": (b'{"ts": 1}\n{"ts": 2}\n', "JSON Lines with the fields 'ts' and no 'text'"),
+    "a.csv": (b"name,age\nAnn,3\n", "CSV with the columns 'name', 'age' and no 'text'"),
+    "semicolons.csv": (b"name;age\nAnn;3\n", "CSV with the columns 'name;age' and no 'text'"),
+    "a.tsv": (b"name\tage\nAnn\t3\n", "TSV with the columns 'name', 'age' and no 'text'"),
+    "utf16.csv": ("name,age\n".encode("utf-16"), "CSV with the columns 'name', 'age'"),
+    "a.parquet.gz": (lambda: gzip.compress(arrow("parquet")), "Parquet that is compressed"),
+    "a.zip.gz": (gzip.compress(archive("zip")), "ZIP archive that is compressed"),
+    "a.feather": (lambda: arrow("feather"), "Feather of version 1"),
+    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES)), "gzip: it is compressed twice"),
+    "twice.xz": (lzma.compress(bz2.compress(LINES)), "bzip2: it is compressed twice"),
+    "a.lz4": (b"\x04\x22\x4d\x18" + bytes(range(100)), "LZ4"),
+    "a.docx": (archive("zip"), "a document (.docx): extract its text"),
+    "a.pdf": (b"%PDF-1.7\n%\xe2\xe3\n1 0 obj", "PDF"),
+}
+READ: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
+    "array.json": (json.dumps(ROWS).encode(), "JSON array"),
+    "marked.json": (b"\xef\xbb\xbf" + json.dumps(ROWS).encode(), "JSON array"),
+    "pretty.json": (json.dumps(ROWS, indent=2).encode(), "JSON array"),
+    "array.txt": (json.dumps(ROWS).encode(), "JSON array"),
+    "strings.json": (json.dumps(TEXTS).encode(), "JSON array"),
     "a.csv": (table(","), "CSV"),
-    "one_column.csv": (b"text\nhello\n", "CSV"),
+    "semicolons.csv": (table(";"), "CSV"),
+    "marked.csv": (b"\xef\xbb\xbf" + table(","), "CSV"),
     "a.csv.gz": (gzip.compress(table(",")), "CSV"),
     "a.tsv": (table("\t"), "TSV"),
-    "a.warc": (WARC, "WARC"),
-    "a.warc.gz": (gzip.compress(WARC) + gzip.compress(WARC), "WARC"),
-    "a.warc.wet.gz": (gzip.compress(WARC), "WARC"),
     "a.parquet": (lambda: arrow("parquet"), "Parquet"),
+    "unnamed": (lambda: arrow("parquet"), "Parquet"),
     "a.arrow": (lambda: arrow("file"), "Arrow"),
-    "stream.arrow": (lambda: arrow("stream"), "Arrow"),
-    "a.feather": (lambda: arrow("feather"), "Feather"),
-    "a.jsonl.bz2": (bz2.compress(LINES), "bzip2"),
-    "a.jsonl.xz": (lzma.compress(LINES), "xz"),
-    "a.zip": (archive("zip"), "ZIP"),
-    "a.tar": (archive("tar"), "tar"),
-    "a.tar.gz": (gzip.compress(archive("tar")), "tar"),
-    "a.tgz": (gzip.compress(archive("tar")), "gzip"),
-    "unnamed": (zstandard.compress(LINES), "zstd"),
-    "utf16.txt": (PROSE.encode("utf-16"), "UTF-16 text"),
-    "utf16be.txt": (b"\xfe\xff" + PROSE.encode("utf-16-be"), "UTF-16 text"),
-    "unmarked.txt": ("plain words\n".encode("utf-16-le") * 9, "UTF-16LE text"),
-    "utf16.jsonl": (LINES.decode().encode("utf-16"), "UTF-16 text"),
-    "utf32.txt": (PROSE.encode("utf-32"), "UTF-32 text"),
-    "a.pdf": (b"%PDF-1.7\n%\xe2\xe3\n1 0 obj", "PDF"),
+    "v2.feather": (lambda: arrow("file"), "Arrow"),
+    "stream.arrow": (lambda: arrow("stream"), "Arrow stream"),
+    "a.jsonl.bz2": (bz2.compress(LINES[:50]) + bz2.compress(LINES[50:]), "JSON Lines"),
+    "a.jsonl.xz": (lzma.compress(LINES[:50]) + lzma.compress(LINES[50:]), "JSON Lines"),
+    "gzipped": (gzip.compress(LINES), "JSON Lines"),
+    "zstandard": (zstandard.compress(LINES), "JSON Lines"),
+    "bzipped": (bz2.compress(LINES), "JSON Lines"),
+    "xzipped": (lzma.compress(LINES), "JSON Lines"),
+    "utf16.jsonl": (LINES.decode().encode("utf-16"), "JSON Lines in UTF-16"),
+    "utf16.json": (json.dumps(ROWS).encode("utf-16"), "JSON array in UTF-16"),
+    "utf16.csv": (table(",").decode().encode("utf-16"), "CSV in UTF-16"),
+    "utf32.tsv": (table("\t").decode().encode("utf-32"), "TSV in UTF-32"),
+    "utf32.jsonl.gz": (gzip.compress(LINES.decode().encode("utf-32")), "JSON Lines in UTF-32"),
+}
+WIDE = {
+    "utf16.txt": (PROSE.encode("utf-16"), "UTF-16"),
+    "utf16be.txt": (b"\xfe\xff" + PROSE.encode("utf-16-be"), "UTF-16"),
+    "unmarked.txt": (PROSE.replace("日本語 🎉", "").encode("utf-16-le"), "UTF-16LE"),
+    "unmarked be.txt": (PROSE.replace("日本語 🎉", "").encode("utf-16-be"), "UTF-16BE"),
+    "utf32.txt": (PROSE.encode("utf-32"), "UTF-32"),
+    "utf32be.txt.xz": (lzma.compress(b"\0\0\xfe\xff" + PROSE.encode("utf-32-be")), "UTF-32"),
 }
 
 
@@ -121,9 +142,13 @@ def write(folder: Path, name: str, data: bytes) -> Path:
 
 
 def documents(path: Path) -> list[bytes]:
-    skipped = Skipped()
-    units = plan_units(find_input_files([path]), 10**6, 0.0)
-    return [document.data for unit in units for document in unit.documents("text", 0.0, skipped)]
+
+    units = plan_units(find_input_files([path]), 10**6, ReadingOptions())
+    return [
+        document.data
+        for unit in units
+        for document in unit.documents(ReadingOptions(), ReadingLog())
+    ]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -136,6 +161,24 @@ def test_other_forms_are_refused_by_name(tmp_path: Path, name: str) -> None:
         assert f"{path} looks like {form}" in str(caught.value)
     (file,) = find_input_files([path], as_text=["*"])
     assert file.format == "plain text"
+
+
+@pytest.mark.parametrize("name", READ)
+def test_records_are_read_whatever_they_are_written_in(tmp_path: Path, name: str) -> None:
+    data, form = READ[name]
+    path = write(tmp_path, name, data() if callable(data) else data)
+    (file,) = find_input_files([path])
+    assert file.description == form
+    assert documents(path) == [text.encode() for text in TEXTS]
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_encodings_are_read_as_utf8(tmp_path: Path, name: str) -> None:
+    data, encoding = WIDE[name]
+    path = write(tmp_path, name, data)
+    assert find_input_files([path])[0].description == f"plain text in {encoding}"
+    expected = PROSE if encoding in ("UTF-16", "UTF-32") else PROSE.replace("日本語 🎉", "")
+    assert documents(path) == [expected.encode()]
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
@@ -196,21 +239,25 @@ def test_texts_in_other_encodings_are_no_binaries() -> None:
         ("gb18030", "这是一个句子。" * 99),
         ("koi8-r", "Мама мыла раму. " * 99),
     ):
-        detected = detect_format("a.txt", text.encode(encoding), True, "text")
+        detected = detect_format("a.txt", text.encode(encoding), True, RecordText())
         assert detected.name == "plain text", encoding
 
 
 def test_compressed_and_random_bytes_are_binary() -> None:
     generator = random.Random(0)
     for size in (400, 1000, 65_536):
-        assert detect_format("a", generator.randbytes(size), True, "text").name == "binary"
+        assert detect_format("a", generator.randbytes(size), True, RecordText()).name == "binary"
     strings = b"a docstring of some length in a compiled module, " * 20 + b"\xe3\0\0\0"
-    assert detect_format("a.pyc", strings, True, "text").name == "binary"
-    assert detect_format("a.so", b"ELF\0\0abc", True, "text").name == "binary"
+    assert detect_format("a.pyc", strings, True, RecordText()).name == "binary"
+    assert detect_format("a.so", b"ELF\0\0abc", True, RecordText()).name == "binary"
 
 
 def test_the_form_follows_from_the_beginning_alone() -> None:
     line = json.dumps({"text": "x" * 900}).encode() + b"\n"
-    assert detect_format("a.json", (line * 100)[: 1 << 16], False, "text").name == "JSON Lines"
-    assert detect_format("a.txt", line + b'{"text": "cut o', False, "text").name == "plain text"
-    assert detect_format("a.txt", line * 2 + b'{"text": "cut o', False, "text").name == "JSON Lines"
+
+    def form(name: str, sample: bytes) -> str:
+        return detect_format(name, sample, False, RecordText()).name
+
+    assert form("a.json", (line * 100)[: 1 << 16]) == "JSON Lines"
+    assert form("a.txt", line + b'{"text": "cut o') == "plain text"
+    assert form("a.txt", line * 2 + b'{"text": "cut o') == "JSON Lines"

@@ -9,6 +9,7 @@ import pytest
 
 from mhc_lightning.data import PreparedData, prepare
 from mhc_lightning.data.hub_datasets import open_dataset, plan_rows
+from mhc_lightning.data.record_text import RecordText
 from mhc_lightning.errors import UserError
 
 
@@ -86,7 +87,7 @@ def test_files_and_data_sets_together(asked: list[Any], tmp_path: Path) -> None:
 def test_rows_are_divided_whatever_their_number(asked: list[Any]) -> None:
     dataset = open_dataset("hf://wiki")
     for unit_bytes in (1, 1000, 10**9):
-        units = plan_rows(dataset, unit_bytes, "text")
+        units = plan_rows(dataset, unit_bytes, RecordText())
         rows = [row for unit in units for row in range(unit.start, unit.stop)]
         assert rows == list(range(152))
 

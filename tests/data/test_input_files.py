@@ -62,8 +62,10 @@ def test_forms_are_counted_by_ending(tree: Path) -> None:
     (tree / "b/a.so").write_bytes(bytes(range(256)))
     (tree / "rows.JSONL.gz").write_bytes(b"")
     (tree / "README").touch()
-    assert count_formats(find_input_files([tree])) == {
-        "plain text": {".txt": 1, ".md": 1, ".py": 1, "no ending": 1},
+    (tree / "more.tgz").write_bytes(b"")
+    found = find_input_files([tree])
+    assert count_formats((file.name, file.description) for file in found) == {
+        "plain text": {".txt": 1, ".md": 1, ".py": 1, "no ending": 1, ".tgz": 1},
         "binary": {".so": 1},
         "JSON Lines": {".JSONL.gz": 1},
     }
@@ -81,13 +83,13 @@ def test_binary_files_are_left_out_of_folders_and_refused_by_name(tmp_path: Path
 def test_one_line_names_a_file_of_each_form_and_how_to_go_on(tmp_path: Path) -> None:
     for name in ("a.csv", "b/c.csv", "d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("text\nhello, there\n")
-    (tmp_path / "e.json").write_text('[{"text": "x"}]')
+        (tmp_path / name).write_text("body\nhello\n")
+    (tmp_path / "e.json").write_text('[{"body": "x"}]')
     with pytest.raises(UserError) as caught:
         find_input_files([tmp_path])
     message = str(caught.value)
-    assert f"{tmp_path}/a.csv (and 1 more) looks like CSV: read it with input=hf://" in message
-    assert f"{tmp_path}/e.json looks like a JSON array: " in message
+    assert f"{tmp_path}/a.csv (and 1 more) looks like CSV with the columns 'body' and no" in message
+    assert f"{tmp_path}/e.json looks like JSON array with the fields 'body'" in message
     assert "exclude=['*.csv','*.json']" in message and "as_text=['*.csv','*.json']" in message
     assert "\n" not in message and "d.txt" not in message
     assert len(find_input_files([tmp_path], exclude=["*.csv", "*.json"])) == 1

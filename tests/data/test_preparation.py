@@ -330,7 +330,7 @@ def test_useless_input_is_refused(tmp_path: Path) -> None:
         prepare(tmp_path / "absent", tmp_path / "out", progress=False)
     (tmp_path / "in/a.so").write_bytes(b"\0")
     (tmp_path / "in/b.txt").touch()
-    with pytest.raises(UserError, match="1 binary files and 1 empty documents"):
+    with pytest.raises(UserError, match="1 binary files, 1 empty documents"):
         prepare(tmp_path / "in", tmp_path / "out", progress=False)
     with pytest.raises(UserError, match="that match include"):
         prepare(tmp_path / "in", tmp_path / "out", include=["*.rs"], progress=False)

@@ -50,6 +50,9 @@ def write_inputs(folder: Path) -> None:
     for number in range(20):
         rows = "".join(f"{row},{row * number}\n" for row in range(50))
         (folder / "my_tables" / f"{number}.csv").write_text(f"stream,gain\n{rows}")
+    (folder / "my_articles").mkdir()
+    articles = [{"title": f"Stream {n}", "meta": {"body": "It mixes. " * 9}} for n in range(40)]
+    (folder / "my_articles" / "all.json").write_text(json.dumps(articles))
     _write_tokenizer(folder / "my_tokenizer" / "tokenizer.json")
     _write_task(folder)
     for page, name in (("data", "mixed.yaml"), ("configuration", "mine.yaml")):

@@ -16,7 +16,7 @@ _FLAGS = {"--print-config": "print_config", "--json": "json", "--help": "help", 
 LITERAL_KEYS = (
     *("prompt", "input", "output", "output_dir", "ckpt_path", "picture", "times"),
     *("data.path", "data.tokenizer", "data.cache_dir", "prepare.tokenizer"),
-    *("evaluate.tasks", "evaluate.include_path"),
+    *("prepare.text_template", "evaluate.tasks", "evaluate.include_path"),
 )
 
 

@@ -99,11 +99,15 @@ The file of times= holds seconds for one micro-batch: {"stages": [{"forward": 0.
             " split, a summary.",
             settings=("input", "output", "overwrite", "prepare"),
             notes="""\
-input= is a file or a folder of text, JSON Lines, and .gz or .zst of these, or a Hugging Face
-dataset, hf://NAME[/CONFIG][:SPLIT] (needs the extra `datasets`); give it several times for
-several. An interrupted run goes on when the same command is given again.""",
+input= is a file or a folder of text, JSON Lines, JSON arrays, CSV, TSV, Parquet, Arrow or WARC
+(these three need the extra `formats`), of ZIP or tar archives of these, and of .gz, .zst, .bz2 or
+.xz of these, or a Hugging Face dataset, hf://NAME[/CONFIG][:SPLIT] (needs the extra `datasets`);
+give it several times for several. text_field= or text_template= names what a record's text is.
+An interrupted run goes on when the same command is given again.""",
             examples=(
                 "prepare --config mhc_quickstart input=books input=notes.txt output=data/mine",
+                "prepare --config mhc_quickstart input=articles.parquet output=data/articles"
+                ' "text_template={title}\\n\\n{body}"',
             ),
             section="prepare",
         ),

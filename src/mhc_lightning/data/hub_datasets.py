@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mhc_lightning.data.documents import Document, Skipped, is_held_out, text_bytes
+from mhc_lightning.data.documents import (
+    Document,
+    ReadingLog,
+    ReadingOptions,
+    record_documents,
+)
+from mhc_lightning.data.record_text import RecordText, field_names
 from mhc_lightning.errors import UserError
 
 PREFIX = "hf://"
@@ -43,18 +49,14 @@ class HubUnit:
     stop: int
     input_size: int
 
-    def documents(
-        self, text_field: str, validation_fraction: float, skipped: Skipped
-    ) -> Iterator[Document]:
+    def documents(self, reading: ReadingOptions, log: ReadingLog) -> Iterator[Document]:
         """See `WorkUnit`."""
-        for start in range(self.start, self.stop, _ROWS_AT_ONCE):
-            stop = min(start + _ROWS_AT_ONCE, self.stop)
-            for text in _texts(self.dataset, start, stop, text_field):
-                data = text_bytes(text)
-                if data:
-                    yield Document(data, is_held_out(data, validation_fraction))
-                else:
-                    skipped.empty_documents += 1
+        yield from record_documents(
+            enumerate(_records(self.dataset, self.start, self.stop, reading.text), self.start + 1),
+            lambda number: f"row {number} of {self.dataset.url}",
+            reading,
+            log.skipped,
+        )
 
 
 def open_dataset(url: str) -> HubDataset:
@@ -79,10 +81,17 @@ def open_dataset(url: str) -> HubDataset:
     return HubDataset(url, rows)
 
 
-def plan_rows(dataset: HubDataset, unit_bytes: int, text_field: str) -> list[HubUnit]:
-    """Divide the rows into units of about `unit_bytes`, judged by the first rows' texts."""
+def plan_rows(dataset: HubDataset, unit_bytes: int, text: RecordText) -> list[HubUnit]:
+    """Divide the rows into units of about `unit_bytes`, judged by the first rows' texts.
+
+    Raises:
+        UserError: The dataset has not the column of the text.
+    """
     total = len(dataset.rows)
-    sample = [len(text) for text in _texts(dataset, 0, min(total, _ROWS_AT_ONCE), text_field)]
+    sample = [
+        sum(len(str(value)) for value in record.values())
+        for record in _records(dataset, 0, min(total, _ROWS_AT_ONCE), text)
+    ]
     mean = max(1, sum(sample) // max(1, len(sample)))
     rows = max(1, unit_bytes // mean)
     return [
@@ -101,18 +110,18 @@ def _parse(url: str) -> tuple[str, str | None, str]:
     return "/".join(parts[:2]), configuration, split or "train"
 
 
-def _texts(dataset: HubDataset, start: int, stop: int, text_field: str) -> list[str]:
-    columns = dataset.rows[start:stop]
-    if text_field not in columns:
-        names = ", ".join(map(repr, columns))
-        raise UserError(
-            f"{dataset.url} has no column {text_field!r} but {names}; name one with text_field=…"
-        )
-    texts = ["" if text is None else text for text in columns[text_field]]
-    for text in texts:
-        if not isinstance(text, str):
+def _records(
+    dataset: HubDataset, start: int, stop: int, text: RecordText
+) -> Iterator[dict[str, Any]]:
+    """The rows [start, stop), with the columns that hold the text."""
+    for first in range(start, stop, _ROWS_AT_ONCE):
+        columns = dataset.rows[first : min(first + _ROWS_AT_ONCE, stop)]
+        missing = text.missing(columns)
+        if missing:
             raise UserError(
-                f"column {text_field!r} of {dataset.url} is {type(text).__name__}, not text;"
-                " name another with text_field=…"
+                f"{dataset.url} has no column {missing!r} but {field_names(columns)};"
+                " name one with text_field=… or text_template=…"
             )
-    return texts
+        names = [name for name in columns if text.reads(name)]
+        for values in zip(*(columns[name] for name in names), strict=True):
+            yield dict(zip(names, values, strict=True))

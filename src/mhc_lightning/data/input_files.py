@@ -1,25 +1,28 @@
 """The files below the inputs of `prepare`, each with its format; other formats are refused."""
 
-import fnmatch
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mhc_lightning.data.file_formats import (
     BINARY,
     PLAIN_TEXT,
-    SAMPLE_BYTES,
+    TABLES,
+    ZIP,
     FileFormat,
-    detect_format,
-    stem_of,
+    sampled_format,
 )
-from mhc_lightning.data.text_files import TextFile, open_bytes
+from mhc_lightning.data.formats.compression import compression_of, ending_of
+from mhc_lightning.data.input_patterns import is_chosen, is_visible, matches
+from mhc_lightning.data.record_text import RecordText
+from mhc_lightning.data.text_files import TextFile, open_bytes, open_source
 from mhc_lightning.errors import UserError
 
-_LONGEST_FIRST_LINE = 1 << 26
 _FORMATS_NAMED = 4
+_SIGNATURE_BYTES = 16
+_TEXT = RecordText()
 
 
 def find_input_files(
@@ -28,7 +31,7 @@ def find_input_files(
     exclude: Sequence[str] = (),
     not_below: Sequence[Path] = (),
     as_text: Sequence[str] = (),
-    text_field: str = "text",
+    text: RecordText = _TEXT,
 ) -> list[TextFile]:
     """All files of the inputs with their formats, folders recursively, in a fixed order.
 
@@ -42,7 +45,7 @@ def find_input_files(
         exclude: Shell patterns of files and folders to leave out.
         not_below: Folders that are not entered, such as the output.
         as_text: Shell patterns of files that are plain text whatever they look like.
-        text_field: Key of the text in JSON Lines.
+        text: The text of a record.
 
     Raises:
         UserError: An input does not exist or cannot be read, a file comes from two inputs, has a
@@ -60,11 +63,12 @@ def find_input_files(
                 " (to see some text more often, prepare it apart and give its folder a weight)"
             )
         origins[path] = given
-        is_text = _matches(file.name, as_text)
-        found = FileFormat(PLAIN_TEXT) if is_text else _format(file, text_field)
+        file = replace(file, compression=_compression(file))
+        is_text = matches(file.name, as_text)
+        found = FileFormat(PLAIN_TEXT) if is_text else _format(file, text)
         if found.conversion or (by_name and found.name == BINARY):
             refused.setdefault(found, []).append(file)
-        files.append(replace(file, format=found.name))
+        files.append(replace(file, format=found.name, encoding=found.encoding))
 
     for given in inputs:
         root = Path(given)
@@ -86,22 +90,31 @@ def find_input_files(
     return files
 
 
-def count_formats(files: Sequence[TextFile]) -> dict[str, dict[str, int]]:
-    """Number of files by format, then by the ending of their names."""
+def count_formats(files: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Number of files by what they were taken for, then by the ending of their names.
+
+    Args:
+        files: Names of files, and what each was taken for.
+    """
     counts: dict[str, dict[str, int]] = {}
-    for file in files:
-        ending = os.path.splitext(stem_of(file.name))[1] + file.compression
-        endings = counts.setdefault(file.format, {})
-        endings[ending or "no ending"] = endings.get(ending or "no ending", 0) + 1
+    for name, description in files:
+        endings = counts.setdefault(description, {})
+        ending = ending_of(name) or "no ending"
+        endings[ending] = endings.get(ending, 0) + 1
     return counts
 
 
-def _format(file: TextFile, text_field: str) -> FileFormat:
+def _compression(file: TextFile) -> str:
+    with open_source(file) as raw:
+        return compression_of(file.name, raw.read(_SIGNATURE_BYTES))
+
+
+def _format(file: TextFile, text: RecordText) -> FileFormat:
     with open_bytes(file) as stream:
-        sample = stream.read(SAMPLE_BYTES)
-        if b"\n" not in sample and stem_of(file.name).lower().endswith(".json"):
-            sample += stream.readline(_LONGEST_FIRST_LINE)
-        return detect_format(file.name, sample, not stream.read(1), text_field)
+        found, _ = sampled_format(stream, file.name, text)
+    if file.compression and found.name in (*TABLES, ZIP):
+        return FileFormat(f"{found.name} that is compressed", "decompress it")
+    return found
 
 
 def _refusal(refused: dict[FileFormat, list[TextFile]]) -> str:
@@ -111,17 +124,13 @@ def _refusal(refused: dict[FileFormat, list[TextFile]]) -> str:
         more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
         fix = f": {refused_format.conversion}" if refused_format.conversion else ""
         cases.append(f"{files[0].path}{more} looks like {refused_format.name}{fix}")
-    endings = {
-        f"*{os.path.splitext(stem_of(file.name))[1]}{file.compression}"
-        for files in refused.values()
-        for file in files
-    }
+    endings = {f"*{ending_of(file.name)}" for files in refused.values() for file in files}
     patterns = "[" + ",".join(f"'{ending}'" for ending in sorted(endings)[:_FORMATS_NAMED]) + "]"
     others = (
         f"; and {len(refused) - _FORMATS_NAMED} other formats" if len(refused) > len(cases) else ""
     )
     return (
-        f"not plain text or JSON Lines: {'; '.join(cases)}{others}. Or leave it out with"
+        f"formats that are not read here: {'; '.join(cases)}{others}. Or leave it out with"
         f" exclude={patterns}, or, if it is plain text, say as_text={patterns}"
     )
 
@@ -147,32 +156,18 @@ def _walk(
             subfolders[:] = [
                 name
                 for name in sorted(subfolders)
-                if _is_visible(name) and not _matches((below / name).as_posix(), exclude)
+                if is_visible(name) and not matches((below / name).as_posix(), exclude)
             ]
             paths = [Path(folder, name) for name in subfolders]
             waiting += [path for path in paths if path.is_symlink()]
             for name in names:
                 relative = (below / name).as_posix()
-                if not _is_visible(name) or _matches(relative, exclude):
+                if not is_visible(name) or not is_chosen(relative, include, exclude):
                     continue
                 path = Path(folder, name)
-                if (not include or _matches(relative, include)) and path.is_file():
+                if path.is_file():
                     files.append(_text_file(path, relative))
     return sorted(files, key=lambda file: file.name)
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__pycache__"
-
-
-def _matches(relative: str, patterns: Sequence[str]) -> bool:
-    parts = relative.split("/")
-    return any(
-        fnmatch.fnmatchcase(relative, pattern)
-        if "/" in pattern
-        else any(fnmatch.fnmatchcase(part, pattern) for part in parts)
-        for pattern in patterns
-    )
 
 
 def _text_file(path: Path, name: str) -> TextFile:

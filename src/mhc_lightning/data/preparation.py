@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mhc_lightning.data import hub_datasets
+from mhc_lightning.data.documents import ReadingOptions
 from mhc_lightning.data.file_formats import BINARY, format_by_name
-from mhc_lightning.data.input_files import count_formats, find_input_files
+from mhc_lightning.data.input_files import find_input_files
 from mhc_lightning.data.prepare_summary import PrepareSummary
 from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.prepared_record import FORMAT, RECORD_FILE, PreparedRecord
 from mhc_lightning.data.prepared_writing import write_prepared
+from mhc_lightning.data.record_text import RecordText
 from mhc_lightning.data.text_files import TextFile
 from mhc_lightning.data.tokenizers import Tokenizer, load_tokenizer
 from mhc_lightning.data.unit_tokenization import TokenizationOptions
@@ -30,8 +32,9 @@ from mhc_lightning.files.checksums import json_sha256
 
 _SMALLEST_UNIT, _LARGEST_UNIT = 1 << 20, 1 << 25
 _USUAL_UNITS = 16
-# Settings that an identity holds otherwise: as files, as a fingerprint, and `as_text` only if set.
-_NOT_IDENTITY = ("input", "tokenizer", "as_text")
+# Settings that an identity holds otherwise: as files, as a fingerprint, and some only if set.
+_NOT_IDENTITY = ("input", "tokenizer", "as_text", "text_template", "on_bad_record")
+_NO_CHANGE: tuple[Any, ...] = ([], None, "stop")
 
 
 def prepare(
@@ -41,16 +44,19 @@ def prepare(
     tokenizer: str | Path = "bytes",
     end_of_document: str | None = None,
     text_field: str = "text",
+    text_template: str | None = None,
+    on_bad_record: str = "stop",
     validation_fraction: float = 0.01,
     num_workers: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     as_text: Sequence[str] = (),
+    max_expansion: float = 200,
     chunk_bytes: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> PrepareSummary:
-    """Tokenize text into a folder that `TextDataModule` streams from.
+    r"""Tokenize text into a folder that `TextDataModule` streams from.
 
     The result depends on the input and the settings only, not on the number of workers. A document
     is held out by a hash of its content. Of only a few plain-text files, the end of each file is
@@ -58,19 +64,23 @@ def prepare(
 
     Args:
         input: Files, folders (read recursively) and `hf://NAME[/CONFIG][:SPLIT]` datasets.
-            Plain text of any extension, JSON Lines, and `.gz` or `.zst` of these. Binary
-            files in folders are left out; other formats of documents (CSV, JSON arrays, Parquet,
-            archives, UTF-16, …) are refused.
+            Plain text of any extension; records of JSON Lines, JSON arrays, CSV, TSV, Parquet and
+            Arrow; WARC; ZIP and tar archives of these; `.gz`, `.zst`, `.bz2` or `.xz` of them.
+            Binary files in folders are left out; other formats of documents are refused.
         output: The folder to write.
         tokenizer: `bytes`, or the path of a `tokenizer.json`.
         end_of_document: The token of a `tokenizer.json` that ends a document; by default the
             `eos_token` of the `tokenizer_config.json` beside it, else the first usual name.
-        text_field: Key of the text in JSONL lines, column of the text in datasets.
+        text_field: Field of a record that holds its text; `data.text` for one inside another.
+        text_template: Fields joined to a text, such as `{title}\n\n{body}`; replaces `text_field`.
+        on_bad_record: `stop` at a record without text, or `skip` and count such records.
         validation_fraction: Share of the documents to hold out, at least 0 and below 1.
         num_workers: Processes; by default one per available core.
         include: Shell patterns of the files to take; all if empty.
         exclude: Shell patterns of files and folders to leave out.
         as_text: Shell patterns of files that are plain text, whatever they look like.
+        max_expansion: A compressed file or member may unpack to so many times its size (below
+            64 MiB, to anything); more is taken for a decompression bomb.
         chunk_bytes: Text per chunk file, in bytes; by default a sixteenth of the input, between
             1 and 32 MiB.
         overwrite: Replace an output that was prepared from other input or with other settings.
@@ -87,6 +97,10 @@ def prepare(
         )
     if num_workers is not None and num_workers < 1:
         raise UserError(f"num_workers is {num_workers}; prepare needs at least 1")
+    if on_bad_record not in ("stop", "skip"):
+        raise UserError(f"on_bad_record is {on_bad_record!r}; it is stop or skip")
+    if not max_expansion >= 1:
+        raise UserError(f"max_expansion is {max_expansion}; give a number from 1")
     if chunk_bytes is not None and chunk_bytes < 1:
         raise UserError(f"chunk_bytes is {chunk_bytes}; give a positive number of bytes")
     chosen = load_tokenizer(tokenizer, end_of_document)
@@ -96,16 +110,17 @@ def prepare(
         "input": [str(each) for each in inputs],
         "tokenizer": str(tokenizer),
         "text_field": text_field,
+        "text_template": text_template,
+        "on_bad_record": on_bad_record,
         "validation_fraction": validation_fraction,
         "include": list(include),
         "exclude": list(exclude),
         "as_text": list(as_text),
         "chunk_bytes": chunk_bytes,
     }
+    text = RecordText(text_field, text_template)
     paths = [each for each in inputs if not str(each).startswith(hub_datasets.PREFIX)]
-    found = find_input_files(
-        paths, include, exclude, [output, work], as_text=as_text, text_field=text_field
-    )
+    found = find_input_files(paths, include, exclude, [output, work], as_text=as_text, text=text)
     files = [file for file in found if file.format != BINARY]
     datasets = [hub_datasets.open_dataset(str(each)) for each in inputs if each not in paths]
     if not found and not datasets:
@@ -119,23 +134,28 @@ def prepare(
     if existing is not None:
         return PrepareSummary(output, existing, time.monotonic() - began, reused=True)
 
+    reading = ReadingOptions(
+        text,
+        validation_fraction,
+        on_bad_record == "skip",
+        max_expansion,
+        tuple(include),
+        tuple(exclude),
+        tuple(as_text),
+        chosen.cuts,
+    )
+    taken = [(file.name, file.description) for file in found]
+
     def write() -> PreparedRecord:
-        units: list[WorkUnit] = [*plan_units(files, unit_bytes, validation_fraction)]
+        units: list[WorkUnit] = [*plan_units(files, unit_bytes, reading)]
         for dataset in datasets:
-            units += hub_datasets.plan_rows(dataset, unit_bytes, text_field)
+            units += hub_datasets.plan_rows(dataset, unit_bytes, text)
         limit = unit_bytes * chosen.dtype.itemsize * 3 // 2
-        options = TokenizationOptions(text_field, validation_fraction, limit)
+        options = TokenizationOptions(reading, limit)
         _resume_or_clear(work, identity)
         run_units(TokenizationJob(units, work / "units", chosen, options), num_workers, progress)
         record = write_prepared(
-            work,
-            len(units),
-            chosen,
-            limit,
-            identity,
-            settings,
-            _names(inputs),
-            count_formats(found),
+            work, len(units), chosen, limit, identity, settings, _names(inputs), taken
         )
         _publish(work, output)
         return record
@@ -158,12 +178,16 @@ def _identity(
     return json_sha256(
         {
             **{key: value for key, value in settings.items() if key not in _NOT_IDENTITY},
-            **({"as_text": settings["as_text"]} if settings["as_text"] else {}),
+            **{key: settings[key] for key in _NOT_IDENTITY[2:] if settings[key] not in _NO_CHANGE},
             "format": FORMAT,
             "tokenizer": tokenizer.fingerprint,
             "files": [
                 (file.name, file.size, file.modified)
-                + ((file.format,) if file.format not in (format_by_name(file.name), BINARY) else ())
+                + (
+                    (file.description,)
+                    if file.description not in (format_by_name(file.name), BINARY)
+                    else ()
+                )
                 for file in files
             ],
             "datasets": [dataset.identity for dataset in datasets],

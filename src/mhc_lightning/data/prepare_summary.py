@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mhc_lightning.data.file_formats import BINARY
-from mhc_lightning.data.prepared_record import SPLITS, PreparedRecord, TextCounts
+from mhc_lightning.data.prepared_record import LISTING_FILE, SPLITS, PreparedRecord, TextCounts
 
 _ENDINGS_NAMED = 6
 
@@ -45,9 +45,11 @@ class PrepareSummary:
             f"{self.bytes_per_token:.3f} bytes per token",
             *_counted(skipped.binary_files, "binary file", "skipped"),
             *_counted(skipped.empty_documents, "empty document", "skipped"),
+            *_counted(skipped.other_web_records, "web record", "skipped that is not plain text"),
             *_counted(total.invalid_utf8, "document", "with invalid UTF-8"),
             *_counted(total.with_nul, "document", "with NUL bytes"),
             *_counted(total.unknown, "token", unknown),
+            *_counted(total.unproven_cuts, "cut", "in long documents that may change tokens there"),
             f"{self.seconds:.1f} s",
         ]
         lines = [f"{self.output} {'was prepared already' if self.reused else 'is prepared'}"]
@@ -58,9 +60,16 @@ class PrepareSummary:
                 f" {counts.bytes:>15,} bytes"
             )
         lines.append(f"  {' · '.join(notes)}")
+        if skipped.bad_records:
+            bad = _counted(skipped.bad_records, "record", "skipped")[0]
+            lines.append(
+                f"  {bad} as on_bad_record=skip says; the first: {skipped.first_bad_record}"
+            )
         for name, endings in self.record.forms.items():
             verb = "skipped as" if name == BINARY else "taken for"
             lines.append(f"  {verb} {name}: {_endings(endings)}")
+        if LISTING_FILE in self.record.files:
+            lines.append(f"  {self.output / LISTING_FILE} lists each file")
         if self.record.files:
             lines.append("  checksums (XXH3, 128 bits) are checked when a file is first read")
         else:

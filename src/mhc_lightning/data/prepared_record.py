@@ -11,6 +11,7 @@ from mhc_lightning.data.tokenizers import ByteTokenizer, smallest_dtype
 from mhc_lightning.files.checksums import json_sha256
 
 RECORD_FILE = "prepared.json"
+LISTING_FILE = "inputs.jsonl"
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
 FORMAT = 1
@@ -28,6 +29,8 @@ class TextCounts:
         invalid_utf8: Documents (or parts of very long ones) with invalid UTF-8.
         with_nul: Documents (or parts) with NUL bytes.
         unknown: Tokens that stand for text which the tokenizer does not know.
+        unproven_cuts: Places where a long document was cut for want of memory, and the tokens
+            beside the cut may differ from those of the whole.
     """
 
     documents: int = 0
@@ -36,6 +39,7 @@ class TextCounts:
     invalid_utf8: int = 0
     with_nul: int = 0
     unknown: int = 0
+    unproven_cuts: int = 0
 
     def add(self, other: "TextCounts") -> None:
         """Add other counts to these."""
@@ -45,6 +49,7 @@ class TextCounts:
         self.invalid_utf8 += other.invalid_utf8
         self.with_nul += other.with_nul
         self.unknown += other.unknown
+        self.unproven_cuts += other.unproven_cuts
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ class PreparedRecord:
         chunks: The chunk files of each split, in order.
         settings: The arguments of `prepare`, for human readers.
         forms: Number of input files by format and ending.
-        files: XXH3 checksums of litdata's index files, by path; empty where an earlier version
-            made the folder, which then also has no checksum of the record itself.
+        files: XXH3 checksums of the listing and litdata's index files, by path; empty where an
+            earlier version made the folder, which then also has no checksum of the record itself.
     """
 
     identity: str

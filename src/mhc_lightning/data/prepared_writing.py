@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from mhc_lightning.data.chunk_file import Chunk
 from mhc_lightning.data.chunk_writing import write_chunks
 from mhc_lightning.data.documents import Skipped
 from mhc_lightning.data.file_formats import BINARY
+from mhc_lightning.data.input_files import count_formats
 from mhc_lightning.data.prepared_record import (
+    LISTING_FILE,
     RECORD_FILE,
     SPLITS,
     TRAIN,
@@ -40,7 +42,7 @@ def write_prepared(
     identity: str,
     settings: dict[str, Any],
     inputs: str,
-    formats: dict[str, dict[str, int]],
+    found: Sequence[tuple[str, str]],
 ) -> PreparedRecord:
     """Write `work/final` from the units below `work/units`.
 
@@ -52,7 +54,7 @@ def write_prepared(
         identity: See `PreparedRecord`.
         settings: See `PreparedRecord`.
         inputs: Names of the inputs, for the error message.
-        formats: Number of input files by format and ending.
+        found: Names of the input files, and what each was taken for.
 
     Returns:
         The record, which is also written.
@@ -64,7 +66,8 @@ def write_prepared(
     shutil.rmtree(final, ignore_errors=True)
     (final / TRAIN).mkdir(parents=True)
     counts = {split: TextCounts() for split in SPLITS}
-    skipped = Skipped(binary_files=sum(formats.get(BINARY, {}).values()))
+    skipped = Skipped(binary_files=sum(description == BINARY for _, description in found))
+    files_taken = list(found)
     entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     configs: dict[str, dict[str, Any]] = {}
     folders = [unit_folder(work / "units", unit) for unit in range(num_units)]
@@ -72,7 +75,8 @@ def write_prepared(
         result = read_result(folder)
         counts[TRAIN].add(result.train)
         counts[VALIDATION].add(result.validation)
-        skipped.empty_documents += result.skipped.empty_documents
+        skipped.add(result.skipped)
+        files_taken += result.members
         for number, entry in enumerate(result.chunks):
             name = f"chunk-{unit:06d}-{number:03d}.bin"
             _link(folder / entry["filename"], final / TRAIN / name)
@@ -84,7 +88,7 @@ def write_prepared(
         entries[VALIDATION], configs[VALIDATION] = write_chunks(
             _held_out_tokens(folders), final / VALIDATION, chunk_bytes
         )
-    files = {}
+    files = {LISTING_FILE: _write_listing(final / LISTING_FILE, files_taken)}
     for split, config in configs.items():
         chunks = [
             {k: v for k, v in entry.items() if k not in _OWN_KEYS} for entry in entries[split]
@@ -104,7 +108,7 @@ def write_prepared(
         skipped=skipped,
         chunks=chunks_of,
         settings=settings,
-        forms=formats,
+        forms=count_formats(files_taken),
         files=files,
     )
     (final / RECORD_FILE).write_text(record.to_json())
@@ -120,9 +124,18 @@ def _check_not_empty(counts: dict[str, TextCounts], skipped: Skipped, inputs: st
             " give more documents or a smaller validation_fraction"
         )
     raise UserError(
-        f"no text in {inputs}: {skipped.binary_files} binary files and"
-        f" {skipped.empty_documents} empty documents were skipped"
+        f"no text in {inputs}: {skipped.binary_files} binary files, {skipped.empty_documents} empty"
+        f" documents, {skipped.bad_records} bad records and {skipped.other_web_records} web records"
+        " that are not plain text were skipped"
     )
+
+
+def _write_listing(path: Path, files: Sequence[tuple[str, str]]) -> str:
+    """Write which file was taken for what, a line of JSON for each; returns the checksum."""
+    with path.open("w", encoding="utf-8") as listing:
+        for name, description in files:
+            print(json.dumps({"file": name, "taken_for": description}), file=listing)
+    return file_xxh3(path)
 
 
 def _held_out_tokens(folders: list[Path]) -> Iterator[np.ndarray]:

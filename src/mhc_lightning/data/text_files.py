@@ -1,19 +1,17 @@
-"""Input files, opened as bytes: plain, `.gz` or `.zst`, with checks for damage and changes."""
+"""Input files, opened as bytes: decompressed, in UTF-8, with checks for damage and changes."""
 
-import gzip
 import io
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import BinaryIO, cast
 
-from mhc_lightning.data.file_formats import JSON_LINES, PLAIN_TEXT, compression_of
+from mhc_lightning.data.file_formats import JSON_LINES, PLAIN_TEXT
+from mhc_lightning.data.formats.compression import damage_named, decompressed
+from mhc_lightning.data.formats.encodings import Utf8Stream
+from mhc_lightning.data.formats.streams import BUFFER_BYTES
 from mhc_lightning.errors import UserError
-
-_BUFFER_BYTES = 1 << 16
-_LARGEST_ZSTD_WINDOW = 1 << 31  # of `zstd --long=31`, which large public archives use
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,8 @@ class TextFile:
         size: Bytes on disk.
         modified: Modification time in nanoseconds.
         format: Name of the file's format, see `file_formats`.
+        compression: `.gz`, `.zst`, `.bz2`, `.xz` or an empty string.
+        encoding: Encoding of a text that is not UTF-8; else empty.
     """
 
     path: str
@@ -33,83 +33,66 @@ class TextFile:
     size: int
     modified: int
     format: str = PLAIN_TEXT
-
-    @property
-    def compression(self) -> str:
-        """`.gz`, `.zst` or an empty string."""
-        return compression_of(self.name)
+    compression: str = ""
+    encoding: str = ""
 
     @property
     def is_jsonl(self) -> bool:
         """True if each line is a JSON object that holds a document."""
         return self.format == JSON_LINES
 
+    @property
+    def can_be_cut(self) -> bool:
+        """True if bytes in the middle of the file can be read by themselves."""
+        return not (self.compression or self.encoding)
+
+    @property
+    def description(self) -> str:
+        """What the file was taken for."""
+        return f"{self.format} in {self.encoding}" if self.encoding else self.format
+
 
 @contextmanager
-def open_bytes(file: TextFile) -> Iterator[io.BufferedReader]:
-    """Open a file for reading, decompressed.
+def open_source(file: TextFile) -> Iterator[BinaryIO]:
+    """Open a file for reading as it is on disk.
 
     Raises:
-        UserError: The file cannot be read, its compressed data are damaged or cut short, or it
+        UserError: The file cannot be read, what is read from it is damaged or cut short, or it
             changed since it was found.
     """
-    import zstandard
-
-    try:
-        with open(file.path, "rb") as raw:
-            _check_unchanged(raw, file)
-            if file.compression == ".gz":
-                yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES)
-            elif file.compression == ".zst":
-                yield io.BufferedReader(_ZstdFrames(raw), _BUFFER_BYTES)
-            else:
-                yield raw
-            _check_unchanged(raw, file)
-    except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
-        raise UserError(
-            f"input {file.path} is damaged: {error}; repair it or leave it out"
-        ) from error
-    except OSError as error:
-        raise UserError(f"input {file.path} cannot be read: {error.strerror or error}") from error
+    with damage_named(file.path), open(file.path, "rb") as raw:
+        _check_unchanged(raw, file)
+        yield raw
+        _check_unchanged(raw, file)
 
 
-def _check_unchanged(raw: io.BufferedReader, file: TextFile) -> None:
-    status = os.fstat(raw.fileno())
+@contextmanager
+def open_bytes(file: TextFile, max_expansion: float = float("inf")) -> Iterator[io.BufferedReader]:
+    """Open a file for reading, decompressed and, if it is text, in UTF-8.
+
+    Args:
+        file: The file.
+        max_expansion: See `compression.decompressed`.
+
+    Raises:
+        UserError: See `open_source`; or the file unpacks to more than it may.
+    """
+    with open_source(file) as raw:
+        yield as_utf8(
+            decompressed(raw, file.compression, file.path, file.size, max_expansion),
+            file.encoding,
+            file.path,
+        )
+
+
+def as_utf8(stream: io.BufferedReader, encoding: str, name: str) -> io.BufferedReader:
+    """A stream of text in UTF-8; an empty encoding stands for UTF-8."""
+    if not encoding:
+        return stream
+    return io.BufferedReader(Utf8Stream(stream, encoding, name), BUFFER_BYTES)
+
+
+def _check_unchanged(raw: BinaryIO, file: TextFile) -> None:
+    status = os.fstat(cast(io.BufferedReader, raw).fileno())
     if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
         raise UserError(f"input {file.path} changed while it was read; run `prepare` again")
-
-
-class _ZstdFrames(io.RawIOBase):
-    """All frames of a `.zst` file. zstandard's own reader misses a frame that is cut short."""
-
-    def __init__(self, raw: io.BufferedReader) -> None:
-        self._raw = raw
-        self._frame: Any = None  # the decompressor of the current frame
-        self._next_frame = b""  # compressed bytes read past the end of the last frame
-        self._output = memoryview(b"")  # decompressed bytes not handed out yet
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            compressed = self._next_frame or self._raw.read(_BUFFER_BYTES)
-            self._next_frame = b""
-            if not compressed:
-                if self._frame is not None:
-                    raise EOFError("compressed file ended before its last frame did")
-                return 0
-            if self._frame is None:
-                import zstandard
-
-                self._frame = zstandard.ZstdDecompressor(
-                    max_window_size=_LARGEST_ZSTD_WINDOW
-                ).decompressobj()
-            self._output = memoryview(self._frame.decompress(compressed))
-            if self._frame.eof:
-                self._next_frame = self._frame.unused_data
-                self._frame = None
-        count = min(len(buffer), len(self._output))
-        buffer[:count] = self._output[:count]
-        self._output = self._output[count:]
-        return count

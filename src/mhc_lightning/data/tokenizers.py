@@ -6,6 +6,7 @@ readers all use the tokenizer that made the tokens.
 
 import codecs
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from mhc_lightning.data.text_cuts import ANYWHERE, TextCuts, proven_cuts
 from mhc_lightning.data.tokenizer_files import (
     TOKENIZER_FILE,
     end_of_document_token,
     read_tokenizer,
 )
 from mhc_lightning.errors import UserError
+
+_PIECE = 1 << 20  # characters of a text that are encoded at once
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -35,6 +39,7 @@ class Tokenizer(ABC):
         end_of_document: Id that follows each document.
         fingerprint: Equal for two tokenizers exactly when they give the same ids.
         unknown: Id for text which the tokenizer does not know; None if it has none.
+        cuts: Where a long text can be cut.
     """
 
     name: str
@@ -42,6 +47,7 @@ class Tokenizer(ABC):
     end_of_document: int
     fingerprint: str
     unknown: int | None = None
+    cuts: TextCuts = ANYWHERE
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -166,6 +172,7 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = vocabulary[self.end_of_document_token]
         self.fingerprint = json_fingerprint(content, self.end_of_document_token)
+        self.cuts = proven_cuts(json.loads(content), self.end_of_document_token)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return JsonTokenizer, (self.path, self.end_of_document_token)
@@ -181,6 +188,22 @@ class JsonTokenizer(Tokenizer):
             UserError: The tokenizer cannot encode a text, or encodes it as an end of document.
         """
         texts = [document.decode("utf-8", errors="replace") for document in documents]
+        if all(len(text) <= _PIECE for text in texts):
+            return self._encode_texts(texts)
+        return [
+            np.concatenate([self._encode_texts([piece])[0] for piece in self._pieces(text)])
+            for text in texts
+        ]
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """A text in pieces with the tokens of the whole: the library needs 60 times their size."""
+        start = 0
+        while len(text) - start > _PIECE and (cut := self.cuts.find(text, start + _PIECE)) > 0:
+            yield text[start:cut]
+            start = cut
+        yield text[start:]
+
+    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self._encode(texts)
         for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
             if self._has_end(ids):

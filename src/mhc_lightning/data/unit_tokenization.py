@@ -6,14 +6,14 @@ unit is finished.
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mhc_lightning.data.chunk_writing import write_chunks
-from mhc_lightning.data.documents import Document, Skipped
+from mhc_lightning.data.documents import Document, ReadingLog, ReadingOptions, Skipped
 from mhc_lightning.data.prepared_record import TextCounts
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.data.work_units import WorkUnit
@@ -36,6 +36,7 @@ class UnitResult:
         chunks: litdata's entries for the training chunks, each with its checksums.
         config: litdata's configuration of these chunks; empty if there are none.
         held_out: Checksum of the file of held-out tokens; empty if there are none.
+        members: Files in archives, and what each was taken for.
     """
 
     train: TextCounts
@@ -44,6 +45,7 @@ class UnitResult:
     chunks: list[dict[str, Any]]
     config: dict[str, Any]
     held_out: str = ""
+    members: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,11 @@ class TokenizationOptions:
     """Options that are equal for all units of one run.
 
     Attributes:
-        text_field: Key of the text in JSON Lines and dataset rows.
-        validation_fraction: Share of the documents that is held out.
+        reading: How documents are read.
         chunk_bytes: Largest size of a chunk file.
     """
 
-    text_field: str
-    validation_fraction: float
+    reading: ReadingOptions
     chunk_bytes: int
 
 
@@ -71,12 +71,11 @@ def tokenize_unit(
 ) -> None:
     """Write a unit's training chunks and held-out tokens; `folder` appears when complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    train, validation, skipped = TextCounts(), TextCounts(), Skipped()
+    train, validation, log = TextCounts(), TextCounts(), ReadingLog()
     held_out_tokens: list[np.ndarray] = []
 
     def training_tokens() -> Iterator[np.ndarray]:
-        documents = unit.documents(options.text_field, options.validation_fraction, skipped)
-        for batch in _batches(documents):
+        for batch in _batches(unit.documents(options.reading, log)):
             training = [document for document in batch if not document.held_out]
             held_out = [document for document in batch if document.held_out]
             if held_out:
@@ -90,7 +89,9 @@ def tokenize_unit(
         if held_out_tokens:
             np.save(aside / _HELD_OUT_FILE, np.concatenate(held_out_tokens))
         checksum = file_xxh3(aside / _HELD_OUT_FILE) if held_out_tokens else ""
-        content = asdict(UnitResult(train, validation, skipped, chunks, config, checksum))
+        content = asdict(
+            UnitResult(train, validation, log.skipped, chunks, config, checksum, log.members)
+        )
         content["checksum"] = json_sha256(content)
         (aside / _RESULT_FILE).write_text(json.dumps(content))
 
@@ -111,6 +112,7 @@ def read_result(folder: Path) -> UnitResult:
         content["chunks"],
         content["config"],
         content["held_out"],
+        [(name, description) for name, description in content["members"]],
     )
 
 
@@ -154,6 +156,7 @@ def _encode(documents: list[Document], tokenizer: Tokenizer, counts: TextCounts)
     for document, tokens in zip(documents, encoded, strict=True):
         parts += [tokens, end] if document.ends else [tokens]
         counts.documents += document.ends
+        counts.unproven_cuts += not document.proven_cut
         counts.bytes += len(document.data)
         counts.invalid_utf8 += not _is_utf8(document.data)
         counts.with_nul += b"\0" in document.data
