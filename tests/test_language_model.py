@@ -273,6 +273,29 @@ def test_experts_are_rebalanced_once_per_optimizer_step(make: Make) -> None:
     assert (speeds - speeds.round()).abs().max() < 1e-3
 
 
-def test_max_steps_is_needed(make: Make) -> None:
+def test_no_steps_at_all_are_refused(make: Make) -> None:
     with pytest.raises(UserError, match=r"trainer.max_steps must be at least 1"):
-        trainer(max_steps=-1, max_epochs=1).fit(make(), batches(2, 2))
+        trainer(max_steps=0).fit(make(), batches(2, 2))
+
+
+def test_a_recipe_with_a_schedule_of_its_own_needs_max_steps(make: Make) -> None:
+    class Own(AdamWRecipe):
+        def build(self, module: Any, total_steps: int) -> Any:
+            return super().build(module, total_steps)
+
+    model = LanguageModel(make().model, Own(lr=1e-2))
+    with pytest.raises(UserError, match=r"Own builds a schedule of its own.*max_steps"):
+        trainer(max_steps=-1, max_epochs=1).fit(model, batches(2, 2))
+    trainer().fit(model, batches(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (torch.zeros(4, 9), r"not float32 \[2, 9\]"),
+        (torch.zeros(4, dtype=torch.long), r"int64 \[2\]"),
+    ],
+)
+def test_a_batch_of_another_kind_is_refused(make: Make, rows: Tensor, said: str) -> None:
+    with pytest.raises(UserError, match=r"a batch must be a tensor of int64 tokens .*" + said):
+        trainer().fit(make(), loader(rows, batch_size=2))

@@ -26,6 +26,8 @@ _SUBJECTS = {
     "checkpoints": "Checkpoints",
     "files": "Files",
     "language_model.py": "Training",
+    "held_out_steps.py": "Training",
+    "trainer_checks.py": "Training",
     "optimizers": "Optimizer",
     "callbacks": "Instruments and alarm",
     "loggers": "Loggers",

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from mhc_lightning.checkpoints.saved_memory import (
     check_saved_memory,
@@ -21,11 +21,11 @@ from mhc_lightning.data.document_mask import keep_documents_apart
 from mhc_lightning.data.token_classes import bind_tokenizer
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.errors import NonFiniteLossError, UserError
-from mhc_lightning.kernels import IGNORE_INDEX
-from mhc_lightning.kernels.argument_checks import check_values
+from mhc_lightning.held_out_steps import HeldOutSteps, inputs_and_targets
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimizers.finiteness import last_gains
+from mhc_lightning.optimizers.fit_length import UNKNOWN, steps_of_fit
 from mhc_lightning.optimizers.recipes import OptimizerRecipe, takes_row_gradients
 from mhc_lightning.optimizers.resumed_settings import (
     check_kind,
@@ -53,35 +53,10 @@ from mhc_lightning.strategies.row_stores import (
 )
 from mhc_lightning.strategies.sharded_rows import tables_of
 from mhc_lightning.strategies.sharding import shard_by_mesh
+from mhc_lightning.trainer_checks import check_trainer
 
 
-def inputs_and_targets(batch: Tensor, end_of_document: int | None = None) -> tuple[Tensor, Tensor]:
-    """Split a batch [B, S + 1] into the tokens that are read and the targets, each [B, S].
-
-    The network reads padding (-100) as token 0. Under causal attention only further padding attends
-    to it.
-
-    Args:
-        batch: [B, S + 1].
-        end_of_document: The token whose successor is no target, as the first of another document.
-
-    Raises:
-        UserError: A token follows padding, and would attend to it.
-    """
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    padding = inputs == IGNORE_INDEX
-    check_values(
-        (~padding | (targets == IGNORE_INDEX)).all(),
-        f"a batch has tokens behind {IGNORE_INDEX}, which may only pad the end of a sequence; to"
-        " leave tokens within out of the loss, call model.loss(tokens, targets) with targets of"
-        f" {IGNORE_INDEX} in a training_step of your own",
-    )
-    if end_of_document is not None:
-        targets = targets.masked_fill(inputs == end_of_document, IGNORE_INDEX)
-    return inputs.masked_fill(padding, 0), targets
-
-
-class LanguageModel(pl.LightningModule):
+class LanguageModel(HeldOutSteps):
     """Next-token prediction with a `Transformer`.
 
     A batch is int64 tokens [B, S + 1]. Shorter sequences are padded at their end with -100
@@ -121,6 +96,7 @@ class LanguageModel(pl.LightningModule):
         self.compile_sublayers = compile
         self._configured = False
         self._optimizer_settings: list[dict[str, Any]] = []
+        self._new_lr = False
         self._pending_weights: Mapping[str, Tensor] | None = None
         self._step_losses: list[Tensor] = []
         self._step_of_losses = -1
@@ -166,6 +142,28 @@ class LanguageModel(pl.LightningModule):
         return type(self).configure_optimizers is LanguageModel.configure_optimizers
 
     @property
+    def _uses_recipe_schedule(self) -> bool:
+        """True unless a recipe builds another schedule than its `learning_rate`."""
+        return type(self.optimizer).build is OptimizerRecipe.build
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate, which is the recipe's; a running fit follows another value.
+
+        The learning-rate finder of Lightning reads it and sets it.
+        """
+        return self.optimizer.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        factor = value / self.optimizer.lr
+        self.optimizer = replace(self.optimizer, lr=value)
+        for group in self._optimizer_settings:
+            if "initial_lr" in group:
+                group["initial_lr"] *= factor
+        self._new_lr = True
+
+    @property
     def _gives_row_gradients(self) -> bool:
         """True if the tables of a memory get row gradients: other optimizers may not know them."""
         return self._uses_recipe and takes_row_gradients(self.optimizer)
@@ -199,28 +197,13 @@ class LanguageModel(pl.LightningModule):
             self._begin_with(self._pending_weights, whole=True)
 
     def on_fit_start(self) -> None:
-        """Check the trainer's clipping; load pending weights, now that no parameter is on `meta`.
+        """Check the trainer; load pending weights, now that no parameter is on `meta`.
 
         Raises:
-            UserError: The trainer would clip gradients wrongly, or the optimizer cannot update
-                tables that are shared out.
+            UserError: The trainer would clip gradients wrongly, a callback would spoil the network,
+                or the optimizer cannot update tables that are shared out.
         """
-        limit = self.trainer.gradient_clip_val
-        if limit is not None and not limit >= 0:
-            raise UserError(f"trainer.gradient_clip_val must be at least 0, or null, not {limit}")
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            raise UserError(
-                f"trainer.precision={self.trainer.precision} is not supported (gradients would be"
-                " clipped at their scaled size); use bf16-mixed"
-            )
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            averages = isinstance(callback, WeightAveraging) and callback._use_buffers
-            if averages and memory_in(self.model).hash is not None:
-                raise UserError(
-                    f"{type(callback).__name__} averages buffers, among them the constants of the"
-                    " memory's hash, which would no longer be whole numbers; give it"
-                    " use_buffers=False"
-                )
+        check_trainer(self.trainer, self.model)
         if shared_out(self) and not self._gives_row_gradients:
             raise UserError(
                 "the rows of the memory's tables are shared out among processes, or in the"
@@ -255,17 +238,45 @@ class LanguageModel(pl.LightningModule):
                 " the fit, or give the trainer a TextDataModule"
             )
             memory.bind_alone()
-        if self.trainer.ckpt_path is None or not self._optimizer_settings:
-            return
         schedule: Any = self.lr_schedulers()
+        if not self._optimizer_settings or not isinstance(schedule, LambdaLR):
+            return  # optimizers of a subclass, or a search for the learning rate
+        if self._uses_recipe_schedule:
+            self.optimizer.learning_rate.spread(schedule, self._total_steps())
+        if self.trainer.ckpt_path is None and not self._new_lr:
+            return
         changed = keep_present_settings(
             self._optimizer_settings, self.trainer.optimizers[0], schedule
         )
-        if changed:
+        if changed and not self._new_lr:
             words = ", ".join(f"{k}={now} (saved: {saved})" for k, (saved, now) in changed.items())
             rank_zero_warn(f"the optimizer has other settings than in the checkpoint: {words}")
+        self._new_lr = False
+
+    def _total_steps(self) -> int:
+        """The optimizer steps of the fit, once the training loader is there.
+
+        Raises:
+            UserError: They are not known, and the learning rate depends on them.
+        """
+        steps = steps_of_fit(self.trainer)
+        if steps == UNKNOWN and self.optimizer.schedule != "constant":
+            raise UserError(
+                f"the learning rate of optimizer.schedule={self.optimizer.schedule} depends on the"
+                " number of steps, which is not known: give the trainer max_steps, or max_epochs"
+                " with a loader that has a length, or take schedule=constant"
+            )
+        return steps
 
     def on_validation_start(self) -> None:
+        """Load pending weights, now that no parameter is on `meta`."""
+        self._load_pending_weights()
+
+    def on_test_start(self) -> None:
+        """Load pending weights, now that no parameter is on `meta`."""
+        self._load_pending_weights()
+
+    def on_predict_start(self) -> None:
         """Load pending weights, now that no parameter is on `meta`."""
         self._load_pending_weights()
 
@@ -288,56 +299,47 @@ class LanguageModel(pl.LightningModule):
         """Wait for the last update of rows in the machine's memory."""
         settle_rows(self)
 
-    def _inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        return inputs_and_targets(batch, getattr(self.model, "end_of_document", None))
-
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats of one micro-batch."""
         loss = self.model.loss(*self._inputs_and_targets(batch))
+        self._log_loss(loss.detach())
+        return loss
+
+    @torch.compiler.disable  # `log` inspects its caller's functions, which Dynamo cannot
+    def _log_loss(self, loss: Tensor) -> None:
         step = self.trainer.global_step
         if self._step_of_losses != step:
             self._step_losses, self._step_of_losses = [], step
-        self._step_losses.append(loss.detach())
+        self._step_losses.append(loss)
         # Lightning logs the value of a step's last micro-batch: the mean over all of them.
         mean = torch.stack(self._step_losses).mean()
         self.log("train/loss", mean, prog_bar=True, sync_dist=True)
         self.log("step", float(step + 1))
-        return loss
-
-    def on_validation_epoch_start(self) -> None:
-        """Reset the sum of the validation tokens' losses, and their number."""
-        # In float64 the order and size of batches do not show. Apple's GPUs have no float64.
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self._validation_sums = torch.zeros(2, dtype=dtype, device=self.device)
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add the losses of a batch's predicted tokens, and their number."""
-        inputs, targets = self._inputs_and_targets(batch)
-        total = self.model.token_losses(inputs, targets).sum(dtype=self._validation_sums.dtype)
-        self._validation_sums += torch.stack([total, self.model.count_targets(targets)])
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss and perplexity of the whole validation set; all tokens have the same weight."""
-        layout_of(self.trainer.strategy).sum_over_data_parallel(self._validation_sums)
-        total, count = self._validation_sums
-        self.log("val/loss", total / count, prog_bar=True, sync_dist=True)  # the same everywhere
-        self.log("val/perplexity", (total / count).exp(), sync_dist=True)
-        self.log("val/tokens", count, logger=False, sync_dist=True)
-        self.log("step", float(self.trainer.global_step))
 
     def configure_optimizers(self) -> Any:
-        """The recipe's optimizer, and its schedule over `trainer.max_steps` steps.
+        """The recipe's optimizer, and its schedule over the steps of the fit.
+
+        These are `max_steps`, or `max_epochs` times the steps of an epoch if that is less. The
+        length of an epoch is known when training starts: see `on_train_start`.
 
         Raises:
-            UserError: The trainer has no `max_steps`.
+            UserError: The trainer's `max_steps` is 0, or missing although the recipe builds a
+                schedule of its own.
         """
         total_steps = self.trainer.max_steps
-        if total_steps < 1:
-            raise UserError(f"trainer.max_steps must be at least 1, not {total_steps}")
+        if total_steps == 0:
+            raise UserError("trainer.max_steps must be at least 1, not 0")
+        if total_steps < 0:
+            if not self._uses_recipe_schedule:
+                raise UserError(
+                    f"{type(self.optimizer).__name__} builds a schedule of its own, which needs the"
+                    " number of steps: give the trainer max_steps"
+                )
+            total_steps = UNKNOWN
         if self._gives_row_gradients:
             install_row_stores(self, layout_of(self.trainer.strategy))
         optimizer, scheduler = self.optimizer.build(self, total_steps)
-        self._optimizer_settings = group_settings(optimizer)
+        self._optimizer_settings, self._new_lr = group_settings(optimizer), False
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

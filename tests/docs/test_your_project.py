@@ -31,6 +31,7 @@ def folder(tmp_path: Path) -> Path:
     "name",
     [
         "your_project/index",
+        "your_project/trainer",
         "your_project/connections",
         "your_project/memory",
         "your_project/lightning_cli",

@@ -160,6 +160,7 @@ class TrainingLoader(BatchLoader):
         world_size: Number of data-parallel ranks.
         num_workers: See `BatchLoader`.
         pin_memory: See `BatchLoader`.
+        repeats: True to give the first batches of the stream in every epoch, to overfit them.
     """
 
     def __init__(
@@ -175,8 +176,9 @@ class TrainingLoader(BatchLoader):
         world_size: int,
         num_workers: int,
         pin_memory: bool,
+        repeats: bool = False,
     ) -> None:
-        self._stream, self._position = dataset, position
+        self._stream, self._position, self._repeats = dataset, position, repeats
         self._trainer, self._accumulation = trainer, accumulation
         self._batches = _RankBatches(micro_batch_size, rank, world_size)
         self._source: Iterator[tuple[int, Tensor]] = iter(())
@@ -184,7 +186,8 @@ class TrainingLoader(BatchLoader):
         super().__init__(dataset, self._batches, length, num_workers, pin_memory)
 
     def __iter__(self) -> Iterator[Tensor]:
-        start = self._batches.start = self._position.begin(self._trainer, self._accumulation)
+        start = self._position.begin(self._trainer, self._accumulation)
+        start = self._batches.start = 0 if self._repeats else start
         self._peeked = []
         self._source = zip(count(start, self._batches.stride), super().__iter__())
         while self.peek() is not None:

@@ -17,7 +17,7 @@ class StreamPosition:
     """
 
     def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self.reset()
 
     def reset(self) -> None:
@@ -28,7 +28,7 @@ class StreamPosition:
     def sequences(self, trainer: L.Trainer | None) -> int:
         """Sequences that the completed optimizer steps have consumed, over all ranks."""
         steps = self._base_steps if trainer is None else trainer.global_step
-        return self._base_sequences + (steps - self._base_steps) * self._batch_size
+        return self._base_sequences + (steps - self._base_steps) * self.batch_size
 
     def begin(self, trainer: L.Trainer, accumulation: int) -> int:
         """The position of the next batch, when training begins or resumes.
@@ -56,10 +56,11 @@ class StreamPosition:
         """
         if not self._resumed:
             return
-        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
         if trainer.global_step < trainer.max_steps:
             progress.is_last_batch = False
-        excess = progress.total.ready - trainer.global_step * accumulation
+        # A batch that was begun, and not processed, is begun again.
+        excess = progress.total.processed - trainer.global_step * accumulation
         for tracker in (progress.total, progress.current):
             for name in ("ready", "started", "processed", "completed"):
                 setattr(tracker, name, max(0, getattr(tracker, name) - excess))

@@ -5,10 +5,12 @@ from functools import cached_property
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhc_lightning.data.batch_loader import BatchLoader, TrainingLoader
+from mhc_lightning.data.held_out_loader import held_out_loader
 from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.resume import StreamPosition, check_same_stream, stream_identity
 from mhc_lightning.data.sources import open_sources, parse_sources
@@ -16,7 +18,6 @@ from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.data.training_sequences import TrainingSequences
 from mhc_lightning.data.validation_sequences import (
     ValidationSequences,
-    validation_batches,
     validation_counts,
 )
 from mhc_lightning.errors import UserError
@@ -45,7 +46,8 @@ class TextDataModule(L.LightningDataModule):
         path: A folder that `prepare` wrote, or the object-store URL of one; a list of these, or of
             `{path, weight}`, to mix several (by default in proportion to their tokens).
         batch_size: Sequences per optimizer step, over all ranks and accumulated batches.
-        micro_batch_size: Sequences per forward pass on one rank.
+        micro_batch_size: Sequences per forward pass on one rank; None for a rank's whole share of
+            the batch, which Lightning's batch-size finder then scales by `batch_size`.
         sequence_length: Tokens to predict per sequence.
         num_workers: Processes that read batches ahead. 0 reads in the main process, which takes
             microseconds per sequence unless the disk is slow. Chunks of a URL are fetched in the
@@ -72,7 +74,7 @@ class TextDataModule(L.LightningDataModule):
         self,
         path: Any,
         batch_size: int,
-        micro_batch_size: int,
+        micro_batch_size: int | None,
         sequence_length: int,
         num_workers: int = 0,
         seed: int = 0,
@@ -92,15 +94,15 @@ class TextDataModule(L.LightningDataModule):
             ("shuffle_window", shuffle_window, 1),
             ("num_workers", num_workers, 0),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise UserError(f"data.{name} is {value}; it must be at least {least}")
         if validation_sequences is not None and validation_sequences < 1:
             raise UserError(
                 f"data.validation_sequences is {validation_sequences}; it must be at least 1, or"
                 " null for all (for no validation: trainer.limit_val_batches=0)"
             )
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
+        self._position = StreamPosition(batch_size)
+        self._micro_batch_size = micro_batch_size
         self.sequence_length = sequence_length
         self.num_workers = num_workers
         self.seed = seed
@@ -111,7 +113,6 @@ class TextDataModule(L.LightningDataModule):
         self._sources = parse_sources(path)
         self._open_options = (tokenizer, cache_dir, storage_options)
         self._training_loader: TrainingLoader | None = None
-        self._position = StreamPosition(batch_size)
         self.accumulation(1)
 
     # The data.
@@ -201,14 +202,41 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             UserError: The batch cannot be divided evenly.
         """
-        count, rest = divmod(self.batch_size, self.micro_batch_size * world_size)
+        micro = self._micro_batch_size
+        if micro is None:
+            self._share(world_size)
+            return 1
+        count, rest = divmod(self.batch_size, micro * world_size)
         if rest:
             ranks = f" times {world_size} ranks" if world_size > 1 else ""
             raise UserError(
                 f"data.batch_size={self.batch_size} is not a multiple of"
-                f" data.micro_batch_size={self.micro_batch_size}{ranks}; change one of them"
+                f" data.micro_batch_size={micro}{ranks}; change one of them"
             )
         return count
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences per optimizer step, over all ranks."""
+        return self._position.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self._position.batch_size = value
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per forward pass on one rank."""
+        return self._micro_batch_size or self._share(self._data_parallel()[1])
+
+    def _share(self, world_size: int) -> int:
+        size, rest = divmod(self.batch_size, world_size)
+        if rest or not size:
+            raise UserError(
+                f"data.batch_size={self.batch_size} cannot be shared evenly by {world_size}"
+                f" devices; use a multiple of {world_size}"
+            )
+        return size
 
     def _data_parallel(self) -> tuple[int, int]:
         """The data-parallel rank of this process, and the number of data-parallel ranks."""
@@ -235,6 +263,13 @@ class TextDataModule(L.LightningDataModule):
         assert self.trainer is not None
         rank, world_size = self._data_parallel()
         accumulation = self.accumulation(world_size)
+        for callback in getattr(self.trainer, "callbacks", ()):
+            if isinstance(callback, GradientAccumulationScheduler):
+                raise UserError(
+                    "GradientAccumulationScheduler changes the number of accumulated batches during"
+                    " a run, but TextDataModule takes data.batch_size sequences for every step;"
+                    " leave the callback out, or train on a loader of your own"
+                )
         if self.trainer.accumulate_grad_batches != accumulation:
             raise UserError(
                 f"Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches}) does not"
@@ -246,6 +281,8 @@ class TextDataModule(L.LightningDataModule):
         if steps < 0:
             sequences = sum(order.length for order in self.training_sequences.orders)
             steps = max(1, sequences // self.batch_size)
+        if self._training_loader is not None:  # the trainer reloads it with every epoch
+            self._training_loader.close()
         self._training_loader = TrainingLoader(
             self.training_sequences,
             steps * accumulation,
@@ -255,6 +292,7 @@ class TextDataModule(L.LightningDataModule):
             micro_batch_size=self.micro_batch_size,
             rank=rank,
             world_size=world_size,
+            repeats=getattr(self.trainer, "overfit_batches", 0) > 0,
             num_workers=self.num_workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
@@ -266,31 +304,25 @@ class TextDataModule(L.LightningDataModule):
         Raises:
             UserError: Only validation is run, and no text was held out.
         """
+        return self._held_out_batches("limit_val_batches")
+
+    def test_dataloader(self) -> BatchLoader | list[Any]:
+        """The held-out sequences that `val_dataloader` gives, under `Trainer.test`."""
+        return self._held_out_batches("limit_test_batches")
+
+    def predict_dataloader(self) -> BatchLoader | list[Any]:
+        """The held-out sequences that `val_dataloader` gives, in the same order."""
+        return self._held_out_batches("limit_predict_batches")
+
+    def _held_out_batches(self, limited_by: str) -> BatchLoader | list[Any]:
         assert self.trainer is not None
-        rank, world_size = self._data_parallel()
-        dataset = self._validation_sequences()
-        batches = validation_batches(len(dataset), self.micro_batch_size, rank, world_size)
-        if not batches:
-            message = (
-                f"{', '.join(data.path for data in self.sources)} has no held-out text to validate"
-                " on; run `prepare` with a larger validation_fraction"
-            )
-            if self.trainer.state.fn != TrainerFn.FITTING:
-                raise UserError(message)
-            rank_zero_warn(f"no validation: {message}")
-            return []
-        limit = getattr(self.trainer, "limit_val_batches", 1.0)
-        if limit not in (0, 1.0) or (limit == 1 and isinstance(limit, int) and len(batches) > 1):
-            rank_zero_warn(
-                f"trainer.limit_val_batches={limit} counts batches of a device, so that val/loss"
-                " depends on data.micro_batch_size and the devices; data.validation_sequences=N"
-                " takes the same N sequences under every layout"
-            )
-        return BatchLoader(
-            dataset,
-            batches,
-            len(batches),
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        return held_out_loader(
+            self.trainer,
+            self._validation_sequences(),
+            self.micro_batch_size,
+            self._data_parallel(),
+            limited_by=limited_by,
+            folders=", ".join(data.path for data in self.sources),
         )
 
     def teardown(self, stage: str) -> None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -63,7 +63,20 @@ class Schedule:
     def scheduler(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
         """A scheduler of the optimizer's learning rates, to be stepped once per optimizer step."""
         # A partial function saves nothing of the schedule: a resumed run follows its own.
-        return LambdaLR(optimizer, partial(self.factor, total_steps=total_steps))
+        return _LambdaLR(optimizer, partial(self.factor, total_steps=total_steps))
+
+    def spread(self, scheduler: LambdaLR, total_steps: int) -> None:
+        """Give a scheduler of this schedule another number of steps, from the next step on."""
+        for k, _ in enumerate(scheduler.lr_lambdas):
+            scheduler.lr_lambdas[k] = partial(self.factor, total_steps=total_steps)
+
+
+class _LambdaLR(LambdaLR):
+    """A `LambdaLR` that leaves groups alone which are added later, as finetuning callbacks do."""
+
+    def get_lr(self) -> list[Any]:
+        added = self.optimizer.param_groups[len(self.base_lrs) :]
+        return [*super().get_lr(), *(group["lr"] for group in added)]
 
 
 def follow_present_schedule(
