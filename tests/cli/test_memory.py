@@ -145,8 +145,8 @@ REFUSED = {
     "width": ((*ENGRAM, "memory.dim=4", "output_dir=engram_folder"), "memory.dim=8 (not 4)"),
     "seed": ((*ENGRAM, "memory.seed=2", "output_dir=engram_folder"), "of memory.seed=2)"),
     "word scale": (
-        (*OVER_ENCODING, "memory.word_scale=full", "output_dir=over_encoding"),
-        "memory.word_scale=mean (not full)",
+        (*OVER_ENCODING, "memory.word_scale=mean", "output_dir=over_encoding"),
+        "memory.word_scale=full (not mean)",
     ),
     "compression": (
         (*ENGRAM, "memory.compress=false", "output_dir=engram"), "memory.compress=True (not False)",

@@ -19,7 +19,7 @@ from mhc_lightning.modules.memory.over_encoding import OverEncodingInput
 V, C, LENGTH, END = 40, 12, 17, 5
 
 FORMS: dict[str, dict[str, Any]] = {
-    "paper": {"documents": False},
+    "paper": {"documents": False, "word_scale": "mean"},
     "document starts": {},
     "four orders": {"orders": (2, 3, 4), "word_scale": "full", "dim": 8},
     "classes": {"compress": True, "pad_token": None, "num_heads": 1, "dim": 5},

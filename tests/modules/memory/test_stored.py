@@ -52,8 +52,8 @@ CHANGES: dict[str, tuple[Any, Any, str]] = {
     "biases": (engram, partial(engram, bias=True), "memory.bias=False (not True)"),
     "seed": (engram, partial(engram, seed=1), "of memory.seed=1)"),
     "scale of the word": (
-        over_encoding, partial(over_encoding, word_scale="full"),
-        "memory.word_scale=mean (not full)",
+        over_encoding, partial(over_encoding, word_scale="mean"),
+        "memory.word_scale=full (not mean)",
     ),
     "compression": (
         engram, partial(engram, compress=False), "memory.compress=True (not False)",

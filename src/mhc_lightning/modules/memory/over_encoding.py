@@ -35,8 +35,8 @@ class OverEncoding(Memory):
         num_heads: Slices (heads) of each order, each with rows and a projection of its own.
         dim: Values that the rows of one order have together; None for C over the orders,
             rounded down to what the heads can share.
-        word_scale: `mean` divides the word's embedding as the rows are, by 1 + H; `full` leaves it
-            (LongCat-Flash-Lite-Sparse).
+        word_scale: `full` leaves the word's embedding as it is (LongCat-Flash-Lite-Sparse); `mean`
+            divides it as the rows are, by 1 + H (the paper).
         over_decoding_weight: Weight of the loss of the token after the next, in training (see
             `OverDecoding`; the paper's is 0.1); 0 for none.
         compress: Whether tokens that differ in case, accents and spaces only are hashed alike.
@@ -70,7 +70,7 @@ class OverEncoding(Memory):
         orders: Sequence[int] = (2, 3),
         num_heads: int = 4,
         dim: int | None = None,
-        word_scale: Literal["mean", "full"] = "mean",
+        word_scale: Literal["mean", "full"] = "full",
         over_decoding_weight: float = 0.0,
         compress: bool = False,
         documents: bool = True,
