@@ -32,6 +32,7 @@ _SUBJECTS = {
     "callbacks": "Instruments and alarm",
     "loggers": "Loggers",
     "modules": "Model and connections",
+    "upcycling": "Upcycling",
     "kernels": "Kernels",
     "strategies": "Many devices",
     "planning": "Planning and pipelines",

@@ -34,6 +34,7 @@ def folder(tmp_path: Path) -> Path:
         "your_project/trainer",
         "your_project/connections",
         "your_project/memory",
+        "your_project/upcycling",
         "your_project/lightning_cli",
         "your_project/hydra",
         "extend/connection",

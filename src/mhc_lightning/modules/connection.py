@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import StreamMappings, aggregate_streams, merge_streams
 from mhc_lightning.modules.limits import require_at_least
 from mhc_lightning.modules.precision import KeepsFloat32
@@ -97,6 +98,24 @@ class Connection(KeepsFloat32):
         """
         if next(self.parameters(recurse=False), None) is not None:
             raise TypeError(f"{type(self).__name__} does not implement reset_parameters()")
+
+    def start_as_residual(self) -> None:
+        """Set the parameters so that streams which are copies stay so, as one residual stream.
+
+        Afterwards, whatever the token: read weights sum to one, each row of the mixing matrix sums
+        to one, and write weights are one. So a sub-layer reads exactly `x`, and each stream becomes
+        `x + F(x)`. Read weights differ between streams, and between sub-layers: this is what
+        makes the streams differ once they are trained.
+
+        Raises:
+            UserError: The class does not implement this, or its coefficients cannot have these
+                values.
+        """
+        raise UserError(
+            f"{type(self).__name__} does not implement start_as_residual(), by which a connection"
+            " takes the place of an ordinary residual connection in a trained network; see"
+            " docs/extend/connection.md"
+        )
 
     def mappings(self, streams: Tensor) -> StreamMappings:
         """The mappings [..., n], [..., n], [..., n, n] for streams [..., n, C]."""

@@ -1,11 +1,13 @@
 """The base of mHC and its variants: gates to read and write, projected from all streams."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import (
     StreamMappings,
     fuses_seams,
@@ -66,13 +68,34 @@ class GatedHyperConnection(Connection):
 
     def reset_parameters(self) -> None:
         """Start static, with the symmetry between streams broken."""
+        self._start(_READ_LOGIT, -_READ_LOGIT)
+
+    def start_as_residual(self) -> None:
+        """Start static, with read weights in the ratio of `reset_parameters` that sum to one.
+
+        Raises:
+            UserError: There is one stream: σ stays below one.
+        """
+        n = self.num_streams
+        if n == 1:
+            raise UserError(
+                f"{type(self).__name__} reads a stream with a weight below one, so with"
+                " num_streams=1 it cannot start as a residual connection; take at least 2 streams,"
+                " or connection=residual or hc"
+            )
+        preferred, other = _sigmoid(_READ_LOGIT), _sigmoid(-_READ_LOGIT)
+        total = preferred + (n - 1) * other
+        self._start(_logit(preferred / total), _logit(other / total))
+
+    def _start(self, preferred: float, other: float) -> None:
+        """Fill the parameters, with the logits of reading one stream, and the others."""
         n = self.num_streams
         with torch.no_grad(), whole_parameters(self):
             self.phi.zero_()
             self.alpha.fill_(0.01)
             pre, post, logits = self.bias.tensor_split([n, 2 * n])
-            pre.fill_(-_READ_LOGIT)
-            pre[self._reader() % n] = _READ_LOGIT
+            pre.fill_(other)
+            pre[self._reader() % n] = preferred
             post.zero_()
             logits.copy_(torch.tensor(self._mix_bias, dtype=logits.dtype))
 
@@ -121,3 +144,11 @@ class GatedHyperConnection(Connection):
         )
         shown = self.window(streams, following)._replace(pre=following.pre)
         return streams, u, (streams, shown)
+
+
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
+
+
+def _logit(weight: float) -> float:
+    return math.log(weight / (1 - weight))

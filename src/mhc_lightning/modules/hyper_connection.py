@@ -69,6 +69,10 @@ class HyperConnection(Connection):
                 self.phi.zero_()
                 self.alpha.fill_(0.01)
 
+    def start_as_residual(self) -> None:
+        """Reset: the authors' initialisation reads one stream, with weight one."""
+        self.reset_parameters()
+
     def mappings(self, streams: Tensor) -> StreamMappings:
         """Unconstrained mappings for streams [..., n, C]."""
         if self.phi is not None and self.alpha is not None:

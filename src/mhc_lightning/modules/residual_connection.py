@@ -20,6 +20,9 @@ class ResidualConnection(Connection):
     def __init__(self, dim: int, num_streams: int = 1, layer_index: int = 0) -> None:
         super().__init__(dim, 1, layer_index)
 
+    def start_as_residual(self) -> None:
+        """Do nothing: it is one."""
+
     def mappings(self, streams: Tensor) -> StreamMappings:
         """Ones, as views of a single number.
 
