@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 
 # Where the dependencies of an extra may be imported, beside those that are always there.
 EXTRAS = {
+    "src/mhc_lightning/data/conversation_tokenizer.py": "huggingface",
     "src/mhc_lightning/data/formats/arrow_tables.py": "formats",
     "src/mhc_lightning/data/formats/web_archives.py": "formats",
     "src/mhc_lightning/data/hub_datasets.py": "datasets",

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from mhc_lightning.data.context_tokens import targets_of, tokens_of
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.kernels.argument_checks import check_values
@@ -17,7 +18,7 @@ def inputs_and_targets(batch: Tensor, end_of_document: int | None = None) -> tup
     """Split a batch, int64 [B, S + 1], into the tokens that are read and the targets, each [B, S].
 
     The network reads padding (-100) as token 0. Under causal attention only further padding attends
-    to it.
+    to it. A token below -100 is read and not predicted (`data.context_tokens`).
 
     Args:
         batch: [B, S + 1].
@@ -34,14 +35,13 @@ def inputs_and_targets(batch: Tensor, end_of_document: int | None = None) -> tup
             f"a batch must be a tensor of int64 tokens [B, S + 1], not {found}; give the DataLoader"
             " a tensor [N, S + 1], or a dataset whose items are int64 [S + 1]"
         )
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    padding = inputs == IGNORE_INDEX
+    padding = batch[:, :-1] == IGNORE_INDEX
     check_values(
-        (~padding | (targets == IGNORE_INDEX)).all(),
+        (~padding | (batch[:, 1:] == IGNORE_INDEX)).all(),
         f"a batch has tokens behind {IGNORE_INDEX}, which may only pad the end of a sequence; to"
-        " leave tokens within out of the loss, call model.loss(tokens, targets) with targets of"
-        f" {IGNORE_INDEX} in a training_step of your own",
+        f" leave token t within out of the loss, give {IGNORE_INDEX - 1} - t in its place",
     )
+    inputs, targets = tokens_of(batch[:, :-1]), targets_of(batch[:, 1:])
     if end_of_document is not None:
         targets = targets.masked_fill(inputs == end_of_document, IGNORE_INDEX)
     return inputs.masked_fill(padding, 0), targets

@@ -60,7 +60,8 @@ class LanguageModel(HeldOutSteps):
     """Next-token prediction with a `Transformer`.
 
     A batch is int64 tokens [B, S + 1]. Shorter sequences are padded at their end with -100
-    (`IGNORE_INDEX`); padding is not predicted, but experts count it in their load. The loss is the
+    (`IGNORE_INDEX`); padding is not predicted, but experts count it in their load. A token t that
+    is read and not predicted, as of a prompt, is -101 - t. The loss is the
     mean over the predicted tokens of a micro-batch. All micro-batches and ranks have the same
     weight in a step, whatever share of them is padding. Where documents are kept apart
     (`Transformer.mask_documents`), the first token of each is not predicted either.

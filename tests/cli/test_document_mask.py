@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mhc_lightning import TextDataModule
 from mhc_lightning.checkpoints.reading import load_checkpoint
 from mhc_lightning.cli.tokenizer import check_tokenizer
-from mhc_lightning.data import prepare
+from mhc_lightning.data import PreparedData, prepare
 from mhc_lightning.data.tokenizers import ByteTokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange import load_exported
@@ -122,3 +122,22 @@ def test_tokens_without_an_end_of_documents_are_refused(short_documents, monkeyp
     unmasked = TextDataModule(short_documents, 4, 2, 32)
     unmasked.setup("fit")
     assert unmasked.document_boundary is None
+
+
+def test_a_fit_on_conversations_validates_their_answers(command, capsys):
+    pairs = [{"prompt": f"{n} and {n} are ", "completion": f"{2 * n}."} for n in range(90)]
+    file = command.folder / "chats.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    command.data = command.folder / "chats"
+    held_out = ("validation_fraction=0.3", "num_workers=1", "conversations=true")
+    assert command.inside("prepare", "input=chats.jsonl", "output=chats", *held_out) == 0
+    words = ("callbacks=minimal", "data.document_mask=true", "data.validation_sequences=null")
+    assert command.inside("fit", *words, "output_dir=run") == 0
+    assert command.metrics()[6]["train/loss"]
+    capsys.readouterr()
+    assert command.inside("validate", *words, *LAST, "--json") == 0
+    measured = json.loads(capsys.readouterr().out)
+    completions = {pair["prompt"] + pair["completion"]: pair["completion"] for pair in pairs}
+    texts = [text.decode() for text in PreparedData(command.data).documents("validation")]
+    assert measured["val/tokens"] == sum(len(completions[text]) + 1 for text in texts) > 20
+    assert "val/bits_per_byte" not in measured

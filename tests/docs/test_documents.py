@@ -1,10 +1,12 @@
-"""The Python of the page on documents, run."""
+"""The Python of the pages on documents and conversations, run."""
 
 from pathlib import Path
 
+import pytest
 from documents import DOCS
 from pages import follow
 
 
-def test_packed_documents_of_the_page_are_as_alone(tmp_path: Path) -> None:
-    follow(DOCS / "train/documents.md", tmp_path, skip="mhc_lightning")
+@pytest.mark.parametrize("page", ["documents", "conversations"])
+def test_the_python_of_a_page_holds(page: str, tmp_path: Path) -> None:
+    follow(DOCS / f"train/{page}.md", tmp_path, skip="mhc_lightning")

@@ -20,6 +20,7 @@ IN_ORDER = [
     "docs/start/what_you_see.md",
     "docs/train/data.md",
     "docs/train/documents.md",
+    "docs/train/conversations.md",
     "docs/train/configuration.md",
     "docs/train/resume.md",
     "docs/train/watch.md",
@@ -53,6 +54,8 @@ def write_inputs(folder: Path) -> None:
     (folder / "my_articles").mkdir()
     articles = [{"title": f"Stream {n}", "meta": {"body": "It mixes. " * 9}} for n in range(40)]
     (folder / "my_articles" / "all.json").write_text(json.dumps(articles))
+    pairs = [{"prompt": f"{n} streams and {n} are ", "completion": f"{2 * n}."} for n in range(200)]
+    (folder / "my_chats.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     _write_tokenizer(folder / "my_tokenizer" / "tokenizer.json")
     _write_task(folder)
     for page, name in (("data", "mixed.yaml"), ("configuration", "mine.yaml")):

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mhc_lightning.data import hub_datasets
+from mhc_lightning.data.conversation_text import ConversationText, require_records
+from mhc_lightning.data.conversation_tokenizer import ConversationTokenizer
 from mhc_lightning.data.documents import ReadingOptions
 from mhc_lightning.data.file_formats import BINARY, format_by_name
 from mhc_lightning.data.input_files import find_input_files
@@ -46,6 +48,7 @@ def prepare(
     text_field: str = "text",
     text_template: str | None = None,
     on_bad_record: str = "stop",
+    conversations: bool = False,
     validation_fraction: float = 0.01,
     num_workers: int | None = None,
     include: Sequence[str] = (),
@@ -74,6 +77,8 @@ def prepare(
         text_field: Field of a record that holds its text; `data.text` for one inside another.
         text_template: Fields joined to a text, such as `{title}\n\n{body}`; replaces `text_field`.
         on_bad_record: `stop` at a record without text, or `skip` and count such records.
+        conversations: Records are `messages`, or a `prompt` and its `completion`, and only answers
+            are predicted: see `mhc_lightning.data.conversations`.
         validation_fraction: Share of the documents to hold out, at least 0 and below 1.
         num_workers: Processes; by default one per available core.
         include: Shell patterns of the files to take; all if empty.
@@ -103,6 +108,8 @@ def prepare(
         raise UserError(f"max_expansion is {max_expansion}; give a number from 1")
     if chunk_bytes is not None and chunk_bytes < 1:
         raise UserError(f"chunk_bytes is {chunk_bytes}; give a positive number of bytes")
+    if conversations and text_template is not None:
+        raise UserError("text_template=… makes texts; leave it out, or conversations=true")
     chosen = load_tokenizer(tokenizer, end_of_document)
     work = output.with_name(f".{output.name}.preparing")
     inputs = [input] if isinstance(input, str | Path) else list(input)
@@ -117,11 +124,14 @@ def prepare(
         "exclude": list(exclude),
         "as_text": list(as_text),
         "chunk_bytes": chunk_bytes,
+        **({"conversations": True} if conversations else {}),
     }
-    text = RecordText(text_field, text_template)
+    text = ConversationText() if conversations else RecordText(text_field, text_template)
     paths = [each for each in inputs if not str(each).startswith(hub_datasets.PREFIX)]
     found = find_input_files(paths, include, exclude, [output, work], as_text=as_text, text=text)
     files = [file for file in found if file.format != BINARY]
+    if conversations:
+        require_records(files)
     datasets = [hub_datasets.open_dataset(str(each)) for each in inputs if each not in paths]
     if not found and not datasets:
         matching = " that match include=… and exclude=…" if include or exclude else ""
@@ -144,18 +154,19 @@ def prepare(
         tuple(as_text),
         chosen.cuts,
     )
+    encoder = ConversationTokenizer(chosen) if conversations else chosen
     taken = [(file.name, file.description) for file in found]
 
     def write() -> PreparedRecord:
         units: list[WorkUnit] = [*plan_units(files, unit_bytes, reading)]
         for dataset in datasets:
             units += hub_datasets.plan_rows(dataset, unit_bytes, text)
-        limit = unit_bytes * chosen.dtype.itemsize * 3 // 2
+        limit = unit_bytes * encoder.dtype.itemsize * 3 // 2
         options = TokenizationOptions(reading, limit)
         _resume_or_clear(work, identity)
-        run_units(TokenizationJob(units, work / "units", chosen, options), num_workers, progress)
+        run_units(TokenizationJob(units, work / "units", encoder, options), num_workers, progress)
         record = write_prepared(
-            work, len(units), chosen, limit, identity, settings, _names(inputs), taken
+            work, len(units), encoder, limit, identity, settings, _names(inputs), taken
         )
         _publish(work, output)
         return record

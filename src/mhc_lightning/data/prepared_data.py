@@ -18,7 +18,14 @@ import numpy as np
 
 from mhc_lightning.data.chunk_cache import ChunkCache, is_url
 from mhc_lightning.data.chunk_file import Chunk, ChunkFile, DamagedChunkError
-from mhc_lightning.data.prepared_record import RECORD_FILE, SPLITS, VALIDATION, PreparedRecord
+from mhc_lightning.data.context_tokens import ContextChunkFile, ids_of
+from mhc_lightning.data.prepared_record import (
+    ANSWERS,
+    RECORD_FILE,
+    SPLITS,
+    VALIDATION,
+    PreparedRecord,
+)
 from mhc_lightning.data.tokenizers import Tokenizer, json_fingerprint, tokenizer_from_record
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import file_sha256, file_xxh3
@@ -171,6 +178,8 @@ class PreparedData:
         that end documents count as tokens and not as bytes, so their cost is included.
         """
         counts = self.record.counts[split]
+        if self.record.targets == ANSWERS:
+            return math.nan  # the bytes of what is predicted are not counted
         return counts.bytes / counts.tokens if counts.tokens else math.nan
 
     def open_chunk(self, chunk: Chunk) -> ChunkFile:
@@ -185,7 +194,8 @@ class PreparedData:
             try:
                 if self.cache is not None:
                     self.cache.fetch(chunk.name, chunk.size)
-                return ChunkFile(path, chunk, self.dtype, shown, self.how_to_fix)
+                kind = ContextChunkFile if self.record.targets == ANSWERS else ChunkFile
+                return kind(path, chunk, self.dtype, shown, self.how_to_fix)
             except FileNotFoundError as error:
                 # Another process may have just deleted the copy to make room in the cache.
                 if self.cache is None or attempt == _ATTEMPTS:
@@ -206,7 +216,7 @@ class PreparedData:
         """
         opened = self.open_chunk(chunk)
         try:
-            return opened.read(0, chunk.tokens)
+            return ids_of(opened.read(0, chunk.tokens)).astype(self.dtype, copy=False)
         finally:
             opened.close()
 

@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mhc_lightning.data.chunk_file import Chunk
 from mhc_lightning.data.documents import Skipped
 from mhc_lightning.data.tokenizers import ByteTokenizer, smallest_dtype
@@ -15,6 +17,8 @@ LISTING_FILE = "inputs.jsonl"
 TRAIN, VALIDATION = "train", "validation"
 SPLITS = (TRAIN, VALIDATION)
 FORMAT = 1
+ANSWERS_FORMAT = 2  # tokens that are not predicted are marked: see `context_tokens`
+ALL, ANSWERS = "all", "answers"
 _CHECKSUM = "checksum"
 
 
@@ -69,6 +73,7 @@ class PreparedRecord:
         forms: Number of input files by format and ending.
         files: XXH3 checksums of the listing and litdata's index files, by path; empty where an
             earlier version made the folder, which then also has no checksum of the record itself.
+        targets: Which tokens are predicted: `all`, or `answers` of conversations.
     """
 
     identity: str
@@ -81,10 +86,15 @@ class PreparedRecord:
     settings: dict[str, Any]
     forms: dict[str, dict[str, int]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    targets: str = ALL
 
     def to_json(self) -> str:
         """The text of `prepared.json`, which includes a checksum of itself."""
         content = {"format": FORMAT, **asdict(self)}
+        if self.targets == ALL:
+            del content["targets"]  # as earlier versions have it
+        else:
+            content["format"] = ANSWERS_FORMAT
         return json.dumps({**content, _CHECKSUM: json_sha256(content)}, indent=1)
 
     @classmethod
@@ -95,8 +105,11 @@ class PreparedRecord:
             ValueError: The text is no record of this format, was changed, or contradicts itself.
         """
         content = json.loads(text)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        known = {FORMAT: ALL, ANSWERS_FORMAT: ANSWERS}
+        if not isinstance(content, dict) or content.get("format") not in known:
             raise ValueError("another format")
+        if content.get("targets", ALL) != known[content["format"]]:
+            raise ValueError("its targets are not those of its format")
         checksum = content.pop(_CHECKSUM, None)
         if checksum is not None and checksum != json_sha256(content):
             raise ValueError("it is damaged: its checksum is another")
@@ -126,17 +139,20 @@ class PreparedRecord:
         kind, byte_record = self.tokenizer["kind"], ByteTokenizer().record()
         if kind not in ("bytes", "json") or (kind == "bytes" and self.tokenizer != byte_record):
             return f"there is no tokenizer {self.tokenizer}"
-        if self.dtype != smallest_dtype(self.tokenizer["vocab_size"]).name:
+        dtype = smallest_dtype(self.tokenizer["vocab_size"])
+        if self.targets == ANSWERS:
+            dtype = np.dtype(np.uint32)
+        if self.dtype != dtype.name:
             return f"the type of tokens is {self.dtype}"
-        itemsize = smallest_dtype(self.tokenizer["vocab_size"]).itemsize
         for split in SPLITS:
             chunks, counts = self.chunks[split], self.counts[split]
             if sum(chunk.tokens for chunk in chunks) != counts.tokens:
                 return f"the chunks of {split} do not have its {counts.tokens} tokens"
             for chunk in chunks:
-                if chunk.offset + chunk.tokens * itemsize != chunk.size:
+                if chunk.offset + chunk.tokens * dtype.itemsize != chunk.size:
                     return f"{chunk.name} cannot have {chunk.tokens} tokens"
-            if kind == "bytes" and counts.bytes + counts.documents != counts.tokens:
+            exact = kind == "bytes" and self.targets == ALL
+            if exact and counts.bytes + counts.documents != counts.tokens:
                 return f"{split} does not have {counts.bytes} bytes"
         if self.content != content_checksum(self.chunks, self.tokenizer["fingerprint"]):
             return "the checksums of the chunks are others"

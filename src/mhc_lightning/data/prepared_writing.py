@@ -11,10 +11,13 @@ import numpy as np
 
 from mhc_lightning.data.chunk_file import Chunk
 from mhc_lightning.data.chunk_writing import write_chunks
+from mhc_lightning.data.conversation_tokenizer import ConversationTokenizer
 from mhc_lightning.data.documents import Skipped
 from mhc_lightning.data.file_formats import BINARY
 from mhc_lightning.data.input_files import count_formats
 from mhc_lightning.data.prepared_record import (
+    ALL,
+    ANSWERS,
     LISTING_FILE,
     RECORD_FILE,
     SPLITS,
@@ -96,8 +99,9 @@ def write_prepared(
         index = final / split / _INDEX_FILE
         index.write_text(json.dumps({"chunks": chunks, "config": config}, sort_keys=True))
         files[f"{split}/{_INDEX_FILE}"] = file_xxh3(index)
-    if isinstance(tokenizer, JsonTokenizer):
-        shutil.copyfile(tokenizer.path, final / TOKENIZER_FILE)
+    texts = tokenizer.texts if isinstance(tokenizer, ConversationTokenizer) else tokenizer
+    if isinstance(texts, JsonTokenizer):
+        shutil.copyfile(texts.path, final / TOKENIZER_FILE)
     chunks_of = {split: [_chunk(split, entry) for entry in entries[split]] for split in SPLITS}
     record = PreparedRecord(
         identity=identity,
@@ -110,6 +114,7 @@ def write_prepared(
         settings=settings,
         forms=count_formats(files_taken),
         files=files,
+        targets=ALL if texts is tokenizer else ANSWERS,
     )
     (final / RECORD_FILE).write_text(record.to_json())
     return record

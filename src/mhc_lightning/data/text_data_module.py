@@ -161,7 +161,7 @@ class TextDataModule(L.LightningDataModule):
         """
         if not self.document_mask:
             return None
-        end: int | None = getattr(self.tokenizer, "end_of_document", None)
+        end: int | None = self.end_of_document
         if end is None:
             raise UserError(
                 "data.document_mask=true needs a token that ends documents, and the tokens of"
