@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, K positions whose logits are kept, V vocabulary.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from mhc_lightning.huggingface.config import MhcConfig
 from mhc_lightning.huggingface.padding import Padding
 from mhc_lightning.interchange.model_settings import build_network
 from mhc_lightning.kernels import IGNORE_INDEX
-from mhc_lightning.modules import Transformer
+from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.modules.precision import KeepsFloat32
 
@@ -51,20 +51,49 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
 
     model: Transformer
 
-    def __init__(self, config: MhcConfig, network: Transformer | None = None) -> None:
+    def __new__(cls, config: MhcConfig | None = None, *args: Any, **kwargs: Any) -> Self:
+        """An `UpcycledForCausalLM` if the configuration describes one."""
+        if cls is MhcForCausalLM and config is not None and config.upcycled is not None:
+            from mhc_lightning.huggingface.upcycled import UpcycledForCausalLM
+
+            return cast(Self, super().__new__(UpcycledForCausalLM))
+        return super().__new__(cls)
+
+    def __init__(self, config: MhcConfig, network: nn.Module | None = None) -> None:
+        attention = config._attn_implementation  # what the user asks for, if anything
         super().__init__(config)
         if config.tie_word_embeddings:
             raise UserError(
                 "MhcForCausalLM has an output projection of its own; leave out"
                 " tie_word_embeddings=True"
             )
-        self.model = build_network(config.sections, "MhcConfig") if network is None else network
-        self.model.mask_documents(config.document_end)
-        self.vocab_size = self.model.vocab_size
+        self.model = cast(Any, self._build(config, attention) if network is None else network)
+        if isinstance(self.model, Transformer):
+            self.model.mask_documents(config.document_end)
+        self.vocab_size = config.vocab_size
         self._keep_in_fp32_modules_strict = {
             f"{name}." for name, module in self.named_modules() if isinstance(module, KeepsFloat32)
         }
         self.post_init()
+
+    def _build(self, config: MhcConfig, attention: str | None) -> nn.Module:
+        """The network that a configuration describes, with initial weights."""
+        return build_network(config.sections, "MhcConfig")
+
+    @classmethod
+    def from_upcycled(cls, model: nn.Module) -> "MhcForCausalLM":
+        """An upcycled causal language model, as one that can be saved and read.
+
+        Args:
+            model: What `mhc_lightning.upcycling.upcycle` returned for a model of transformers, or
+                for an `MhcForCausalLM`. Its weights are not copied.
+
+        Raises:
+            UserError: The model is not upcycled, or its connections cannot be described.
+        """
+        from mhc_lightning.huggingface.upcycled import from_upcycled
+
+        return from_upcycled(model)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -77,14 +106,39 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
         both: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, found = both
         _refuse_offloading(getattr(model, "hf_device_map", None))
-        missing = sorted(found["missing_keys"])
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(
-                f"the weights to load lack {missing[0]}{more}: they are not those of the network"
-                " that their config.json describes"
-            )
+        for kind, names in (("lack", found["missing_keys"]), ("have", found["unexpected_keys"])):
+            first = min(names, default=None)
+            if first is not None:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UserError(
+                    f"the weights to load {kind} {first}{more}: they are not those of the network"
+                    " that their config.json describes"
+                )
         return (model, found) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """See `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            UserError: The network is not the one that the configuration describes.
+        """
+        self._check_described()
+        super().save_pretrained(*args, **kwargs)
+
+    def _check_described(self) -> None:
+        """Refuse a network whose connections are others than those of the configuration."""
+        with torch.device("meta"):
+            described = build_network(self.config.sections, "MhcConfig")
+        kinds = [
+            [type(m) for m in network.modules() if isinstance(m, Connection)]
+            for network in (described, self.model)
+        ]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"the network has {kinds[1][0].__name__}s, and config.network describes"
+                f" {kinds[0][0].__name__}s; if it was upcycled, save"
+                " MhcForCausalLM.from_upcycled(model)"
+            )
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing but loads, which no file holds: a network draws its weights when it is built."""

@@ -1,7 +1,7 @@
 """The recorded settings of a network: their comparison, and networks built from them."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -78,9 +78,7 @@ def build_network(sections: Sections, source: str) -> Transformer:
         if "class" not in section:
             raise UserError(f"{source} is incomplete: {name} names no class")
     parts = {
-        name: partial(
-            _class_named(sections[name]["class"], base, source), **_arguments(sections[name])
-        )
+        name: _builder(sections[name], base, source)
         for name, base in (("connection", Connection), ("memory", Memory))
         if name in sections
     }
@@ -91,6 +89,23 @@ def build_network(sections: Sections, source: str) -> Transformer:
     except TypeError as error:
         reason = str(error).partition("\n")[0]  # torch adds lines about its own code
         raise UserError(f"{source} does not fit this version: {reason}") from error
+
+
+def connection_builder(section: Mapping[str, Any], source: str) -> Callable[..., Connection]:
+    """What builds connections from `dim`, `num_streams` and `layer_index`.
+
+    Args:
+        section: The record of the section `connection`.
+        source: Name of the record's file, for error messages.
+
+    Raises:
+        UserError: The class is unknown, or is no `Connection`.
+    """
+    return _builder(section, Connection, source)
+
+
+def _builder(section: Mapping[str, Any], base: type, source: str) -> Callable[..., Any]:
+    return partial(_class_named(section["class"], base, source), **_arguments(section))
 
 
 def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
