@@ -16,6 +16,7 @@ EXTRAS = {
     "src/mhc_lightning/data/formats/arrow_tables.py": "formats",
     "src/mhc_lightning/data/formats/web_archives.py": "formats",
     "src/mhc_lightning/data/hub_datasets.py": "datasets",
+    "src/mhc_lightning/data/token_data/arrow_rows.py": "formats",
     "src/mhc_lightning/cli/evaluate.py": "evaluate",
     "src/mhc_lightning/evaluation": "evaluate",
     "src/mhc_lightning/huggingface": "huggingface",
@@ -24,6 +25,7 @@ EXTRAS = {
     "docs": "docs",
     "examples": "dev",
     "tests": "dev",
+    "tests/data/token_data": "datasets",
 }
 FOLDERS = ("src", "recipes", "benchmarks", "docs", "examples", "tests")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mhc_lightning.data import prepare
+from mhc_lightning.data import PreparedData, prepare
 from mhc_lightning.data.sources import Source, open_sources, parse_sources
 from mhc_lightning.errors import UserError
 
@@ -51,7 +51,10 @@ def test_wrong_paths_are_refused(path: object, message: str) -> None:
 def test_sources_weigh_as_much_as_they_hold(prepared_path: Path, other_prepared_path: Path) -> None:
     paths = [Source(str(prepared_path)), Source(str(other_prepared_path))]
     opened, weights = open_sources(paths, 64)
-    assert weights == [float(data.record.counts["train"].tokens) for data in opened]
+    assert weights == [
+        float(PreparedData(path.path).record.counts["train"].tokens) for path in paths
+    ]
+    assert [data.num_tokens("train") for data in opened] == weights
     _, weights = open_sources([Source(path.path, 2.0) for path in paths], 64)
     assert weights == [2.0, 2.0]
 

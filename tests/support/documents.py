@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import chdir
 from pathlib import Path
 
 import yaml
@@ -61,6 +62,9 @@ def write_inputs(folder: Path) -> None:
     for page, name in (("data", "mixed.yaml"), ("configuration", "mine.yaml")):
         (experiment,) = blocks(f"docs/train/{page}.md", f'yaml title="{name}"')
         (folder / name).write_text(experiment)
+    (script,) = blocks("docs/train/data.md", 'python title="tokens.py"')
+    with chdir(folder):
+        exec(script, {})
 
 
 def _write_tokenizer(path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.instantiation import build, require_section
+from mhc_lightning.cli.run_folder import is_first_process
 from mhc_lightning.cli.strategy_choice import devices_per_node, resolve_strategy
 from mhc_lightning.errors import UserError
 
@@ -137,6 +139,16 @@ def build_data(experiment: Experiment, world_size: int) -> "TextDataModule":
                 f" use a multiple of {world_size}"
             )
     return build(experiment, "data", micro_batch_size=micro)
+
+
+def describe_token_data(data: "TextDataModule") -> None:
+    """Say on standard error what data that `prepare` did not make were taken for."""
+    from mhc_lightning.data import PreparedData
+
+    if is_first_process():
+        for source in data.sources:
+            if not isinstance(source, PreparedData):
+                print(f"{source.path} is taken for {source.description}", file=sys.stderr)
 
 
 def build_model(experiment: Experiment, *, on_meta: bool = False) -> "LanguageModel":

@@ -54,7 +54,10 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         arguments.words,
         processes=trainer.world_size,
         parameters={"total": sum(parameter.numel() for parameter in module.parameters())},
-        data={"content": [source.record.content for source in data.sources]},
+        data={
+            "content": [source.content for source in data.sources],
+            "kind": [source.kind for source in data.sources],
+        },
     )
     try:
         with recorded_end(folder, trainer), named_faults(trainer):
@@ -98,6 +101,7 @@ def _build(experiment: Experiment) -> "tuple[pl.Trainer, LanguageModel, TextData
         build_trainer,
         check_layout,
         count_optimizer_steps,
+        describe_token_data,
         replicas,
     )
     from mhc_lightning.cli.instantiation import build, build_members
@@ -117,7 +121,9 @@ def _build(experiment: Experiment) -> "tuple[pl.Trainer, LanguageModel, TextData
     module = build_model_for(experiment, trainer)
     check_layout(trainer, module, data)
     data.validate_against(module.model.vocab_size)
-    bind_tokenizer(memory_in(module.model), data.tokenizer)
+    describe_token_data(data)
+    if data.tokenizer is not None:
+        bind_tokenizer(memory_in(module.model), data.tokenizer)
     keep_documents_apart(module.model, data.document_boundary)
     return trainer, module, data
 

@@ -29,7 +29,7 @@ def tokenizer_of(
         network: The network, into which the checkpoint is not loaded yet.
 
     Raises:
-        UserError: As `check_tokenizer`.
+        UserError: As `check_tokenizer`; or nothing names a tokenizer.
     """
     values = experiment.values()
     configured = values["data"]["tokenizer"]
@@ -40,17 +40,24 @@ def tokenizer_of(
     else:
         from mhc_lightning.cli.components import build_data
 
-        tokenizer = build_data(experiment, world_size=1).tokenizer
+        data = build_data(experiment, world_size=1)
+        if data.tokenizer is None:
+            raise UserError(
+                f"{data.sources[0].path} does not say which tokenizer its tokens were made with;"
+                " name it with data.tokenizer=…"
+            )
+        tokenizer = data.tokenizer
     check_tokenizer(tokenizer, checkpoint, path, network)
     return tokenizer
 
 
 def check_tokenizer(
-    tokenizer: Tokenizer, checkpoint: dict[str, Any], path: Any, network: "Transformer"
+    tokenizer: Tokenizer | None, checkpoint: dict[str, Any], path: Any, network: "Transformer"
 ) -> None:
     """Check that a checkpoint was trained with a tokenizer, and bind the network to it.
 
     A network that was trained with `data.document_mask` keeps documents apart from here on.
+    None is no tokenizer: the checkpoint must have been trained on token data without one.
 
     What a memory keeps of its tokenizer is compared by content: another version of the `tokenizers`
     library may find other tokens alike.
@@ -62,20 +69,29 @@ def check_tokenizer(
     recorded = checkpoint.get("tokenizer")
     if recorded is None:
         recorded = checkpoint.get("TextDataModule", {}).get("data", {}).get("tokenizer")
-    if recorded is not None and recorded != tokenizer.fingerprint:
+    if tokenizer is None:
+        if recorded is not None:
+            raise UserError(
+                f"tokenizer mismatch: {path} was trained with the tokenizer {recorded}, and the"
+                " data do not say theirs; name it with data.tokenizer=…"
+            )
+    elif recorded is not None and recorded != tokenizer.fingerprint:
         raise UserError(
             f"tokenizer mismatch: {path} was trained with the tokenizer {recorded}, and"
             f" {tokenizer.name!r} is {tokenizer.fingerprint}; name the right one with"
             " data.tokenizer=…, or data prepared with it with data.path=…"
         )
-    if tokenizer.vocab_size > vocab_size:
+    elif tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer mismatch: {tokenizer.name!r} has {tokenizer.vocab_size} ids but"
             f" model.vocab_size={vocab_size}"
         )
     memory = memory_in(network)
-    bind_tokenizer(memory, tokenizer)
+    if tokenizer is not None:
+        bind_tokenizer(memory, tokenizer)
+    elif not memory.is_bound:
+        memory.bind_alone()
     hint = "use the tokenizer it was trained with"
     check_saved_memory(memory, checkpoint["state_dict"], str(path), hint)
-    if keeps_documents_apart(checkpoint):
+    if tokenizer is not None and keeps_documents_apart(checkpoint):
         keep_documents_apart(network, tokenizer.end_of_document)

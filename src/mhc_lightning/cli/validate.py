@@ -41,6 +41,7 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
         build_model_for,
         build_trainer,
         check_layout,
+        describe_token_data,
         replicas,
     )
     from mhc_lightning.cli.run_faults import named_faults
@@ -55,6 +56,7 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     module = build_model_for(experiment, trainer)
     check_layout(trainer, module)
     data.validate_against(module.model.vocab_size)
+    describe_token_data(data)
     checkpoint = load_fitting(path, module, experiment)
     check_tokenizer(data.tokenizer, checkpoint, path, module.model)
     trained_apart = keeps_documents_apart(checkpoint)

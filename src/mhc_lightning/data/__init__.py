@@ -6,8 +6,9 @@
 `prepared_record`.
 
 `TextDataModule` turns chunks into batches: `sources`, `prepared_data` (with `chunk_cache` for a
-URL), `training_sequences` (with `shuffling`) or `validation_sequences`, `sequence_reader`,
-`chunk_file`; `batch_loader` starts at the position that `resume` restores.
+URL) or `token_data` for data made elsewhere, both a `token_source`; `training_sequences` (with
+`shuffling`) or `validation_sequences`, `sequence_reader`, `chunk_file`; `batch_loader` starts
+at the position that `resume` restores.
 """
 
 import importlib

@@ -12,20 +12,29 @@ from mhc_lightning.files.checksums import has_checksum
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """One file of consecutive tokens.
+class Span:
+    """Consecutive tokens of one file, from which sequences are cut.
 
     Attributes:
-        name: Path below the prepared folder, `train/chunk-….bin`.
+        name: Path of the file below the folder of its data.
         tokens: Number of tokens.
+    """
+
+    name: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Chunk(Span):
+    """One file of consecutive tokens that `prepare` wrote.
+
+    Attributes:
         offset: Bytes before the first token (litdata's header).
         size: Bytes of the file.
         sha256: Checksum of the file.
         xxh3: A faster checksum, for training; empty in folders of earlier versions.
     """
 
-    name: str
-    tokens: int
     offset: int
     size: int
     sha256: str
@@ -34,6 +43,21 @@ class Chunk:
 
 class DamagedChunkError(UserError):
     """A chunk file differs from its checksum or size, or cannot be read."""
+
+
+def read_bytes(descriptor: int, size: int, position: int) -> bytes:
+    """Bytes [position, position + size) of an open file; fewer at its end.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    data = os.pread(descriptor, size, position)
+    while len(data) < size:  # one call reads 2 GiB at most
+        more = os.pread(descriptor, size - len(data), position + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 class ChunkFile:
@@ -91,14 +115,11 @@ class ChunkFile:
         size = max(0, min(count, self._tokens - start)) * self._itemsize
         position = self._offset + start * self._itemsize
         try:
-            data = os.pread(self._descriptor, size, position)
-            while len(data) < size:  # one call reads 2 GiB at most
-                more = os.pread(self._descriptor, size - len(data), position + len(data))
-                if not more:
-                    raise self._damaged("was cut short")
-                data += more
+            data = read_bytes(self._descriptor, size, position)
         except OSError as error:
             raise self._damaged(f"cannot be read: {error.strerror}") from error
+        if len(data) < size:
+            raise self._damaged("was cut short")
         return np.frombuffer(data, self._dtype)
 
     def close(self) -> None:

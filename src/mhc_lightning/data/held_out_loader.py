@@ -19,6 +19,7 @@ def held_out_loader(
     *,
     limited_by: str,
     folders: str,
+    remedy: str,
 ) -> BatchLoader | list[Any]:
     """The held-out batches of a rank; an empty list if nothing was held out.
 
@@ -29,16 +30,14 @@ def held_out_loader(
         share: Data-parallel rank, and the number of data-parallel ranks.
         limited_by: The trainer's setting that limits the number of batches.
         folders: The data's folders, for messages.
+        remedy: How text would come to be held out, for messages.
 
     Raises:
         UserError: Nothing else is run, and no text was held out.
     """
     batches = validation_batches(len(sequences), micro_batch_size, *share)
     if not batches:
-        message = (
-            f"{folders} has no held-out text to validate on; run `prepare` with a larger"
-            " validation_fraction"
-        )
+        message = f"{folders} has no held-out text to validate on; {remedy}"
         if trainer.state.fn != TrainerFn.FITTING:
             raise UserError(message)
         rank_zero_warn(f"no validation: {message}")

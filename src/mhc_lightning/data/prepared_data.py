@@ -9,7 +9,7 @@ is opened, each chunk when it is opened.
 
 import math
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from mhc_lightning.data.prepared_record import (
     ANSWERS,
     RECORD_FILE,
     SPLITS,
+    TRAIN,
     VALIDATION,
     PreparedRecord,
 )
+from mhc_lightning.data.token_source import TokenSource
 from mhc_lightning.data.tokenizers import Tokenizer, json_fingerprint, tokenizer_from_record
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import file_sha256, file_xxh3
@@ -33,7 +35,7 @@ from mhc_lightning.files.checksums import file_sha256, file_xxh3
 _ATTEMPTS = 3
 
 
-class PreparedData:
+class PreparedData(TokenSource):
     """A prepared folder, local or at an object-store URL.
 
     Args:
@@ -46,6 +48,8 @@ class PreparedData:
         UserError: The folder is missing or not prepared, a file is missing or cut short, or the
             record, an index or the tokenizer is damaged.
     """
+
+    kind = "prepared folder"
 
     def __init__(
         self,
@@ -153,8 +157,44 @@ class PreparedData:
             return "copy the prepared folder to the object store again"
         return f"copy it again, or delete {self.path} and run `prepare` again"
 
+    @property
+    def content(self) -> str:
+        """See `PreparedRecord`."""
+        return self.record.content
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """See `Tokenizer.fingerprint`."""
+        return str(self.record.tokenizer["fingerprint"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer."""
+        return int(self.record.tokenizer["vocab_size"])
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of the token that ends each document."""
+        return self.tokenizer.end_of_document
+
+    @property
+    def description(self) -> str:
+        """See `TokenSource`."""
+        train, held_out = (self.record.counts[split].tokens for split in (TRAIN, VALIDATION))
+        return f"{self.kind}: {train:,} tokens to train on, {held_out:,} held out"
+
+    @property
+    def how_to_hold_out(self) -> str:
+        """See `TokenSource`."""
+        return "run `prepare` with a larger validation_fraction"
+
+    @property
+    def how_to_lengthen(self) -> str:
+        """See `TokenSource`."""
+        return "run `prepare` with more text or a larger chunk_bytes"
+
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:  # type: ignore[override]
         """The tokenizer that the tokens were made with."""
         return tokenizer_from_record(self.record.tokenizer, self._folder)
 
@@ -207,6 +247,11 @@ class PreparedData:
                 if attempt == _ATTEMPTS:
                     raise
         raise AssertionError("unreachable")
+
+    def prefetch(self, chunks: Sequence[Chunk]) -> None:
+        """See `ChunkCache.prefetch`."""
+        if self.cache is not None:
+            self.cache.prefetch([(chunk.name, chunk.size) for chunk in chunks])
 
     def tokens(self, chunk: Chunk) -> np.ndarray:
         """All tokens of a chunk, [tokens] in `dtype`.

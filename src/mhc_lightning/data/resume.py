@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from mhc_lightning.data.prepared_data import PreparedData
+from mhc_lightning.data.token_source import TokenSource
 from mhc_lightning.errors import UserError
 
 
@@ -77,7 +77,7 @@ class StreamPosition:
 
 
 def stream_identity(
-    sources: Sequence[PreparedData],
+    sources: Sequence[TokenSource],
     weights: Sequence[float],
     sequence_length: int,
     seed: int,
@@ -87,14 +87,13 @@ def stream_identity(
     """Everything that the training stream and its targets depend on; plain types."""
     total = sum(weights)
     return {
-        "tokenizer": sources[0].record.tokenizer["fingerprint"],
+        "tokenizer": sources[0].tokenizer_fingerprint,
         "sequence_length": sequence_length,
         "seed": seed,
         "shuffle_window": shuffle_window,
         "document_mask": document_mask,
         "sources": [
-            [data.record.content, weight / total]
-            for data, weight in zip(sources, weights, strict=True)
+            [data.content, weight / total] for data, weight in zip(sources, weights, strict=True)
         ],
     }
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhc_lightning.data.chunk_file import Chunk, ChunkFile
-from mhc_lightning.data.prepared_data import PreparedData
+from mhc_lightning.data.chunk_file import Span
+from mhc_lightning.data.token_source import TokenReader, TokenSource
 from mhc_lightning.kernels import IGNORE_INDEX
 
 _OPEN_CHUNKS = 128  # each holds a file descriptor
@@ -21,7 +21,7 @@ _OPEN_CHUNKS = 128  # each holds a file descriptor
 SequencePlace = tuple[int, int, int]  # source, chunk, number of the sequence in the chunk
 
 
-def sequences_in(chunk: Chunk, sequence_length: int) -> int:
+def sequences_in(chunk: Span, sequence_length: int) -> int:
     """Number of whole sequences in a chunk."""
     return max(0, (chunk.tokens - 1) // sequence_length)
 
@@ -30,21 +30,21 @@ class SequenceReader:
     """Reads sequences of several sources; keeps the most recently used chunks open.
 
     Args:
-        sources: The prepared folders.
+        sources: The opened data.
         split: `train` or `validation`.
         sequence_length: Tokens to predict per sequence.
     """
 
-    def __init__(self, sources: Sequence[PreparedData], split: str, sequence_length: int) -> None:
+    def __init__(self, sources: Sequence[TokenSource], split: str, sequence_length: int) -> None:
         self.sources = sources
         self.sequence_length = sequence_length
         self._chunks = [source.chunks(split) for source in sources]
-        self._open: OrderedDict[tuple[int, int], ChunkFile] = OrderedDict()
+        self._open: OrderedDict[tuple[int, int], TokenReader] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def chunk(self, source: int, chunk: int) -> Chunk:
+    def chunk(self, source: int, chunk: int) -> Span:
         """A chunk of a source."""
         return self._chunks[source][chunk]
 
@@ -59,7 +59,7 @@ class SequenceReader:
         """
         length = self.sequence_length
         rows = np.empty((size, length + 1), np.int64)
-        files: dict[tuple[int, int], ChunkFile] = {}
+        files: dict[tuple[int, int], TokenReader] = {}
         for row, place in enumerate(places):
             filled = 0
             if place is not None:
@@ -74,7 +74,7 @@ class SequenceReader:
                 rows[row, filled:] = IGNORE_INDEX
         return torch.from_numpy(rows)
 
-    def _open_chunk(self, source: int, chunk: int) -> ChunkFile:
+    def _open_chunk(self, source: int, chunk: int) -> TokenReader:
         key = (source, chunk)
         file = self._open.pop(key, None)
         if file is None:

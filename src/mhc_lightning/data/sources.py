@@ -1,23 +1,29 @@
-"""The prepared folders that training reads, and their weights: the values of `data.path`."""
+"""The data that training reads, and their weights: the values of `data.path`."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mhc_lightning.data.chunk_cache import is_url
 from mhc_lightning.data.prepared_data import PreparedData
-from mhc_lightning.data.prepared_record import TRAIN
+from mhc_lightning.data.prepared_record import RECORD_FILE, TRAIN
 from mhc_lightning.data.sequence_reader import sequences_in
+from mhc_lightning.data.token_data.detection import find_token_files
+from mhc_lightning.data.token_data.span_reader import IdLimit
+from mhc_lightning.data.token_data.token_data import TokenData
+from mhc_lightning.data.token_source import TokenSource
 from mhc_lightning.data.tokenizers import load_tokenizer
 from mhc_lightning.errors import UserError
 
 
 @dataclass(frozen=True)
 class Source:
-    """One prepared folder.
+    """One prepared folder, or token data made elsewhere.
 
     Attributes:
-        path: Folder or object-store URL.
+        path: Folder, file or object-store URL.
         weight: Relative frequency of its sequences; None stands for its number of tokens.
     """
 
@@ -76,54 +82,132 @@ def open_sources(
     tokenizer: str | None = None,
     cache_dir: str | None = None,
     storage_options: dict[str, Any] | None = None,
-) -> tuple[list[PreparedData], list[float]]:
-    """Open the folders, and check that training can combine them.
+    validation_fraction: float = 0.0,
+) -> tuple[list[TokenSource], list[float]]:
+    """Open the data, and check that training can combine them.
 
     Args:
-        sources: The folders.
+        sources: The prepared folders and token data.
         sequence_length: Tokens to predict per sequence.
-        tokenizer: The tokenizer that the folders must have been prepared with; None for any.
+        tokenizer: The tokenizer that all tokens must have been made with; None for any.
         cache_dir: See `PreparedData`.
         storage_options: See `PreparedData`.
+        validation_fraction: See `TokenData`.
 
     Returns:
-        The folders, and the weight of each.
+        The opened data, and the weight of each.
 
     Raises:
-        UserError: A folder is missing or damaged, the tokenizers differ, or sequences are longer
-            than the chunks.
+        UserError: A source is missing or damaged, the tokenizers differ or are not known, or
+            sequences are longer than the data.
     """
-    opened = [PreparedData(source.path, cache_dir, storage_options) for source in sources]
-    first = opened[0]
-    if tokenizer is not None:
-        named = load_tokenizer(tokenizer, first.record.tokenizer.get("end_of_document"))
-        if named.fingerprint != first.record.tokenizer["fingerprint"]:
-            raise UserError(
-                f"{first.path} was prepared with another tokenizer ({_describe(first)}) than"
-                f" data.tokenizer={tokenizer}; prepare it again with this one, or leave the key out"
-            )
-    for other in opened[1:]:
-        if other.record.tokenizer["fingerprint"] != first.record.tokenizer["fingerprint"]:
-            raise UserError(
-                f"{first.path} ({_describe(first)}) and {other.path} ({_describe(other)}) were"
-                " prepared with different tokenizers; prepare both with the same one"
-            )
+    opened = [
+        _open(source.path, cache_dir, storage_options, validation_fraction) for source in sources
+    ]
+    _check_tokenizers(opened, tokenizer)
     for data in opened:
         chunks = data.chunks(TRAIN)
         if not any(sequences_in(chunk, sequence_length) for chunk in chunks):
             longest = max(chunk.tokens for chunk in chunks)
             raise UserError(
                 f"data.sequence_length={sequence_length} is longer than the chunks of {data.path}:"
-                f" the longest has {longest} tokens, enough for {longest - 1}; shorten it, or run"
-                " `prepare` with more text or a larger chunk_bytes"
+                f" the longest has {longest} tokens, enough for {longest - 1}; shorten it, or"
+                f" {data.how_to_lengthen}"
             )
     weights = [
-        float(data.record.counts[TRAIN].tokens) if source.weight is None else source.weight
+        float(data.num_tokens(TRAIN)) if source.weight is None else source.weight
         for source, data in zip(sources, opened, strict=True)
     ]
     return opened, weights
 
 
+def _open(
+    path: str,
+    cache_dir: str | None,
+    storage_options: dict[str, Any] | None,
+    validation_fraction: float,
+) -> TokenSource:
+    if not is_url(path) and not (Path(path) / RECORD_FILE).exists():
+        found = find_token_files(Path(path))
+        if found is not None:
+            return TokenData(path, found, validation_fraction)
+    return PreparedData(path, cache_dir, storage_options)
+
+
+def _check_tokenizers(opened: Sequence[TokenSource], tokenizer: str | None) -> None:
+    """Check that all tokens were made with one tokenizer, and give it to token data."""
+    prepared = [data for data in opened if isinstance(data, PreparedData)]
+    others = [data for data in opened if isinstance(data, TokenData)]
+    if tokenizer is not None:
+        end = prepared[0].record.tokenizer.get("end_of_document") if prepared else None
+        named = load_tokenizer(tokenizer, end)
+        for data in prepared[:1]:
+            if named.fingerprint != data.tokenizer_fingerprint:
+                raise UserError(
+                    f"{data.path} was prepared with another tokenizer ({_describe(data)}) than"
+                    f" data.tokenizer={tokenizer}; prepare it again with this one, or leave the key"
+                    " out"
+                )
+        for each in others:
+            each.name_tokenizer(named)
+    elif prepared and others:
+        raise UserError(
+            f"{others[0].path} does not say which tokenizer its tokens were made with, and"
+            f" {prepared[0].path} was prepared with {_describe(prepared[0])}; if it is the same,"
+            " say so with data.tokenizer=…"
+        )
+    for other in prepared[1:]:
+        if other.tokenizer_fingerprint != prepared[0].tokenizer_fingerprint:
+            raise UserError(
+                f"{prepared[0].path} ({_describe(prepared[0])}) and {other.path}"
+                f" ({_describe(other)}) were prepared with different tokenizers; prepare both with"
+                " the same one"
+            )
+
+
+def end_of_document(sources: Sequence[TokenSource], given: int | None) -> int | None:
+    """Id of the token that ends each document; None if nothing says it.
+
+    Args:
+        sources: The opened data.
+        given: The id that is to be used where the data do not say it.
+
+    Raises:
+        UserError: The data say another one.
+    """
+    known = {data.end_of_document for data in sources}
+    end = known.pop() if len(known) == 1 else None
+    if given is not None and end is not None and given != end:
+        raise UserError(
+            f"data.end_of_document={given}, and the documents of {sources[0].path} end with {end};"
+            " leave the key out"
+        )
+    return end if given is None else given
+
+
+def limit_ids(sources: Sequence[TokenSource], vocab_size: int) -> None:
+    """Refuse ids that a model has no row for; those of token data also as they are read.
+
+    Raises:
+        UserError: The tokenizer has more ids than the model, or token data have one that the model
+            has not.
+    """
+    for data in sources:
+        ids = data.vocab_size
+        if ids is not None and ids > vocab_size:
+            raise UserError(
+                f"the tokenizer of {data.path} has {ids} ids but model.vocab_size={vocab_size};"
+                f" set model.vocab_size={ids} or more"
+            )
+        if isinstance(data, TokenData):
+            data.limit_ids(
+                IdLimit(
+                    vocab_size,
+                    f"model.vocab_size={vocab_size}",
+                    "set it to the number of ids of the tokenizer that made the data",
+                )
+            )
+
+
 def _describe(data: PreparedData) -> str:
-    record = data.record.tokenizer
-    return f"{record['kind']}, {record['vocab_size']} ids"
+    return f"{data.record.tokenizer['kind']}, {data.vocab_size} ids"

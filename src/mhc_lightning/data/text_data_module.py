@@ -1,4 +1,4 @@
-"""The Lightning data module: batches of tokens from prepared folders, resumed exactly."""
+"""The Lightning data module: batches of tokens, resumed exactly."""
 
 import math
 from functools import cached_property
@@ -10,10 +10,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhc_lightning.data.batch_loader import BatchLoader, TrainingLoader
+from mhc_lightning.data.data_sizes import check_sizes
 from mhc_lightning.data.held_out_loader import held_out_loader
 from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.resume import StreamPosition, check_same_stream, stream_identity
-from mhc_lightning.data.sources import open_sources, parse_sources
+from mhc_lightning.data.sources import (
+    end_of_document,
+    limit_ids,
+    open_sources,
+    parse_sources,
+)
+from mhc_lightning.data.token_source import TokenSource
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.data.training_sequences import TrainingSequences
 from mhc_lightning.data.validation_sequences import (
@@ -43,7 +50,8 @@ class TextDataModule(L.LightningDataModule):
     A loss of l nats per token is `l / ln 2 / validation_bytes_per_token` bits per byte.
 
     Args:
-        path: A folder that `prepare` wrote, or the object-store URL of one; a list of these, or of
+        path: A folder that `prepare` wrote, the object-store URL of one, or token data made
+            elsewhere (see `mhc_lightning.data.token_data`); a list of these, or of
             `{path, weight}`, to mix several (by default in proportion to their tokens).
         batch_size: Sequences per optimizer step, over all ranks and accumulated batches.
         micro_batch_size: Sequences per forward pass on one rank; None for a rank's whole share of
@@ -55,7 +63,12 @@ class TextDataModule(L.LightningDataModule):
         seed: Identifies the order of the training stream.
         validation_sequences: Held-out sequences per validation, evenly spaced; None for all of
             them.
-        tokenizer: If given, the tokenizer that the data must have been prepared with.
+        validation_fraction: Share to hold out of token data made elsewhere, of which no file is
+            for validation by its name.
+        tokenizer: If given, the tokenizer that the data must have been prepared with, or that token
+            data were made with.
+        end_of_document: Id of the token that ends documents, if nothing else says it: neither a
+            tokenizer nor the token data.
         shuffle_window: Chunks among which sequences are shuffled.
         cache_dir: Folder for copies of a URL's chunks; by default `$MHC_LIGHTNING_CACHE` or
             `~/.cache/mhc_lightning`.
@@ -79,7 +92,9 @@ class TextDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         validation_sequences: int | None = 256,
+        validation_fraction: float = 0.01,
         tokenizer: str | None = None,
+        end_of_document: int | None = None,
         shuffle_window: int = 8,
         cache_dir: str | None = None,
         storage_options: dict[str, Any] | None = None,
@@ -87,20 +102,15 @@ class TextDataModule(L.LightningDataModule):
         allow_data_change: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("micro_batch_size", micro_batch_size, 1),
-            ("sequence_length", sequence_length, 1),
-            ("shuffle_window", shuffle_window, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"data.{name} is {value}; it must be at least {least}")
-        if validation_sequences is not None and validation_sequences < 1:
-            raise UserError(
-                f"data.validation_sequences is {validation_sequences}; it must be at least 1, or"
-                " null for all (for no validation: trainer.limit_val_batches=0)"
-            )
+        check_sizes(
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            shuffle_window=shuffle_window,
+            num_workers=num_workers,
+            validation_sequences=validation_sequences,
+            validation_fraction=validation_fraction,
+        )
         self._position = StreamPosition(batch_size)
         self._micro_batch_size = micro_batch_size
         self.sequence_length = sequence_length
@@ -111,28 +121,29 @@ class TextDataModule(L.LightningDataModule):
         self.document_mask = document_mask
         self.allow_data_change = allow_data_change
         self._sources = parse_sources(path)
-        self._open_options = (tokenizer, cache_dir, storage_options)
+        self._open_options = (tokenizer, cache_dir, storage_options, validation_fraction)
+        self._end_of_document = end_of_document
         self._training_loader: TrainingLoader | None = None
         self.accumulation(1)
 
     # The data.
 
     @cached_property
-    def _opened(self) -> tuple[list[PreparedData], list[float]]:
+    def _opened(self) -> tuple[list[TokenSource], list[float]]:
         opened = open_sources(self._sources, self.sequence_length, *self._open_options)
         for data in opened[0]:
-            if data.unchecked:
+            if isinstance(data, PreparedData) and data.unchecked:
                 rank_zero_warn(data.unchecked)
         return opened
 
     @property
-    def sources(self) -> list[PreparedData]:
-        """The prepared folders."""
+    def sources(self) -> list[TokenSource]:
+        """The opened data."""
         return self._opened[0]
 
     @property
     def weights(self) -> list[float]:
-        """Relative frequency of each folder in training."""
+        """Relative frequency of each source in training."""
         return self._opened[1]
 
     @cached_property
@@ -143,14 +154,18 @@ class TextDataModule(L.LightningDataModule):
         )
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the data were prepared with."""
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the tokens; None for token data, as long as nobody names it."""
         return self.sources[0].tokenizer
 
     @property
-    def end_of_document(self) -> int:
-        """Id of the token that ends each document."""
-        return self.tokenizer.end_of_document
+    def end_of_document(self) -> int | None:
+        """Id of the token that ends each document; None if nothing says it.
+
+        Raises:
+            UserError: The argument differs from what the tokenizer or the data say.
+        """
+        return end_of_document(self.sources, self._end_of_document)
 
     @property
     def document_boundary(self) -> int | None:
@@ -161,11 +176,12 @@ class TextDataModule(L.LightningDataModule):
         """
         if not self.document_mask:
             return None
-        end: int | None = self.end_of_document
+        end = self.end_of_document
         if end is None:
             raise UserError(
                 "data.document_mask=true needs a token that ends documents, and the tokens of"
-                f" {self.sources[0].path} have none; use data.document_mask=false"
+                f" {self.sources[0].path} have none that is known; name it with"
+                " data.end_of_document=…, or use data.document_mask=false"
             )
         return end
 
@@ -182,17 +198,13 @@ class TextDataModule(L.LightningDataModule):
         return sum(n * data.bytes_per_token() for n, data in pairs if n) / sum(counts)
 
     def validate_against(self, vocab_size: int) -> None:
-        """Check that a model has a row for every token.
+        """Check that a model has a row for every token; ids of token data also as they are read.
 
         Raises:
-            UserError: The tokenizer has more ids than the model.
+            UserError: The tokenizer has more ids than the model, or token data have an id that the
+                model does not.
         """
-        ids = self.sources[0].record.tokenizer["vocab_size"]
-        if ids > vocab_size:
-            raise UserError(
-                f"the tokenizer of {self.sources[0].path} has {ids} ids but"
-                f" model.vocab_size={vocab_size}; set model.vocab_size={ids} or more"
-            )
+        limit_ids(self.sources, vocab_size)
 
     # Division among ranks and micro-batches.
 
@@ -256,7 +268,10 @@ class TextDataModule(L.LightningDataModule):
         if stage == "fit":
             self.accumulation(self._data_parallel()[1])
         assert self.sources
-        _ = self.document_boundary
+        _ = self.end_of_document, self.document_boundary
+        network = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        if isinstance(vocab_size := getattr(network, "vocab_size", None), int):
+            self.validate_against(vocab_size)
 
     def train_dataloader(self) -> TrainingLoader:
         """Training batches from the current position of the stream; see `TrainingLoader`."""
@@ -323,6 +338,7 @@ class TextDataModule(L.LightningDataModule):
             self._data_parallel(),
             limited_by=limited_by,
             folders=", ".join(data.path for data in self.sources),
+            remedy=self.sources[0].how_to_hold_out,
         )
 
     def teardown(self, stage: str) -> None:

@@ -6,17 +6,17 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.prepared_record import TRAIN
 from mhc_lightning.data.sequence_reader import SequencePlace, SequenceReader, sequences_in
 from mhc_lightning.data.shuffling import EpochOrder, Mixture
+from mhc_lightning.data.token_source import TokenSource
 
 
 class TrainingSequences(torch.utils.data.Dataset[Tensor]):
     """The endless training stream: one sequence for each position.
 
     Args:
-        sources: The prepared folders.
+        sources: The opened data.
         weights: Relative frequency of each source.
         sequence_length: Tokens to predict per sequence.
         seed: Identifies the order.
@@ -25,7 +25,7 @@ class TrainingSequences(torch.utils.data.Dataset[Tensor]):
 
     def __init__(
         self,
-        sources: Sequence[PreparedData],
+        sources: Sequence[TokenSource],
         weights: Sequence[float],
         sequence_length: int,
         seed: int,
@@ -84,9 +84,8 @@ class TrainingSequences(torch.utils.data.Dataset[Tensor]):
 
     def _prefetch(self, source: int, index: int) -> None:
         """On entering a window of remote chunks, fetch this window and the next one."""
-        cache = self._reader.sources[source].cache
-        order = self.orders[source]
-        if cache is None or self._windows.get(source) == order.window_at(index):
+        data, order = self._reader.sources[source], self.orders[source]
+        if data.cache is None or self._windows.get(source) == order.window_at(index):
             return
         epoch, window = self._windows[source] = order.window_at(index)
         chunks = [
@@ -95,4 +94,4 @@ class TrainingSequences(torch.utils.data.Dataset[Tensor]):
                 order.chunks_of(epoch, window) + order.chunks_of(epoch, window + 1)
             )
         ]
-        cache.prefetch([(chunk.name, chunk.size) for chunk in chunks])
+        data.prefetch(chunks)

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mhc_lightning.data.chunk_file import Chunk
-from mhc_lightning.data.prepared_data import PreparedData
+from mhc_lightning.data.chunk_file import Span
 from mhc_lightning.data.prepared_record import VALIDATION
 from mhc_lightning.data.sequence_reader import SequencePlace, SequenceReader, sequences_in
 from mhc_lightning.data.shuffling import apportion
+from mhc_lightning.data.token_source import TokenSource
 
 
-def held_out_sequences_in(chunk: Chunk, sequence_length: int) -> int:
+def held_out_sequences_in(chunk: Span, sequence_length: int) -> int:
     """Number of validation sequences in a chunk, of which the last may be shorter.
 
     Together they predict every token of the chunk but its first.
@@ -31,7 +31,7 @@ class ValidationSequences(torch.utils.data.Dataset[Tensor]):
     row for an index beyond the last sequence is padding alone.
 
     Args:
-        sources: The prepared folders.
+        sources: The opened data.
         counts: Number of sequences of each.
         sequence_length: Tokens to predict per sequence.
 
@@ -40,7 +40,7 @@ class ValidationSequences(torch.utils.data.Dataset[Tensor]):
     """
 
     def __init__(
-        self, sources: Sequence[PreparedData], counts: Sequence[int], sequence_length: int
+        self, sources: Sequence[TokenSource], counts: Sequence[int], sequence_length: int
     ) -> None:
         self._reader = SequenceReader(sources, VALIDATION, sequence_length)
         self._places: list[SequencePlace] = []
@@ -74,7 +74,7 @@ class ValidationSequences(torch.utils.data.Dataset[Tensor]):
 
 
 def validation_counts(
-    sources: Sequence[PreparedData],
+    sources: Sequence[TokenSource],
     weights: Sequence[float],
     sequence_length: int,
     total: int | None,
@@ -82,7 +82,7 @@ def validation_counts(
     """Number of held-out sequences to use of each source; the last of a chunk may be shorter.
 
     Args:
-        sources: The prepared folders.
+        sources: The opened data.
         weights: Weights of the sources in training, by which `total` is divided.
         sequence_length: Tokens to predict per sequence.
         total: Number of sequences over all sources; None for all of them.

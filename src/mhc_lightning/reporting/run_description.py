@@ -176,7 +176,11 @@ def _data(run: LoggedRun) -> str:
     content = run.fact("data.content")
     if not isinstance(content, list):
         return text
-    return f"{text} (content {', '.join(str(checksum)[:12] for checksum in content)})"
+    known = f"content {', '.join(str(checksum)[:12] for checksum in content)}"
+    kinds = run.fact("data.kind")
+    if isinstance(kinds, list) and set(kinds) != {"prepared folder"}:
+        known = f"{', '.join(map(str, kinds))}; {known}"
+    return f"{text} ({known})"
 
 
 def _device(run: LoggedRun) -> str:
