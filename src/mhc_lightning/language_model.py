@@ -1,16 +1,25 @@
 """The LightningModule: its loss, optimizer, schedule, and the numbers that every run logs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, Self
 
 import torch
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from mhc_lightning.checkpoints.forms import read_folders_too
+from mhc_lightning.checkpoints.hyper_parameters import (
+    hyper_parameters,
+    keep_records,
+    records_of,
+)
+from mhc_lightning.checkpoints.rebuilding import load_module
 from mhc_lightning.checkpoints.saved_memory import (
     check_saved_memory,
     lacks_memory,
@@ -22,6 +31,7 @@ from mhc_lightning.data.token_classes import bind_tokenizer
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.held_out_steps import HeldOutSteps, inputs_and_targets
+from mhc_lightning.loggers.trainer_loggers import declare_hyper_parameters
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimizers.finiteness import last_gains
@@ -91,6 +101,8 @@ class LanguageModel(HeldOutSteps):
         recompute: str | int | None = "off",
     ) -> None:
         super().__init__()
+        settings = {"compile": compile, "recompute": recompute}
+        self.save_hyperparameters(hyper_parameters(records_of(model, optimizer), **settings))
         self.model = model
         self.model.set_recompute(recompute)
         self.optimizer = optimizer
@@ -102,6 +114,55 @@ class LanguageModel(HeldOutSteps):
         self._step_losses: list[Tensor] = []
         self._step_of_losses = -1
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        *,
+        allow: Collection[Any] = (),
+        **kwargs: Any,
+    ) -> Self:
+        """The module as a checkpoint has it, with its network and its optimizer recipe.
+
+        Args:
+            checkpoint_path: A file or a folder, of a `ModelCheckpoint` or a `RunCheckpoint`; or a
+                URL of a file, or an open one.
+            map_location: Where the weights go, as for `torch.load`; the CPU by default.
+            hparams_file: A `hparams.yaml` of Lightning's loggers, in place of what the checkpoint
+                says of the module.
+            strict: False to load the weights that fit, and warn of others.
+            weights_only: False to rebuild pickled Python objects in the checkpoint, which can run
+                code; they are refused otherwise.
+            allow: Classes and functions outside this package that the network may be built with.
+                Subclasses of `Transformer`, `Connection`, `Memory` and `OptimizerRecipe` need not
+                be named once their modules are imported.
+            kwargs: Arguments of the module in place of those saved: `model`, `optimizer`,
+                `compile`, `recompute`, and what a subclass takes.
+
+        Raises:
+            UserError: The checkpoint is refused, or does not say how the module is built.
+        """
+        return load_module(
+            cls,
+            checkpoint_path,
+            kwargs,
+            map_location=map_location,
+            hparams_file=hparams_file,
+            strict=strict,
+            trusted=weights_only is False,
+            allow=allow,
+        )
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """The hyper-parameters as loggers get them: sections with the arguments of each part."""
+        records = records_of(self.model, self.optimizer)
+        return AttributeDict({**super().hparams_initial, **records})
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, S] -> logits [B, S, V]."""
         return self.model(tokens)
@@ -109,11 +170,17 @@ class LanguageModel(HeldOutSteps):
     def setup(self, stage: str) -> None:
         """Bind the network to the tokenizer of the data, if they have one, and to their documents.
 
+        Checkpoints may be folders, whichever callback the trainer has, and TensorBoard shows the
+        hyper-parameters beside the losses.
+
         Raises:
             UserError: The memory is bound to another tokenizer, or was trained with one; the
                 strategy cannot train it; or the network cannot keep the documents apart.
         """
         require_placement(self, self.trainer.strategy)
+        read_folders_too(self.trainer.strategy)
+        if stage == "fit":
+            declare_hyper_parameters(self.trainer, self)
         data: Any = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None)
         if isinstance(tokenizer, Tokenizer):
@@ -123,14 +190,15 @@ class LanguageModel(HeldOutSteps):
 
     def configure_model(self) -> None:
         """Compile the sub-layers if asked to, and shard the network if the strategy has a mesh."""
+        if self._trainer is None:  # as in load_from_checkpoint: a trainer comes later
+            return
         leave_tables_to_stores(self, self._gives_row_gradients)
         if self._configured:
             return
         self._configured = True
         if self.compile_sublayers:
             self.model.compile_sublayers()
-        strategy = None if self._trainer is None else self._trainer.strategy
-        alone = getattr(strategy, "world_size", 1) == 1
+        alone = getattr(self._trainer.strategy, "world_size", 1) == 1
         if alone and placement_of(self) == "host":
             place_tables(self, tables_of(self).values(), None)
         if self.device_mesh is not None:
@@ -213,6 +281,11 @@ class LanguageModel(HeldOutSteps):
             )
         self._load_pending_weights()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `load_from_checkpoint` needs, whatever a subclass has saved."""
+        keep_records(checkpoint, records_of(self.model, self.optimizer))
+        checkpoint["end_of_document"] = getattr(self.model, "end_of_document", None)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another memory, and the state of another kind of optimizer when a fit resumes.
 
@@ -220,6 +293,8 @@ class LanguageModel(HeldOutSteps):
             UserError: The checkpoint's memory is not that of the network, or its optimizer is Muon
                 and the module's AdamW, or vice versa.
         """
+        if self._trainer is None and "end_of_document" in checkpoint:  # else the data say so
+            keep_documents_apart(self.model, checkpoint["end_of_document"])
         if checkpoint.get("state_dict"):
             check_saved_memory(memory_in(self.model), checkpoint["state_dict"], "the checkpoint")
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING

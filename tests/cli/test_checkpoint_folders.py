@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+import torch
 
 COMMON = ("callbacks=minimal", "model.num_experts=4", "model.num_active_experts=2",
           "model.num_shared_experts=1", "optimizer.schedule=constant",
@@ -82,3 +83,23 @@ def test_overwriting_a_run_deletes_its_folders_and_starting_from_one_leaves_it(r
                        "overwrite=true") == 0  # fmt: skip
     names = sorted(path.name for path in (runs.folder / "folder/checkpoints").iterdir())
     assert names == ["last", "step_00000002.ckpt", "step_00000003.ckpt"]
+
+
+def test_both_forms_hold_what_rebuilds_their_module_and_data(saved, prepared):
+    from mhc_lightning import LanguageModel, TextDataModule
+    from mhc_lightning.modules import ManifoldHyperConnection
+
+    loaded = {}
+    for name in ("file", "folder"):
+        path = (saved.folder / name / "checkpoints/last").resolve()
+        loaded[name] = LanguageModel.load_from_checkpoint(path)
+        data = TextDataModule.load_from_checkpoint(path)
+        assert (data.batch_size, data.micro_batch_size, data.sequence_length) == (4, 2, 32)
+        assert data.sources[0].path == str(prepared)
+    tokens = data.training_sequences[0][None, :-1]
+    logits = [module(tokens) for module in loaded.values()]
+    assert torch.equal(*logits) and float(logits[0].std()) > 0
+    for module in loaded.values():
+        assert module.optimizer.warmup_steps == 2
+        assert len(module.model.blocks) == 2
+        assert isinstance(module.model.blocks[0].attention_connection, ManifoldHyperConnection)

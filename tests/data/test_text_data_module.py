@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from omegaconf import OmegaConf
 
 from mhc_lightning import TextDataModule
 from mhc_lightning.data import ByteTokenizer, PreparedData, prepare
@@ -200,3 +201,13 @@ def test_bad_data_show_at_setup(tmp_path: Path, prepared_path: Path) -> None:
         attached(tmp_path / "absent").setup("fit")
     with pytest.raises(UserError, match="is longer than the chunks"):
         attached(prepared_path, sequence_length=10**6).setup("fit")
+
+
+def test_hyper_parameters_are_plain_and_without_keys_of_the_store(prepared_path: Path) -> None:
+    path = OmegaConf.create([{"path": str(prepared_path), "weight": 2.0}])
+    data = TextDataModule(path, 4, 2, 16, storage_options={"key": "secret"})
+    assert data.hparams["path"] == [{"path": str(prepared_path), "weight": 2.0}]
+    assert type(data.hparams["path"]) is list and data.hparams["sequence_length"] == 16
+    assert "secret" not in str(data.hparams)
+    again = TextDataModule(**data.hparams)
+    assert again.hparams == data.hparams and again.weights == data.weights

@@ -8,6 +8,7 @@
 | how is one saved? | `saver`, in one of two `forms`: `file_writing` or `folder_writing` |
 | what is in a folder? | `folder_index`, `saved_tensors` |
 | how is one read? | `reading` |
+| how is a module built from one alone? | `rebuilding`, from its `hyper_parameters` |
 | why was one refused? | `refusals` |
 | what are they called, and which is `last`? | `names` |
 | which are deleted? | `retention` |

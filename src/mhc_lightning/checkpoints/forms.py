@@ -126,7 +126,7 @@ def choose_form(
 
 def read_folders_too(strategy: Strategy) -> None:
     """Let one of Lightning's own strategies resume from a checkpoint folder, as ours do."""
-    if not _spreads(strategy):
+    if not _spreads(strategy) and not isinstance(strategy.checkpoint_io, _FolderReadingIO):
         strategy.checkpoint_io = _FolderReadingIO(strategy.checkpoint_io)
 
 

@@ -1,7 +1,7 @@
 """Reading checkpoints: files and folders, lazily or whole."""
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ def load_checkpoint(path: Path, *, trusted: bool) -> dict[str, Any]:
     return (load_folder if path.is_dir() else load_file)(path, trusted=trusted)
 
 
-def load_file(path: Path, *, trusted: bool) -> dict[str, Any]:
+def load_file(file: Path | IO[bytes], *, trusted: bool) -> dict[str, Any]:
     """`load_checkpoint` of a file: into CPU memory, mapped where the file system can."""
+    mmap = isinstance(file, Path)
+    path = file if isinstance(file, Path) else Path(str(getattr(file, "name", "in memory")))
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=not trusted)
+        checkpoint = torch.load(file, map_location="cpu", mmap=mmap, weights_only=not trusted)
     except Exception as error:
         raise load_error(path, error) from error
     require_model(path, checkpoint)

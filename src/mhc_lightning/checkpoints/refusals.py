@@ -7,6 +7,7 @@
 | it holds pickled objects and does not lie in the run's own folder | `load_error` |
 | it cannot be loaded | `load_error` |
 | it holds no model | `require_model` |
+| it does not say how its model was built, or names a stranger's class | `rebuilding` |
 | its memory is another one, or one of the two has none | `modules.memory.stored.check_memory` |
 | tensors are missing, or of other names or shapes | `interchange.compatibility.check_tensors` |
 | an exported model: damaged, of a newer form, built with other settings | `interchange` |
@@ -52,7 +53,7 @@ def load_error(path: Path, error: Exception) -> UserError:
         return UserError(
             f"checkpoint {path} holds pickled Python objects, which could run code when"
             " loaded; if you trust where it comes from, copy it into the run's checkpoints/"
-            " folder and load it from there"
+            " folder and load it from there, or in Python pass weights_only=False"
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     return UserError(f"checkpoint {path} cannot be loaded: {reason}")

@@ -2,13 +2,15 @@
 
 import math
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from mhc_lightning.checkpoints.folder_index import RUN, is_checkpoint_folder
 from mhc_lightning.data.batch_loader import BatchLoader, TrainingLoader
 from mhc_lightning.data.data_sizes import check_sizes
 from mhc_lightning.data.held_out_loader import held_out_loader
@@ -28,6 +30,7 @@ from mhc_lightning.data.validation_sequences import (
     validation_counts,
 )
 from mhc_lightning.errors import UserError
+from mhc_lightning.modules.construction import plain
 from mhc_lightning.strategies.layout import Layout, layout_of
 
 
@@ -102,6 +105,8 @@ class TextDataModule(L.LightningDataModule):
         allow_data_change: bool = False,
     ) -> None:
         super().__init__()
+        path = plain(path)  # hyper-parameters that any program can read
+        self.save_hyperparameters(ignore=["storage_options"])  # which may hold keys of the store
         check_sizes(
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
@@ -125,6 +130,16 @@ class TextDataModule(L.LightningDataModule):
         self._end_of_document = end_of_document
         self._training_loader: TrainingLoader | None = None
         self.accumulation(1)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """The data module of a checkpoint, a file or a folder, as Lightning gives it.
+
+        `storage_options` are not in a checkpoint: pass them again.
+        """
+        if isinstance(checkpoint_path, str | Path) and is_checkpoint_folder(Path(checkpoint_path)):
+            checkpoint_path = Path(checkpoint_path) / RUN
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     # The data.
 

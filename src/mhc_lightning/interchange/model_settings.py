@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from mhc_lightning.errors import UserError
-from mhc_lightning.modules import Connection, Memory, Transformer
+from mhc_lightning.modules import Connection, Transformer
+from mhc_lightning.modules.construction import Sections, construct
 
 # Settings that matter in training alone: a trained network computes the same with any value.
 _TRAINING_SETTINGS = (
@@ -14,9 +15,6 @@ _TRAINING_SETTINGS = (
 )
 _PARTS = ("connection", "memory")  # sections within the section `model`
 _NO_MEMORY = "mhc_lightning.modules.Memory"
-
-Sections = Mapping[str, Mapping[str, Any]]
-"""The records of a network's sections by name: `model`, `connection`, `memory` if it has one."""
 
 
 def section_records(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -74,21 +72,7 @@ def build_network(sections: Sections, source: str) -> Transformer:
     Raises:
         UserError: A class is unknown or missing, or does not take the arguments.
     """
-    for name, section in sections.items():
-        if "class" not in section:
-            raise UserError(f"{source} is incomplete: {name} names no class")
-    parts = {
-        name: _builder(sections[name], base, source)
-        for name, base in (("connection", Connection), ("memory", Memory))
-        if name in sections
-    }
-    model = sections["model"]
-    model_class = _class_named(model["class"], Transformer, source)
-    try:
-        return model_class(**parts, **_arguments(model))
-    except TypeError as error:
-        reason = str(error).partition("\n")[0]  # torch adds lines about its own code
-        raise UserError(f"{source} does not fit this version: {reason}") from error
+    return construct(sections, source, partial(_class_named, source))
 
 
 def connection_builder(section: Mapping[str, Any], source: str) -> Callable[..., Connection]:
@@ -101,18 +85,11 @@ def connection_builder(section: Mapping[str, Any], source: str) -> Callable[...,
     Raises:
         UserError: The class is unknown, or is no `Connection`.
     """
-    return _builder(section, Connection, source)
+    arguments = {name: value for name, value in section.items() if name != "class"}
+    return partial(_class_named(source, section["class"], Connection), **arguments)
 
 
-def _builder(section: Mapping[str, Any], base: type, source: str) -> Callable[..., Any]:
-    return partial(_class_named(section["class"], base, source), **_arguments(section))
-
-
-def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in section.items() if name != "class"}
-
-
-def _class_named(name: str, base: type, source: str) -> Any:
+def _class_named(source: str, name: str, base: type) -> Any:
     module, _, attribute = str(name).rpartition(".")
     try:
         value = getattr(importlib.import_module(module), attribute)

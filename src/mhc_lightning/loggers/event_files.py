@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhc_lightning.files.atomic import replacing
+from mhc_lightning.loggers.hyper_parameters import is_declaration
 
 _MAX_WAITING = 1 << 20  # bytes of records that wait for a flush
 _MAX_UNSAVED = 1 << 24  # bytes kept while they cannot be written
@@ -72,7 +73,10 @@ class EventFile:
 
 
 def drop_events_after(step: int, file: Path) -> None:
-    """Rewrite an event file without events of later steps, and without a truncated last event."""
+    """Rewrite an event file without events of later steps, and without a truncated last event.
+
+    Hyper-parameters go, too: those of the resumed run are in another file.
+    """
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -80,7 +84,8 @@ def drop_events_after(step: int, file: Path) -> None:
     shortened = io.BytesIO()
     writer = RecordWriter(shortened)
     for record in RawEventFileLoader(str(file)).Load():
-        if Event.FromString(record).step <= step:
+        event = Event.FromString(record)
+        if event.step <= step and not is_declaration(event):
             writer.write(record)
     if shortened.tell() == file.stat().st_size:
         return

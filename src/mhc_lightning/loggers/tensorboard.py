@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mhc_lightning.files.run_layout import EVENT_FILES
 from mhc_lightning.loggers.event_files import EventFile, drop_events_after
+from mhc_lightning.loggers.hyper_parameters import declare
 
 
 class TensorBoard(TensorBoardLogger):
@@ -30,8 +31,9 @@ class TensorBoard(TensorBoardLogger):
         return str(self.save_dir)
 
     @rank_zero_only
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Nothing: the run's settings are in `config.yaml`."""
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """Show them in the tab HPARAMS, beside the run's losses."""
+        declare(self.experiment, params)
 
     @property
     @rank_zero_experiment
@@ -51,7 +53,7 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def resume_from(self, step: int) -> None:
-        """Remove the events after `step`."""
+        """Remove the events after `step`, and the hyper-parameters of the run's earlier parts."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         writer = self.experiment._get_file_writer()

@@ -1,4 +1,4 @@
-"""Numbers and images to all loggers of a trainer, against optimizer steps."""
+"""Numbers, images and hyper-parameters to all loggers of a trainer."""
 
 from collections.abc import Iterable, Mapping
 from typing import TypeGuard
@@ -6,6 +6,9 @@ from typing import TypeGuard
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from mhc_lightning.loggers.hyper_parameters import declare
+from mhc_lightning.loggers.tensorboard import TensorBoard
 
 
 def log_scalars(
@@ -53,6 +56,21 @@ def takes_images(trainer: pl.Trainer) -> bool:
     return trainer.is_global_zero and any(
         is_tensorboard(logger) or hasattr(logger, "log_image") for logger in trainer.loggers
     )
+
+
+def declare_hyper_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Show a run's hyper-parameters beside its losses in Lightning's TensorBoard loggers.
+
+    It has to be called in `setup`: TensorBoard takes the first record of a run, and the one that
+    Lightning writes later names `hp_metric`, which is -1. This package's logger needs no help.
+    """
+    if not trainer.is_global_zero:
+        return
+    data = getattr(trainer, "datamodule", None)
+    values = {**pl_module.hparams_initial, **(data.hparams_initial if data is not None else {})}
+    for logger in trainer.loggers:
+        if is_tensorboard(logger) and not isinstance(logger, TensorBoard):
+            declare(logger.experiment, values)
 
 
 def is_tensorboard(logger: Logger) -> TypeGuard[TensorBoardLogger]:

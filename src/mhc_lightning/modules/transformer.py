@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, n streams, C width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from mhc_lightning.kernels.argument_checks import check_values
 from mhc_lightning.modules.attention import LatentAttention
 from mhc_lightning.modules.block import Block, BlockCache, PreNorm, run_blocks
 from mhc_lightning.modules.connection import Connection, Merged
+from mhc_lightning.modules.construction import recording
 from mhc_lightning.modules.document_window import DocumentWindow
 from mhc_lightning.modules.documents import DOCUMENTS, Documents
 from mhc_lightning.modules.feed_forward import SwiGLU
@@ -68,6 +69,8 @@ class Transformer(nn.Module):
             `num_streams` and `norm_eps`; by default there is none.
 
     Attributes:
+        construction: The class and the arguments of this network and its parts, as plain data: see
+            `construction.construct`. If they are no plain data, it says why.
         init_seed: Seed of the initial weights, drawn from torch's generator.
         recompute: The setting given to `set_recompute`.
         recompute_block_size: Sub-layers per recompute block; 0 (the default) keeps all streams.
@@ -79,7 +82,14 @@ class Transformer(nn.Module):
     """
 
     parts_of_all_stages: ClassVar = ("memory",)
+    construction: Mapping[str, Mapping[str, Any]]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = recording(cls.__init__)  # type: ignore[method-assign]
+
+    @recording
     def __init__(
         self,
         *,
