@@ -169,7 +169,7 @@ _CASED_RULES = frozenset(
 )
 _OTHER_RULES = frozenset(
     {
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
         "[一-龥぀-ゟ゠-ヿ]+",
         *(r"\p{N}", r"\p{N}+", r" ?\p{N}+", r"\p{N}{1,3}", r"\p{N}{1,3}+", r"\d", r"[0-9]"),
         # Punctuation, with the ends of lines after it.

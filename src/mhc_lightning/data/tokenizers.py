@@ -22,8 +22,6 @@ from mhc_lightning.data.tokenizer_files import (
 )
 from mhc_lightning.errors import UserError
 
-_PIECE = 1 << 20  # characters of a text that are encoded at once
-
 
 def smallest_dtype(vocab_size: int) -> np.dtype[Any]:
     """Smallest unsigned integer type (16 or 32 bits) that holds ids below `vocab_size`."""
@@ -188,22 +186,6 @@ class JsonTokenizer(Tokenizer):
             UserError: The tokenizer cannot encode a text, or encodes it as an end of document.
         """
         texts = [document.decode("utf-8", errors="replace") for document in documents]
-        if all(len(text) <= _PIECE for text in texts):
-            return self._encode_texts(texts)
-        return [
-            np.concatenate([self._encode_texts([piece])[0] for piece in self._pieces(text)])
-            for text in texts
-        ]
-
-    def _pieces(self, text: str) -> Iterator[str]:
-        """A text in pieces with the tokens of the whole: the library needs 60 times their size."""
-        start = 0
-        while len(text) - start > _PIECE and (cut := self.cuts.find(text, start + _PIECE)) > 0:
-            yield text[start:cut]
-            start = cut
-        yield text[start:]
-
-    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self._encode(texts)
         for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
             if self._has_end(ids):
