@@ -101,8 +101,9 @@ The file of times= holds seconds for one micro-batch: {"stages": [{"forward": 0.
             notes="""\
 input= is a file or a folder of text, JSON Lines, JSON arrays, CSV, TSV, Parquet, Arrow or WARC
 (these three need the extra `formats`), of ZIP or tar archives of these, and of .gz, .zst, .bz2 or
-.xz of these, or a Hugging Face dataset, hf://NAME[/CONFIG][:SPLIT] (needs the extra `datasets`);
-give it several times for several. text_field= or text_template= names what a record's text is.
+.xz of these; the URL of any of them (s3://, https://, ...); or a Hugging Face dataset,
+hf://NAME[/CONFIG][:SPLIT] (needs the extra `datasets`). Give it several times for several.
+text_field= or text_template= names what the text of a record is.
 An interrupted run goes on when the same command is given again.""",
             examples=(
                 "prepare --config mhc_quickstart input=books input=notes.txt output=data/mine",

@@ -47,6 +47,7 @@ _TYPES = {
     "model.connection": "a class with its arguments",
     "model.memory": "a class with its arguments",
     "data.storage_options": "a mapping or null",
+    "prepare.storage_options": "a mapping or null",
     "trainer.accelerator": "text",
     "trainer.profiler": "text",
 }

@@ -58,7 +58,7 @@ class ArchivePart:
                 for member in tar_members(stream, self.file.path):
                     yield from _member_documents(self.file, member, reading, log)
             return
-        with open_source(self.file) as raw:
+        with open_source(self.file, seek=True) as raw:
             for member in zip_members(
                 raw, self.file.path, self.start, self.stop, reading.max_expansion
             ):
@@ -75,7 +75,7 @@ def archive_parts(file: TextFile, unit_bytes: int) -> Iterator[ArchivePart]:
         guess = COMPRESSION_GUESS if file.compression else 1
         yield ArchivePart(file, file.size * guess, file.size)
         return
-    with open_source(file) as raw:
+    with open_source(file, seek=True) as raw:
         sizes = zip_sizes(raw, file.path)
     scale = file.size / max(1, sum(sizes))
     start, size = 0, 0

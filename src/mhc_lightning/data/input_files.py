@@ -2,9 +2,10 @@
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mhc_lightning.data.file_formats import (
     BINARY,
@@ -16,6 +17,7 @@ from mhc_lightning.data.file_formats import (
 )
 from mhc_lightning.data.formats.compression import compression_of, ending_of
 from mhc_lightning.data.input_patterns import is_chosen, is_visible, matches
+from mhc_lightning.data.input_urls import is_url, list_url
 from mhc_lightning.data.record_text import RecordText
 from mhc_lightning.data.text_files import TextFile, open_bytes, open_source
 from mhc_lightning.errors import UserError
@@ -32,6 +34,7 @@ def find_input_files(
     not_below: Sequence[Path] = (),
     as_text: Sequence[str] = (),
     text: RecordText = _TEXT,
+    storage_options: dict[str, Any] | None = None,
 ) -> list[TextFile]:
     """All files of the inputs with their formats, folders recursively, in a fixed order.
 
@@ -39,13 +42,14 @@ def find_input_files(
     by name is always taken. Links to folders are followed, and each folder is read once.
 
     Args:
-        inputs: Files and folders.
+        inputs: Files and folders, and URLs of these.
         include: Shell patterns; with any, only files that match one are taken. A pattern with a
             slash is matched with the path below the input, one without with each part of it.
         exclude: Shell patterns of files and folders to leave out.
         not_below: Folders that are not entered, such as the output.
         as_text: Shell patterns of files that are plain text whatever they look like.
         text: The text of a record.
+        storage_options: Options of the file systems behind URLs.
 
     Raises:
         UserError: An input does not exist or cannot be read, a file comes from two inputs, has a
@@ -56,7 +60,7 @@ def find_input_files(
     origins: dict[str, str | Path] = {}
 
     def add(file: TextFile, given: str | Path, by_name: bool) -> None:
-        path = os.path.abspath(file.path)
+        path = file.path if is_url(file.path) else os.path.abspath(file.path)
         if path in origins:
             raise UserError(
                 f"{path} comes twice, from input {origins[path]} and {given}; give it once"
@@ -71,6 +75,10 @@ def find_input_files(
         files.append(replace(file, format=found.name, encoding=found.encoding))
 
     for given in inputs:
+        if is_url(str(given)):
+            for file in _behind_url(str(given), include, exclude, storage_options):
+                add(file, given, by_name=file.path == given)
+            continue
         root = Path(given)
         try:
             if root.is_dir():
@@ -168,6 +176,15 @@ def _walk(
                 if path.is_file():
                     files.append(_text_file(path, relative))
     return sorted(files, key=lambda file: file.name)
+
+
+def _behind_url(
+    url: str, include: Sequence[str], exclude: Sequence[str], options: dict[str, Any] | None
+) -> Iterator[TextFile]:
+    for path, name, size, version in list_url(url, options):
+        hidden = not all(map(is_visible, name.split("/")))
+        if path == url or not (hidden or not is_chosen(name, include, exclude)):
+            yield TextFile(path, name, size, 0, version=version, storage_options=options)
 
 
 def _text_file(path: Path, name: str) -> TextFile:

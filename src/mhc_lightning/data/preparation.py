@@ -18,6 +18,7 @@ from mhc_lightning.data.conversation_tokenizer import ConversationTokenizer
 from mhc_lightning.data.documents import ReadingOptions
 from mhc_lightning.data.file_formats import BINARY, format_by_name
 from mhc_lightning.data.input_files import find_input_files
+from mhc_lightning.data.input_urls import is_url
 from mhc_lightning.data.prepare_summary import PrepareSummary
 from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.prepared_record import FORMAT, RECORD_FILE, PreparedRecord
@@ -55,6 +56,7 @@ def prepare(
     exclude: Sequence[str] = (),
     as_text: Sequence[str] = (),
     max_expansion: float = 200,
+    storage_options: dict[str, Any] | None = None,
     chunk_bytes: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -66,7 +68,8 @@ def prepare(
     held out instead.
 
     Args:
-        input: Files, folders (read recursively) and `hf://NAME[/CONFIG][:SPLIT]` datasets.
+        input: Files, folders (read recursively), URLs of these, and datasets of the hub as
+            `hf://NAME[/CONFIG][:SPLIT]`.
             Plain text of any extension; records of JSON Lines, JSON arrays, CSV, TSV, Parquet and
             Arrow; WARC; ZIP and tar archives of these; `.gz`, `.zst`, `.bz2` or `.xz` of them.
             Binary files in folders are left out; other formats of documents are refused.
@@ -86,6 +89,7 @@ def prepare(
         as_text: Shell patterns of files that are plain text, whatever they look like.
         max_expansion: A compressed file or member may unpack to so many times its size (below
             64 MiB, to anything); more is taken for a decompression bomb.
+        storage_options: Options of the file systems behind URLs, as fsspec takes them.
         chunk_bytes: Text per chunk file, in bytes; by default a sixteenth of the input, between
             1 and 32 MiB.
         overwrite: Replace an output that was prepared from other input or with other settings.
@@ -127,8 +131,10 @@ def prepare(
         **({"conversations": True} if conversations else {}),
     }
     text = ConversationText() if conversations else RecordText(text_field, text_template)
-    paths = [each for each in inputs if not str(each).startswith(hub_datasets.PREFIX)]
-    found = find_input_files(paths, include, exclude, [output, work], as_text=as_text, text=text)
+    paths = [each for each in inputs if is_url(str(each)) or not _is_dataset(each)]
+    found = find_input_files(
+        paths, include, exclude, [output, work], as_text, text, storage_options
+    )
     files = [file for file in found if file.format != BINARY]
     if conversations:
         require_records(files)
@@ -194,6 +200,7 @@ def _identity(
             "tokenizer": tokenizer.fingerprint,
             "files": [
                 (file.name, file.size, file.modified)
+                + ((file.version,) if file.version else ())
                 + (
                     (file.description,)
                     if file.description not in (format_by_name(file.name), BINARY)
@@ -204,6 +211,10 @@ def _identity(
             "datasets": [dataset.identity for dataset in datasets],
         }
     )
+
+
+def _is_dataset(given: str | Path) -> bool:
+    return str(given).startswith(hub_datasets.PREFIX)
 
 
 def _names(inputs: Sequence[str | Path]) -> str:

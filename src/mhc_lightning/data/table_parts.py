@@ -26,7 +26,7 @@ class TablePart:
     def documents(self, reading: ReadingOptions, log: ReadingLog) -> Iterator[Document]:
         """See `WorkUnit`."""
         path = self.file.path
-        with open_source(self.file) as raw:
+        with open_source(self.file, seek=True) as raw:
             table = Table(raw, self.file.format, self.file.size, reading.text, path)
             yield from record_documents(
                 table.rows(self.start, self.stop),
@@ -42,7 +42,7 @@ def table_parts(file: TextFile, unit_bytes: int, reading: ReadingOptions) -> Ite
     Raises:
         UserError: The file is damaged, or has not the column of the text.
     """
-    with open_source(file) as raw:
+    with open_source(file, seek=True) as raw:
         sizes = Table(raw, file.format, file.size, reading.text, file.path).group_bytes
     scale = file.size / max(1, sum(sizes))
     start, size = 0, 0

@@ -4,13 +4,14 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import BinaryIO, cast
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
 
 from mhc_lightning.data.file_formats import JSON_LINES, PLAIN_TEXT
 from mhc_lightning.data.formats.compression import damage_named, decompressed
 from mhc_lightning.data.formats.encodings import Utf8Stream
 from mhc_lightning.data.formats.streams import BUFFER_BYTES
+from mhc_lightning.data.input_urls import is_url, is_web, open_url
 from mhc_lightning.errors import UserError
 
 
@@ -26,6 +27,8 @@ class TextFile:
         format: Name of the file's format, see `file_formats`.
         compression: `.gz`, `.zst`, `.bz2`, `.xz` or an empty string.
         encoding: Encoding of a text that is not UTF-8; else empty.
+        version: What the file system behind a URL knows the content by; empty for a local file.
+        storage_options: Options of the file system behind a URL.
     """
 
     path: str
@@ -35,6 +38,8 @@ class TextFile:
     format: str = PLAIN_TEXT
     compression: str = ""
     encoding: str = ""
+    version: str = ""
+    storage_options: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_jsonl(self) -> bool:
@@ -44,7 +49,7 @@ class TextFile:
     @property
     def can_be_cut(self) -> bool:
         """True if bytes in the middle of the file can be read by themselves."""
-        return not (self.compression or self.encoding)
+        return not (self.compression or self.encoding or is_web(self.path))
 
     @property
     def description(self) -> str:
@@ -53,13 +58,24 @@ class TextFile:
 
 
 @contextmanager
-def open_source(file: TextFile) -> Iterator[BinaryIO]:
-    """Open a file for reading as it is on disk.
+def open_source(file: TextFile, *, seek: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for reading as it is stored.
+
+    Args:
+        file: The file.
+        seek: Read from places all over the file; else, on the web, from beginning to end only.
 
     Raises:
         UserError: The file cannot be read, what is read from it is damaged or cut short, or it
             changed since it was found.
     """
+    if is_url(file.path):
+        with (
+            damage_named(file.path),
+            open_url(file.path, file.size, file.version, file.storage_options, seek) as stream,
+        ):
+            yield stream
+        return
     with damage_named(file.path), open(file.path, "rb") as raw:
         _check_unchanged(raw, file)
         yield raw
