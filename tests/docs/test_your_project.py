@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
         "your_project/connections",
         "your_project/memory",
         "your_project/upcycling",
+        "your_project/upcycling_families",
         "your_project/language_model",
         "your_project/lightning_cli",
         "your_project/hydra",

@@ -6,9 +6,10 @@ from typing import NamedTuple
 from torch import nn
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.upcycling.families.refused import REASONS
 from mhc_lightning.upcycling.wide_block import REGISTERED, Adapter, BlockFunction
 
-_PAGE = "docs/your_project/upcycling.md"
+_PAGE = "docs/your_project/upcycling_families.md"
 
 
 class Chain(NamedTuple):
@@ -22,7 +23,8 @@ def find_chain(model: nn.Module) -> Chain:
     """The blocks of a model, by the registered names of their classes.
 
     Raises:
-        UserError: There are none, or several lists of them, or a list with other blocks between.
+        UserError: There are none, or several lists of them, or a list with other blocks between;
+            or they are known not to be sums.
     """
     found: dict[str, nn.Module] = {}  # by name, the containers of registered blocks
     for name, module in model.named_modules():
@@ -31,6 +33,12 @@ def find_chain(model: nn.Module) -> Chain:
             if not inside:
                 found[name] = module
     if not found:
+        for module in model.modules():
+            if reason := REASONS.get(type(module).__name__):
+                raise UserError(
+                    f"{type(model).__name__} cannot compute the same function on streams: its"
+                    f" blocks ({type(module).__name__}) are no sums; {reason}"
+                )
         block = _likely_block(model)
         (nearest,) = get_close_matches(block, REGISTERED, n=1, cutoff=0)
         raise UserError(
