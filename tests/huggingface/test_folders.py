@@ -103,6 +103,7 @@ def test_shards_are_placed_by_accelerate(build, tmp_path):
     torch.testing.assert_close(placed(tokens).logits, model(tokens).logits)
     settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(placed.generate(tokens, **settings), model.generate(tokens, **settings))
+    assert "import mhc_lightning.huggingface" in (tmp_path / "README.md").read_text()
 
 
 def test_folders_of_something_else_are_refused_in_a_line(build, export, tmp_path):

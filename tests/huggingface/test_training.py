@@ -80,6 +80,7 @@ def test_checkpointing_changes_no_gradient(build, kind, monkeypatch):
     for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
     model.activation_checkpointing_disable()
+    assert all("forward" not in vars(block) for block in model.model.blocks)
     model(tokens)
     assert len(calls) == 3 and not model.is_gradient_checkpointing
 

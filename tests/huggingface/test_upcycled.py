@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.huggingface import MhcConfig, MhcForCausalLM
+from mhc_lightning.interchange import open_exported
 from mhc_lightning.modules import (
     HyperConnection,
     ManifoldHyperConnection,
@@ -131,12 +132,16 @@ class Nameless(ManifoldHyperConnection):
 
 
 def test_what_cannot_be_saved_or_read_is_refused(tmp_path):
-    with pytest.raises(UserError, match="this LlamaForCausalLM is no upcycled model"):
+    with pytest.raises(UserError, match="this LlamaForCausalLM is no upcycled causal language"):
         MhcForCausalLM.from_upcycled(tiny_pretrained())
+    with pytest.raises(UserError, match="this LlamaModel is no upcycled causal language"):
+        MhcForCausalLM.from_upcycled(upcycle(tiny_pretrained().model))
     with pytest.raises(UserError, match="does not keep its argument secret as an attribute"):
         MhcForCausalLM.from_upcycled(upcycle(tiny_pretrained(), Nameless))
     _, model = upcycled()
     model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is an upcycled Llama"):
+        open_exported(tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())
     changes: list[tuple[dict[str, Any], str]] = [
         ({"base": {"model_type": "future"}}, "of the type future, which this transformers"),

@@ -4,9 +4,9 @@ Importing this package registers `MhcConfig` and `MhcForCausalLM` with transform
 `AutoModelForCausalLM.from_pretrained` then reads the folders of `export form=huggingface`.
 
 `config` describes a model, `causal_lm` computes, `cache` keeps the tokens so far, `padding` moves
-padding to the end of rows. `upcycled` goes around upcycled models of transformers. `folders` writes
-a folder from weights, with `tokenizer_folder` for its tokenizer. `expert_balance` is for training
-models with experts by transformers' `Trainer`.
+padding to the end of rows, `checkpointing` runs blocks again in backward. `upcycled` goes around
+upcycled models of transformers. `folders` writes a folder from weights, with `tokenizer_folder` and
+`model_card`. `expert_balance` is for training models with experts by transformers' `Trainer`.
 """
 
 import importlib.util

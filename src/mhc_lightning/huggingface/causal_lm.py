@@ -4,7 +4,7 @@ Shapes: B batch, S sequence, K positions whose logits are kept, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
@@ -16,7 +16,9 @@ from transformers.utils.generic import can_return_tuple
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.huggingface.cache import MhcCache
+from mhc_lightning.huggingface.checkpointing import checkpoint_blocks
 from mhc_lightning.huggingface.config import MhcConfig
+from mhc_lightning.huggingface.model_card import write_card
 from mhc_lightning.huggingface.padding import Padding
 from mhc_lightning.interchange.model_settings import build_network
 from mhc_lightning.kernels import IGNORE_INDEX
@@ -68,9 +70,10 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
                 " tie_word_embeddings=True"
             )
         self.model = cast(Any, self._build(config, attention) if network is None else network)
+        self.vocab_size = config.vocab_size
         if isinstance(self.model, Transformer):
             self.model.mask_documents(config.document_end)
-        self.vocab_size = config.vocab_size
+            self.vocab_size = self.model.vocab_size
         self._keep_in_fp32_modules_strict = {
             f"{name}." for name, module in self.named_modules() if isinstance(module, KeepsFloat32)
         }
@@ -100,7 +103,8 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
         """See `PreTrainedModel.from_pretrained`.
 
         Raises:
-            UserError: The folder lacks weights of the network, or the devices lack room for them.
+            UserError: The folder lacks weights of the network or has others, or the devices lack
+                room for them.
         """
         _refuse_offloading(kwargs.get("device_map"))
         both: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -116,14 +120,15 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
                 )
         return (model, found) if output_loading_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """See `PreTrainedModel.save_pretrained`.
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """See `PreTrainedModel.save_pretrained`; a README says what to import.
 
         Raises:
             UserError: The network is not the one that the configuration describes.
         """
         self._check_described()
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_card(Path(save_directory))
 
     def _check_described(self) -> None:
         """Refuse a network whose connections are others than those of the configuration."""
@@ -271,12 +276,7 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
         every_n_layers: int = 1,
     ) -> None:
-        for index, block in enumerate(self.model.blocks):
-            chosen = enable and index % every_n_layers == 0
-            vars(block).pop("forward", None)
-            vars(block)["gradient_checkpointing"] = chosen
-            if chosen:
-                vars(block)["forward"] = partial(_checkpointed, block, gradient_checkpointing_func)
+        checkpoint_blocks(self.model.blocks, enable, gradient_checkpointing_func, every_n_layers)
 
 
 def _refuse_offloading(device_map: Any) -> None:
@@ -290,11 +290,3 @@ def _refuse_offloading(device_map: Any) -> None:
             "MhcForCausalLM computes where its weights are, and device_map leaves some of them on"
             " the disk or in the machine's memory; give more devices, or a lower dtype"
         )
-
-
-def _checkpointed(block: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A block's forward pass, run again in backward when it trains."""
-    forward = partial(type(block).forward, block)
-    if block.training and torch.is_grad_enabled():
-        return function(forward, *args, **kwargs)
-    return forward(*args, **kwargs)

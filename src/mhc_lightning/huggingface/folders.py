@@ -10,33 +10,13 @@ from transformers import GenerationConfig
 from mhc_lightning.checkpoints.saved_tensors import describe
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.huggingface.config import MhcConfig
+from mhc_lightning.huggingface.model_card import write_card
 from mhc_lightning.huggingface.tokenizer_folder import write_tokenizer
 from mhc_lightning.interchange.exported_model import HUGGINGFACE_PREFIX
 from mhc_lightning.interchange.exporting import SHARD_BYTES, check_export, new_folder
 from mhc_lightning.interchange.model_settings import section_records
 from mhc_lightning.interchange.safetensors_files import write_tensors
 from mhc_lightning.modules import Transformer
-
-_CARD_FILE = "README.md"
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [mhc-lightning]
----
-
-A language model with n residual streams, trained with mhc-lightning
-(`pip install "mhc-lightning[huggingface]"`). Importing `mhc_lightning.huggingface` is what lets
-transformers read it:
-
-```python
-import mhc_lightning.huggingface
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this folder, or its name on the hub")
-tokenizer = AutoTokenizer.from_pretrained("this folder, or its name on the hub")
-```
-"""
 
 
 def export_for_huggingface(
@@ -76,9 +56,3 @@ def export_for_huggingface(
         GenerationConfig(**special).save_pretrained(aside)
         write_tokenizer(tokenizer, aside)
         write_card(aside)
-
-
-def write_card(folder: Path) -> None:
-    """Write a model card that says what to import, unless the folder has one."""
-    if not (folder / _CARD_FILE).exists():
-        (folder / _CARD_FILE).write_text(_CARD, encoding="utf-8")

@@ -118,10 +118,10 @@ def from_upcycled(model: nn.Module) -> MhcForCausalLM:
     if isinstance(model, MhcForCausalLM) and model.config.upcycled is None:
         return _with_its_connections(model)
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, WideBlock)]
-    if not blocks or not isinstance(model, PreTrainedModel):
+    if not (blocks and isinstance(model, PreTrainedModel) and model.can_generate()):
         raise UserError(
-            f"this {type(model).__name__} is no upcycled model of transformers; upcycle one first"
-            " (mhc_lightning.upcycling.upcycle)"
+            f"this {type(model).__name__} is no upcycled causal language model of transformers;"
+            " upcycle one first (mhc_lightning.upcycling.upcycle)"
         )
     connection = blocks[0].connections[0]
     base: Any = model.config

@@ -199,6 +199,12 @@ def open_exported(folder: str | Path) -> Exported:
 def _of_transformers(folder: Path, record: Mapping[str, Any]) -> Exported:
     """A folder that `export form=huggingface`, or an `MhcForCausalLM`, has written."""
     file = folder / CONFIG_FILE
+    if isinstance(record.get("upcycled"), dict):
+        base = record["upcycled"].get("base", {}).get("architectures") or ["model"]
+        raise UserError(
+            f"{folder} is an upcycled {base[0]}, not a model of this package's Transformer; read it"
+            " with AutoModelForCausalLM.from_pretrained, after import mhc_lightning.huggingface"
+        )
     if record.get("tokenizer") is None:
         raise UserError(
             f"{file} does not say with which tokenizer the model was trained; copy `tokenizer` from"
