@@ -34,8 +34,13 @@ class ContextChunkFile(ChunkFile):
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens as a batch holds them, int64; see `ChunkFile`."""
         tokens = super().read(start, count)
-        ids = stored_ids(tokens).astype(np.int64)
-        return np.where(tokens & _FLAG, _FIRST - ids, ids)
+        return as_context(stored_ids(tokens), (tokens & _FLAG) != 0)
+
+
+def as_context(tokens: np.ndarray, is_context: np.ndarray) -> np.ndarray:
+    """Tokens as a batch holds them, int64; those of `is_context` are not predicted."""
+    ids = tokens.astype(np.int64)
+    return np.where(is_context, _FIRST - ids, ids)
 
 
 def ids_of(values: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import token_files as write
 
 from mhc_lightning.data.sources import Source, open_sources
 from mhc_lightning.data.token_data.token_data import TokenData
+from mhc_lightning.errors import UserError
 
 
 def opened(path: Path | str, validation_fraction: float = 0.0) -> TokenData:
@@ -100,8 +101,46 @@ def test_datatrove(tmp_path: Path, width: int, index: bool) -> None:
     data = opened(tmp_path)
     assert stream(data) == np.concatenate([*DOCUMENTS, *OTHERS]).tolist()
     assert data.kind == "datatrove .ds" and data.end_of_document == (0 if index else None)
-    (tmp_path / "00000_shuffled.ds.loss").write_bytes(bytes(len(TOKENS)))
-    assert "00000_shuffled.ds.loss is not used" in opened(tmp_path).description
+
+
+def as_in_batches(tokens: np.ndarray, predicted: np.ndarray) -> list[int]:
+    return [int(t) if p else -101 - int(t) for t, p in zip(tokens, predicted, strict=True)]
+
+
+def test_a_loss_mask_of_datatrove(tmp_path: Path) -> None:
+    write.write_datatrove(tmp_path / "a.ds", DOCUMENTS)
+    predicted = np.random.default_rng(3).random(len(TOKENS)) < 0.5
+    (tmp_path / "a.ds.loss").write_bytes(predicted.tobytes())
+    data = opened(tmp_path)
+    assert stream(data) == as_in_batches(TOKENS, predicted)
+    assert "1 of 1 files say which tokens are not predicted" in data.description
+    assert data.end_of_document == 0 and data.largest_id == TOKENS.max()
+    content = data.content
+    (tmp_path / "a.ds.loss").write_bytes((~predicted).tobytes())
+    assert opened(tmp_path).content != content
+    (tmp_path / "a.ds.loss").write_bytes(bytes(3))
+    with pytest.raises(UserError, match=r"a\.ds\.loss has 3 bytes for"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("column", ["labels", "completion_mask", "assistant_masks"])
+def test_columns_of_datasets_that_say_what_is_predicted(tmp_path: Path, column: str) -> None:
+    import datasets
+
+    predicted = [np.arange(len(text)) >= len(text) // 3 for text in DOCUMENTS]
+    said = [
+        np.where(mask, text, -100) if column == "labels" else mask.astype(int)
+        for text, mask in zip(DOCUMENTS, predicted, strict=True)
+    ]
+    rows = {"input_ids": DOCUMENTS, column: said, "attention_mask": said}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "a", num_shards=2)
+    data = opened(tmp_path / "a")
+    assert stream(data) == as_in_batches(TOKENS, np.concatenate(predicted))
+    assert "columns not used: attention_mask" in data.description
+    rows[column] = [*said[1:], said[0]]
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "b")
+    with pytest.raises(UserError, match=f"rows whose {column} are not as many as their input_ids"):
+        opened(tmp_path / "b")
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<i4", "<i8"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mhc_lightning.data.token_data.token_file import (
+    Context,
     TokenFile,
     first_bytes,
     one_run,
@@ -46,10 +47,17 @@ def read_datatrove(path: Path) -> TokenFile:
             f"{path} has {size} bytes, which are not the {tokens} tokens of 2 or 4 bytes that"
             f" {shown.name} says; it was cut short or changed: copy it again"
         )
-    loss = path.with_name(f"{path.name}.loss")
-    note = f"{loss.name} is not used: every token is trained on" if loss.is_file() else ""
     documents = None if ends is None else sample_documents(ends)
-    return one_run(path, dtype, tokens, 0, documents, note)
+    loss = path.with_name(f"{path.name}.loss")
+    if not loss.is_file():
+        return one_run(path, dtype, tokens, documents=documents)
+    if size_of(loss) != tokens:
+        raise UserError(
+            f"{loss} has {size_of(loss)} bytes for {tokens} tokens; it was cut short or changed:"
+            " copy it again"
+        )
+    context = Context(one_run(loss, np.dtype("u1"), tokens), 0)
+    return one_run(path, dtype, tokens, documents=documents, context=context)
 
 
 def _ends(index: Path) -> np.ndarray:

@@ -88,7 +88,7 @@ def read_megatron(index: Path) -> TokenFile:
         document_ends = np.append(pointers, size_of(data))[borders[1:]] // dtype.itemsize
         documents = sample_documents(document_ends)
     note = "" if size == needed else "modes of its sequences are not used"
-    return one_run(data, dtype, tokens, 0, documents, note)
+    return one_run(data, dtype, tokens, documents=documents, note=note)
 
 
 def _check_sequences(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mhc_lightning.data.chunk_file import Span, read_bytes
+from mhc_lightning.data.context_tokens import as_context
 from mhc_lightning.data.token_data.token_file import TokenFile
 from mhc_lightning.errors import UserError
 
@@ -60,15 +61,10 @@ class SpanReader:
         UserError: The file is missing, cannot be read, or was changed since.
     """
 
-    _descriptor: int | None = None
-
     def __init__(self, file: TokenFile, span: FileSpan, state: FileState, limit: IdLimit) -> None:
         self._file, self._span, self._state, self._limit = file, span, state, limit
-        self._ends: list[int] = file.ends.tolist()
-        try:
-            self._descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise self._unreadable(error) from error
+        self._tokens = _Runs(file)
+        self._context = None if file.context is None else _Runs(file.context.values)
         self.check_again()
 
     def check_again(self) -> None:
@@ -77,8 +73,7 @@ class SpanReader:
         Raises:
             UserError: The file was changed since the data were opened.
         """
-        assert self._descriptor is not None
-        if state_of(self._descriptor) != self._state:
+        if self._tokens.state() != self._state:
             raise UserError(
                 f"token file {self._file.path} was changed since the run began; go on from the last"
                 " checkpoint with the file as it was"
@@ -87,28 +82,66 @@ class SpanReader:
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the span; fewer at its end.
 
+        Those that are not predicted are as in batches (see `context_tokens`).
+
         Raises:
             UserError: The file cannot be read, or holds an id that there may not be.
         """
         stop = self._span.start + min(start + count, self._span.tokens)
-        begin = position = self._span.start + start
-        parts = []
-        run = bisect_right(self._ends, position)
-        while position < stop:
-            here = min(stop, self._ends[run])
-            first = self._ends[run - 1] if run else 0
-            parts.append(
-                self._read_run(int(self._file.starts[run]), position - first, here - position)
-            )
-            position, run = here, run + 1
-        tokens = (
-            parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, self._file.dtype)])
-        )
-        self._check_ids(tokens, begin)
-        return tokens
+        tokens = self._tokens.read(self._span.start + start, stop)
+        self._check_ids(tokens, self._span.start + start)
+        if self._context is None or self._file.context is None:
+            return tokens
+        values = self._context.read(self._span.start + start, stop)
+        return as_context(tokens, values == self._file.context.value)
 
     def close(self) -> None:
         """Close the file."""
+        for opened in (self._tokens, self._context):
+            if opened is not None:
+                opened.close()
+
+    def _check_ids(self, tokens: np.ndarray, position: int) -> None:
+        if not len(tokens) or (tokens.max() < self._limit.limit and tokens.min() >= 0):
+            return
+        place = int(np.argmax((tokens >= self._limit.limit) | (tokens < 0)))
+        raise UserError(
+            f"token file {self._file.path} has the id {tokens[place]} (token {position + place}),"
+            f" and {self._limit.reason}; {self._limit.remedy}"
+        )
+
+
+class _Runs:
+    """The runs of a file, opened."""
+
+    _descriptor: int | None = None
+
+    def __init__(self, file: TokenFile) -> None:
+        self._file = file
+        self._ends: list[int] = file.ends.tolist()
+        try:
+            self._descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def state(self) -> FileState:
+        assert self._descriptor is not None
+        return state_of(self._descriptor)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the file."""
+        parts = []
+        run = bisect_right(self._ends, start)
+        while start < stop:
+            here = min(stop, self._ends[run])
+            before = self._ends[run - 1] if run else 0
+            parts.append(self._read_run(int(self._file.starts[run]), start - before, here - start))
+            start, run = here, run + 1
+        return (
+            parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self._file.dtype), *parts])
+        )
+
+    def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -125,15 +158,6 @@ class SpanReader:
         if len(data) < count * itemsize:
             raise UserError(f"token file {self._file.path} was cut short; copy it again")
         return np.frombuffer(data, self._file.dtype)
-
-    def _check_ids(self, tokens: np.ndarray, position: int) -> None:
-        if not len(tokens) or (tokens.max() < self._limit.limit and tokens.min() >= 0):
-            return
-        place = int(np.argmax((tokens >= self._limit.limit) | (tokens < 0)))
-        raise UserError(
-            f"token file {self._file.path} has the id {tokens[place]} (token {position + place}),"
-            f" and {self._limit.reason}; {self._limit.remedy}"
-        )
 
     def _unreadable(self, error: OSError) -> UserError:
         return UserError(f"token file {self._file.path} cannot be read: {error.strerror}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mhc_lightning.data.context_tokens import ids_of
 from mhc_lightning.data.prepared_record import SPLITS, TRAIN, VALIDATION
 from mhc_lightning.data.token_data.detection import Found
 from mhc_lightning.data.token_data.span_reader import (
@@ -90,7 +91,7 @@ class TokenData(TokenSource):
                     for start, count in _places(span.tokens, per_span):
                         tokens = reader.read(start, count)
                         digest.update(tokens.tobytes())
-                        largest = max(largest, int(tokens.max()))
+                        largest = max(largest, int(ids_of(tokens).max()))
                 finally:
                     reader.close()
         return digest.hexdigest(), largest
@@ -125,7 +126,8 @@ class TokenData(TokenSource):
             whole = FileSpan(file.path.name, file.tokens, number, 0)
             reader = self.open_chunk(whole)
             try:
-                found |= {int(reader.read(place, 1)[0]) for place in file.documents.last_tokens}
+                places = file.documents.last_tokens
+                found |= {int(ids_of(reader.read(place, 1))[0]) for place in places}
             finally:
                 reader.close()
             if len(found) > 1:
@@ -147,6 +149,9 @@ class TokenData(TokenSource):
             end = "no token of their own" if self._last_token is None else f"{self._last_token}"
             text += f"; {sum(documents):,} documents, which end with {end}"
         notes = sorted({file.note for file in self._files if file.note})
+        masked = sum(file.context is not None for file in self._files)
+        if masked:
+            notes.append(f"{masked} of {len(self._files)} files say which tokens are not predicted")
         if self._found.not_read:
             notes.append(f"not read: {_some(self._found.not_read)}")
         return "; ".join([text, *notes])

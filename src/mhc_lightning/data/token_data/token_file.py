@@ -26,6 +26,19 @@ class Documents:
 
 
 @dataclass(frozen=True)
+class Context:
+    """What says which tokens of a file are read and not predicted, such as those of a prompt.
+
+    Attributes:
+        values: A number for each token.
+        value: The number of tokens that are not predicted.
+    """
+
+    values: "TokenFile"
+    value: int
+
+
+@dataclass(frozen=True)
 class TokenFile:
     """A file of tokens.
 
@@ -35,6 +48,7 @@ class TokenFile:
         starts: Bytes before the first token of each run of tokens, int64 [runs].
         ends: Tokens up to the end of each run, int64 [runs].
         documents: Its documents; None if the format does not know them.
+        context: Which tokens are not predicted; None if all are.
         note: What else there is to say about it.
     """
 
@@ -43,6 +57,7 @@ class TokenFile:
     starts: np.ndarray
     ends: np.ndarray
     documents: Documents | None = None
+    context: Context | None = None
     note: str = ""
 
     @property
@@ -57,10 +72,11 @@ def one_run(
     tokens: int,
     offset: int = 0,
     documents: Documents | None = None,
+    context: Context | None = None,
     note: str = "",
 ) -> TokenFile:
     """A file that holds its tokens one after the other from a byte on."""
-    return TokenFile(path, dtype, np.array([offset]), np.array([tokens]), documents, note)
+    return TokenFile(path, dtype, np.array([offset]), np.array([tokens]), documents, context, note)
 
 
 def sample_documents(ends: np.ndarray) -> Documents:
