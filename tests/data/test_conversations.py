@@ -245,7 +245,7 @@ def test_tokenizers_without_a_fitting_template_are_refused(
                     conversations=True, num_workers=1, progress=False, validation_fraction=0,
                     **settings)  # fmt: skip
 
-    refused("messages need a tokenizer with a chat template, and bytes have none", "bytes")
+    refused("^messages need a tokenizer with a chat template, and bytes have none", "bytes")
     refused("writes the token that ends documents", tokenizer_folder, end_of_document=STOP)
     other = tmp_path / "other"
     shutil.copytree(tokenizer_folder, other)
@@ -255,4 +255,6 @@ def test_tokenizers_without_a_fitting_template_are_refused(
     template.write_text("{{ raise_exception('no\\nsuch roles') }}")
     refused(r"does not take the messages of 'Which.*no such roles", other)
     template.unlink()
-    refused("has no chat template for messages", other)
+    refused(r"^\S+ has no chat template for messages", other)
+    (other / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"} more')
+    refused("mend its tokenizer_config.json", other, end_of_document=END)

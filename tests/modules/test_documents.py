@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mhc_lightning.data.document_mask import keep_documents_apart
 from mhc_lightning.errors import UserError
 from mhc_lightning.generation import Sampling, generate_together
 from mhc_lightning.language_model import inputs_and_targets
@@ -285,6 +286,16 @@ def test_what_cannot_be_kept_apart_is_refused() -> None:
     memory = partial(Engram, rows=31, num_heads=2, dim=8, documents=False)
     with pytest.raises(UserError, match=r"use memory.documents=true"):
         tiny_transformer(memory=memory).mask_documents(END)
+    unbound = tiny_transformer(memory=MEMORIES["engram"])
+    with pytest.raises(UserError, match="needs the tokenizer of the data"):
+        keep_documents_apart(unbound, END)
+    unbound.memory.bind_alone()
+    for other in (unbound, make(memory="engram")):
+        with pytest.raises(UserError, match="is bound to another tokenizer, or to none"):
+            keep_documents_apart(other, END + 1)
+    with pytest.raises(UserError, match="Linear has no method mask_documents"):
+        keep_documents_apart(torch.nn.Linear(1, 1), END)
+    keep_documents_apart(torch.nn.Linear(1, 1), None)
 
 
 def test_positions_count_from_the_first_token_of_each_document() -> None:

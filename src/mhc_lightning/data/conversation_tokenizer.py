@@ -93,8 +93,9 @@ class ConversationTokenizer(Tokenizer):
 
     def _render(self, messages: list[dict[str, Any]], asks: bool) -> np.ndarray:
         """Ids of messages; with `asks`, and of what begins an answer."""
+        chat = self._chat
         try:
-            ids = self._chat.apply_chat_template(
+            ids = chat.apply_chat_template(
                 messages,
                 add_generation_prompt=asks,
                 sanitize_control_tokens=True,
@@ -124,7 +125,13 @@ class ConversationTokenizer(Tokenizer):
                 " folder with tokenizer=…"
             )
         folder = self.texts.path.parent
-        chat = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        try:
+            chat = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # of any file beside the tokenizer's
+            raise UserError(
+                f"transformers cannot read the tokenizer in {folder}"
+                f" ({' '.join(str(error).split())}); mend its tokenizer_config.json"
+            ) from error
         if chat.chat_template is None:
             raise UserError(
                 f"{folder} has no chat template for messages (chat_template.jinja, or chat_template"

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.modules import Memory
 
 
 def keep_documents_apart(network: nn.Module, end_of_document: int | None) -> None:
@@ -15,8 +16,14 @@ def keep_documents_apart(network: nn.Module, end_of_document: int | None) -> Non
         end_of_document: The token that ends a document; None to look at a sequence as a whole.
 
     Raises:
-        UserError: The network cannot keep documents apart.
+        UserError: The network cannot keep documents apart, or has a memory without a tokenizer.
     """
+    memory = getattr(network, "memory", None)
+    if end_of_document is not None and isinstance(memory, Memory) and not memory.is_bound:
+        raise UserError(
+            "data.document_mask=true keeps the n-grams of a memory inside documents, for which it"
+            " needs the tokenizer of the data; name it with data.tokenizer=…"
+        )
     mask = getattr(network, "mask_documents", None)
     if mask is not None:
         mask(end_of_document)

@@ -234,12 +234,19 @@ class Transformer(nn.Module):
                 f"the network cannot keep documents apart by token {end_of_document}: its tokens"
                 f" are 0 to {self.vocab_size - 1}"
             )
-        looks_across = self.memory.hash is not None and not self.memory.documents
-        if end_of_document is not None and looks_across:
-            raise UserError(
-                "data.document_mask=true keeps documents apart, and memory.documents=false has"
-                " n-grams look across them; use memory.documents=true"
-            )
+        if end_of_document is not None and self.memory.hash is not None:
+            if not self.memory.documents:
+                raise UserError(
+                    "data.document_mask=true keeps documents apart, and memory.documents=false has"
+                    " n-grams look across them; use memory.documents=true"
+                )
+            bound = self.memory.hash.bound_constants()
+            if bound is not None and bound["document_end"][0] != end_of_document:
+                raise UserError(
+                    f"the network cannot keep documents apart by token {end_of_document}: its"
+                    " memory is bound to another tokenizer, or to none, and n-grams would look"
+                    " across them; bind the data's (data.tokenizer=…)"
+                )
         self.end_of_document = end_of_document
 
     def recall(
