@@ -1,6 +1,7 @@
 """Damaged data and inputs in another form, by the real commands."""
 
 import shutil
+import zipfile
 
 import pytest
 
@@ -25,6 +26,37 @@ def test_no_step_is_taken_on_a_damaged_chunk(command, prepared, tmp_path, capsys
         f" {command.data} and run `prepare` again"
     ]
     assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    {
+        "cut.parquet": "cut.parquet is a damaged Parquet file",
+        "out.zip": "../x.txt in input out.zip leads out of the archive's folder",
+        "ragged.csv": "row 2 of ragged.csv has 3 fields, and the first row names 2",
+        "numbers.json": "item 2 of numbers.json has a field 'text' that is int, not text",
+    }.items(),
+)
+def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, capsys, name, message):
+    write_bad_inputs(tmp_path)
+    assert command.inside("prepare", f"input={name}", "output=out", "prepare.num_workers=1") == 2
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "out").exists()
+
+
+def write_bad_inputs(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["some words"] * 99}), folder / "cut.parquet"
+    )
+    (folder / "cut.parquet").write_bytes((folder / "cut.parquet").read_bytes()[:-99])
+    with zipfile.ZipFile(folder / "out.zip", "w") as archive:
+        archive.writestr("../x.txt", "out of the folder")
+    (folder / "ragged.csv").write_text("text,b\nsome words,2\n1,2,3\n")
+    (folder / "numbers.json").write_text('[{"text": "some words"}, {"text": 5}]')
 
 
 def test_prepare_refuses_other_forms_in_one_line_and_takes_them_if_told(command, tmp_path, capsys):

@@ -1,9 +1,10 @@
 """Text prepared as chunks of tokens, and chunks read as batches.
 
 `prepare` turns files into chunks of tokens, by these modules in turn: `input_files` (with
-`file_formats`, `text_files`; or `hub_datasets`), `work_units`, `documents`, `unit_tokenization`
-(with `tokenizers`, `chunk_writing`; in the processes of `worker_pool`), `prepared_writing`,
-`prepared_record`.
+`file_formats`, `text_files`, `input_urls`; or `hub_datasets`), `work_units` (of `text_parts`,
+`table_parts`, `archive_parts`; by the readers in `formats/`), `stream_documents` and `documents`
+(with `record_text`), `unit_tokenization` (with `tokenizers`, `text_cuts`, `chunk_writing`; in the
+processes of `worker_pool`), `prepared_writing`, `prepared_record`.
 
 `TextDataModule` turns chunks into batches: `sources`, `prepared_data` (with `chunk_cache` for a
 URL) or `token_data` for data made elsewhere, both a `token_source`; `training_sequences` (with
