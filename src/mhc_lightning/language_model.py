@@ -311,7 +311,7 @@ class LanguageModel(HeldOutSteps):
             rank_zero_warn(
                 "the memory has no tokenizer: it hashes no tokens alike, and n-grams do not end"
                 " with documents; call bind_tokenizer of mhc_lightning.data.token_classes before"
-                " the fit, or give the trainer a TextDataModule"
+                " the fit, or give the trainer a TextDataModule that has a tokenizer"
             )
             memory.bind_alone()
         schedule: Any = self.lr_schedulers()

@@ -378,7 +378,7 @@ class TextDataModule(L.LightningDataModule):
         self._position.load_state_dict(state_dict)
 
     def _identity(self) -> dict[str, Any]:
-        return stream_identity(
+        identity = stream_identity(
             self.sources,
             self.weights,
             self.sequence_length,
@@ -386,6 +386,9 @@ class TextDataModule(L.LightningDataModule):
             self.shuffle_window,
             self.document_mask,
         )
+        if self.document_mask and self.tokenizer is None:
+            identity["end_of_document"] = self.end_of_document
+        return identity
 
     def _validation_sequences(self) -> ValidationSequences:
         counts = validation_counts(

@@ -244,6 +244,29 @@ def test_tokenizers(folder: Path, tokenizer_file: Path, tmp_path: Path) -> None:
         module(folder, end_of_document=7).setup("fit")
 
 
+def test_documents_are_kept_apart_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    assert module(folder, document_mask=True).document_boundary == 0
+    raw = write.write_raw(tmp_path / "raw.bin", TOKENS)
+    with pytest.raises(UserError, match=r"name it with data\.end_of_document=…"):
+        module(raw, document_mask=True).setup("fit")
+    masked = module(raw, document_mask=True, end_of_document=0)
+    assert masked.document_boundary == 0
+    other = module(raw, document_mask=True, end_of_document=1)
+    with pytest.raises(UserError, match="end_of_document was 0 and is 1"):
+        other.load_state_dict(masked.state_dict())
+
+
+def test_a_mask_that_changes_in_a_run_ends_it(tmp_path: Path) -> None:
+    path = write.write_datatrove(tmp_path / "a.ds", DOCUMENTS)
+    loss = tmp_path / "a.ds.loss"
+    loss.write_bytes(b"\1" * len(TOKENS))
+    data = module(path)
+    assert len(data.training_sequences[0]) == 65
+    os.utime(loss, (1, 1))
+    with pytest.raises(UserError, match="was changed since the run began"):
+        data.training_sequences[1]
+
+
 def test_mixtures(folder: Path, prepared_path: Path, tmp_path: Path, tokenizer_file: Path) -> None:
     raw = write.write_raw(tmp_path / "raw.bin", TOKENS)
     sources = [

@@ -11,7 +11,7 @@ from mhc_lightning.data.context_tokens import as_context
 from mhc_lightning.data.token_data.token_file import TokenFile
 from mhc_lightning.errors import UserError
 
-FileState = tuple[int, int]  # size, time of modification in nanoseconds
+FileState = tuple[tuple[int, int], ...]  # size and time of modification [ns], of each file
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class SpanReader:
         self._file, self._span, self._state, self._limit = file, span, state, limit
         self._tokens = _Runs(file)
         self._context = None if file.context is None else _Runs(file.context.values)
+        self._opened = [self._tokens] if self._context is None else [self._tokens, self._context]
         self.check_again()
 
     def check_again(self) -> None:
@@ -73,7 +74,7 @@ class SpanReader:
         Raises:
             UserError: The file was changed since the data were opened.
         """
-        if self._tokens.state() != self._state:
+        if tuple(opened.state() for opened in self._opened) != self._state:
             raise UserError(
                 f"token file {self._file.path} was changed since the run began; go on from the last"
                 " checkpoint with the file as it was"
@@ -97,9 +98,8 @@ class SpanReader:
 
     def close(self) -> None:
         """Close the file."""
-        for opened in (self._tokens, self._context):
-            if opened is not None:
-                opened.close()
+        for opened in self._opened:
+            opened.close()
 
     def _check_ids(self, tokens: np.ndarray, position: int) -> None:
         if not len(tokens) or (tokens.max() < self._limit.limit and tokens.min() >= 0):
@@ -124,9 +124,9 @@ class _Runs:
         except OSError as error:
             raise self._unreadable(error) from error
 
-    def state(self) -> FileState:
+    def state(self) -> tuple[int, int]:
         assert self._descriptor is not None
-        return state_of(self._descriptor)
+        return _state(self._descriptor)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the file."""
@@ -163,7 +163,12 @@ class _Runs:
         return UserError(f"token file {self._file.path} cannot be read: {error.strerror}")
 
 
-def state_of(file: int | os.PathLike[str]) -> FileState:
-    """The state of a file, which changes with its content."""
+def state_of(file: TokenFile) -> FileState:
+    """The state of a token file and of what belongs to it, which changes with their content."""
+    context = () if file.context is None else (_state(file.context.values.path),)
+    return (_state(file.path), *context)
+
+
+def _state(file: int | os.PathLike[str]) -> tuple[int, int]:
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns

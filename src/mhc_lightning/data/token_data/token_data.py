@@ -53,7 +53,7 @@ class TokenData(TokenSource):
         self.tokenizer: Tokenizer | None = None
         self._found, self._limit = found, NO_LIMIT
         self._files = [file for split in SPLITS for file in found.files[split]]
-        self._states = [state_of(file.path) for file in self._files]
+        self._states = [state_of(file) for file in self._files]
         self._own_validation = bool(found.files[VALIDATION])
         self._spans = self._divide(0.0 if self._own_validation else validation_fraction)
         if not self._spans[TRAIN]:
