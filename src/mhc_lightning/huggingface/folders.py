@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from mhc_lightning.checkpoints.saved_tensors import describe
 from mhc_lightning.data.tokenizers import Tokenizer
+from mhc_lightning.huggingface.causal_lm import MhcForCausalLM
 from mhc_lightning.huggingface.config import MhcConfig
 from mhc_lightning.huggingface.model_card import write_card
 from mhc_lightning.huggingface.tokenizer_folder import write_tokenizer
@@ -17,6 +18,45 @@ from mhc_lightning.interchange.exporting import SHARD_BYTES, check_export, new_f
 from mhc_lightning.interchange.model_settings import section_records
 from mhc_lightning.interchange.safetensors_files import write_tensors
 from mhc_lightning.modules import Transformer
+
+
+def export_upcycled(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    pretrained: str,
+    tokenizer: Tokenizer,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write an upcycled model of transformers as `AutoModelForCausalLM.from_pretrained` reads it.
+
+    The tokenizer is that of the pretrained model, with all that belongs to it, if it has one that
+    transformers reads; else that of the data.
+
+    Args:
+        model: What `upcycle` returned.
+        folder: The new folder.
+        pretrained: The folder, name on the hub, or GGUF file that the model was read from.
+        tokenizer: The tokenizer that the model was trained with.
+        shard_bytes: Largest number of bytes of tensors in one file.
+        overwrite: Replace an exported model that the folder already holds.
+
+    Raises:
+        UserError: The model cannot be described, or the folder is taken or cannot be written.
+    """
+    described = MhcForCausalLM.from_upcycled(model)
+    path = Path(pretrained)
+    file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    source = str(path.parent) if file else pretrained
+    with new_folder(Path(folder), overwrite) as aside:
+        described.save_pretrained(aside, max_shard_size=shard_bytes)
+        try:
+            own: Any = AutoTokenizer.from_pretrained(source, **file)
+        except (OSError, ValueError, KeyError):  # the folder has none
+            write_tokenizer(tokenizer, aside)
+        else:
+            own.save_pretrained(aside)
 
 
 def export_for_huggingface(
