@@ -69,7 +69,7 @@ def test_a_family_without_an_adapter_is_named_beside_the_nearest() -> None:
     refused(
         "no adapter for Stack with its blocks LlamaBlock (the nearest that there is: Lla", Stack()
     )
-    refused("docs/your_project/upcycling.md", Stack())
+    refused("docs/your_project/upcycling_families.md", Stack())
 
 
 def test_a_model_that_is_upcycled() -> None:

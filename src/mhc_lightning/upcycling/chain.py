@@ -1,5 +1,6 @@
 """Where the blocks of a network are."""
 
+import re
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.upcycling.families.refused import REASONS
 from mhc_lightning.upcycling.wide_block import REGISTERED, Adapter, BlockFunction
 
+_WHAT_IT_IS = re.compile("(Decoder|Encoder)?(Layer|Block)$")  # behind a family's name
 _PAGE = "docs/your_project/upcycling_families.md"
 
 
@@ -40,10 +42,9 @@ def find_chain(model: nn.Module) -> Chain:
                     f" blocks ({type(module).__name__}) are no sums; {reason}"
                 )
         block = _likely_block(model)
-        (nearest,) = get_close_matches(block, REGISTERED, n=1, cutoff=0)
         raise UserError(
             f"there is no adapter for {type(model).__name__} with its blocks {block} (the nearest"
-            f" that there is: {nearest}); {_PAGE} says how to write one"
+            f" that there is: {_nearest(block)}); {_PAGE} says how to write one"
         )
     if len(found) > 1:
         raise UserError(
@@ -101,6 +102,13 @@ def _chain(name: str, container: nn.Module, given: Adapter | None = None) -> Cha
             )
         adapters.append(adapter)
     return Chain(blocks, adapters)
+
+
+def _nearest(block: str) -> str:
+    """The registered class whose family has the name that is most like that of `block`."""
+    families = {_WHAT_IT_IS.sub("", name): name for name in REGISTERED}
+    (nearest,) = get_close_matches(_WHAT_IT_IS.sub("", block), families, n=1, cutoff=0)
+    return families[nearest]
 
 
 def _likely_block(model: nn.Module) -> str:
