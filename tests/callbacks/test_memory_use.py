@@ -147,7 +147,7 @@ def test_numbers_of_over_encoding(fit: Any, tokens: DataLoader) -> None:
     fit(model, use, data=tokens, max_steps=1)
     inputs, _ = inputs_and_targets(next(iter(tokens)))
     with torch.no_grad():
-        words = model.model.embedding(inputs) / 5
+        words = model.model.embedding(inputs)
         recalled = model.model.recall(inputs)
         memory: Any = model.model.input_memory
         rows = memory.table(recalled[-1]).flatten(-2)

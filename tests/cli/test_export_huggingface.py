@@ -59,9 +59,9 @@ def test_other_forms_and_damaged_folders_are_refused(trained, folder, capfd, tmp
         assert trained.inside(*words) == 2
         return capfd.readouterr()[1].splitlines()[-1]
 
-    error = last_error("export", *LAST, "output=other", "form=gguf")
+    error = last_error("export", *LAST, "output=never", "form=gguf")
     assert error == "error: export.form must be mhc_lightning or huggingface, not gguf"
-    assert not (trained.folder / "other").exists()
+    assert not (trained.folder / "never").exists()
     error = last_error("export", *LAST, "output=hf", "form=huggingface")
     assert "hf already holds a model" in error
     copy = tmp_path / "copy"

@@ -127,6 +127,7 @@ def test_instruments_see_every_sub_layer(checkpointing: bool) -> None:
         model.gradient_checkpointing_enable()
     gains, heat = AmaxGain(every_n_steps=1), StreamMatrixHeatmap(every_n_steps=1)
     diversity = StreamDiversity(every_n_steps=1)
+    rows: Any = list(some_tokens(6))
     pl.Trainer(
         max_steps=3,
         accelerator="cpu",
@@ -135,7 +136,7 @@ def test_instruments_see_every_sub_layer(checkpointing: bool) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[gains, heat, diversity],
-    ).fit(Finetuning(model), some_tokens(6).split(2))
+    ).fit(Finetuning(model), torch.utils.data.DataLoader(rows, batch_size=2))
     assert {f"amax_gain/single/forward/layer_{k}" for k in range(6)} <= set(gains.last)
     assert "amax_gain/single/forward/layer_6" not in gains.last
     assert diversity.last["stream_diversity/mean"] > 0
