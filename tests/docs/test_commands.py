@@ -116,6 +116,7 @@ def test_the_layouts_for_many_devices_fit(commands_in):
         ("PipelineStrategy", 8, 2),
         ("PipelineStrategy", 8, 1),
         ("PipelineStrategy", 8, 1),
+        ("FullyShardedStrategy", 8, 8),
         ("PipelineStrategy", 32, 4),
     ]
 

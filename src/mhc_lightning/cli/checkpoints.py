@@ -39,7 +39,8 @@ def find_checkpoint(experiment: Experiment) -> Path | None:
     """The sound checkpoint that `ckpt_path` means; if `last` is damaged, the one before.
 
     Returns:
-        None if `ckpt_path` is null, or if it is `last` and the run has not saved any yet.
+        None if `ckpt_path` is null, or if it is `last` and the run has not saved any yet, or if it
+        is `auto` and there is no checkpoint.
 
     Raises:
         UserError: There is none, or the one asked for is damaged.
@@ -49,7 +50,9 @@ def find_checkpoint(experiment: Experiment) -> Path | None:
     if asked is None:
         return None
     folder = output_dir / CHECKPOINTS
-    if asked == "last":
+    if asked == "auto" and not candidates_for_last(folder):
+        return None
+    if asked in ("last", "auto"):
         return _newest_sound(folder, output_dir)
     path = folder / BEST if asked == "best" else Path(asked).expanduser()
     if not path.exists():
@@ -90,7 +93,8 @@ def _newest_sound(folder: Path, output_dir: Path) -> Path | None:
     if holds_run(output_dir):
         return None
     raise UserError(
-        f"nothing to go on with: {output_dir} holds no run; leave out ckpt_path to start one"
+        f"nothing to go on with: {output_dir} holds no run; leave out ckpt_path to start one, or"
+        " use ckpt_path=auto, which does either"
     )
 
 

@@ -82,7 +82,7 @@ def _checkpoint(experiment: Experiment) -> Path | None:
 
     values = experiment.values()
     checkpoint = find_checkpoint(experiment)
-    if checkpoint is None and values["ckpt_path"] is not None:
+    if checkpoint is None and values["ckpt_path"] not in (None, "auto"):
         folder = values["output_dir"]
         print(f"warning: the run in {folder} had not saved yet; starting over", file=sys.stderr)
     return checkpoint
