@@ -20,6 +20,7 @@ EXTRAS = {
     "src/mhc_lightning/cli/evaluate.py": "evaluate",
     "src/mhc_lightning/evaluation": "evaluate",
     "src/mhc_lightning/huggingface": "huggingface",
+    "src/mhc_lightning/upcycling": "huggingface",
     "recipes/shared/sweep.py": "slurm",
     "benchmarks": "dev",
     "docs": "docs",

@@ -1,0 +1,47 @@
+"""Reading a pretrained model of transformers: a folder, a name on the hub, or a GGUF file."""
+
+from pathlib import Path
+from typing import Any
+
+from mhc_lightning.errors import UserError, one_line_message
+
+
+def load_pretrained(source: str, attention: str | None = None) -> Any:
+    """A causal language model with its weights, in float32 and evaluation mode.
+
+    Args:
+        source: A folder, a name on the hub, or a GGUF file.
+        attention: The implementation of attention; None for the library's choice.
+
+    Raises:
+        UserError: It cannot be read, or a library for it is not installed.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise UserError(
+            'pretrained needs the extra huggingface: pip install "mhc-lightning[huggingface]"'
+        ) from error
+    settings: dict[str, Any] = {"dtype": torch.float32}
+    if attention is not None:
+        settings["attn_implementation"] = attention
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"pretrained={source} is not there; give a GGUF file that is")
+        settings["gguf_file"], source = path.name, str(path.parent)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **settings)
+    except ImportError as error:
+        raise UserError(
+            f"pretrained={path} needs a library that is not installed"
+            f" ({one_line_message(error)}); the extra huggingface has it:"
+            ' pip install "mhc-lightning[huggingface]"'
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"pretrained={path} cannot be read as a causal language model of transformers"
+            f" ({one_line_message(error)}); give a folder that save_pretrained wrote, a GGUF file,"
+            " or a name on the hub that this machine can reach"
+        ) from error
