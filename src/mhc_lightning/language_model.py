@@ -86,7 +86,7 @@ class LanguageModel(HeldOutSteps):
       layers of (largest load / mean load - 1) in the global batch
 
     Args:
-        model: The network.
+        model: The network: a `Transformer`, or another with its losses, as `PretrainedNetwork`.
         optimizer: The optimizer recipe: `AdamWRecipe` or `MuonRecipe`.
         compile: Whether to compile the network's sub-layers.
         recompute: `"auto"`, `"off"` (False or None), or the number of sub-layers per recompute
