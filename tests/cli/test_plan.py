@@ -248,3 +248,13 @@ def test_a_reader_that_has_had_enough_is_no_mistake():
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 0
+
+
+def test_planning_imports_no_lightning():
+    code = (
+        "import sys\n"
+        "import mhc_lightning.cli.plan, mhc_lightning.optimizers.recipes, mhc_lightning.planning\n"
+        "slow = {'lightning', 'litdata', 'torch._dynamo'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels.precision import compute_dtype, widened
-from mhc_lightning.modules.document_attention import attention_within, causal_attention
+from mhc_lightning.modules.causal_attention import causal_attention
 from mhc_lightning.modules.documents import Documents
 from mhc_lightning.modules.norm import RMSNorm
 from mhc_lightning.modules.plain_projection import plain_weight
@@ -209,6 +209,8 @@ class LatentAttention(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, padded, attn_mask=visible)
             return mixed[..., : self.head_dim]
         if documents is not None:
+            from mhc_lightning.modules.document_attention import attention_within  # slow to import
+
             return attention_within(documents, query, key, value)
         return causal_attention(query, key, value)
 

@@ -1,5 +1,7 @@
 """Causal attention that stays within documents, without a score for every pair of positions.
 
+Importing it imports Dynamo, which takes a second.
+
 Shapes: B batch, H heads, S sequence, D width of queries and keys, E width of values.
 """
 
@@ -8,27 +10,13 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mhc_lightning.modules.causal_attention import causal_attention
 from mhc_lightning.modules.documents import Documents
 
 _FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FLEX_LEAST_WIDTH = 16  # of queries, keys and values
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention [B, H, S, E] of each position to itself and those before it.
-
-    Args:
-        query: [B, H, S, D].
-        key: [B, H, S, D].
-        value: [B, H, S, E], E at most D.
-    """
-    # Fused attention needs equal widths: values get zeros appended, which are cut off again.
-    padded = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
-    mixed = F.scaled_dot_product_attention(query, key, padded, is_causal=True)
-    return mixed[..., : value.shape[-1]]
 
 
 def attention_within(documents: Documents, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

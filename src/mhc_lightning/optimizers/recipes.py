@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
@@ -267,6 +266,8 @@ def _check_precision(module: nn.Module) -> None:
     half = [p for p in trained if p.is_floating_point() and p.dtype.itemsize < 4]
     if not half:
         return
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # `plan` needs no Lightning
+
     name = str(half[0].dtype).removeprefix("torch.")
     # Half the distance to the next number below, relative to a number just above a power of two.
     part = round(4 / torch.finfo(half[0].dtype).eps)
