@@ -289,6 +289,15 @@ def test_a_recipe_with_a_schedule_of_its_own_needs_max_steps(make: Make) -> None
     trainer().fit(model, batches(4, 2))
 
 
+@pytest.mark.parametrize("row", [[1, 2, 40], [-141, 2, 3], [40, 2, -100]])
+def test_tokens_that_the_model_does_not_know_are_refused(make: Make, row: list[int]) -> None:
+    """The model has tokens 0 to 39; -141 is token 40, read and not predicted."""
+    model = make()
+    assert model.model.vocab_size == 40
+    with pytest.raises(UserError, match="tokens that are not below the model's vocabulary of 40"):
+        trainer().validate(model, loader(torch.tensor([[39, -140, 3], row]), batch_size=2))
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

@@ -1,6 +1,6 @@
 """The steps over held-out text: loss of a validation or test split, log-likelihood of sequences."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -102,7 +102,15 @@ class HeldOutSteps(pl.LightningModule):
         )
 
     def _inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        return inputs_and_targets(batch, getattr(self.model, "end_of_document", None))
+        network: Any = self.model
+        inputs, targets = inputs_and_targets(batch, getattr(network, "end_of_document", None))
+        if (size := getattr(network, "vocab_size", None)) is not None:
+            check_values(
+                (inputs < size).all() & (targets < size).all(),
+                f"a batch has tokens that are not below the model's vocabulary of {size}; use the"
+                " tokenizer of the model, or a model with a larger vocabulary",
+            )
+        return inputs, targets
 
     @property
     def _sum_dtype(self) -> torch.dtype:

@@ -31,6 +31,14 @@ class ConversationText(RecordText):
         columns = set(names)
         return "" if messages in columns or columns.issuperset(pair) else messages
 
+    def remedy(self, names: Iterable[str]) -> str:
+        """See `RecordText`."""
+        messages, *pair = FIELDS
+        return (
+            f"conversations are in {messages!r}, or in {' and '.join(map(repr, pair))}; rename the"
+            " fields, or prepare texts without conversations=true"
+        )
+
     def lacking(self, record: dict[str, Any]) -> str:
         """See `RecordText`."""
         return self.missing(record)

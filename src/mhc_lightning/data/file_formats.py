@@ -48,7 +48,6 @@ _TABLE = "write it as Parquet or JSON Lines"
 _EXTRACT = "extract its text"
 _DECOMPRESS = "decompress it, or compress it with gzip, zstd, bzip2 or xz"
 _TWICE = "it is compressed twice; decompress it once"
-_NAME_FIELD = "name one with text_field=…"
 
 # Name of the format, how to convert it if it is not read here, and the bytes that stand at an
 # offset.
@@ -176,7 +175,7 @@ def _detect_table(suffix: str, text: bytes, wanted: RecordText) -> FileFormat:
     if missing:
         return FileFormat(
             f"{_CSV_SUFFIXES[suffix]} with the columns {field_names(columns)} and no {missing!r}",
-            _NAME_FIELD,
+            wanted.remedy(columns),
         )
     return FileFormat(_CSV_SUFFIXES[suffix])
 
@@ -185,7 +184,7 @@ def _with_fields(name: str, first: object, wanted: RecordText) -> FileFormat:
     """A format of records, if the first record (None: unknown) has the fields to read."""
     if isinstance(first, dict) and (missing := wanted.lacking(first)):
         return FileFormat(
-            f"{name} with the fields {field_names(first)} and no {missing!r}", _NAME_FIELD
+            f"{name} with the fields {field_names(first)} and no {missing!r}", wanted.remedy(first)
         )
     return FileFormat(name)
 

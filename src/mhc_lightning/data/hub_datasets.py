@@ -120,7 +120,7 @@ def _records(
         if missing:
             raise UserError(
                 f"{dataset.url} has no column {missing!r} but {field_names(columns)};"
-                " name one with text_field=… or text_template=…"
+                f" {text.remedy(columns)}"
             )
         names = [name for name in columns if text.reads(name)]
         for values in zip(*(columns[name] for name in names), strict=True):

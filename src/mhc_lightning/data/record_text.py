@@ -16,6 +16,7 @@ from mhc_lightning.errors import UserError
 _SURROGATE = re.compile("([\ud800-\udfff])")
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 _FIELDS_NAMED = 8
+_TOKEN_COLUMN = "input_ids"  # of `datasets`
 
 
 class BadRecord(Exception):  # noqa: N818  # what `on_bad_record` decides about
@@ -91,6 +92,16 @@ class RecordText:
         """The first field that is surely missing among the names of a table's columns, else ''."""
         columns = set(names)
         return next((f for f in self.fields if columns.isdisjoint((f, *_prefixes(f)))), "")
+
+    def remedy(self, names: Iterable[str]) -> str:
+        """What to do where a field is missing among these names, for messages."""
+        remedy = "name one with text_field=… or text_template=…"
+        if _TOKEN_COLUMN in names:
+            remedy += (
+                f"; tokens, as in {_TOKEN_COLUMN!r}, are not prepared: save them as a `datasets`"
+                " folder (load_dataset(…).save_to_disk(…)) and train on it with data.path=…"
+            )
+        return remedy
 
     def reads(self, column: str) -> bool:
         """True if a column holds a field of the text, or an object with one."""

@@ -12,6 +12,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
+from mhc_lightning.data.conversation_text import ConversationText
 from mhc_lightning.data.documents import ReadingLog
 from mhc_lightning.data.record_text import RecordText
 from mhc_lightning.errors import UserError
@@ -68,6 +69,11 @@ def test_what_is_no_text_is_said(tmp_path: Path, read: Read, kind: str) -> None:
     path = write(tmp_path / "x", table, kind)
     with pytest.raises(UserError, match="x has no column 'body' but 'text', 'n', 'list'; name one"):
         read(path, text=RecordText("body"))
+    with pytest.raises(UserError, match=r"no column 'messages' .*; conversations are in"):
+        read(path, text=ConversationText())
+    tokens = write(tmp_path / "t", pyarrow.table({"input_ids": [[1, 2]] * 9}), kind)
+    with pytest.raises(UserError, match=r"t has no column 'text' .*'input_ids', are not prepared"):
+        read(tokens)
     with pytest.raises(UserError, match=r"row 1 of .*x has a field 'n' that is int, not text"):
         read(path, text=RecordText("n"))
     with pytest.raises(UserError, match=r"that is list, not text"):

@@ -158,7 +158,9 @@ def test_folders(tmp_path: Path) -> None:
     refuse(tmp_path / "held", "no files to train on: by their names")
     (tmp_path / "parquet").mkdir()
     (tmp_path / "parquet/a.parquet").write_bytes(b"PAR1")
-    refuse(tmp_path / "parquet", r"holds Parquet files.*save_to_disk")
+    refuse(
+        tmp_path / "parquet", r"holds Parquet files.*prepare input=.*/parquet output=.*save_to_disk"
+    )
     (tmp_path / "nothing").mkdir()
     refuse(tmp_path / "nothing", "is not a prepared folder")
     refuse(tmp_path / "absent", "does not exist")

@@ -113,8 +113,8 @@ class Table:
         missing = text.missing(names)
         if missing:
             raise UserError(
-                f"input {self._name} has no column {missing!r} but {field_names(names)}; name one"
-                " with text_field=… or text_template=…"
+                f"input {self._name} has no column {missing!r} but {field_names(names)};"
+                f" {text.remedy(names)}"
             )
 
     def _batches(self, start: int, stop: int) -> Iterator[Any]:

@@ -159,7 +159,7 @@ def _split_of(name: Path) -> str:
 def _refuse_parquet(path: Path, names: list[Path]) -> None:
     if any(file.suffix == ".parquet" for file in names):
         raise UserError(
-            f"data.path {path} holds Parquet files, of which no part can be read alone; give text"
-            " to `prepare`, and save token data as a `datasets` folder: load_dataset('parquet',"
-            " data_files=…).save_to_disk(…)"
+            f"data.path {path} holds Parquet files, of which no part can be read alone; make data"
+            f" of their text by `prepare input={path} output=…`, and save tokens as a `datasets`"
+            " folder: load_dataset('parquet', data_files=…).save_to_disk(…)"
         )
