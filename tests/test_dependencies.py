@@ -19,6 +19,7 @@ EXTRAS = {
     "src/mhc_lightning/data/token_data/arrow_rows.py": "formats",
     "src/mhc_lightning/cli/evaluate.py": "evaluate",
     "src/mhc_lightning/evaluation": "evaluate",
+    "src/mhc_lightning/data/tokenizer_sources.py": "huggingface",
     "src/mhc_lightning/huggingface": "huggingface",
     "src/mhc_lightning/upcycling": "huggingface",
     "recipes/shared/sweep.py": "slurm",

@@ -169,7 +169,9 @@ def test_a_tokenizer_travels_and_gives_the_ids_of_training(export, tmp_path, add
     folder, _ = export(ours)
     read = AutoTokenizer.from_pretrained(folder)
     for text in ("Hello, yellow", "", "  fellows\n"):
-        assert read(text)["input_ids"] == ours.encode(text).tolist()
+        assert read(text)["input_ids"] == [*ours.beginning, *ours.encode(text).tolist()]
+    assert ours.beginning == ([0] if adds else [])
+    assert read.bos_token == ("<s>" if adds else "<|im_end|>")
     assert read.eos_token == "<|im_end|>" and read.eos_token_id == ours.end_of_document
     chat = read.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert chat == "Hello<|im_end|>"

@@ -120,7 +120,7 @@ def _build(experiment: Experiment) -> "tuple[pl.Trainer, LanguageModel, TextData
         check_room(experiment, trainer.world_size, trainer.strategy.root_device)
     module = build_model_for(experiment, trainer)
     check_layout(trainer, module, data)
-    data.validate_against(module.model.vocab_size)
+    data.validate_against(module.model.vocab_size, getattr(module.model, "pretrained", None))
     describe_token_data(data)
     if data.tokenizer is not None:
         bind_tokenizer(memory_in(module.model), data.tokenizer)

@@ -46,7 +46,7 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
     accelerator = values["trainer"]["accelerator"]
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     model = module.model.to("cuda" if on_gpu else "cpu").eval()
-    tokens = [int(token) for token in tokenizer.encode(prompt)]
+    tokens = [*tokenizer.beginning, *(int(token) for token in tokenizer.encode(prompt))]
     check_arguments("generate", draw, settings)
     drawn = draw(
         model, tokens, seed=values["seed"], end_token=tokenizer.end_of_document, **settings

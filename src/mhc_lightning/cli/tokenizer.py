@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from mhc_lightning.checkpoints.saved_memory import check_saved_memory, memory_in
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.data.document_mask import keep_documents_apart, keeps_documents_apart
+from mhc_lightning.data.model_tokenizer import tokenizer_of_model
 from mhc_lightning.data.token_classes import bind_tokenizer
 from mhc_lightning.data.tokenizers import Tokenizer, load_tokenizer
 from mhc_lightning.errors import UserError
@@ -20,7 +21,8 @@ def tokenizer_of(
     """The tokenizer for a checkpoint.
 
     It is the tokenizer that `data.tokenizer` names; else that of the exported model, if the
-    checkpoint is one; else that of the data at `data.path`.
+    checkpoint is one; else that of the data at `data.path`; else that of the pretrained model, if
+    the network was made from one.
 
     Args:
         experiment: The experiment.
@@ -34,19 +36,24 @@ def tokenizer_of(
     values = experiment.values()
     configured = values["data"]["tokenizer"]
     if configured is not None:
-        tokenizer = load_tokenizer(configured, values["prepare"]["end_of_document"])
+        ends = values["prepare"]
+        tokenizer = load_tokenizer(configured, ends["end_of_document"], ends["begin_of_document"])
     elif is_exported(path):
         tokenizer = open_exported(path).tokenizer()
     else:
         from mhc_lightning.cli.components import build_data
 
         data = build_data(experiment, world_size=1)
-        if data.tokenizer is None:
+        found = data.tokenizer
+        pretrained = getattr(network, "pretrained", None)
+        if found is None and pretrained is not None:
+            found = tokenizer_of_model(pretrained)
+        if found is None:
             raise UserError(
                 f"{data.sources[0].path} does not say which tokenizer its tokens were made with;"
                 " name it with data.tokenizer=…"
             )
-        tokenizer = data.tokenizer
+        tokenizer = found
     check_tokenizer(tokenizer, checkpoint, path, network)
     return tokenizer
 

@@ -55,7 +55,7 @@ def measure(experiment: Experiment) -> dict[str, float | int | str]:
     data = build_data(experiment, replicas(trainer))
     module = build_model_for(experiment, trainer)
     check_layout(trainer, module)
-    data.validate_against(module.model.vocab_size)
+    data.validate_against(module.model.vocab_size, getattr(module.model, "pretrained", None))
     describe_token_data(data)
     checkpoint = load_fitting(path, module, experiment)
     check_tokenizer(data.tokenizer, checkpoint, path, module.model)

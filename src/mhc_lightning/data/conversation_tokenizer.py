@@ -12,7 +12,8 @@ import numpy as np
 
 from mhc_lightning.data.context_tokens import STORED_DTYPE, stored, stored_ids
 from mhc_lightning.data.conversations import Conversation, answers_in, from_bytes
-from mhc_lightning.data.tokenizers import JsonTokenizer, TextStream, Tokenizer
+from mhc_lightning.data.token_streams import TextStream
+from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
 
 _SHOWN = 60  # characters of a conversation in an error message
@@ -23,7 +24,7 @@ class ConversationTokenizer(Tokenizer):
 
     Tokens are uint32, as `context_tokens` stores them. Those of answers are predicted, and the end
     of document, which follows the last answer. A prompt and a completion that are texts are encoded
-    by themselves, without a template.
+    by themselves, without a template; the template writes what messages begin with.
 
     Args:
         texts: The tokenizer of texts.
@@ -74,6 +75,7 @@ class ConversationTokenizer(Tokenizer):
         """Tokens in turn, and whether they are predicted."""
         prompt, completion = conversation
         if isinstance(prompt, str) or isinstance(completion, str):
+            yield np.array(self.texts.beginning, np.int64), False
             yield self.texts.encode(str(prompt)), False
             yield self.texts.encode(str(completion)), True
             return

@@ -22,6 +22,7 @@ class Document:
     Attributes:
         data: The bytes.
         held_out: True in the validation split, False in the training split.
+        begins: True if the document begins with this part.
         ends: True if the document ends with this part.
         proven_cut: False if the document is cut after this part where the tokens of the parts may
             differ from those of the whole, see `TextCuts`.
@@ -31,6 +32,7 @@ class Document:
     held_out: bool
     ends: bool = True
     proven_cut: bool = True
+    begins: bool = True
 
 
 @dataclass(frozen=True)

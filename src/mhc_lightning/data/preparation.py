@@ -46,6 +46,7 @@ def prepare(
     *,
     tokenizer: str | Path = "bytes",
     end_of_document: str | None = None,
+    begin_of_document: str | None = None,
     text_field: str = "text",
     text_template: str | None = None,
     on_bad_record: str = "stop",
@@ -74,9 +75,12 @@ def prepare(
             Arrow; WARC; ZIP and tar archives of these; `.gz`, `.zst`, `.bz2` or `.xz` of them.
             Binary files in folders are left out; other formats of documents are refused.
         output: The folder to write.
-        tokenizer: `bytes`, or the path of a `tokenizer.json`.
+        tokenizer: `bytes`, a `tokenizer.json`, a folder of transformers, a name on the Hugging
+            Face hub, or a GGUF file.
         end_of_document: The token of a `tokenizer.json` that ends a document; by default the
             `eos_token` of the `tokenizer_config.json` beside it, else the first usual name.
+        begin_of_document: The token that a document begins with, empty for none; by default the one
+            that the tokenizer puts before each text.
         text_field: Field of a record that holds its text; `data.text` for one inside another.
         text_template: Fields joined to a text, such as `{title}\n\n{body}`; replaces `text_field`.
         on_bad_record: `stop` at a record without text, or `skip` and count such records.
@@ -114,7 +118,7 @@ def prepare(
         raise UserError(f"chunk_bytes is {chunk_bytes}; give a positive number of bytes")
     if conversations and text_template is not None:
         raise UserError("text_template=… makes texts; leave it out, or conversations=true")
-    chosen = load_tokenizer(tokenizer, end_of_document)
+    chosen = load_tokenizer(tokenizer, end_of_document, begin_of_document)
     work = output.with_name(f".{output.name}.preparing")
     inputs = [input] if isinstance(input, str | Path) else list(input)
     settings = {

@@ -113,10 +113,10 @@ class PreparedData(TokenSource):
             self._check_small(name, file_xxh3, checksum)
         tokenizer = self.record.tokenizer
         if "file" in tokenizer:
-            end = tokenizer["end_of_document"]
+            tokens = tokenizer["end_of_document"], tokenizer.get("begin_of_document", "")
             self._check_small(
                 tokenizer["file"],
-                lambda path: json_fingerprint(path.read_bytes(), end),
+                lambda path: json_fingerprint(path.read_bytes(), *tokens),
                 tokenizer["fingerprint"],
             )
 

@@ -14,7 +14,7 @@ from mhc_lightning.data.token_data.detection import find_token_files
 from mhc_lightning.data.token_data.span_reader import IdLimit
 from mhc_lightning.data.token_data.token_data import TokenData
 from mhc_lightning.data.token_source import TokenSource
-from mhc_lightning.data.tokenizers import load_tokenizer
+from mhc_lightning.data.tokenizers import Tokenizer, load_tokenizer
 from mhc_lightning.errors import UserError
 
 
@@ -139,8 +139,7 @@ def _check_tokenizers(opened: Sequence[TokenSource], tokenizer: str | None) -> N
     prepared = [data for data in opened if isinstance(data, PreparedData)]
     others = [data for data in opened if isinstance(data, TokenData)]
     if tokenizer is not None:
-        end = prepared[0].record.tokenizer.get("end_of_document") if prepared else None
-        named = load_tokenizer(tokenizer, end)
+        named = _named_tokenizer(tokenizer, prepared)
         for data in prepared[:1]:
             if named.fingerprint != data.tokenizer_fingerprint:
                 raise UserError(
@@ -165,6 +164,14 @@ def _check_tokenizers(opened: Sequence[TokenSource], tokenizer: str | None) -> N
             )
 
 
+def _named_tokenizer(spec: str, prepared: Sequence[PreparedData]) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`, with the ends of documents that prepared data have."""
+    record = prepared[0].record.tokenizer if prepared else {}
+    if "end_of_document" not in record:
+        return load_tokenizer(spec)
+    return load_tokenizer(spec, record["end_of_document"], record.get("begin_of_document", ""))
+
+
 def end_of_document(sources: Sequence[TokenSource], given: int | None) -> int | None:
     """Id of the token that ends each document; None if nothing says it.
 
@@ -185,28 +192,32 @@ def end_of_document(sources: Sequence[TokenSource], given: int | None) -> int | 
     return end if given is None else given
 
 
-def limit_ids(sources: Sequence[TokenSource], vocab_size: int) -> None:
+def limit_ids(
+    sources: Sequence[TokenSource], vocab_size: int, pretrained: str | None = None
+) -> None:
     """Refuse ids that a model has no row for; those of token data also as they are read.
+
+    Args:
+        sources: The opened data.
+        vocab_size: The ids of the model.
+        pretrained: The pretrained model that has them; None for one of `model.vocab_size`.
 
     Raises:
         UserError: The tokenizer has more ids than the model, or token data have one that the model
             has not.
     """
+    has, to_set = f"model.vocab_size={vocab_size}", "set it to {}"
+    if pretrained is not None:
+        has = f"{pretrained} has {vocab_size}"
+        to_set = f"tokenize the text with its own tokenizer (prepare.tokenizer={pretrained})"
     for data in sources:
         ids = data.vocab_size
         if ids is not None and ids > vocab_size:
-            raise UserError(
-                f"the tokenizer of {data.path} has {ids} ids but model.vocab_size={vocab_size};"
-                f" set model.vocab_size={ids} or more"
-            )
+            remedy = to_set.format(f"{ids} or more")
+            raise UserError(f"the tokenizer of {data.path} has {ids} ids but {has}; {remedy}")
         if isinstance(data, TokenData):
-            data.limit_ids(
-                IdLimit(
-                    vocab_size,
-                    f"model.vocab_size={vocab_size}",
-                    "set it to the number of ids of the tokenizer that made the data",
-                )
-            )
+            remedy = to_set.format("the number of ids of the tokenizer that made the data")
+            data.limit_ids(IdLimit(vocab_size, has, remedy))
 
 
 def _describe(data: PreparedData) -> str:

@@ -103,13 +103,14 @@ def text_documents(
         return
     if held_out is None:
         held_out = is_held_out(data, reading.validation_fraction)
+    begins = True
     while more := stream.read(_BLOCK_BYTES):
         data += more
         cut, proven = reading.cuts.part_end(data, len(data) - _TAIL_BYTES, _LONGEST_UNCUT)
         if cut:
-            yield Document(data[:cut], held_out, ends=False, proven_cut=proven)
-            data = data[cut:]
-    yield Document(data, held_out)
+            yield Document(data[:cut], held_out, ends=False, proven_cut=proven, begins=begins)
+            data, begins = data[cut:], False
+    yield Document(data, held_out, begins=begins)
 
 
 def _web_documents(

@@ -14,6 +14,7 @@ from mhc_lightning.checkpoints.folder_index import RUN, is_checkpoint_folder
 from mhc_lightning.data.batch_loader import BatchLoader, TrainingLoader
 from mhc_lightning.data.data_sizes import check_sizes
 from mhc_lightning.data.held_out_loader import held_out_loader
+from mhc_lightning.data.model_tokenizer import match_model
 from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.resume import StreamPosition, check_same_stream, stream_identity
 from mhc_lightning.data.sources import (
@@ -212,14 +213,21 @@ class TextDataModule(L.LightningDataModule):
         pairs = zip(counts, self.sources, strict=True)
         return sum(n * data.bytes_per_token() for n, data in pairs if n) / sum(counts)
 
-    def validate_against(self, vocab_size: int) -> None:
+    def validate_against(self, vocab_size: int, pretrained: str | None = None) -> None:
         """Check that a model has a row for every token; ids of token data also as they are read.
 
+        Args:
+            vocab_size: The ids of the model.
+            pretrained: The pretrained model that it is made from, see `PretrainedNetwork`. Token
+                data are then of its tokenizer, if they do not say theirs.
+
         Raises:
-            UserError: The tokenizer has more ids than the model, or token data have an id that the
-                model does not.
+            UserError: The tokenizer has more ids than the model, token data have an id that the
+                model does not, or the tokenizer is another than the pretrained model's.
         """
-        limit_ids(self.sources, vocab_size)
+        if pretrained is not None:
+            match_model(self.sources, pretrained)
+        limit_ids(self.sources, vocab_size, pretrained)
 
     # Division among ranks and micro-batches.
 
@@ -283,10 +291,10 @@ class TextDataModule(L.LightningDataModule):
         if stage == "fit":
             self.accumulation(self._data_parallel()[1])
         assert self.sources
-        _ = self.end_of_document, self.document_boundary
         network = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
         if isinstance(vocab_size := getattr(network, "vocab_size", None), int):
-            self.validate_against(vocab_size)
+            self.validate_against(vocab_size, getattr(network, "pretrained", None))
+        _ = self.end_of_document, self.document_boundary
 
     def train_dataloader(self) -> TrainingLoader:
         """Training batches from the current position of the stream; see `TrainingLoader`."""

@@ -38,6 +38,7 @@ class FilePart:
         held_out: The split of this part; None if the content of its documents decides.
         ends: True if a plain-text document ends with this part.
         proven_cut: See `Document`.
+        begins: True if a plain-text document begins with this part.
     """
 
     file: TextFile
@@ -46,6 +47,7 @@ class FilePart:
     held_out: bool | None = None
     ends: bool = True
     proven_cut: bool = True
+    begins: bool = True
 
     @property
     def size(self) -> int:
@@ -84,7 +86,7 @@ class FilePart:
         if not self.start:
             data = data.removeprefix(codecs.BOM_UTF8)
         if data:
-            yield Document(data, held_out, self.ends, self.proven_cut)
+            yield Document(data, held_out, self.ends, self.proven_cut, self.begins)
         else:
             skipped.empty_documents += 1
 
@@ -198,13 +200,14 @@ def _cut(
     cuts: TextCuts,
 ) -> Iterator[FilePart]:
     """The bytes [start, stop) of a file in parts of about `unit_bytes`."""
+    begins = True
     while start < stop:
         end, proven = stop, True
         if stop - start > unit_bytes:
             end, proven = _boundary(file, start + unit_bytes, cuts)
             end, proven = (end, proven) if end < stop else (stop, True)
-        yield FilePart(file, start, end, held_out, ends=end == stop, proven_cut=proven)
-        start = end
+        yield FilePart(file, start, end, held_out, end == stop, proven, begins)
+        start, begins = end, False
 
 
 def _boundary(file: TextFile, position: int, cuts: TextCuts) -> tuple[int, bool]:

@@ -2,12 +2,17 @@
 
 import json
 import warnings
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from mhc_lightning.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+# What belongs to a tokenizer beside its file, in folders of transformers.
+COMPANION_FILES = (TOKENIZER_CONFIG_FILE, "special_tokens_map.json", CHAT_TEMPLATE_FILE)
 
 _RARE_CHARACTERS = "\ua66e\U0001242b"  # letters that hardly any vocabulary has
 
@@ -44,7 +49,8 @@ def read_tokenizer(path: Path) -> tuple[Any, bytes, int | None]:
 
     if not path.is_file():
         raise UserError(
-            f"tokenizer file {path} does not exist; give the path of a tokenizer.json, or `bytes`"
+            f"tokenizer file {path} does not exist; give a tokenizer.json, a folder that has one, a"
+            " name on the Hugging Face hub, a GGUF file, or `bytes`"
         )
     content = path.read_bytes()
     try:
@@ -101,6 +107,32 @@ def _unknown(tokenizer: Any, model: dict[str, Any]) -> int | None:
     return unknown
 
 
+def begin_of_document_token(path: Path, tokenizer: Any) -> str:
+    """The token that a tokenizer puts before each text; empty if it puts none.
+
+    Args:
+        path: The `tokenizer.json`, for the error message.
+        tokenizer: The `tokenizers.Tokenizer`.
+
+    Raises:
+        UserError: It puts several tokens there.
+    """
+    try:
+        encoding = tokenizer.encode("a")
+    except Exception:  # the tokenizer refuses unknown characters
+        return ""
+    if all(encoding.special_tokens_mask):  # what precedes the text cannot be told from the rest
+        return ""
+    added = zip(encoding.tokens, encoding.special_tokens_mask, strict=True)
+    before = [token for token, _ in takewhile(lambda pair: pair[1], added)]
+    if len(before) > 1:
+        raise UserError(
+            f"{path} puts several tokens before each text ({', '.join(before)}), and a document"
+            " begins with one at most; name it with begin_of_document=…, or '' for none"
+        )
+    return str(before[0]) if before else ""
+
+
 def end_of_document_token(path: Path, vocabulary: dict[str, int]) -> str:
     """The `eos_token` of a `tokenizer_config.json`, else the first usual name that is known.
 
@@ -111,7 +143,7 @@ def end_of_document_token(path: Path, vocabulary: dict[str, int]) -> str:
     Raises:
         UserError: There is no such token, or the `tokenizer_config.json` cannot be understood.
     """
-    config = path.with_name("tokenizer_config.json")
+    config = path.with_name(TOKENIZER_CONFIG_FILE)
     if config.is_file():
         try:
             token = json.loads(config.read_bytes()).get("eos_token")

@@ -4,7 +4,6 @@ A prepared folder records its tokenizer (`Tokenizer.record`). So training, `gene
 readers all use the tokenizer that made the tokens.
 """
 
-import codecs
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -15,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from mhc_lightning.data.text_cuts import ANYWHERE, TextCuts, proven_cuts
+from mhc_lightning.data.token_streams import ByteStream, JsonStream, TextStream
 from mhc_lightning.data.tokenizer_files import (
     TOKENIZER_FILE,
+    begin_of_document_token,
     end_of_document_token,
     read_tokenizer,
 )
+from mhc_lightning.data.tokenizer_sources import tokenizer_file
 from mhc_lightning.errors import UserError
 
 
@@ -35,6 +37,7 @@ class Tokenizer(ABC):
         name: Short name for summaries.
         vocab_size: Number of ids; every id is below it.
         end_of_document: Id that follows each document.
+        begin_of_document: Id that each document begins with; None if there is none.
         fingerprint: Equal for two tokenizers exactly when they give the same ids.
         unknown: Id for text which the tokenizer does not know; None if it has none.
         cuts: Where a long text can be cut.
@@ -44,6 +47,7 @@ class Tokenizer(ABC):
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    begin_of_document: int | None = None
     unknown: int | None = None
     cuts: TextCuts = ANYWHERE
 
@@ -51,6 +55,11 @@ class Tokenizer(ABC):
     def dtype(self) -> np.dtype[Any]:
         """Smallest unsigned integer type (16 or 32 bits) that holds every id."""
         return smallest_dtype(self.vocab_size)
+
+    @property
+    def beginning(self) -> list[int]:
+        """The ids that a text follows where it begins a document."""
+        return [] if self.begin_of_document is None else [self.begin_of_document]
 
     @abstractmethod
     def encode(self, text: bytes | str) -> np.ndarray:
@@ -69,7 +78,7 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @abstractmethod
-    def stream(self) -> "TextStream":
+    def stream(self) -> TextStream:
         """A decoder that takes ids one at a time."""
 
     @abstractmethod
@@ -79,18 +88,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """Everything that `tokenizer_from_record` needs to build this tokenizer again."""
-
-
-class TextStream(ABC):
-    """Decodes ids one at a time; holds back the bytes of an unfinished character."""
-
-    @abstractmethod
-    def push(self, token: int) -> str:
-        """The text that this id completes; empty while a character is unfinished."""
-
-    @abstractmethod
-    def flush(self) -> str:
-        """The text still held back, after the last id (U+FFFD for an unfinished character)."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -113,7 +110,7 @@ class ByteTokenizer(Tokenizer):
 
     def stream(self) -> TextStream:
         """See `Tokenizer.stream`."""
-        return _ByteStream()
+        return ByteStream()
 
     def vocabulary(self) -> Iterator[tuple[str, str]]:
         """See `Tokenizer.vocabulary`."""
@@ -126,17 +123,6 @@ class ByteTokenizer(Tokenizer):
         return {"kind": "bytes", "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
 
 
-class _ByteStream(TextStream):
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        return self._decoder.decode(bytes([token])) if 0 <= token < 256 else ""
-
-    def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
-
-
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library.
 
@@ -147,12 +133,19 @@ class JsonTokenizer(Tokenizer):
         path: A `tokenizer.json`, or a folder that holds one.
         end_of_document: The token that ends a document. By default the `eos_token` of a
             `tokenizer_config.json` beside it, else the first usual name in the vocabulary.
+        begin_of_document: The token that a document begins with, empty for none. By default the
+            one that the tokenizer puts before each text.
 
     Raises:
         UserError: The file is missing or is no tokenizer, or no such token is in the vocabulary.
     """
 
-    def __init__(self, path: str | Path, end_of_document: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        end_of_document: str | None = None,
+        begin_of_document: str | None = None,
+    ) -> None:
         self.path = Path(path)
         if self.path.is_dir():
             self.path = self.path / TOKENIZER_FILE
@@ -164,16 +157,30 @@ class JsonTokenizer(Tokenizer):
                 f"{self.path} has no token {self.end_of_document_token!r} to end documents with;"
                 " name one of its tokens with end_of_document=…"
             )
+        if begin_of_document is None:
+            begin_of_document = begin_of_document_token(self.path, self._tokenizer)
+        self.begin_of_document_token = begin_of_document
+        if begin_of_document and begin_of_document not in vocabulary:
+            raise UserError(
+                f"{self.path} has no token {begin_of_document!r} to begin documents with; name one"
+                " of its tokens with begin_of_document=…"
+            )
         # Text that spells a special token stays text. Any other added token would be found in it.
-        self._tokenizer.add_special_tokens([self.end_of_document_token])
+        special = [self.end_of_document_token, *filter(None, [begin_of_document])]
+        self._tokenizer.add_special_tokens(special)
         self.name = self.path.parent.name or self.path.stem
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = vocabulary[self.end_of_document_token]
-        self.fingerprint = json_fingerprint(content, self.end_of_document_token)
+        self.begin_of_document = vocabulary[begin_of_document] if begin_of_document else None
+        self.fingerprint = json_fingerprint(content, *special)
         self.cuts = proven_cuts(json.loads(content), self.end_of_document_token)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return JsonTokenizer, (self.path, self.end_of_document_token)
+        return JsonTokenizer, (
+            self.path,
+            self.end_of_document_token,
+            self.begin_of_document_token,
+        )
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """See `Tokenizer.encode`."""
@@ -228,7 +235,7 @@ class JsonTokenizer(Tokenizer):
 
     def stream(self) -> TextStream:
         """See `Tokenizer.stream`."""
-        return _JsonStream(self)
+        return JsonStream(self.decode)
 
     def vocabulary(self) -> Iterator[tuple[str, str]]:
         """See `Tokenizer.vocabulary`."""
@@ -238,62 +245,45 @@ class JsonTokenizer(Tokenizer):
 
     def record(self) -> dict[str, Any]:
         """See `Tokenizer.record`."""
+        begin = self.begin_of_document_token
         return {
             "kind": "json",
             "file": TOKENIZER_FILE,
             "end_of_document": self.end_of_document_token,
+            **({"begin_of_document": begin} if begin else {}),
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
         }
 
 
-def json_fingerprint(content: bytes, end_of_document: str) -> str:
+def json_fingerprint(content: bytes, end_of_document: str, begin_of_document: str = "") -> str:
     """The fingerprint of a `JsonTokenizer`, from the bytes of its file."""
-    digest = hashlib.sha256(content + b"\0" + end_of_document.encode())
+    tokens = "\0".join([end_of_document, *filter(None, [begin_of_document])])
+    digest = hashlib.sha256(content + b"\0" + tokens.encode())
     return f"json-{digest.hexdigest()[:32]}"
-
-
-class _JsonStream(TextStream):
-    """Decodes the last few ids again at each step: the text of an id depends on earlier ids.
-
-    The text of the first `_settled` ids of the window has been returned. The other ids wait until
-    they end with a whole character.
-    """
-
-    _LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many byte-level tokens
-
-    def __init__(self, tokenizer: JsonTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._settled = 0
-
-    def push(self, token: int) -> str:
-        self._window.append(token)
-        unfinished = self._tokenizer.decode(self._window).endswith("\ufffd")
-        if unfinished and len(self._window) - self._settled < self._LONGEST_CHARACTER:
-            return ""
-        return self.flush()
-
-    def flush(self) -> str:
-        before = self._tokenizer.decode(self._window[: self._settled])
-        text = self._tokenizer.decode(self._window)[len(before) :]
-        self._window = self._window[self._settled :]
-        self._settled = len(self._window)
-        return text
 
 
 def _as_bytes(text: str) -> bytes:
     return text.encode("utf-8", errors="surrogateescape")
 
 
-def load_tokenizer(spec: str | Path, end_of_document: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    spec: str | Path, end_of_document: str | None = None, begin_of_document: str | None = None
+) -> Tokenizer:
     """The tokenizer of a configuration.
 
     Args:
-        spec: `bytes`, or the path of a `tokenizer.json` or of a folder that holds one.
+        spec: `bytes`, or what `tokenizer_sources.tokenizer_file` takes: a `tokenizer.json`, a
+            folder of transformers, a name on the hub, or a GGUF file.
         end_of_document: See `JsonTokenizer`; the byte tokenizer has an id of its own.
+        begin_of_document: See `JsonTokenizer`; the byte tokenizer has none.
+
+    Raises:
+        UserError: As `JsonTokenizer`, and if the file cannot be had.
     """
-    return ByteTokenizer() if str(spec) == "bytes" else JsonTokenizer(spec, end_of_document)
+    if str(spec) == "bytes":
+        return ByteTokenizer()
+    return JsonTokenizer(tokenizer_file(spec), end_of_document, begin_of_document)
 
 
 def tokenizer_from_record(record: dict[str, Any], folder: Path) -> Tokenizer:
@@ -304,7 +294,9 @@ def tokenizer_from_record(record: dict[str, Any], folder: Path) -> Tokenizer:
     """
     if record["kind"] == "bytes":
         return ByteTokenizer()
-    tokenizer = JsonTokenizer(folder / record["file"], record["end_of_document"])
+    tokenizer = JsonTokenizer(
+        folder / record["file"], record["end_of_document"], record.get("begin_of_document", "")
+    )
     if tokenizer.record() != record:
         raise UserError(
             f"{tokenizer.path} is not the tokenizer its data were prepared with;"

@@ -145,9 +145,10 @@ def _parts(document: Document, cuts: TextCuts) -> Iterator[Document]:
         cut = cuts.find_in_bytes(data, start + _PART_BYTES)
         if cut < 0:
             break
-        yield Document(data[start:cut], document.held_out, ends=False)
+        begins = document.begins and not start
+        yield Document(data[start:cut], document.held_out, ends=False, begins=begins)
         start = cut
-    yield replace(document, data=data[start:]) if start else document
+    yield replace(document, data=data[start:], begins=False) if start else document
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -165,12 +166,17 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _encode(documents: list[Document], tokenizer: Tokenizer, counts: TextCounts) -> np.ndarray:
-    """Tokens of the documents one after the other, each followed by the end of document."""
+    """Tokens of the documents one after the other, each between its beginning and its end.
+
+    A token that ends documents and begins them too is between them once.
+    """
     end = np.array([tokenizer.end_of_document], dtype=tokenizer.dtype)
+    begin = np.array(tokenizer.beginning, dtype=tokenizer.dtype)
+    begin = begin[begin != tokenizer.end_of_document]
     parts: list[np.ndarray] = []
     encoded = tokenizer.encode_documents([document.data for document in documents])
     for document, tokens in zip(documents, encoded, strict=True):
-        parts += [tokens, end] if document.ends else [tokens]
+        parts += [begin] * document.begins + [tokens] + [end] * document.ends
         counts.documents += document.ends
         counts.unproven_cuts += not document.proven_cut
         counts.bytes += len(document.data)

@@ -12,7 +12,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mhc_lightning.data.tokenizers import TextStream, Tokenizer
+from mhc_lightning.data.token_streams import TextStream
+from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.evaluation.scoring import score_continuations
 from mhc_lightning.generation import Sampling, generate_together
@@ -24,7 +25,8 @@ _DEFAULT_NEW_TOKENS = 256  # the harness's default, for tasks without a limit
 class HarnessModel(TemplateLM):
     """Answers the requests of the harness with a `Transformer` and its tokenizer.
 
-    A text without a context follows an end-of-document token, like a document in training.
+    Texts begin like documents in training: with the tokenizer's own token, if it has one. A text
+    without a context follows that, or else an end-of-document token.
 
     Args:
         model: The network, in evaluation mode, on its device.
@@ -62,11 +64,17 @@ class HarnessModel(TemplateLM):
         """The end-of-document token."""
         return self.text.end_of_document
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context follows."""
+        return (self.text.beginning or [self.eot_token_id])[0]
+
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text; none are added."""
-        return [int(token) for token in self.text.encode(string)]
+        """Tokens of a text, behind what documents begin with, unless `add_special_tokens=False`."""
+        before = [] if add_special_tokens is False else self.text.beginning
+        return [*before, *(int(token) for token in self.text.encode(string))]
 
     def _loglikelihood_tokens(
         self,
@@ -75,7 +83,8 @@ class HarnessModel(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         pairs = [
-            (context or [self.eot_token_id], continuation) for _, context, continuation in requests
+            (context or [self.prefix_token_id], continuation)
+            for _, context, continuation in requests
         ]
         self.shortened += sum(len(a) + len(b) > self.max_length + 1 for a, b in pairs)
         with tqdm(total=len(pairs), desc="scoring", disable=disable_tqdm) as bar:
@@ -99,8 +108,8 @@ class HarnessModel(TemplateLM):
         windows: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
-            rolling = get_rolling_token_windows(tokens, self.eot_token_id, self.max_length, 1)
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            rolling = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
             for window in rolling:
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(owner)

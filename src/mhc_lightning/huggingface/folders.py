@@ -80,7 +80,8 @@ def export_for_huggingface(
     """
     tensors = check_export(model, settings, tokenizer)
     end = tokenizer.end_of_document
-    special: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    begin = (tokenizer.beginning or [end])[0]
+    special: dict[str, Any] = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
     config = MhcConfig(
         network=section_records(settings),
         tokenizer=tokenizer.record(),

@@ -7,14 +7,16 @@ from typing import Any
 
 import tokenizers
 
-from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE
+from mhc_lightning.data.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+)
 from mhc_lightning.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.interchange.exported_model import TRAINING_TOKENIZER
 
 END_OF_BYTES = "<|endofdocument|>"
-_CONFIG_FILE = "tokenizer_config.json"
-_TEMPLATE_FILE = "chat_template.jinja"
 # With these the ids of a text would be others than in training.
 _LEFT_OUT = ("post_processor", "truncation", "padding")
 
@@ -22,11 +24,12 @@ _LEFT_OUT = ("post_processor", "truncation", "padding")
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, which give a text the ids of training.
 
-    The token that ends documents is also the first of a text (`bos_token`) and the padding. A chat
-    template beside the tokenizer's file comes along.
+    The token that ends documents is also the padding, and `bos_token` where documents begin with no
+    token of their own; one of their own is put before each text. A chat template beside the
+    tokenizer's file comes along.
 
-    A `tokenizer.json` that adds tokens to every text, cuts it or leaves out merges at random is
-    written without that; `training_tokenizer/` then holds the file as it was.
+    A `tokenizer.json` that adds other tokens to every text, cuts it or leaves out merges at random
+    is written without that; `training_tokenizer/` then holds the file as it was.
 
     Args:
         tokenizer: A `ByteTokenizer` or `JsonTokenizer`.
@@ -38,10 +41,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     settings: dict[str, Any] = {}
     if isinstance(tokenizer, ByteTokenizer):
         byte_level_tokenizer().save(str(folder / TOKENIZER_FILE))
-        end = END_OF_BYTES
+        begin = end = END_OF_BYTES
     elif isinstance(tokenizer, JsonTokenizer):
-        settings = _write_json(tokenizer.path, folder)
+        settings = _write_json(tokenizer, folder)
         end = tokenizer.end_of_document_token
+        begin = tokenizer.begin_of_document_token or end
     else:
         raise UserError(
             f"a {type(tokenizer).__name__} has no form that transformers reads; export without"
@@ -49,14 +53,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         )
     settings |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end,
+        "bos_token": begin,
         "eos_token": end,
         "pad_token": end,
         "padding_side": "left",  # as `generate` needs it; training works with either
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    _write(folder / _CONFIG_FILE, settings)
+    _write(folder / TOKENIZER_CONFIG_FILE, settings)
 
 
 def byte_level_tokenizer() -> tokenizers.Tokenizer:
@@ -76,24 +80,41 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in shown else next(others) for byte in range(256)]
 
 
-def _write_json(path: Path, folder: Path) -> dict[str, Any]:
+def _write_json(tokenizer: JsonTokenizer, folder: Path) -> dict[str, Any]:
     """Write a `tokenizer.json`; the entries of its `tokenizer_config.json` that are kept."""
+    path = tokenizer.path
     content = json.loads(path.read_text(encoding="utf-8"))
-    plain = {**content, **dict.fromkeys(_LEFT_OUT)}
+    plain = {**content, **dict.fromkeys(_LEFT_OUT), "post_processor": _puts_before(tokenizer)}
     plain["model"] = {**content["model"], "dropout": None}
-    if any(content.get(name) for name in _LEFT_OUT) or content["model"].get("dropout"):
+    adds = any(content.get(name) != plain[name] for name in _LEFT_OUT)
+    if adds or content["model"].get("dropout"):
         _write(folder / TOKENIZER_FILE, plain)
         (folder / TRAINING_TOKENIZER).mkdir()
         shutil.copyfile(path, folder / TRAINING_TOKENIZER / TOKENIZER_FILE)
     else:
         shutil.copyfile(path, folder / TOKENIZER_FILE)
-    if path.with_name(_TEMPLATE_FILE).is_file():
-        shutil.copyfile(path.with_name(_TEMPLATE_FILE), folder / _TEMPLATE_FILE)
+    if path.with_name(CHAT_TEMPLATE_FILE).is_file():
+        shutil.copyfile(path.with_name(CHAT_TEMPLATE_FILE), folder / CHAT_TEMPLATE_FILE)
     try:
-        beside = json.loads(path.with_name(_CONFIG_FILE).read_text(encoding="utf-8"))
+        beside = json.loads(path.with_name(TOKENIZER_CONFIG_FILE).read_text(encoding="utf-8"))
         return {k: beside[k] for k in ("chat_template", "unk_token") if k in beside}
     except (OSError, ValueError, TypeError):  # it may be missing, and is not needed
         return {}
+
+
+def _puts_before(tokenizer: JsonTokenizer) -> dict[str, Any] | None:
+    """The step of a `tokenizer.json` that puts the token before texts that documents begin with."""
+    begin = tokenizer.begin_of_document_token
+    if not begin:
+        return None
+    first: dict[str, Any] = {"SpecialToken": {"id": begin, "type_id": 0}}
+    text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, second],
+        "special_tokens": {begin: {"id": begin, "ids": tokenizer.beginning, "tokens": [begin]}},
+    }
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
