@@ -7,6 +7,7 @@ import signal
 
 import pytest
 from omegaconf import OmegaConf
+from pretrained import tiny_pretrained
 
 from mhc_lightning import LanguageModel
 from mhc_lightning.cli.arguments import parse_arguments
@@ -27,14 +28,19 @@ EXPERIMENTS = sorted(shipped_experiments())
 GROUPS = "model connection memory data optimizer trainer strategy callbacks logger checkpoint"
 SMALL = ("baseline_quickstart", "hc_quickstart", "mhc_moe_tiny", "mhc_quickstart")
 
+# Their networks are read from files, with the sizes these have: tests/cli/test_upcycle.py.
+PRETRAINED = ("mhc_upcycle",)
+
 # What outside scripts may set in any experiment, to shrink it.
 CONTRACT = """
-seed output_dir ckpt_path compile recompute overwrite connection
-model.dim model.num_layers model.num_streams model.num_heads model.ffn_dim model.num_experts
-model.vocab_size optimizer.lr optimizer.warmup_steps
+seed output_dir ckpt_path compile recompute overwrite connection model.num_streams
+optimizer.lr optimizer.warmup_steps
 data.path data.batch_size data.micro_batch_size data.sequence_length
 trainer.max_steps trainer.accelerator trainer.devices trainer.val_check_interval
 trainer.log_every_n_steps checkpoint.every_n_steps strategy
+""".split()  # noqa: SIM905
+SIZES = """
+model.dim model.num_layers model.num_heads model.ffn_dim model.num_experts model.vocab_size
 """.split()  # noqa: SIM905
 
 
@@ -49,8 +55,12 @@ def test_there_are_experiments_with_a_line_about_each():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_builds(name, tmp_path):
-    experiment = compose(name, f"output_dir={tmp_path}")
-    for key in CONTRACT:
+    words, keys = [], [*CONTRACT, *SIZES]
+    if name in PRETRAINED:
+        tiny_pretrained().save_pretrained(tmp_path / "pretrained")
+        words, keys = [f"model.pretrained={tmp_path}/pretrained"], CONTRACT
+    experiment = compose(name, f"output_dir={tmp_path}", *words)
+    for key in keys:
         assert OmegaConf.select(experiment.config, key, default="absent") != "absent", key
     module = build_model(experiment, on_meta=True)  # some are large
     assert isinstance(module, LanguageModel)
@@ -71,8 +81,10 @@ def test_every_experiment_composes_and_builds(name, tmp_path):
 )
 def test_every_choice_of_every_group_composes(group, choice):
     # A family leaves its members' sizes open.
-    sizes = "model.dim=16 model.num_layers=2 model.num_heads=2 model.ffn_dim=16 model.num_experts=0"
-    experiment = compose("mhc_quickstart", f"{group}={choice}", *sizes.split())
+    words = "model.dim=16 model.num_layers=2 model.num_heads=2 model.ffn_dim=16 model.num_experts=0"
+    if (group, choice) == ("model", "pretrained"):
+        words = "model.pretrained=anything"
+    experiment = compose("mhc_quickstart", f"{group}={choice}", *words.split())
     assert group in experiment.config
 
 
@@ -111,7 +123,11 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in SMALL else pytest.param(n, marks=pytest.mark.slow) for n in EXPERIMENTS],
+    [
+        name if name in SMALL else pytest.param(name, marks=pytest.mark.slow)
+        for name in EXPERIMENTS
+        if name not in PRETRAINED
+    ],
 )
 def test_every_experiment_trains_when_shrunk(name, data, tmp_path):
     words = ["recompute=off", *([] if name == "mhc_quickstart" else NO_PICTURES)]

@@ -144,7 +144,11 @@ def test_whole_numbers_may_be_written_as_powers_of_ten():
         (["seed=-1"], "seed must be a whole number, at least 0 and below 2**32, not -1"),
         (["seed=null"], "seed must be a whole number, at least 0 and below 2**32, not null"),
         (["optimizer.lr=${nope}"], "nope"),
-        (["data.batch_size=???"], "data.batch_size has no value"),
+        (
+            ["data.batch_size=???"],
+            "config mhc_quickstart needs data.batch_size=…: sequences per optimizer step",
+        ),
+        (["model=paper"], "config mhc_quickstart needs model.dim=…: width C of a stream"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_key(words, expected):

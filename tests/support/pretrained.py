@@ -1,6 +1,7 @@
 """Tiny models of transformers, in place of pretrained ones; the same at each call."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,3 +72,32 @@ def relative_difference(value: Tensor, reference: Tensor) -> float:
     """The largest difference, as a share of the largest value of the reference."""
     reference = reference.detach().double()
     return float((value.detach().double() - reference).abs().max() / reference.abs().max())
+
+
+def pretrained_folder(folder: Path, text: str) -> Path:
+    """Save a tiny Llama with a byte-level BPE tokenizer of its own, as people download models.
+
+    Args:
+        folder: The new folder.
+        text: What the tokenizer's merges are learnt from.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]  # with the ids that `_SIZES` has
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tiny_pretrained(vocab_size=tokenizer.get_vocab_size()).save_pretrained(folder)
+    whole.save_pretrained(folder)
+    return folder

@@ -101,16 +101,16 @@ def test_cached_steps_of_ragged_rows_are_full_passes(folder, name):
 
 def test_connections_alone_can_learn(folder):
     network = PretrainedNetwork(
-        pretrained=folder, connection=CONNECTIONS["mhc"], trained="connections"
+        pretrained=folder, connection=CONNECTIONS["mhc"], train="connections"
     )
     own = {p for m in network.modules() if isinstance(m, Connection) for p in m.parameters()}
     assert own == {p for p in network.parameters() if p.requires_grad}
     with pytest.raises(UserError, match="leaves nothing to train"):
         PretrainedNetwork(
-            pretrained=folder, connection=CONNECTIONS["residual"], trained="connections"
+            pretrained=folder, connection=CONNECTIONS["residual"], train="connections"
         )
-    with pytest.raises(UserError, match="trained must be all or connections, not 'some'"):
-        PretrainedNetwork(pretrained=folder, connection=CONNECTIONS["hc"], trained="some")
+    with pytest.raises(UserError, match="train must be all or connections, not 'some'"):
+        PretrainedNetwork(pretrained=folder, connection=CONNECTIONS["hc"], train="some")
 
 
 def test_recomputes_whole_blocks(network):

@@ -24,6 +24,7 @@ from mhc_lightning.checkpoints.reading import load_file, load_folder
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules.construction import PARTS, UNKNOWN, construct, dotted_name
 from mhc_lightning.optimizers.recipes import OptimizerRecipe
+from mhc_lightning.upcycling import Network
 
 _PACKAGE = "mhc_lightning"
 
@@ -150,7 +151,7 @@ def _arguments(
     find = partial(_find, source, tuple(allow))
     sections = {name: record for name, record in records.items() if name != "optimizer"}
     build = {
-        "model": lambda: construct(sections, source, find),
+        "model": lambda: construct(sections, source, find, Network),
         "optimizer": lambda: _recipe(records["optimizer"], source, find),
     }
     return {**rest, **given, **{name: build[name]() for name in wanted}}
@@ -168,7 +169,7 @@ def _recipe(record: Mapping[str, Any], source: str, find: Any) -> Any:
         raise UserError(f"{source} does not fit this version: {error}") from error
 
 
-def _find(source: str, allow: tuple[Any, ...], name: str, base: type) -> Any:
+def _find(source: str, allow: tuple[Any, ...], name: str, base: Any) -> Any:
     """What a dotted name in a checkpoint means, if it may be called to make a `base`.
 
     Raises:
@@ -196,8 +197,9 @@ def _find(source: str, allow: tuple[Any, ...], name: str, base: type) -> Any:
         found = vars(sys.modules[module]).get(attribute) if module in sys.modules else None
     if isinstance(found, type) and issubclass(found, base):
         return found
+    kind = getattr(base, "__name__", "network")
     raise UserError(
-        f"{source} names {name} as its {base.__name__}, which is not imported or no subclass of it,"
+        f"{source} names {name} as its {kind}, which is not imported or no subclass of it,"
         f" and strangers' names are not called; import it, and pass allow=[{attribute}] if you"
         " trust it"
     )

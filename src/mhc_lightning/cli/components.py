@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.instantiation import build, require_section
+from mhc_lightning.cli.instantiation import build, require_section, target_of
 from mhc_lightning.cli.run_folder import is_first_process
 from mhc_lightning.cli.strategy_choice import devices_per_node, resolve_strategy
 from mhc_lightning.errors import UserError
@@ -156,7 +156,8 @@ def build_model(experiment: Experiment, *, on_meta: bool = False) -> "LanguageMo
 
     Args:
         experiment: The experiment.
-        on_meta: True to build the network without memory for its weights.
+        on_meta: True to build the network without memory for its weights, if its class can: one
+            that reads them from files cannot.
     """
     import lightning.pytorch as pl
     import torch
@@ -165,6 +166,7 @@ def build_model(experiment: Experiment, *, on_meta: bool = False) -> "LanguageMo
 
     values = experiment.values()
     pl.seed_everything(values["seed"], workers=True, verbose=False)
+    on_meta = on_meta and getattr(target_of(experiment, "model"), "builds_on_meta", True)
     with torch.device("meta") if on_meta else contextlib.nullcontext():
         network = build(experiment, "model")
     return LanguageModel(

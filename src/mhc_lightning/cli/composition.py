@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.config_comments import commented_keys
 from mhc_lightning.cli.experiments import find_experiment, group_choices, shipped_folder
 from mhc_lightning.cli.overrides import (
     flat,
@@ -34,6 +35,7 @@ from mhc_lightning.errors import UserError
 
 _NONE = ("", "null", "None")  # of ckpt_path
 _MISSING = "???"  # what OmegaConf takes for a value still to be given
+_RECORDED_AS_TYPED = ("${output_dir}", "${train}")
 _RUN_KEYS = ("seed", "output_dir", "overwrite", "ckpt_path", "compile", "recompute")
 
 
@@ -77,11 +79,11 @@ class Experiment:
     def record(self) -> dict[str, Any]:
         """The configuration to write down: resolved, and an experiment with the same values.
 
-        Values that begin with `${output_dir}` stay interpolations, so that the record can be run
-        with another `output_dir`.
+        Values that begin with `${output_dir}` or `${train}` stay interpolations, so that the record
+        can be run with another `output_dir` or `train`.
         """
         raw = OmegaConf.to_container(self.config, resolve=False)
-        record = _kept_from_output(raw, escaped_tree(self.values()))
+        record = _kept(raw, escaped_tree(self.values()))
         assert isinstance(record, dict)
         return record
 
@@ -124,6 +126,7 @@ def compose_experiment(arguments: Arguments) -> Experiment:
                 defaults=_merged_files(file, overrides),
             )
             _place_literals(experiment)
+            _require_values(experiment)
             _require(_RUN_KEYS, experiment)
             _check_seed(experiment.values()["seed"])
     except (HydraException, OmegaConfBaseException) as error:
@@ -139,6 +142,15 @@ def compose_experiment(arguments: Arguments) -> Experiment:
         raise UserError(f"config {file.name} names itself under `defaults:`") from error
     _warn_of_unread_keys(file, plain, groups)
     return experiment
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Every value of nested mappings by its dotted key."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
@@ -199,10 +211,10 @@ def escaped_tree(value: Any) -> Any:
     return escaped(value) if isinstance(value, str) else value
 
 
-def _kept_from_output(raw: Any, escaped: Any) -> Any:
+def _kept(raw: Any, escaped: Any) -> Any:
     if isinstance(escaped, dict) and isinstance(raw, dict):
-        return {key: _kept_from_output(raw[key], item) for key, item in escaped.items()}
-    return raw if isinstance(raw, str) and raw.startswith("${output_dir}") else escaped
+        return {key: _kept(raw[key], item) for key, item in escaped.items()}
+    return raw if isinstance(raw, str) and raw.startswith(_RECORDED_AS_TYPED) else escaped
 
 
 def _require(keys: Iterable[str], experiment: Experiment) -> None:
@@ -212,6 +224,22 @@ def _require(keys: Iterable[str], experiment: Experiment) -> None:
                 f"config {experiment.file.name} has no `{key}`; begin its `defaults:` with"
                 " `- run: default`, as the shipped experiments do"
             )
+
+
+def _require_values(experiment: Experiment) -> None:
+    """Refuse a configuration in which a value is still to be given; says what it is."""
+    raw = OmegaConf.to_container(experiment.config, resolve=False)
+    key = next((key for key, value in _leaves(raw) if value == _MISSING), None)
+    if key is None:
+        return
+    comments = [
+        entry.comment
+        for path, package in experiment.defaults
+        for entry in commented_keys(path)
+        if key in (entry.key, f"{package}.{entry.key}") and entry.comment
+    ]
+    what = f": {comments[0]}" if comments else ""
+    raise UserError(f"config {experiment.file.stem} needs {key}=…{what}")
 
 
 def _check_seed(seed: Any) -> None:
@@ -241,9 +269,10 @@ def _merged_files(file: Path, overrides: list[str]) -> list[tuple[Path, str]]:
 def _one_line(error: Exception, file: Path) -> str:
     """The message of an error of Hydra or OmegaConf, in one line."""
     message = str(error)
-    key = re.search(r"full_key: (\S+)", message)
-    if key and "Missing mandatory value" in message:
-        return f"{key.group(1)} has no value; give {key.group(1)}=…"
+    group = re.match(r"Could not override '(\w+)'\. No match in the defaults list", message)
+    if group:
+        name = group.group(1)
+        return f"config {file.stem} has no {name} to choose; leave out {name}=…"
     return f"config {file.name}: {flat(message)}"
 
 

@@ -77,7 +77,7 @@ def _look_at_run(
     from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.inspection import static_mappings_of
     from mhc_lightning.interchange.exported_model import materialize
-    from mhc_lightning.interchange.model_settings import build_network, section_records
+    from mhc_lightning.interchange.model_settings import build_outline, section_records
 
     literal = {key: typed for key, typed in arguments.literal.items() if key not in LITERAL_KEYS}
     literal |= {"ckpt_path": [asked], "output_dir": [str(run)]}
@@ -85,8 +85,7 @@ def _look_at_run(
     path = require_checkpoint(experiment)
     values = experiment.values()
     settings = values["model"]
-    with torch.device("meta"):
-        network = build_network(section_records(settings), str(config))
+    network: Any = build_outline(section_records(settings), str(config))
     module = torch.nn.ModuleDict({"model": network})  # the names that checkpoints have
     checkpoint = load_fitting(path, module, experiment, may_run_code=False)
     step, saved = trained_steps(checkpoint), checkpoint["state_dict"]

@@ -27,7 +27,7 @@ def build(experiment: Experiment, section: str, **more: Any) -> Any:
         UserError: the section is missing, or its target or a value in it cannot be used.
     """
     node = require_section(experiment, section)
-    target = _target(section, node._target_)
+    target = _imported(section, node._target_)
     plain = OmegaConf.to_container(node, resolve=True)
     assert isinstance(plain, dict)
     arguments = {str(k): v for k, v in plain.items() if not str(k).startswith("_")}
@@ -35,7 +35,7 @@ def build(experiment: Experiment, section: str, **more: Any) -> Any:
     for key, value in node.items():
         if isinstance(value, DictConfig) and "_target_" in value and value.get("_partial_"):
             inner = {k: v for k, v in arguments[str(key)].items() if not k.startswith("_")}
-            check_arguments(str(key), _target(str(key), value._target_), inner)
+            check_arguments(str(key), _imported(str(key), value._target_), inner)
     # Hydra resolves what it is given and then reads it, each of which takes one escape.
     given = escaped_tree(escaped_tree({k: v for k, v in plain.items() if k not in more}))
     try:
@@ -43,6 +43,15 @@ def build(experiment: Experiment, section: str, **more: Any) -> Any:
     except InstantiationException as error:
         raise _cause(error) from error
     return factory(**more)
+
+
+def target_of(experiment: Experiment, section: str) -> Any:
+    """The class or function that a section's `_target_` names.
+
+    Raises:
+        UserError: the section is missing, or its target cannot be imported.
+    """
+    return _imported(section, require_section(experiment, section)._target_)
 
 
 def require_section(experiment: Experiment, section: str) -> DictConfig:
@@ -82,7 +91,7 @@ def build_members(experiment: Experiment, section: str) -> list[Any]:
     return built
 
 
-def _target(section: str, name: str) -> Any:
+def _imported(section: str, name: str) -> Any:
     try:
         return hydra.utils.get_object(name)
     except Exception as error:

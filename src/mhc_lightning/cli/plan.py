@@ -102,7 +102,7 @@ def check_room(experiment: Experiment, devices: int, device: "torch.device") -> 
 
 
 def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, Plan]":
-    from mhc_lightning.cli.instantiation import build
+    from mhc_lightning.cli.instantiation import build, target_of
     from mhc_lightning.modules import Transformer
     from mhc_lightning.planning import (
         NotPlannableError,
@@ -117,6 +117,12 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
     data, trainer = values["data"], values["trainer"]
     replicas, settings = _data_parallel(values["strategy"], machine.devices)
     micro_batch_size = _micro_batch_size(experiment, replicas.devices)
+    network = target_of(experiment, "model")
+    if not getattr(network, "builds_on_meta", True):
+        raise NotPlannableError(
+            f"model: what {network.__name__} needs is not known before its files are read; a short"
+            " fit measures it (trainer.max_steps=2)"
+        )
     with ShapesOnly():
         model = build(experiment, "model")
     optimizer = build(experiment, "optimizer")

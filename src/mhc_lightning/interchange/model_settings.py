@@ -2,16 +2,21 @@
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
+
+import torch
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.construction import Sections, construct
+from mhc_lightning.upcycling import Network
 
 # Settings that matter in training alone: a trained network computes the same with any value.
 _TRAINING_SETTINGS = (
     *("init_std", "bias_update_speed", "zero_start", "placement", "over_decoding_weight"),
+    "train",
 )
 _PARTS = ("connection", "memory")  # sections within the section `model`
 _NO_MEMORY = "mhc_lightning.modules.Memory"
@@ -72,7 +77,15 @@ def build_network(sections: Sections, source: str) -> Transformer:
     Raises:
         UserError: A class is unknown or missing, or does not take the arguments.
     """
-    return construct(sections, source, partial(_class_named, source))
+    return construct(sections, source, partial(_class_named, source), Transformer)
+
+
+def build_outline(sections: Sections, source: str) -> Network:
+    """As `build_network`, of any class that a `LanguageModel` trains, on `meta` if it can be."""
+    find = partial(_class_named, source)
+    on_meta = getattr(find(sections["model"]["class"], Network), "builds_on_meta", True)
+    with torch.device("meta") if on_meta else nullcontext():
+        return construct(sections, source, find, Network)
 
 
 def connection_builder(section: Mapping[str, Any], source: str) -> Callable[..., Connection]:
@@ -89,12 +102,13 @@ def connection_builder(section: Mapping[str, Any], source: str) -> Callable[...,
     return partial(_class_named(source, section["class"], Connection), **arguments)
 
 
-def _class_named(source: str, name: str, base: type) -> Any:
+def _class_named(source: str, name: str, base: Any) -> Any:
     module, _, attribute = str(name).rpartition(".")
     try:
         value = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{source} names {name}, which cannot be imported: {error}") from error
     if not (isinstance(value, type) and issubclass(value, base)):
-        raise UserError(f"{source} names {name}, which is no {base.__name__}")
+        kind = getattr(base, "__name__", "network")
+        raise UserError(f"{source} names {name}, which is no {kind}")
     return value

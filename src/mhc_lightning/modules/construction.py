@@ -135,7 +135,7 @@ def plain(value: Any) -> Any:
 
 
 def construct(
-    sections: Sections, source: str, find: Callable[[str, type], Callable[..., Any]]
+    sections: Sections, source: str, find: Callable[[str, Any], Callable[..., Any]], kind: Any
 ) -> Any:
     """A network from the records of its sections.
 
@@ -144,6 +144,7 @@ def construct(
         source: Name of what holds the records, for error messages.
         find: Gives the class or function of a dotted name, which a part of the given base, or a
             network, is made by. It refuses what must not be called.
+        kind: The base of networks, or a union of several.
 
     Raises:
         UserError: A record is incomplete, or a class does not take the arguments.
@@ -156,10 +157,8 @@ def construct(
         for name, base in PARTS.items()
         if name in sections
     }
-    from mhc_lightning.modules.transformer import Transformer  # it records its own construction
-
     model = sections["model"]
-    model_class = find(model["class"], Transformer)
+    model_class = find(model["class"], kind)
     try:
         return model_class(**parts, **_arguments(model))
     except TypeError as error:

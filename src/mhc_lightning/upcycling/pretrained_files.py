@@ -1,5 +1,7 @@
 """Reading a pretrained model of transformers: a folder, a name on the hub, or a GGUF file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ def load_pretrained(source: str, attention: str | None = None) -> Any:
             raise UserError(f"pretrained={source} is not there; give a GGUF file that is")
         settings["gguf_file"], source = path.name, str(path.parent)
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **settings)
+        with _without_bars():
+            return AutoModelForCausalLM.from_pretrained(source, **settings)
     except ImportError as error:
         raise UserError(
             f"pretrained={path} needs a library that is not installed"
@@ -45,3 +48,17 @@ def load_pretrained(source: str, attention: str | None = None) -> Any:
             f" ({one_line_message(error)}); give a folder that save_pretrained wrote, a GGUF file,"
             " or a name on the hub that this machine can reach"
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the library from drawing a bar for each file that it reads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -4,7 +4,7 @@ Shapes: B batch, S sequence, C width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from mhc_lightning.upcycling.pretrained_files import load_pretrained
 from mhc_lightning.upcycling.upcycle import upcycle
 from mhc_lightning.upcycling.wide_block import WideBlock
 
-_TRAINED = ("all", "connections")
+_TRAIN = ("all", "connections")
 
 
 class PretrainedNetwork(nn.Module):
@@ -30,7 +30,7 @@ class PretrainedNetwork(nn.Module):
         pretrained: A folder with a model, a name on the Hugging Face hub, or a GGUF file.
         connection: Builds a connection from `dim`, `num_streams` and `layer_index`.
         num_streams: n; a residual connection always has 1.
-        trained: `"all"`, or `"connections"` to freeze everything that was pretrained.
+        train: `"all"`, or `"connections"` to freeze everything that was pretrained.
         attention: The implementation of attention: `eager`, `sdpa` or another of transformers;
             None for its own choice.
 
@@ -42,23 +42,26 @@ class PretrainedNetwork(nn.Module):
         UserError: The model cannot be read or upcycled, or a setting has another value.
     """
 
+    builds_on_meta: ClassVar = False  # its values come from files
+
     def __init__(
         self,
         *,
         pretrained: str,
         connection: Callable[..., Connection],
         num_streams: int = 4,
-        trained: str = "all",
+        train: str = "all",
         attention: str | None = None,
     ) -> None:
         super().__init__()
-        if trained not in _TRAINED:
-            raise UserError(f"trained must be all or connections, not {trained!r}")
+        if train not in _TRAIN:
+            raise UserError(f"train must be all or connections, not {train!r}")
         self.network = load_pretrained(pretrained, attention)
+        self._recomputes = False
         self._plain_head = self._head_is_plain()
         upcycle(self.network, connection, num_streams).train()
         self.vocab_size = int(self.network.get_input_embeddings().weight.shape[0])
-        if trained == "connections":
+        if train == "connections":
             self._freeze_pretrained()
 
     def _freeze_pretrained(self) -> None:
@@ -70,8 +73,8 @@ class PretrainedNetwork(nn.Module):
         }
         if not own:
             raise UserError(
-                "trained=connections leaves nothing to train: the connections have no parameters;"
-                " choose another connection, or trained=all"
+                "train=connections leaves nothing to train: the connections have no parameters;"
+                " choose another connection, or train=all"
             )
         for parameter in self.parameters():
             parameter.requires_grad_(parameter in own)
@@ -170,8 +173,9 @@ class PretrainedNetwork(nn.Module):
             )
         if setting == "auto":
             self.network.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self.network.is_gradient_checkpointing:
+        elif self._recomputes:
             self.network.gradient_checkpointing_disable()
+        self._recomputes = setting == "auto"
         return 0
 
     def compile_sublayers(self) -> None:
