@@ -18,7 +18,14 @@ from packaging.version import Version
 
 import mhc_lightning
 
-SUFFIXES = (".py", ".yaml", ".css", ".html")  # of the files that the package consists of
+SUFFIXES = (
+    ".py",
+    ".yaml",
+    ".css",
+    ".html",
+    ".cpp",
+    ".h",
+)  # of the files that the package consists of
 
 
 @pytest.fixture(scope="module")

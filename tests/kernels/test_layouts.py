@@ -25,9 +25,9 @@ N, WIDTH = 4, 256
 K = N * N + 2 * N
 
 
-@pytest.fixture(autouse=True)
-def _plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backend.VARIABLE, "torch")
+@pytest.fixture(autouse=True, params=["torch", "compiled"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.VARIABLE, request.param)
 
 
 def last_stride_two(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The operators as torch sees them, on both backends: registration, autograd, compilation."""
+"""The operators as torch sees them, on all backends: registration, autograd, compilation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +31,7 @@ N, WIDTH = 3, 20
 K = N * N + 2 * N
 
 
-@pytest.fixture(params=["torch", "triton"], autouse=True)
+@pytest.fixture(params=["torch", "triton", "compiled"], autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(backend.VARIABLE, request.param)
     return request.param
@@ -211,7 +211,7 @@ def test_registration(name: str, kernels: str) -> None:
         )
 
 
-# To a compiler an operator is the same on both backends, but for the strides of its results.
+# To a compiler an operator is the same on all backends, but for the strides of its results.
 @pytest.mark.parametrize(
     ("kernels", "read"),
     [
@@ -324,7 +324,7 @@ def test_gradients_are_the_same_bits_every_time() -> None:
 
 def test_a_wrong_choice_of_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.VARIABLE, "cuda")
-    with pytest.raises(UserError, match="set it to auto, triton or torch"):
+    with pytest.raises(UserError, match="set it to auto, compiled, triton or torch"):
         sinkhorn_knopp(torch.zeros(2, 2))
     monkeypatch.setenv(backend.VARIABLE, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")

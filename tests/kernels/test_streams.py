@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mhc_lightning.kernels import aggregate_streams, merge_streams, read_streams, stream_mappings
 
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
 
 def operands(n: int, width: int, leading: tuple[int, ...]) -> tuple[Tensor, ...]:
     shapes = [(n, width), (width,), (n, n), (n,), (n,)]

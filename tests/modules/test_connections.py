@@ -79,6 +79,7 @@ def test_read_and_write_compose_to_the_call(build: Build) -> None:
     [
         (ManifoldHyperConnection, "torch"),
         (ManifoldHyperConnection, "triton"),
+        (ManifoldHyperConnection, "compiled"),
         (SinglePassHyperConnection, "triton"),
         (PermutationHyperConnection, "triton"),
         (HyperConnection, "triton"),

@@ -74,6 +74,7 @@ def test_gradients_are_bit_for_bit_equal(connection: str) -> None:
             assert equal(gradients(model, size, mixed), expected), (precision, size)
 
 
+@pytest.mark.parametrize("kernels", ["triton", "compiled"])
 @pytest.mark.parametrize(
     "connection",
     [
@@ -84,8 +85,10 @@ def test_gradients_are_bit_for_bit_equal(connection: str) -> None:
         ),
     ],
 )
-def test_by_kernels_with_fused_seams(connection: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MHC_LIGHTNING_KERNELS", "triton")
+def test_by_kernels_with_fused_seams(
+    connection: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MHC_LIGHTNING_KERNELS", kernels)
     model = make(connection, num_layers=2)
     results: list[list[Any]] = []
     for size in (0, 3):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.kernels.compiled_support.library import trouble_with_compiled
 from mhc_lightning.kernels.transforms import ordinary
 from mhc_lightning.kernels.triton_support.availability import trouble_with_triton
 
@@ -19,17 +20,21 @@ _MOST_STREAMS = 8
 _MOST_COEFFICIENTS = 32  # or n² + 2n, if those are more
 MOST_FUSED_STREAMS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_COMPILED = frozenset({"aggregate", "merge", "read", "replay", "sinkhorn"})
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def implementation(operator: str, streams: Tensor, *coefficients: Tensor) -> ModuleType:
     """The module that computes an operator of these operands.
 
-    The environment variable `MHC_LIGHTNING_KERNELS` is `auto` (the default), `triton` or `torch`.
-    Triton's kernels run on a GPU or under `TRITON_INTERPRET=1`. They take up to 8 streams of
-    float32, bfloat16 or float16 with float32 coefficients, at most 32 or n² + 2n per token. Other
-    operands run in plain torch. Under `auto`, where Triton is missing or broken, all operands run
-    in plain torch, with a warning. Tensors without numbers take plain torch, for the shapes of its
-    results.
+    The environment variable `MHC_LIGHTNING_KERNELS` is `auto` (the default), `compiled`, `triton`
+    or `torch`. Triton's kernels run on a GPU or under `TRITON_INTERPRET=1`. They take up to 8
+    streams of float32, bfloat16 or float16 with float32 coefficients, at most 32 or n² + 2n per
+    token.
+    Compiled kernels run on a CPU, if the variable asks for them, and take up to 8 streams of
+    float32, bfloat16 or float64. The first use on a machine builds them. Other operands run in
+    plain torch. Under `auto`, where Triton is missing or broken, all operands run in plain torch,
+    with a warning. Tensors without numbers take plain torch, for the shapes of its results.
 
     Args:
         operator: A folder of `mhc_lightning.kernels`, such as `"merge"`.
@@ -37,14 +42,18 @@ def implementation(operator: str, streams: Tensor, *coefficients: Tensor) -> Mod
         *coefficients: Mappings or parameters.
 
     Returns:
-        `mhc_lightning.kernels.<operator>.triton` or `….reference`.
+        `mhc_lightning.kernels.<operator>.triton`, `….compiled` or `….reference`.
 
     Raises:
-        UserError: The variable has another value, or is `triton` where Triton does not work.
+        UserError: The variable has another value, or names kernels that do not work here.
     """
-    without_numbers = streams.is_meta or isinstance(streams, FakeTensor)
-    by_triton = not without_numbers and _triton_runs(streams, coefficients)
-    return _module(operator, "triton" if by_triton else "reference")
+    name = "reference"
+    if not streams.is_meta and not isinstance(streams, FakeTensor):
+        if _triton_runs(streams, coefficients):
+            name = "triton"
+        elif operator in _COMPILED and _compiled_runs(streams, coefficients):
+            name = "compiled"
+    return _module(operator, name)
 
 
 @cache
@@ -66,10 +75,8 @@ def fuses_seams(streams: Tensor, *coefficients: Tensor) -> bool:
 
 
 def _triton_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
-    choice = os.environ.get(VARIABLE, "auto")
-    if choice not in ("auto", "torch", "triton"):
-        raise UserError(f"{VARIABLE} is {choice!r}; set it to auto, triton or torch")
-    if choice == "torch" or not _fits(streams, coefficients):
+    choice = _choice()
+    if choice in ("torch", "compiled") or not _fits(streams, coefficients):
         return False
     if not streams.is_cuda:
         if choice == "auto":
@@ -86,6 +93,34 @@ def _triton_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
             raise UserError(f"{VARIABLE}=triton, but {trouble}")
         _warn_once(trouble)
     return trouble is None
+
+
+def _compiled_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
+    if _choice() != "compiled" or not _fits_compiled(streams, coefficients):
+        return False
+    trouble = trouble_with_compiled()
+    if trouble is not None:
+        raise UserError(f"{VARIABLE}=compiled, but {trouble}")
+    return True
+
+
+def _choice() -> str:
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in ("auto", "compiled", "torch", "triton"):
+        raise UserError(f"{VARIABLE} is {choice!r}; set it to auto, compiled, triton or torch")
+    return choice
+
+
+def _fits_compiled(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
+    computed = coefficients[0].dtype if coefficients else streams.dtype
+    return (
+        streams.device.type == "cpu"
+        and streams.dtype in _COMPILED_DTYPES
+        and 1 <= streams.shape[-2] <= _MOST_STREAMS
+        and streams.numel() > 0
+        and computed in (torch.float32, torch.float64)
+        and all(t.dtype == computed for t in coefficients)
+    )
 
 
 def _fits(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:

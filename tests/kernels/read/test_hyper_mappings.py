@@ -5,6 +5,8 @@ import torch
 
 from mhc_lightning.kernels import hyper_mappings
 
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
 
 @pytest.mark.parametrize("tanh", [True, False])
 @pytest.mark.parametrize("n", [1, 2, 4, 5])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mhc_lightning.kernels import StreamMappings, read_streams, stream_mappings
 
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
 
 def equations_7_to_9(
     streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, iterations: int = 20, eps: float = 0

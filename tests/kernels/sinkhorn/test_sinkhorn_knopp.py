@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mhc_lightning.kernels import sinkhorn_knopp
 
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
 
 def equation_9(logits: Tensor, num_iterations: int) -> Tensor:
     matrix = logits.exp()

@@ -1,0 +1,1 @@
+"""Shared parts of the compiled CPU kernels: the build, the library's door, vectors and views."""

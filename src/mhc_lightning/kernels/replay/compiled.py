@@ -1,0 +1,9 @@
+"""A stretch of sub-layers' stream operations by compiled kernels, one after the other."""
+
+from functools import partial
+
+from mhc_lightning.kernels.aggregate import compiled as aggregate
+from mhc_lightning.kernels.merge import compiled as merge
+from mhc_lightning.kernels.replay import by_parts
+
+replay_forward = partial(by_parts.replay_forward, merge, aggregate)
