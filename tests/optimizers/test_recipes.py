@@ -48,8 +48,9 @@ def test_bad_values() -> None:
             with pytest.raises(UserError, match=rf"optimizer.{name} must be a positive number"):
                 recipe(lr=1.0, **{name: value})  # type: ignore[arg-type]
     for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"optimizer.memory_lr_scale must be a positive number"):
-            AdamWRecipe(lr=1.0, memory_lr_scale=scale)
+        for name in ("memory_lr_scale", "connection_lr_scale"):
+            with pytest.raises(UserError, match=rf"optimizer.{name} must be a positive number"):
+                AdamWRecipe(lr=1.0, **{name: scale})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"optimizer.memory_update must be adam or rowwise"):
         MuonRecipe(lr=1.0, memory_update="sgd")  # type: ignore[arg-type]
     for name in ("weight_decay", "final_fraction"):

@@ -17,6 +17,7 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.memory import Memory, NgramTable
 from mhc_lightning.optimizers.adamw import RowAdamW
+from mhc_lightning.optimizers.connection_rate import scale_connections
 from mhc_lightning.optimizers.muon import MuonAdamW
 from mhc_lightning.optimizers.parameter_names import keep_names
 from mhc_lightning.optimizers.row_updates import ROWS, RowUpdate
@@ -35,6 +36,7 @@ class OptimizerRecipe(ABC):
         warmup_steps: Steps over which the learning rate rises linearly from 0 to `lr`.
         schedule: The learning rate after the warm-up: see `Schedule`.
         final_fraction: The end of the schedule `cosine`, as a fraction of `lr`.
+        connection_lr_scale: Factor on the learning rate of the connections' parameters.
         memory_lr_scale: Factor on the learning rate of the tables of a memory (arXiv 2601.07372).
             They have no weight decay; a memory's other parameters are trained as all others.
         memory_update: What updates the rows of a table that have a gradient: `adam`, or `rowwise`,
@@ -53,6 +55,7 @@ class OptimizerRecipe(ABC):
     warmup_steps: int = 0
     schedule: ScheduleName = "step"
     final_fraction: float = 0.1
+    connection_lr_scale: float = 1.0
     memory_lr_scale: float = 5.0
     memory_update: RowUpdate = "adam"
 
@@ -72,10 +75,11 @@ class OptimizerRecipe(ABC):
             )
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"optimizer.weight_decay must be at least 0, not {self.weight_decay}")
-        if not 0 < self.memory_lr_scale < math.inf:
-            raise UserError(
-                f"optimizer.memory_lr_scale must be a positive number, not {self.memory_lr_scale}"
-            )
+        for name in ("connection_lr_scale", "memory_lr_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(
+                    f"optimizer.{name} must be a positive number, not {getattr(self, name)}"
+                )
         if self.memory_update not in ("adam", "rowwise"):
             raise UserError(
                 f"optimizer.memory_update must be adam or rowwise, not {self.memory_update!r}"
@@ -105,7 +109,9 @@ class OptimizerRecipe(ABC):
             UserError: Parameters are float16.
         """
         _check_precision(module)
-        optimizer = keep_names(self.build_optimizer(module), module)
+        optimizer = self.build_optimizer(module)
+        scale_connections(optimizer, module, self.connection_lr_scale)
+        keep_names(optimizer, module)
         return optimizer, self.learning_rate.scheduler(optimizer, total_steps)
 
     def row_groups(self, tables: Collection[nn.Parameter] | None) -> list[dict[str, Any]]:
