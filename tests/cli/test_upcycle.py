@@ -111,7 +111,7 @@ def test_the_other_commands_know_the_run(folder, metrics):
     [
         (["train=some"], "train must be all or connections, not 'some'"),
         (["memory=engram"], "config mhc_upcycle has no memory to choose; leave out memory=…"),
-        (["model.pretrained=nothing"], "pretrained=nothing cannot be read as a causal language"),
+        (["model.pretrained=nothing"], "pretrained=nothing is not here"),
         (["connection=residual", "train=connections"], "leaves nothing to train"),
         (["recompute=3"], "recompute=3 is not possible with a pretrained model"),
         (["strategy=pipeline", "trainer.devices=2"], "one network that can be cut into stages"),

@@ -1,5 +1,6 @@
 """Tokenizers as models have them: folders of transformers, GGUF files, names on the hub."""
 
+import io
 import json
 import shutil
 import time
@@ -18,7 +19,9 @@ from mhc_lightning.data import (
     TextDataModule,
     load_tokenizer,
     prepare,
+    stream_documents,
 )
+from mhc_lightning.data.documents import ReadingOptions, Skipped
 from mhc_lightning.data.model_tokenizer import difference
 from mhc_lightning.errors import UserError
 
@@ -71,18 +74,26 @@ def test_the_beginning_is_a_setting(llama: Path, gpt2: Path, tmp_path: Path) -> 
         load_tokenizer(gpt2, begin_of_document="x1")
 
 
-def test_parts_of_a_long_document_do_not_begin(llama: Path, tmp_path: Path) -> None:
-    text = "the fast dog and a cat\n" * 400_000  # in blocks, and in parts of a MiB
-    (tmp_path / "a.txt").write_text(text)
-    for chunk_bytes in (None, 2_000_000):
-        prepare(
-            tmp_path / "a.txt", tmp_path / "out", tokenizer=llama, validation_fraction=0,
-            progress=False, chunk_bytes=chunk_bytes, overwrite=True, num_workers=1,
-        )  # fmt: skip
-        data = PreparedData(tmp_path / "out")
-        tokens = np.concatenate([data.tokens(chunk) for chunk in data.chunks("train")])
-        assert np.flatnonzero(tokens == 1).tolist() == [0]
-        assert np.flatnonzero(tokens == 2).tolist() == [len(tokens) - 1]
+def test_parts_of_a_long_document_do_not_begin(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("the fast dog and a cat\n" * 60_000)  # 1.4 MB
+    prepare(
+        tmp_path / "a.txt", tmp_path / "out", tokenizer=gpt2, begin_of_document="<|start|>",
+        validation_fraction=0, progress=False, chunk_bytes=1_200_000, num_workers=1,
+    )  # fmt: skip
+    data = PreparedData(tmp_path / "out")
+    assert len(data.chunks("train")) > 1
+    tokens = np.concatenate([data.tokens(chunk) for chunk in data.chunks("train")])
+    assert np.flatnonzero(tokens == 257).tolist() == [0]
+    assert np.flatnonzero(tokens == 256).tolist() == [len(tokens) - 1]
+    monkeypatch.setattr(stream_documents, "_BLOCK_BYTES", 100)
+    read = stream_documents.text_documents(
+        io.BytesIO(b"a line\n" * 60), ReadingOptions(), Skipped()
+    )
+    parts = list(read)
+    assert len(parts) > 2
+    assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
 
 
 def test_prepared_data_are_self_contained(llama: Path, tmp_path: Path) -> None:
@@ -154,7 +165,9 @@ def test_a_hub_name_offline_is_one_line_at_once(
         load_tokenizer("nobody-at-all/no-model")
     assert time.monotonic() - began < 10
     message = str(caught.value)
-    assert "\n" not in message and message.startswith("tokenizer=nobody-at-all/no-model is")
+    assert "\n" not in message and message.startswith(
+        "tokenizer=nobody-at-all/no-model is not here"
+    )
 
     def unreachable(*_: Any, **__: Any) -> str:
         raise LocalEntryNotFoundError("Got: ConnectError.\nPlease check your connection.")
@@ -252,3 +265,12 @@ def test_token_files_are_taken_for_the_models(llama: Path, gpt2: Path, tmp_path:
     )  # fmt: skip
     with pytest.raises(UserError, match=r"were made with another tokenizer than that of \S+gpt2"):
         named.validate_against(400, str(gpt2))
+
+
+def test_a_stream_keeps_the_space_behind_what_it_follows(llama: Path) -> None:
+    tokenizer = load_tokenizer(llama)
+    whole = [int(token) for token in tokenizer.encode("the cat and the bird")]
+    for cut in range(len(whole)):
+        stream = tokenizer.stream(whole[:cut])
+        text = "".join(map(stream.push, whole[cut:])) + stream.flush()
+        assert tokenizer.decode(whole[:cut]) + text == "the cat and the bird"

@@ -52,7 +52,7 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
         model, tokens, seed=values["seed"], end_token=tokenizer.end_of_document, **settings
     )
     first = next(drawn, None)  # mistakes in the settings are raised before anything is printed
-    stream = tokenizer.stream()
+    stream = tokenizer.stream(tokens)
     if echo:
         _write(output, prompt)
     for token in drawn if first is None else chain([first], drawn):

@@ -147,9 +147,9 @@ class ConversationTokenizer(Tokenizer):
         """See `Tokenizer`."""
         return self.texts.decode_bytes(ids)
 
-    def stream(self) -> TextStream:
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
         """See `Tokenizer`."""
-        return self.texts.stream()
+        return self.texts.stream(after)
 
     def vocabulary(self) -> Iterator[tuple[str, str]]:
         """See `Tokenizer`."""

@@ -5,7 +5,6 @@ Tokenizers are compared by content: files of the same tokenizer may differ, as a
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -27,7 +26,6 @@ _SAMPLE = (
 )
 
 
-@lru_cache(maxsize=1)
 def tokenizer_of_model(pretrained: str) -> Tokenizer | None:
     """The tokenizer of a pretrained model; None if there is none beside it.
 

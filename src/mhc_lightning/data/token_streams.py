@@ -40,14 +40,15 @@ class JsonStream(TextStream):
 
     Args:
         decode: The text of ids.
+        after: The ids before the first: decoders leave out a space at the beginning of a text.
     """
 
     _LONGEST_CHARACTER = 4  # bytes of UTF-8, so at most as many byte-level tokens
 
-    def __init__(self, decode: Callable[[Iterable[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Iterable[int]], str], after: Iterable[int] = ()) -> None:
         self._decode = decode
-        self._window: list[int] = []
-        self._settled = 0
+        self._window = list(after)[-self._LONGEST_CHARACTER :]
+        self._settled = len(self._window)
 
     def push(self, token: int) -> str:
         """See `TextStream.push`."""

@@ -78,8 +78,8 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @abstractmethod
-    def stream(self) -> TextStream:
-        """A decoder that takes ids one at a time."""
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
+        """A decoder that takes ids one at a time, which follow others."""
 
     @abstractmethod
     def vocabulary(self) -> Iterator[tuple[str, str]]:
@@ -108,7 +108,7 @@ class ByteTokenizer(Tokenizer):
         values = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), dtype=np.int64)
         return values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes()
 
-    def stream(self) -> TextStream:
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
         """See `Tokenizer.stream`."""
         return ByteStream()
 
@@ -233,9 +233,9 @@ class JsonTokenizer(Tokenizer):
         """See `Tokenizer.decode_bytes`."""
         return self.decode(ids).encode("utf-8")
 
-    def stream(self) -> TextStream:
+    def stream(self, after: Iterable[int] = ()) -> TextStream:
         """See `Tokenizer.stream`."""
-        return JsonStream(self.decode)
+        return JsonStream(self.decode, after)
 
     def vocabulary(self) -> Iterator[tuple[str, str]]:
         """See `Tokenizer.vocabulary`."""

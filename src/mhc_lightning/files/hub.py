@@ -39,7 +39,7 @@ def hub_folder(name: str, patterns: Sequence[str], what: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{what}={name} is neither here nor on the hub; check the name, or log in if it is"
+            f"{what}={name} is not here, nor on the hub; check the name, or log in if it is"
             " private (hf auth login)"
         ) from error
     except Exception as error:  # the errors of several libraries

@@ -1,18 +1,20 @@
 """Folders that transformers reads, written from the weights of a network."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from mhc_lightning.checkpoints.saved_tensors import describe
+from mhc_lightning.data.model_tokenizer import tokenizer_of_model
 from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.huggingface.causal_lm import MhcForCausalLM
 from mhc_lightning.huggingface.config import MhcConfig
 from mhc_lightning.huggingface.model_card import write_card
-from mhc_lightning.huggingface.tokenizer_folder import write_tokenizer
+from mhc_lightning.huggingface.tokenizer_folder import copy_tokenizer, write_tokenizer
 from mhc_lightning.interchange.exported_model import HUGGINGFACE_PREFIX
 from mhc_lightning.interchange.exporting import SHARD_BYTES, check_export, new_folder
 from mhc_lightning.interchange.model_settings import section_records
@@ -31,8 +33,9 @@ def export_upcycled(
 ) -> None:
     """Write an upcycled model of transformers as `AutoModelForCausalLM.from_pretrained` reads it.
 
-    The tokenizer is that of the pretrained model, with all that belongs to it, if it has one that
-    transformers reads; else that of the data.
+    The tokenizer is that of the data, with the chat template and all else that `prepare` has kept
+    of it; where it has kept nothing, that of the pretrained model, if there is one. The token that
+    ends the documents of the data also ends generated texts.
 
     Args:
         model: What `upcycle` returned.
@@ -46,17 +49,24 @@ def export_upcycled(
         UserError: The model cannot be described, or the folder is taken or cannot be written.
     """
     described = MhcForCausalLM.from_upcycled(model)
-    path = Path(pretrained)
-    file = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    source = str(path.parent) if file else pretrained
+    described.generation_config = _ending_with(described.generation_config, tokenizer)
     with new_folder(Path(folder), overwrite) as aside:
         described.save_pretrained(aside, max_shard_size=shard_bytes)
-        try:
-            own: Any = AutoTokenizer.from_pretrained(source, **file)
-        except (OSError, ValueError, KeyError):  # the folder has none
-            write_tokenizer(tokenizer, aside)
-        else:
-            own.save_pretrained(aside)
+        if not copy_tokenizer(tokenizer, aside):
+            own = tokenizer_of_model(pretrained)
+            if own is None or not copy_tokenizer(own, aside):
+                write_tokenizer(tokenizer, aside)
+        write_card(aside)
+
+
+def _ending_with(settings: GenerationConfig | None, tokenizer: Tokenizer) -> GenerationConfig:
+    """The settings of generation, with the token that ends documents among those that end texts."""
+    settings = GenerationConfig() if settings is None else copy.deepcopy(settings)
+    ends: Any = settings.eos_token_id
+    ends = ends if isinstance(ends, list) else [end for end in [ends] if end is not None]
+    if tokenizer.end_of_document not in ends:
+        settings.eos_token_id = [*ends, tokenizer.end_of_document]
+    return settings
 
 
 def export_for_huggingface(

@@ -9,6 +9,7 @@ import tokenizers
 
 from mhc_lightning.data.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
+    COMPANION_FILES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
 )
@@ -61,6 +62,27 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
     }
     _write(folder / TOKENIZER_CONFIG_FILE, settings)
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> bool:
+    """Copy the files of a tokenizer of transformers, as they are, if it is one.
+
+    Args:
+        tokenizer: Any tokenizer.
+        folder: An existing folder.
+
+    Returns:
+        False, and nothing is copied, if there is no `tokenizer_config.json` beside its file.
+    """
+    if not isinstance(tokenizer, JsonTokenizer):
+        return False
+    if not tokenizer.path.with_name(TOKENIZER_CONFIG_FILE).is_file():
+        return False
+    shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
+    for name in COMPANION_FILES:
+        if tokenizer.path.with_name(name).is_file():
+            shutil.copyfile(tokenizer.path.with_name(name), folder / name)
+    return True
 
 
 def byte_level_tokenizer() -> tokenizers.Tokenizer:

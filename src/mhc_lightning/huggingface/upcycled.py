@@ -113,6 +113,10 @@ class UpcycledForCausalLM(MhcForCausalLM):
         """The configuration was made from the model."""
 
 
+# Pipelines complain of models of which no class is registered under their class's name.
+UpcycledForCausalLM.__name__ = MhcForCausalLM.__name__
+
+
 def from_upcycled(model: nn.Module) -> MhcForCausalLM:
     """See `MhcForCausalLM.from_upcycled`."""
     if isinstance(model, MhcForCausalLM) and model.config.upcycled is None:

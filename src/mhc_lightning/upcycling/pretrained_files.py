@@ -1,11 +1,16 @@
 """Reading a pretrained model of transformers: a folder, a name on the hub, or a GGUF file."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mhc_lightning.errors import UserError, one_line_message
+from mhc_lightning.files.hub import hub_folder, is_hub_name
+
+_HUB_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors")
+_OTHER_WEIGHTS = ("pytorch_model*.bin",)  # in their place, in early uploads
 
 
 def load_pretrained(source: str, attention: str | None = None) -> Any:
@@ -33,6 +38,12 @@ def load_pretrained(source: str, attention: str | None = None) -> Any:
         if not path.is_file():
             raise UserError(f"pretrained={source} is not there; give a GGUF file that is")
         settings["gguf_file"], source = path.name, str(path.parent)
+    elif is_hub_name(source):
+        folder = hub_folder(source, _HUB_PATTERNS, "pretrained")
+        if not any(folder.glob("*.safetensors")):
+            folder = hub_folder(source, (*_HUB_PATTERNS, *_OTHER_WEIGHTS), "pretrained")
+        source = str(folder)
+    _refuse_own(Path(source))
     try:
         with _without_bars():
             return AutoModelForCausalLM.from_pretrained(source, **settings)
@@ -48,6 +59,21 @@ def load_pretrained(source: str, attention: str | None = None) -> Any:
             f" ({one_line_message(error)}); give a folder that save_pretrained wrote, a GGUF file,"
             " or a name on the hub that this machine can reach"
         ) from error
+
+
+def _refuse_own(folder: Path) -> None:
+    """Refuse a folder that this package has written, of which transformers might know nothing."""
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of which the library says more
+        return
+    if isinstance(record, dict) and (
+        record.get("model_type") == "mhc" or record.get("format") == "mhc-lightning"
+    ):
+        raise UserError(
+            f"pretrained={folder} is no pretrained model of another program: this package has"
+            " written it; go on with the checkpoint of its run (ckpt_path=…)"
+        )
 
 
 @contextmanager

@@ -36,6 +36,7 @@ class PretrainedNetwork(nn.Module):
 
     Attributes:
         network: The model of transformers.
+        pretrained: As given.
         vocab_size: V.
 
     Raises:
@@ -56,6 +57,7 @@ class PretrainedNetwork(nn.Module):
         super().__init__()
         if train not in _TRAIN:
             raise UserError(f"train must be all or connections, not {train!r}")
+        self.pretrained = pretrained
         self.network = load_pretrained(pretrained, attention)
         self._recomputes = False
         self._plain_head = self._head_is_plain()
