@@ -9,32 +9,17 @@ one process.
 """
 
 import argparse
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
 from mhc_lightning.modules import ManifoldHyperConnection
-from timing import interleaved_seconds, report
+from timing import interleaved_seconds, kernels, report
 
 # (n, C)
 SHAPES = ((4, 128), (4, 256), (4, 512), (4, 1024), (1, 512), (2, 512), (8, 512))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@contextmanager
-def kernels(choice: str) -> Iterator[None]:
-    """Within, the stream operations run on the kernels of this choice."""
-    before = os.environ.get("MHC_LIGHTNING_KERNELS")
-    os.environ["MHC_LIGHTNING_KERNELS"] = choice
-    try:
-        yield
-    finally:
-        del os.environ["MHC_LIGHTNING_KERNELS"]
-        if before is not None:
-            os.environ["MHC_LIGHTNING_KERNELS"] = before
 
 
 def cases(n: int, width: int, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:

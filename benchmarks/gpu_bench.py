@@ -1,10 +1,8 @@
 """The GPU suite's device and clock: a GPU with its events, or toy sizes without one."""
 
 import gc
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,20 +67,6 @@ class Bench:
         target = torch.empty_like(source)
         taken = self.seconds(lambda: target.copy_(source))
         return None if taken is None else 2 * size / taken["median"]
-
-
-@contextmanager
-def kernels(choice: str) -> Iterator[None]:
-    """Run the stream operations with ``triton`` or with ``torch``."""
-    before = os.environ.get("MHC_LIGHTNING_KERNELS")
-    os.environ["MHC_LIGHTNING_KERNELS"] = choice
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MHC_LIGHTNING_KERNELS"]
-        else:
-            os.environ["MHC_LIGHTNING_KERNELS"] = before
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

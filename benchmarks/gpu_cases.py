@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_bench import kernels
 from mhc_lightning.kernels import (
     aggregate_streams,
     expand_streams,
@@ -19,6 +18,7 @@ from mhc_lightning.kernels import (
     sinkhorn_knopp,
     stream_mappings,
 )
+from timing import kernels
 
 # Of max|a - b| / max|b|, by the dtype of the streams.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu_bench import Bench, attempt, kernels, release_memory
+from gpu_bench import Bench, attempt, release_memory
 from gpu_results import Results
 from kernel_traffic import least_of_a_connection
 from mhc_lightning.modules import (
@@ -22,6 +22,7 @@ from mhc_lightning.modules import (
 )
 from mhc_lightning.modules.connection import Connection, Unmerged
 from peers import PlainConnection, importable_peers
+from timing import kernels
 
 CHAIN = 4  # sub-layers
 Built = tuple[nn.Module, Callable[[Tensor], Tensor]]  # the parameters, and what is timed

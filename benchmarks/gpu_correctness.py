@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_bench import Bench, attempt, kernels, release_memory
+from gpu_bench import Bench, attempt, release_memory
 from gpu_cases import LIMITS, Case, check_case, matrix, operands, toy_matrix
 from gpu_results import Results
 from mhc_lightning.kernels import (
@@ -31,6 +31,7 @@ from mhc_lightning.kernels import (
     read_hyper_streams,
     read_streams,
 )
+from timing import kernels
 
 _WATCHED = (Case(4, 256, 37, "bfloat16"), Case(3, 257, 5, "float32", "transposed"))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpu_bench import Bench, attempt, kernels, release_memory
+from gpu_bench import Bench, attempt, release_memory
 from gpu_results import Results
 from gpu_training import TOY
 from members import Member, experiment_of
@@ -16,6 +16,7 @@ from mhc_lightning.planning import DataParallel
 from mhc_lightning.planning.activations import MicroBatch
 from mhc_lightning.planning.memory import device_memory
 from mhc_lightning.planning.precision import precision_of
+from timing import kernels
 
 # Experiment, overrides, sequences, micro-batches.
 CASES: list[tuple[str, tuple[str, ...], int, int]] = [

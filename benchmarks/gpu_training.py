@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpu_bench import Bench, attempt, kernels, release_memory
+from gpu_bench import Bench, attempt, release_memory
 from gpu_results import Results
 from members import Member, experiment_of
 from mhc_lightning.cli.instantiation import build
@@ -17,7 +17,7 @@ from mhc_lightning.planning import DataParallel, ShapesOnly, this_machine
 from mhc_lightning.planning.activations import MicroBatch, sub_layers
 from mhc_lightning.planning.memory import device_memory
 from mhc_lightning.planning.precision import precision_of
-from timing import interleaved_seconds
+from timing import interleaved_seconds, kernels
 
 # Tiny, for the interpreter.
 TOY = (

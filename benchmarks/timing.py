@@ -6,7 +6,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -38,6 +39,20 @@ def summary(values: list[float]) -> dict[str, float]:
         values = values * 2
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "minimum": min(values), "quartile_1": low, "quartile_3": high}
+
+
+@contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """Run the stream operations with ``triton``, ``compiled`` or ``torch``."""
+    before = os.environ.get("MHC_LIGHTNING_KERNELS")
+    os.environ["MHC_LIGHTNING_KERNELS"] = choice
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MHC_LIGHTNING_KERNELS"]
+        else:
+            os.environ["MHC_LIGHTNING_KERNELS"] = before
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

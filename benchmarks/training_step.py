@@ -1,11 +1,13 @@
 """A training step with mHC over the same model with the plain residual connection.
 
-Same sub-layers, flags and allocator, interleaved in one process; six blocks, 8 x 256 tokens, n = 4.
+Same sub-layers, flags and allocator, interleaved in one process; six blocks, 8 x 256 tokens, n = 4;
+on the torch path, and on the compiled kernels (`mhc/kernels`).
 
     python benchmarks/training_step.py > benchmarks/results/training_step_cpu.json
 """
 
 import argparse
+import time
 from collections.abc import Callable
 
 import torch
@@ -19,7 +21,7 @@ from mhc_lightning.modules import (
     Transformer,
 )
 from mhc_lightning.optimizers.recipes import AdamWRecipe
-from timing import interleaved_seconds, report
+from timing import interleaved_seconds, kernels, report
 
 CONNECTIONS: dict[str, Callable[..., Connection]] = {
     "residual": ResidualConnection,
@@ -27,9 +29,15 @@ CONNECTIONS: dict[str, Callable[..., Connection]] = {
     "mhc": ManifoldHyperConnection,
 }
 
+MODES = ("eager", "compiled")
+
 
 def make_step(
-    connection: Callable[..., Connection], dim: int, compiled: bool, args: argparse.Namespace
+    connection: Callable[..., Connection],
+    dim: int,
+    compiled: bool,
+    choice: str,
+    args: argparse.Namespace,
 ) -> Callable[[], None]:
     torch.manual_seed(0)
     model = Transformer(
@@ -50,8 +58,9 @@ def make_step(
     tokens = torch.randint(0, 257, (args.batch, args.length + 1))
 
     def step() -> None:
-        logits = model(tokens[:, :-1])
-        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        with kernels(choice):
+            logits = model(tokens[:, :-1])
+            F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -65,16 +74,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=["perf_counter", "process_time"], default="perf_counter")
     args = parser.parse_args()
 
+    torch.set_num_threads(args.threads)
     rows = []
     for dim in args.dims:
-        for compiled in (False, True):
+        for mode in args.modes:
+            compiled = mode == "compiled"
             steps = {
-                name: make_step(connection, dim, compiled, args)
+                name: make_step(connection, dim, compiled, "torch", args)
                 for name, connection in CONNECTIONS.items()
             }
-            seconds = interleaved_seconds(steps, args.repeats)
+            for name in ("hc", "mhc"):
+                step = make_step(CONNECTIONS[name], dim, compiled, "compiled", args)
+                steps[f"{name}/kernels"] = step
+            seconds = interleaved_seconds(steps, args.repeats, clock=getattr(time, args.clock))
             baseline = seconds["residual"]["median"]
             rows.append(
                 {

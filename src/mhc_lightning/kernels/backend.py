@@ -20,7 +20,7 @@ _MOST_STREAMS = 8
 _MOST_COEFFICIENTS = 32  # or n² + 2n, if those are more
 MOST_FUSED_STREAMS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_COMPILED = frozenset({"aggregate", "merge", "read", "replay", "sinkhorn"})
+_COMPILED = frozenset({"aggregate", "merge", "merge_read", "read", "replay", "sinkhorn"})
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -51,7 +51,7 @@ def implementation(operator: str, streams: Tensor, *coefficients: Tensor) -> Mod
     if not streams.is_meta and not isinstance(streams, FakeTensor):
         if _triton_runs(streams, coefficients):
             name = "triton"
-        elif operator in _COMPILED and _compiled_runs(streams, coefficients):
+        elif operator in _COMPILED and streams.numel() and _compiled_runs(streams, coefficients):
             name = "compiled"
     return _module(operator, name)
 
@@ -64,10 +64,13 @@ def _module(operator: str, name: str) -> ModuleType:
 def fuses_seams(streams: Tensor, *coefficients: Tensor) -> bool:
     """True if merging and reading run as one kernel, which moves less than two.
 
+    Compiled kernels fuse them for up to 8 streams.
     Triton fuses them for up to 4 streams on NVIDIA's chips of compute capability 8.0 or more. More
     streams do not fit the registers of a program. The kernel's tiles do not fit the shared memory
     of AMD's chips.
     """
+    if _compiled_runs(streams, coefficients):
+        return True
     fits = streams.shape[-2] <= MOST_FUSED_STREAMS and torch.version.hip is None
     if streams.is_cuda:
         fits = fits and torch.cuda.get_device_capability(streams.device) >= (8, 0)
@@ -98,7 +101,8 @@ def _triton_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
 def _compiled_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
     if _choice() != "compiled" or not _fits_compiled(streams, coefficients):
         return False
-    trouble = trouble_with_compiled()
+    # Under a tracer nothing is built: the operators ask again when they run.
+    trouble = trouble_with_compiled() if ordinary(streams) else None
     if trouble is not None:
         raise UserError(f"{VARIABLE}=compiled, but {trouble}")
     return True
@@ -117,7 +121,6 @@ def _fits_compiled(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
         streams.device.type == "cpu"
         and streams.dtype in _COMPILED_DTYPES
         and 1 <= streams.shape[-2] <= _MOST_STREAMS
-        and streams.numel() > 0
         and computed in (torch.float32, torch.float64)
         and all(t.dtype == computed for t in coefficients)
     )

@@ -11,6 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from mhc_lightning.kernels import (
     backend,
+    fuses_seams,
+    merge_and_read,
     merge_streams,
     read_hyper_streams,
     read_streams,
@@ -54,6 +56,29 @@ def hyper(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
     return merge_streams(kept, read, mappings.residual, mappings.post)
 
 
+def seam(streams: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor) -> Tensor:
+    kept, read, mappings = read_streams(streams, phi, alpha, bias)
+    new, read, mappings = merge_and_read(
+        kept, read, mappings.residual, mappings.post, phi, alpha, bias
+    )
+    return merge_streams(new, read, mappings.residual, mappings.post)
+
+
+def test_passes_of_a_fused_seam() -> None:
+    """The merged streams are read from the cache, and their gradient never reaches memory."""
+    given, gradient = leaves(), randn(TOKENS, N, WIDTH)
+    assert fuses_seams(given[0], given[1])
+    calls: list[Call] = []
+    with observe(calls.append):
+        merged = seam(*given)
+        torch.autograd.grad(merged, given, gradient)
+    moved = {c.name: sum(t.numel() for t in c.views) / (TOKENS * WIDTH) for c in calls}
+    assert moved["merge_read_forward"] == 2 * N + 2
+    # The view of the merged streams, read once more, is inside the struct of the operands.
+    assert moved["merge_read_backward"] == 3 * N + 3
+    assert len(calls) == 6
+
+
 def test_calls_and_passes_of_a_connection() -> None:
     """(9n + 5)·C elements per token, each stream-sized operand once per kernel."""
     given, gradient = leaves(), randn(TOKENS, N, WIDTH)
@@ -89,7 +114,7 @@ def test_allocations_of_a_connection() -> None:
     assert len(gradients) == 4
 
 
-@pytest.mark.parametrize("run", [connection, hyper])
+@pytest.mark.parametrize("run", [connection, hyper, seam])
 def test_the_number_of_threads_changes_no_bit(
     run: Callable[..., Tensor], threads: Callable[[int], None]
 ) -> None:
@@ -108,7 +133,7 @@ def test_the_number_of_threads_changes_no_bit(
 def test_a_connection_of_any_size_against_float64(n: int, width: int) -> None:
     given, gradient = leaves(tokens=19, n=n, width=width), randn(19, n, width)
     doubles = [t.detach().double().requires_grad_() for t in given]
-    for run in (connection, hyper):
+    for run in (connection, hyper, seam):
         for a, b in zip(
             outcome(run, given, gradient), outcome(run, doubles, gradient.double()), strict=True
         ):
