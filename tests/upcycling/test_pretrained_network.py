@@ -1,6 +1,8 @@
 """Pretrained models as the network of a `LanguageModel`."""
 
+import json
 import math
+import shutil
 import sys
 from typing import Any
 
@@ -159,6 +161,30 @@ def test_a_language_model_trains_it_and_goes_on(tmp_path, folder, recompute):
 def test_what_cannot_be_read_is_named(tmp_path, source, words):
     with pytest.raises(UserError, match=words):
         PretrainedNetwork(pretrained=source.format(tmp_path), connection=CONNECTIONS["mhc"])
+
+
+def refuse(path, words):
+    with pytest.raises(UserError, match=words) as caught:
+        PretrainedNetwork(pretrained=str(path), connection=CONNECTIONS["mhc"])
+    assert "\n" not in str(caught.value)
+
+
+def change_config(folder, **changes):
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, **changes}))
+
+
+def test_weights_that_do_not_fit_are_named_and_none_are_drawn(tmp_path, folder):
+    larger, deeper, cut = (tmp_path / name for name in ("larger", "deeper", "cut"))
+    for path in (larger, deeper, cut):
+        shutil.copytree(folder, path)
+    change_config(larger, intermediate_size=48)
+    refuse(larger, r"weights model.layers.0.mlp.down_proj.weight of shape \[32, 40\], .*\[32, 48\]")
+    change_config(deeper, num_hidden_layers=4, layer_types=None)
+    refuse(deeper, r"lacks 9 weights of a causal language model, such as model\.layers\.3\.")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refuse(cut, "cannot be read as a causal language model")
 
 
 def test_a_damaged_gguf_file_is_named(tmp_path):

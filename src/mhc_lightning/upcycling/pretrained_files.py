@@ -25,6 +25,7 @@ def load_pretrained(source: str, attention: str | None = None) -> Any:
     """
     try:
         import torch
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise UserError(
@@ -46,19 +47,38 @@ def load_pretrained(source: str, attention: str | None = None) -> Any:
     _refuse_own(Path(source))
     try:
         with _without_bars():
-            return AutoModelForCausalLM.from_pretrained(source, **settings)
+            models: Any = AutoModelForCausalLM
+            model, loaded = models.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            )
     except ImportError as error:
         raise UserError(
             f"pretrained={path} needs a library that is not installed"
             f" ({one_line_message(error)}); the extra huggingface has it:"
             ' pip install "mhc-lightning[huggingface]"'
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"pretrained={path} cannot be read as a causal language model of transformers"
             f" ({one_line_message(error)}); give a folder that save_pretrained wrote, a GGUF file,"
             " or a name on the hub that this machine can reach"
         ) from error
+    _require_weights(path, loaded)
+    return model
+
+
+def _require_weights(path: Path, loaded: dict[str, Any]) -> None:
+    """Refuse weights that do not fit, or are not there; the library would draw new ones."""
+    for name, saved, expected in sorted(loaded["mismatched_keys"]):
+        raise UserError(
+            f"pretrained={path} has weights {name} of shape {list(saved)}, and its configuration"
+            f" asks for {list(expected)}; give a model whose files belong together"
+        )
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"pretrained={path} lacks {len(missing)} weights of a causal language model, such as"
+            f" {missing[0]}; give a folder with all of them"
+        )
 
 
 def _refuse_own(folder: Path) -> None:
