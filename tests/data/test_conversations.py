@@ -1,6 +1,7 @@
 """Conversations: only answers are predicted, from the record to the loss."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,20 @@ def test_tokenizers_without_a_fitting_template_are_refused(
     refused(r"^\S+ has no chat template for messages", other)
     (other / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"} more')
     refused("mend its tokenizer_config.json", other, end_of_document=END)
+
+
+def test_another_template_is_another_output(tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    shutil.copytree(tokenizer_folder, tmp_path / "own")
+
+    def prepared() -> bool:
+        summary = prepare(
+            tmp_path / "chats.jsonl", tmp_path / "out", tokenizer=tmp_path / "own",
+            conversations=True, validation_fraction=0, num_workers=1, progress=False,
+        )  # fmt: skip
+        return summary.reused
+
+    assert [prepared(), prepared()] == [False, True]
+    (tmp_path / "own/chat_template.jinja").write_text(TEMPLATE.replace("assistant\n", "bot\n"))
+    with pytest.raises(UserError, match="holds other input or settings"):
+        prepared()

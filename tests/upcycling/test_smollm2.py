@@ -134,7 +134,7 @@ def test_its_export_has_its_tokenizer_and_chat_template(
     wide, tokenizer = pretrained.wide(ManifoldHyperConnection), load_tokenizer(pretrained.file)
     out = tmp_path / "out"
     export_upcycled(wide, out, pretrained=pretrained.file, tokenizer=tokenizer)
-    back = AutoModelForCausalLM.from_pretrained(out)
+    back: Any = AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
         logits = back(pretrained.ids).logits
     difference = (logits - pretrained.expected).abs().max()

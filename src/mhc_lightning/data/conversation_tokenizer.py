@@ -13,8 +13,10 @@ import numpy as np
 from mhc_lightning.data.context_tokens import STORED_DTYPE, stored, stored_ids
 from mhc_lightning.data.conversations import Conversation, answers_in, from_bytes
 from mhc_lightning.data.token_streams import TextStream
+from mhc_lightning.data.tokenizer_files import COMPANION_FILES
 from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
+from mhc_lightning.files.checksums import file_xxh3
 
 _SHOWN = 60  # characters of a conversation in an error message
 
@@ -70,6 +72,13 @@ class ConversationTokenizer(Tokenizer):
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """See `encode`."""
         return [self.encode(document) for document in documents]
+
+    def template_checksums(self) -> dict[str, str]:
+        """Checksums of the files that say how messages are written, by their names."""
+        if not isinstance(self.texts, JsonTokenizer):
+            return {}
+        files = [self.texts.path.with_name(name) for name in COMPANION_FILES]
+        return {file.name: file_xxh3(file) for file in files if file.is_file()}
 
     def _pieces(self, conversation: Conversation) -> Iterator[tuple[np.ndarray, bool]]:
         """Tokens in turn, and whether they are predicted."""

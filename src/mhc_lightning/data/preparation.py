@@ -149,7 +149,8 @@ def prepare(
     unit_bytes = chunk_bytes or min(
         _LARGEST_UNIT, max(_SMALLEST_UNIT, sum(file.size for file in found) // _USUAL_UNITS)
     )
-    identity = _identity(settings, chosen, found, datasets)
+    encoder = ConversationTokenizer(chosen) if conversations else chosen
+    identity = _identity(settings, encoder, found, datasets)
     existing = _existing(output, identity, overwrite)
     if existing is not None:
         return PrepareSummary(output, existing, time.monotonic() - began, reused=True)
@@ -164,7 +165,6 @@ def prepare(
         tuple(as_text),
         chosen.cuts,
     )
-    encoder = ConversationTokenizer(chosen) if conversations else chosen
     taken = [(file.name, file.description) for file in found]
 
     def write() -> PreparedRecord:
@@ -196,12 +196,16 @@ def _identity(
     The checksum leaves out the folders of the files. It includes the format of a file only where
     the name suggests another format: so folders of earlier versions are recognised.
     """
+    template: dict[str, str] = {}
+    if isinstance(tokenizer, ConversationTokenizer):
+        template = tokenizer.template_checksums()
     return json_sha256(
         {
             **{key: value for key, value in settings.items() if key not in _NOT_IDENTITY},
             **{key: settings[key] for key in _NOT_IDENTITY[2:] if settings[key] not in _NO_CHANGE},
             "format": FORMAT,
             "tokenizer": tokenizer.fingerprint,
+            **({"template": template} if template else {}),
             "files": [
                 (file.name, file.size, file.modified)
                 + ((file.version,) if file.version else ())
