@@ -10,7 +10,6 @@ from mhc_lightning.data.context_tokens import targets_of, tokens_of
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.kernels.argument_checks import check_values
-from mhc_lightning.modules import Transformer
 from mhc_lightning.strategies.layout import layout_of
 
 
@@ -64,7 +63,7 @@ class SequenceScores(NamedTuple):
 class HeldOutSteps(pl.LightningModule):
     """The part of a `LanguageModel` that runs under `validate`, `test` and `predict`."""
 
-    model: Transformer
+    model: Any  # a `Network`; its kinds have more than they share
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sum of the validation tokens' losses, and their number."""

@@ -32,7 +32,6 @@ from mhc_lightning.data.tokenizers import Tokenizer
 from mhc_lightning.errors import NonFiniteLossError, UserError
 from mhc_lightning.held_out_steps import HeldOutSteps, inputs_and_targets
 from mhc_lightning.loggers.trainer_loggers import declare_hyper_parameters
-from mhc_lightning.modules import Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.optimizers.finiteness import last_gains
 from mhc_lightning.optimizers.fit_length import UNKNOWN, steps_of_fit
@@ -64,6 +63,7 @@ from mhc_lightning.strategies.row_stores import (
 from mhc_lightning.strategies.sharded_rows import tables_of
 from mhc_lightning.strategies.sharding import shard_by_mesh
 from mhc_lightning.trainer_checks import check_trainer
+from mhc_lightning.upcycling import Network
 
 
 class LanguageModel(HeldOutSteps):
@@ -86,7 +86,7 @@ class LanguageModel(HeldOutSteps):
       layers of (largest load / mean load - 1) in the global batch
 
     Args:
-        model: The network: a `Transformer`, or another with its losses, as `PretrainedNetwork`.
+        model: The network: a `Transformer`, a `PretrainedNetwork`, or another with their methods.
         optimizer: The optimizer recipe: `AdamWRecipe` or `MuonRecipe`.
         compile: Whether to compile the network's sub-layers.
         recompute: `"auto"`, `"off"` (False or None), or the number of sub-layers per recompute
@@ -95,7 +95,7 @@ class LanguageModel(HeldOutSteps):
 
     def __init__(
         self,
-        model: Transformer,
+        model: Network,
         optimizer: OptimizerRecipe,
         compile: bool = False,
         recompute: str | int | None = "off",

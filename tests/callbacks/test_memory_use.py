@@ -186,7 +186,7 @@ def test_a_model_compiled_as_a_whole(fit: Any, tokens: DataLoader) -> None:
         model = model_with(ENGRAM)
         if compile_it:
             embed: Any = torch.compile(model.model.embed, backend=backend)
-            model.model.embed = embed  # type: ignore[method-assign]
+            model.model.embed = embed
             for block in model.model.blocks:
                 block.compile(backend=backend)
         fit(model, *watched, data=tokens, max_steps=4)

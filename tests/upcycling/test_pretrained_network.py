@@ -151,6 +151,35 @@ def test_a_language_model_trains_it_and_goes_on(tmp_path, folder, recompute):
         assert torch.equal(one, other), name
 
 
+@torch.no_grad()
+def test_a_checkpoint_alone_rebuilds_it(tmp_path):
+    """Without the pretrained model, of which a checkpoint keeps the configuration."""
+    tiny_pretrained("qwen3").save_pretrained(tmp_path / "gone")
+    network = PretrainedNetwork(
+        pretrained=str(tmp_path / "gone"), connection=CONNECTIONS["mhc"], num_streams=2,
+        train="connections", attention="eager",
+    )  # fmt: skip
+    for parameter in network.parameters():
+        parameter.add_(0.01)
+    module = LanguageModel(network, AdamWRecipe(lr=1e-2))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "module.ckpt")
+    shutil.rmtree(tmp_path / "gone")
+    again = LanguageModel.load_from_checkpoint(tmp_path / "module.ckpt")
+    tokens = some_tokens()
+    assert torch.equal(again.eval()(tokens), module.eval()(tokens))
+    assert again.model.network.config._attn_implementation == "eager"
+    for one, other in zip(network.parameters(), again.model.parameters(), strict=True):
+        assert one.requires_grad == other.requires_grad
+    record = dict(again.hparams_initial["model"])
+    record["architecture"] = {**record["architecture"], "model_type": "unheard"}
+    with pytest.raises(UserError, match="does not build the model of the checkpoint"):
+        PretrainedNetwork(
+            pretrained="gone", connection=CONNECTIONS["mhc"], architecture=record["architecture"]
+        )
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [

@@ -1,7 +1,7 @@
 """Reading a pretrained model of transformers: a folder, a name on the hub, or a GGUF file."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,24 @@ from mhc_lightning.files.hub import hub_folder, is_hub_name
 
 _HUB_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors")
 _OTHER_WEIGHTS = ("pytorch_model*.bin",)  # in their place, in early uploads
+# Where a model comes from, and code of its own: nothing that a checkpoint may say.
+_NOT_ARCHITECTURE = ("_name_or_path", "auto_map", "transformers_version")
+
+
+def _library() -> tuple[Any, Any, Any]:
+    """Torch, and the Auto classes of models and configurations.
+
+    Raises:
+        UserError: transformers is not installed.
+    """
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise UserError(
+            'pretrained needs the extra huggingface: pip install "mhc-lightning[huggingface]"'
+        ) from error
+    return torch, AutoModelForCausalLM, AutoConfig
 
 
 def load_pretrained(source: str, attention: str | None = None) -> Any:
@@ -23,14 +41,9 @@ def load_pretrained(source: str, attention: str | None = None) -> Any:
     Raises:
         UserError: It cannot be read, or a library for it is not installed.
     """
-    try:
-        import torch
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise UserError(
-            'pretrained needs the extra huggingface: pip install "mhc-lightning[huggingface]"'
-        ) from error
+    torch, auto, _ = _library()
+    from safetensors import SafetensorError
+
     settings: dict[str, Any] = {"dtype": torch.float32}
     if attention is not None:
         settings["attn_implementation"] = attention
@@ -47,8 +60,7 @@ def load_pretrained(source: str, attention: str | None = None) -> Any:
     _refuse_own(Path(source))
     try:
         with _without_bars():
-            models: Any = AutoModelForCausalLM
-            model, loaded = models.from_pretrained(
+            model, loaded = auto.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
     except ImportError as error:
@@ -94,6 +106,34 @@ def _refuse_own(folder: Path) -> None:
             f"pretrained={folder} is no pretrained model of another program: this package has"
             " written it; go on with the checkpoint of its run (ckpt_path=…)"
         )
+
+
+def architecture_of(model: Any) -> dict[str, Any]:
+    """The configuration of a model, of which `build_described` builds one like it."""
+    settings = model.config.to_dict()
+    return {name: value for name, value in settings.items() if name not in _NOT_ARCHITECTURE}
+
+
+def build_described(architecture: Mapping[str, Any], attention: str | None = None) -> Any:
+    """A causal language model of transformers with initial weights, in float32.
+
+    Args:
+        architecture: As `architecture_of` gives it.
+        attention: As for `load_pretrained`.
+
+    Raises:
+        UserError: The installed transformers knows no such model, or is not installed.
+    """
+    torch, auto, config = _library()
+    more = {} if attention is None else {"attn_implementation": attention}
+    try:
+        described = config.for_model(**architecture)
+        return auto.from_config(described, dtype=torch.float32, **more)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the installed transformers does not build the model of the checkpoint"
+            f" ({one_line_message(error)}); use the version that it was trained with"
+        ) from error
 
 
 @contextmanager

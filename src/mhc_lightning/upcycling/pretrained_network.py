@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, C width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.modules import Connection
+from mhc_lightning.modules.construction import UNKNOWN, plain, recording
 from mhc_lightning.modules.flops import training_flops_per_token
 from mhc_lightning.modules.head_loss import count_targets, head_token_losses, mean_head_loss
-from mhc_lightning.upcycling.pretrained_files import load_pretrained
+from mhc_lightning.upcycling.pretrained_files import (
+    architecture_of,
+    build_described,
+    load_pretrained,
+)
 from mhc_lightning.upcycling.upcycle import upcycle
 from mhc_lightning.upcycling.wide_block import WideBlock
 
@@ -33,6 +38,8 @@ class PretrainedNetwork(nn.Module):
         train: `"all"`, or `"connections"` to freeze everything that was pretrained.
         attention: The implementation of attention: `eager`, `sdpa` or another of transformers;
             None for its own choice.
+        architecture: What a checkpoint says of the model: its configuration in transformers. Then
+            `pretrained` is not read, and the weights are initial until the checkpoint's are loaded.
 
     Attributes:
         network: The model of transformers.
@@ -45,6 +52,9 @@ class PretrainedNetwork(nn.Module):
 
     builds_on_meta: ClassVar = False  # its values come from files
 
+    construction: dict[str, Any]  # as `Transformer` has it
+
+    @recording
     def __init__(
         self,
         *,
@@ -53,18 +63,29 @@ class PretrainedNetwork(nn.Module):
         num_streams: int = 4,
         train: str = "all",
         attention: str | None = None,
+        architecture: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if train not in _TRAIN:
             raise UserError(f"train must be all or connections, not {train!r}")
         self.pretrained = pretrained
-        self.network = load_pretrained(pretrained, attention)
+        if architecture is None:
+            self.network = load_pretrained(pretrained, attention)
+        else:
+            self.network = build_described(architecture, attention)
+        self._record_architecture()
         self._recomputes = False
         self._plain_head = self._head_is_plain()
         upcycle(self.network, connection, num_streams).train()
         self.vocab_size = int(self.network.get_input_embeddings().weight.shape[0])
         if train == "connections":
             self._freeze_pretrained()
+
+    def _record_architecture(self) -> None:
+        """Add the model's configuration to what a checkpoint says of this network."""
+        record = self.construction["model"]
+        if UNKNOWN not in record:
+            record["architecture"] = plain(architecture_of(self.network))
 
     def _freeze_pretrained(self) -> None:
         own = {
