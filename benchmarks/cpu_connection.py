@@ -5,7 +5,7 @@ of streams and outputs: n + 1 to read, 2n + 1 to merge, 3n + 2 and 3n + 1 on the
 reads half of these bytes and writes as many, to memory that is there already. Cases take turns in
 one process.
 
-    python benchmarks/cpu_connection.py > benchmarks/results/cpu_connection.json
+    python benchmarks/cpu_connection.py > benchmarks/results/connection_kernels_cpu.json
 """
 
 import argparse
