@@ -18,7 +18,7 @@ from mhc_lightning.cli.commands import COMMANDS
 from mhc_lightning.cli.composition import compose_experiment
 
 # Pages whose own tests follow them word by word.
-FOLLOWED = ("docs/your_project/", "docs/extend/", "docs/mhc/")
+FOLLOWED = ("docs/your_project/", "docs/extend/", "docs/mhc/", "docs/start/pretrained.md")
 OUTSIDE = {  # run elsewhere: by the tests of the package's installation, or of the recipes
     "docs/start/install.md": ("python -m pip", "python -c"),
 }

@@ -9,7 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,13 @@ def write_files(pages: Sequence[Path], folder: Path) -> None:
             path.write_text(block.text, encoding="utf-8")
 
 
-def follow(page: Path, folder: Path, before: Sequence[Path] = (), skip: str = "(?!)") -> str:
+def follow(
+    page: Path,
+    folder: Path,
+    before: Sequence[Path] = (),
+    skip: str = "(?!)",
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """Do what a page says, in a folder of its own.
 
     A block with a title is written to that file, a block of Python without one is run, and so are
@@ -61,16 +67,17 @@ def follow(page: Path, folder: Path, before: Sequence[Path] = (), skip: str = "(
         folder: Where a reader would be.
         before: Pages whose files this one goes on with.
         skip: Regular expression of commands that are not run.
+        more: Settings added to this package's commands, by their names, that keep them small.
 
     Returns:
         What was printed.
     """
     write_files([*before, page], folder)
     with _as_in(folder):
-        return _follow(page, folder, skip)
+        return _follow(page, folder, skip, more or {})
 
 
-def _follow(page: Path, folder: Path, skip: str) -> str:
+def _follow(page: Path, folder: Path, skip: str, more: Mapping[str, Sequence[str]]) -> str:
     names: dict[str, Any] = {"__name__": "page"}
     printed, everything = "", ""
     for block in blocks_of(page):
@@ -88,14 +95,14 @@ def _follow(page: Path, folder: Path, skip: str) -> str:
             lines = re.sub(r"\s+# .*", "", block.text.replace("\\\n", " "), flags=re.MULTILINE)
             for line in filter(None, map(str.strip, lines.splitlines())):
                 if not re.search(skip, line):
-                    printed += _run(line, folder)
+                    printed += _run(line, folder, more)
         else:
             raise AssertionError(f"{page.name} has {block.language} that nothing runs or reads")
         everything += printed
     return everything
 
 
-def _run(line: str, folder: Path) -> str:
+def _run(line: str, folder: Path, more: Mapping[str, Sequence[str]]) -> str:
     """Run one command, Python's in this process, and return what it prints."""
     words = shlex.split(line)
     if words[0] == "TRITON_INTERPRET=1":  # as all tests are run
@@ -105,7 +112,7 @@ def _run(line: str, folder: Path) -> str:
         done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         return done.stdout
     if words[1:3] == ["-m", "mhc_lightning"]:
-        return "".join(run_main(*words[3:]))
+        return "".join(run_main(*words[3:], *more.get(words[3], ())))
     with _captured() as output:
         if words[1:3] == ["-m", "pytest"]:
             ended = pytest.main(["-q", "-p", "no:cacheprovider", *words[3:]])
