@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from gaps import Estimate, estimate
 from untouched import Untouched
+from variants import Variant
 
 from mhc_lightning.callbacks.gains import GAIN_TAGS
 from mhc_lightning.reporting.logged_runs import LoggedRun
 from mhc_lightning.reporting.metric_series import layer_matrix
-
-BASELINE, ALL, CONNECTIONS = "residual", "all", "connections"
 
 
 @dataclass(frozen=True)
@@ -20,23 +19,21 @@ class Continued:
     """What became of the pretrained model with one connection.
 
     Attributes:
-        train: What learned: all, or connections.
-        connection: The connection's name.
+        variant: How it was trained on.
         runs: By seed; those whose loss stopped being finite are left out.
         before: What the pretrained model says of the same batches, by seed.
         diverged: Seeds that are left out.
     """
 
-    train: str
-    connection: str
+    variant: Variant
     runs: dict[int, LoggedRun]
     before: dict[int, Untouched]
     diverged: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        """For tables and legends."""
-        return self.connection if self.train == ALL else f"{self.connection} (connections)"
+        """The variant's."""
+        return self.variant.name
 
     def held_out(self) -> dict[int, dict[int, float]]:
         """Held-out loss by seed and step; step 0 is the pretrained model's."""
@@ -118,13 +115,12 @@ def minus(one: Continued, other: Continued | None, what: str) -> Estimate | None
 
 def described(one: Continued, baseline: Continued | None) -> dict[str, Any]:
     """A variant's results as plain values."""
+    about = {**asdict(one.variant), "diverged_seeds": one.diverged}
     if not one.runs:
-        return {"train": one.train, "connection": one.connection, "diverged_seeds": one.diverged}
+        return about
     gained = estimate(end - one.before[seed].held_out for seed, end in one.ends().items())
     return {
-        "train": one.train,
-        "connection": one.connection,
-        "diverged_seeds": one.diverged,
+        **about,
         "held_out_loss": one.held_out(),
         "held_out_minus_untouched": _plain(gained),
         "held_out_minus_residual": _plain(minus(one, baseline, "ends")),
@@ -157,18 +153,18 @@ def moved(one: Continued, what: str) -> float:
 def table(found: Sequence[Continued], baseline: Continued | None) -> str:
     """The result as text."""
     lines = [
-        "variant                    held out  minus untouched    minus residual (95%)"
+        "variant                      held out  minus untouched    minus residual (95%)"
         "         diversity  gain    reads   writes"
     ]
     for one in found:
         if not one.runs:
-            lines.append(f"{one.name:25}  diverged")
+            lines.append(f"{one.name:27}  diverged")
             continue
         ends = list(one.ends().values())
         gained = float(np.mean([end - one.before[s].held_out for s, end in one.ends().items()]))
         diversity = list(one.over_time("stream_diversity/mean").values())[-1]
         lines.append(
-            f"{one.name:25}{float(np.mean(ends)):10.4f}{gained:+17.4f}"
+            f"{one.name:27}{float(np.mean(ends)):10.4f}{gained:+17.4f}"
             f"    {_shown(minus(one, baseline, 'ends')):27}{diversity:10.4f}"
             f"{one.largest_gains()['composite/backward']:8.2f}"
             f"{moved(one, 'read'):9.4f}{moved(one, 'write'):9.4f}"

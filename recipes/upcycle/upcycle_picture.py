@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from axes import plain, save
-from continued import ALL, BASELINE, Continued
+from continued import Continued
+from variants import ALL, BASELINE, VARIANTS
 
 from mhc_lightning.plotting.theme import (
     DASHES,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_ORDER = (BASELINE, "hc", "mhc", "mhc_single_pass", "identity")
 _SMOOTH = 9  # steps of a running mean, at most; a third of the run
 
 
@@ -70,7 +70,7 @@ def draw_streams(found: Sequence[Continued], file: Path) -> None:
     """Diversity, composite gains and the mixing matrix's diagonal by sub-layer, at the end."""
     from matplotlib.figure import Figure
 
-    wide = [one for one in found if one.connection != BASELINE]
+    wide = [one for one in found if one.name != BASELINE]
     figure = Figure(figsize=(12.5, 4.0), layout="constrained")
     panels = figure.subplots(1, 4)
     for axes, title, tag in zip(
@@ -123,7 +123,9 @@ def draw_weights(found: Sequence[Continued], file: Path) -> None:
             if row == len(found) - 1:
                 axes.set_xlabel("sub-layer", fontsize=TEXT, color=FAINT)
             if column == 0:
-                axes.set_ylabel(f"{one.connection}\nstream", fontsize=TEXT, color=INK)
+                axes.set_ylabel(
+                    f"{one.name.removeprefix('connections_')}\nstream", fontsize=TEXT, color=INK
+                )
         bar = figure.colorbar(drawn, ax=list(grid[:, column]), fraction=0.05, pad=0.02)
         bar.ax.tick_params(length=0, labelsize=TEXT - 1.5, labelcolor=FAINT)
         bar.outline.set_visible(False)
@@ -137,9 +139,11 @@ def _titles(axes: "Axes", title: str, across: str) -> None:
 
 
 def _look(one: Continued) -> dict[str, Any]:
+    places = [variant.name for variant in VARIANTS.values() if variant.train == ALL]
+    colour = places.index(one.name.removeprefix("connections_"))
     return {
-        "color": RUN_COLOURS[_ORDER.index(one.connection)],
-        "linestyle": DASHES[0 if one.train == ALL else 1],
+        "color": RUN_COLOURS[colour],
+        "linestyle": DASHES[0 if one.variant.train == ALL else 1],
         "linewidth": 1.6,
     }
 

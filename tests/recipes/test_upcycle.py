@@ -27,32 +27,36 @@ def runs(*words):
     )
 
 
-def test_runs_differ_in_what_learns_connection_and_seed_alone():
+def test_runs_differ_in_what_learns_connection_rate_and_seed_alone():
     found = runs("seeds=3,4", MODEL)
-    assert len(found) == 5 + 4 + 5 and len({run.name for run in found.values()}) == len(found)
+    assert len(found) == 6 + 4 + 6 and len({run.name for run in found.values()}) == len(found)
     first, connections = None, set()
-    for (train, _, seed), run in found.items():
+    for (name, seed), run in found.items():
         values = compose_experiment(
             parse_arguments(["fit", "--config", run.config, *run.overrides])
         ).values()
-        assert values.pop("train") == values["model"].pop("train") == train
+        train = values.pop("train")
+        assert values["model"].pop("train") == train
+        assert (train == "connections") == name.startswith("connections_")
         assert values.pop("seed") == values["data"].pop("seed") == seed
-        connections.add(values.pop("connection")["_target_"])
+        connection = values.pop("connection")["_target_"]
+        connections.add(connection)
+        slow = connection.endswith(".HyperConnection") and name != "hc_fast"
+        assert values["optimizer"].pop("connection_lr_scale") == (5 if slow else 50)
         values["model"].pop("connection")
         for key in ("output_dir", "logger", "checkpoint"):
             values.pop(key)
         first = first or values
         assert values == first
     assert len(connections) == 5
-    assert {seed for train, _, seed in found if train == "connections"} == {3}
-    assert not any(key[:2] == ("connections", "residual") for key in found)
+    assert {seed for name, seed in found if name.startswith("connections_")} == {3}
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["only=mch"], "only=mch is not known; choose from residual, .*"),
-        (["train=some"], "train=some is not known; choose from all, connections"),
+        (["train=all"], "train= differs between the runs; say only=mhc,connections_mhc instead"),
         (["connection=mhc"], "connection= differs between the runs; say only=hc,mhc instead"),
         (["seeds=one"], "seeds=one is not understood; .*"),
     ],
@@ -101,7 +105,7 @@ def stand_in(monkeypatch):
     def run_all(asked, folder, *_):
         outcomes = {}
         for each in asked:
-            _, name, seed = each.name.split("_")
+            *_, name, seed = each.name.split("_")
             diverged = (name, seed) == ("hc", "seed2")
             end = END[name] + int(seed.removeprefix("seed")) / 10
             own = folder / each.name
@@ -136,32 +140,31 @@ def stand_in(monkeypatch):
 def test_gaps_are_paired_by_seed_and_by_batch(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(upcycle.HERE.parents[1])
     stand_in(monkeypatch)
-    upcycle.main([MODEL, "only=residual,hc,mhc", f"output={tmp_path}"])
+    names = [*END, "connections_hc", "connections_mhc"]
+    upcycle.main([MODEL, f"only={','.join(names)}", f"output={tmp_path}"])
     record = json.loads((tmp_path / "results/upcycle.json").read_text())
-    found = {(v["train"], v["connection"]): v for v in record["variants"]}
-    assert list(found) == [
-        *(("all", name) for name in END), ("connections", "hc"), ("connections", "mhc")
-    ]  # fmt: skip
-    assert found["all", "residual"]["held_out_minus_residual"] is None
-    gap = found["all", "mhc"]["held_out_minus_residual"]
+    found = {v["name"]: v for v in record["variants"]}
+    assert list(found) == names and found["connections_hc"]["train"] == "connections"
+    assert found["residual"]["held_out_minus_residual"] is None
+    gap = found["mhc"]["held_out_minus_residual"]
     assert gap == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1})
-    assert found["all", "mhc"]["held_out_loss"]["2"] == pytest.approx({"0": 2.5, "3": 2.3})
-    gained = found["all", "mhc"]["held_out_minus_untouched"]
+    assert found["mhc"]["held_out_loss"]["2"] == pytest.approx({"0": 2.5, "3": 2.3})
+    gained = found["mhc"]["held_out_minus_untouched"]
     half = 12.706 * 0.05  # Student's t with one degree of freedom, standard error 0.05
     assert gained == pytest.approx({"mean": -0.25, "low": -0.25 - half, "high": -0.25 + half}, 1e-3)
-    assert found["all", "hc"]["diverged_seeds"] == [2]
-    assert found["all", "hc"]["held_out_minus_residual"]["low"] is None
-    training = found["all", "hc"]["training_minus_untouched"]["1"]
+    assert found["hc"]["diverged_seeds"] == [2]
+    assert found["hc"]["held_out_minus_residual"]["low"] is None
+    training = found["hc"]["training_minus_untouched"]["1"]
     assert training == pytest.approx([0.0, -0.5, -1.0])
-    assert found["all", "hc"]["last_third_minus_residual"]["mean"] == pytest.approx(-0.1)
-    assert found["all", "hc"]["difference_before_the_first_update"] == 0
-    reads = found["connections", "mhc"]["read_weights"]
+    assert found["hc"]["last_third_minus_residual"]["mean"] == pytest.approx(-0.1)
+    assert found["hc"]["difference_before_the_first_update"] == 0
+    reads = found["connections_mhc"]["read_weights"]
     assert np.shape(reads["first"]) == (LAYERS, 2)
     assert reads["last"][3] == pytest.approx([0.8, 0.8])
-    assert found["connections", "mhc"]["largest_gains"]["composite/forward"] == 2.0
+    assert found["connections_mhc"]["largest_gains"]["composite/forward"] == 2.0
     for name in ("losses", "streams", "weights_all", "weights_connections"):
         assert (tmp_path / f"results/{name}.png").stat().st_size > 10_000
-    assert "mhc (connections)" in capsys.readouterr().out
+    assert "connections_mhc" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -178,7 +181,12 @@ def test_before_the_first_update_every_connection_is_the_pretrained_model(tmp_pa
         *("prepare", "--config", config, f"input={tmp_path / 'texts'}", f"output={data}"),
         *(words[0], "prepare.validation_fraction=0.2"),
     )
-    steps = ("trainer.max_steps=2", "trainer.val_check_interval=2", "seeds=1", "only=residual,mhc")
+    steps = (
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "seeds=1",
+        "only=residual,mhc,connections_mhc",
+    )
     upcycle.main([*words, *steps, f"output={tmp_path / 'runs'}"])
     record = json.loads((tmp_path / "runs/results/upcycle.json").read_text())
     assert len(record["variants"]) == 3
