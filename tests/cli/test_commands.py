@@ -157,7 +157,7 @@ BAD = {
     "n = 0": (["model.num_streams=0"], "model.num_streams"),
     "odd rotary dimension": (["model.rope_dim=5"], "rope_dim"),
     "negative width": (["model.dim=-8"], "model.dim"),
-    "vocabulary too small": (["model.vocab_size=100"], "model.vocab_size=257"),
+    "vocabulary too small": (["model.vocab_size=100"], "=100; set it to 257 or more"),
     "no data": (["data.path=nowhere, really"], "nowhere, really"),
     "sequences too long": (["data.sequence_length=1000000"], "sequence_length"),
     "uneven batch": (["data.batch_size=3"], "data.batch_size=3"),

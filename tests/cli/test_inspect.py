@@ -303,4 +303,4 @@ def test_a_checkpoint_away_from_its_run_and_one_that_could_run_code(trained, ins
     assert "could run code" in inspect(theirs / "step_00000006.ckpt", code=2)
     config["model"]["_target_"] = "builtins.print"
     (theirs.parent / "config.yaml").write_text(yaml.safe_dump(config))
-    assert "is no Transformer" in inspect(theirs / "step_00000006.ckpt", code=2)
+    assert "is no network" in inspect(theirs / "step_00000006.ckpt", code=2)

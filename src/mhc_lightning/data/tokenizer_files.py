@@ -117,11 +117,8 @@ def begin_of_document_token(path: Path, tokenizer: Any) -> str:
     Raises:
         UserError: It puts several tokens there.
     """
-    try:
-        encoding = tokenizer.encode("a")
-    except Exception:  # the tokenizer refuses unknown characters
-        return ""
-    if all(encoding.special_tokens_mask):  # what precedes the text cannot be told from the rest
+    encoding = _of_known_text(tokenizer)
+    if encoding is None:
         return ""
     added = zip(encoding.tokens, encoding.special_tokens_mask, strict=True)
     before = [token for token, _ in takewhile(lambda pair: pair[1], added)]
@@ -131,6 +128,21 @@ def begin_of_document_token(path: Path, tokenizer: Any) -> str:
             " begins with one at most; name it with begin_of_document=…, or '' for none"
         )
     return str(before[0]) if before else ""
+
+
+def _of_known_text(tokenizer: Any) -> Any:
+    """The encoding of a text that a tokenizer knows; None if none of a few is known.
+
+    What precedes a text cannot be told from the rest where all of it is special.
+    """
+    for text in ("a", "e", "1", " "):
+        try:
+            encoding = tokenizer.encode(text)
+        except Exception:  # it refuses unknown characters
+            continue
+        if not all(encoding.special_tokens_mask):
+            return encoding
+    return None
 
 
 def end_of_document_token(path: Path, vocabulary: dict[str, int]) -> str:

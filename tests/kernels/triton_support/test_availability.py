@@ -90,6 +90,7 @@ def test_auto_goes_on_in_torch_and_triton_is_refused(monkeypatch):
         is_cuda=True,
         dtype=torch.bfloat16,
         shape=(2, 4, 8),
+        numel=lambda: 64,
         device=torch.device("cuda", 0),
     )
     monkeypatch.setenv(backend.VARIABLE, "auto")
