@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
-from gaps import Estimate, read_measured
+from gaps import read_measured
 from laws import PAPER, described
 from memory_picture import draw_part
 from parts import PARTS, Variant
@@ -95,17 +95,9 @@ def table(found: Sequence[Trained]) -> str:
         loss = f"{one.mean:.4f}" if one.losses else "none"
         lines.append(
             f"{one.variant.name:28}{parameters:12,}{flops:14.2f}{one.tokens:12,}{loss:>9}"
-            f"  {_shown(one.gap)}".rstrip()
+            f"  {'' if one.gap is None else one.gap.text()}".rstrip()
         )
     return "\n".join(lines)
-
-
-def _shown(gap: Estimate | None) -> str:
-    if gap is None:
-        return ""
-    if gap.low is None or gap.high is None:
-        return f"{gap.mean:+.4f}"
-    return f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
 
 
 def main(words: list[str]) -> None:

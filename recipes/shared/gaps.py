@@ -96,6 +96,13 @@ class Estimate:
         low, high = sorted([function(self.low), function(self.high)])
         return Estimate(mean, low, high)
 
+    def text(self, form: str = "{:+.4f}") -> str:
+        """The mean and its interval in brackets, each formatted by `form`."""
+        mean = form.format(self.mean)
+        if self.low is None or self.high is None:
+            return mean
+        return f"{mean} [{form.format(self.low)}, {form.format(self.high)}]"
+
 
 def estimate(values: Iterable[float]) -> Estimate | None:
     """The mean of independent values with its interval; None of no values."""

@@ -189,9 +189,4 @@ def _row(point: Point) -> tuple[str, ...]:
 
 
 def _shown(found: Estimate | None, form: str) -> str:
-    if found is None:
-        return "none"
-    text = form.format(found.mean)
-    if found.low is None or found.high is None:
-        return text
-    return f"{text} [{form.format(found.low)}, {form.format(found.high)}]"
+    return "none" if found is None else found.text(form)

@@ -163,9 +163,10 @@ def table(found: Sequence[Continued], baseline: Continued | None) -> str:
         ends = list(one.ends().values())
         gained = float(np.mean([end - one.before[s].held_out for s, end in one.ends().items()]))
         diversity = list(one.over_time("stream_diversity/mean").values())[-1]
+        gap = minus(one, baseline, "ends")
         lines.append(
             f"{one.name:27}{float(np.mean(ends)):10.4f}{gained:+17.4f}"
-            f"    {_shown(minus(one, baseline, 'ends')):27}{diversity:10.4f}"
+            f"    {'' if gap is None else gap.text():27}{diversity:10.4f}"
             f"{one.largest_gains()['composite/backward']:8.2f}"
             f"{moved(one, 'read'):9.4f}{moved(one, 'write'):9.4f}"
         )
@@ -179,11 +180,3 @@ def _by_step(run: LoggedRun, tag: str) -> dict[int, float]:
 
 def _plain(found: Estimate | None) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
-
-
-def _shown(gap: Estimate | None) -> str:
-    if gap is None:
-        return ""
-    if gap.low is None or gap.high is None:
-        return f"{gap.mean:+.4f}"
-    return f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"

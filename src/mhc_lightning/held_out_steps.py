@@ -101,9 +101,8 @@ class HeldOutSteps(pl.LightningModule):
         )
 
     def _inputs_and_targets(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        network: Any = self.model
-        inputs, targets = inputs_and_targets(batch, getattr(network, "end_of_document", None))
-        if (size := getattr(network, "vocab_size", None)) is not None:
+        inputs, targets = inputs_and_targets(batch, getattr(self.model, "end_of_document", None))
+        if (size := getattr(self.model, "vocab_size", None)) is not None:
             check_values(
                 (inputs < size).all() & (targets < size).all(),
                 f"a batch has tokens that are not below the model's vocabulary of {size}; use the"

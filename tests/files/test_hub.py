@@ -68,7 +68,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[None]:
 )
 def test_what_the_hub_does_not_give_is_said(hub: None, name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        hub_folder(name, ["config.json"], "pretrained")
+        hub_folder(name, ("config.json",), "pretrained")
 
 
 def test_paths_are_no_names(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

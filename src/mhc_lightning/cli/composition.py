@@ -144,21 +144,17 @@ def compose_experiment(arguments: Arguments) -> Experiment:
     return experiment
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Every value of nested mappings by its dotted key."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def dotted_keys(node: Any, prefix: str = "") -> Iterable[str]:
     """Every key of nested mappings, the inner nodes too, as `a.b.c`."""
+    return (key for key, _ in _dotted_items(node, prefix))
+
+
+def _dotted_items(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Every key of nested mappings, as `dotted_keys`, and its value."""
     if isinstance(node, dict):
         for key, value in node.items():
-            yield f"{prefix}{key}"
-            yield from dotted_keys(value, f"{prefix}{key}.")
+            yield f"{prefix}{key}", value
+            yield from _dotted_items(value, f"{prefix}{key}.")
 
 
 def _warn_of_unread_keys(file: Path, plain: DictConfig, groups: Iterable[str]) -> None:
@@ -229,7 +225,7 @@ def _require(keys: Iterable[str], experiment: Experiment) -> None:
 def _require_values(experiment: Experiment) -> None:
     """Refuse a configuration in which a value is still to be given; says what it is."""
     raw = OmegaConf.to_container(experiment.config, resolve=False)
-    key = next((key for key, value in _leaves(raw) if value == _MISSING), None)
+    key = next((key for key, value in _dotted_items(raw) if value == _MISSING), None)
     if key is None:
         return
     comments = [

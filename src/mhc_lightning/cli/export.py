@@ -31,7 +31,8 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     from mhc_lightning.upcycling import PretrainedNetwork
 
     settings = dict(values["export"])
-    upcycled = target_of(experiment, "model") is PretrainedNetwork
+    target = target_of(experiment, "model")
+    upcycled = isinstance(target, type) and issubclass(target, PretrainedNetwork)
     export_as = _exporter(settings.pop("form"), upcycled)
     check_arguments("export", export_as, settings)
     path = require_checkpoint(experiment)
@@ -39,7 +40,7 @@ def export(experiment: Experiment, arguments: Arguments) -> None:
     checkpoint = load_fitting(path, module, experiment)
     tokenizer = tokenizer_of(experiment, checkpoint, path, module.model)
     settings |= {"tokenizer": tokenizer, "overwrite": values["overwrite"]}
-    if isinstance(module.model, PretrainedNetwork):
+    if upcycled:
         module.start_from(checkpoint["state_dict"])
         export_as(
             module.model.network, values["output"], pretrained=module.model.pretrained, **settings

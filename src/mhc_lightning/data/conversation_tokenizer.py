@@ -13,7 +13,7 @@ import numpy as np
 from mhc_lightning.data.context_tokens import STORED_DTYPE, stored, stored_ids
 from mhc_lightning.data.conversations import Conversation, answers_in, from_bytes
 from mhc_lightning.data.token_streams import TextStream
-from mhc_lightning.data.tokenizer_files import COMPANION_FILES
+from mhc_lightning.data.tokenizer_files import companions_of
 from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
 from mhc_lightning.files.checksums import file_xxh3
@@ -77,8 +77,7 @@ class ConversationTokenizer(Tokenizer):
         """Checksums of the files that say how messages are written, by their names."""
         if not isinstance(self.texts, JsonTokenizer):
             return {}
-        files = [self.texts.path.with_name(name) for name in COMPANION_FILES]
-        return {file.name: file_xxh3(file) for file in files if file.is_file()}
+        return {file.name: file_xxh3(file) for file in companions_of(self.texts.path)}
 
     def _pieces(self, conversation: Conversation) -> Iterator[tuple[np.ndarray, bool]]:
         """Tokens in turn, and whether they are predicted."""

@@ -6,7 +6,6 @@ Tokenizers are compared by content: files of the same tokenizer may differ, as a
 
 from collections.abc import Sequence
 from itertools import chain, repeat
-from pathlib import Path
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.token_data.token_data import TokenData
 from mhc_lightning.data.token_source import TokenSource
-from mhc_lightning.data.tokenizer_sources import has_tokenizer, tokenizer_file
+from mhc_lightning.data.tokenizer_sources import tokenizer_file
 from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer, load_tokenizer
 from mhc_lightning.errors import UserError
 
@@ -35,9 +34,6 @@ def tokenizer_of_model(pretrained: str) -> Tokenizer | None:
     Raises:
         UserError: It cannot be read.
     """
-    path = Path(pretrained)
-    if path.is_dir() and not has_tokenizer(path):
-        return None
     file = tokenizer_file(pretrained)
     return load_tokenizer(file) if file.is_file() else None
 

@@ -27,7 +27,7 @@ from mhc_lightning.data.prepared_record import (
     TextCounts,
     content_checksum,
 )
-from mhc_lightning.data.tokenizer_files import COMPANION_FILES, TOKENIZER_FILE
+from mhc_lightning.data.tokenizer_files import TOKENIZER_FILE, companions_of
 from mhc_lightning.data.tokenizers import JsonTokenizer, Tokenizer
 from mhc_lightning.data.unit_tokenization import read_held_out, read_result, unit_folder
 from mhc_lightning.errors import UserError
@@ -102,10 +102,9 @@ def write_prepared(
     texts = tokenizer.texts if isinstance(tokenizer, ConversationTokenizer) else tokenizer
     if isinstance(texts, JsonTokenizer):
         shutil.copyfile(texts.path, final / TOKENIZER_FILE)
-        for name in COMPANION_FILES:
-            if texts.path.with_name(name).is_file():
-                shutil.copyfile(texts.path.with_name(name), final / name)
-                files[name] = file_xxh3(final / name)
+        for file in companions_of(texts.path):
+            shutil.copyfile(file, final / file.name)
+            files[file.name] = file_xxh3(final / file.name)
     chunks_of = {split: [_chunk(split, entry) for entry in entries[split]] for split in SPLITS}
     record = PreparedRecord(
         identity=identity,

@@ -12,7 +12,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # What belongs to a tokenizer beside its file, in folders of transformers.
-COMPANION_FILES = (TOKENIZER_CONFIG_FILE, "special_tokens_map.json", CHAT_TEMPLATE_FILE)
+_COMPANION_FILES = (TOKENIZER_CONFIG_FILE, "special_tokens_map.json", CHAT_TEMPLATE_FILE)
 
 _RARE_CHARACTERS = "\ua66e\U0001242b"  # letters that hardly any vocabulary has
 
@@ -105,6 +105,12 @@ def _unknown(tokenizer: Any, model: dict[str, Any]) -> int | None:
     token = model.get("unk_token")
     unknown: int | None = model.get("unk_id") if token is None else tokenizer.token_to_id(token)
     return unknown
+
+
+def companions_of(path: Path) -> list[Path]:
+    """The files that belong to a `tokenizer.json`, as far as they are beside it."""
+    beside = [path.with_name(name) for name in _COMPANION_FILES]
+    return [file for file in beside if file.is_file()]
 
 
 def begin_of_document_token(path: Path, tokenizer: Any) -> str:

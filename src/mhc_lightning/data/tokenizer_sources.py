@@ -43,14 +43,14 @@ def tokenizer_file(spec: str | Path) -> Path:
     return path
 
 
-def has_tokenizer(folder: Path) -> bool:
+def _has_tokenizer(folder: Path) -> bool:
     """True if a folder has files of a tokenizer."""
     return any((folder / name).is_file() for name in (TOKENIZER_FILE, *_OTHER_FILES))
 
 
 def _in_folder(folder: Path, name: str) -> Path:
     file = folder / TOKENIZER_FILE
-    if file.is_file() or not has_tokenizer(folder):
+    if file.is_file() or not _has_tokenizer(folder):
         return file
     config = folder / TOKENIZER_CONFIG_FILE
     changed = config.stat().st_mtime_ns if config.is_file() else 0

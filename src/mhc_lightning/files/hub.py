@@ -1,7 +1,7 @@
 """Files of the Hugging Face hub, fetched or taken from its cache."""
 
 import re
-from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from mhc_lightning.errors import UserError, one_line_message
@@ -14,7 +14,8 @@ def is_hub_name(given: str) -> bool:
     return _NAME.fullmatch(given) is not None and not Path(given).exists()
 
 
-def hub_folder(name: str, patterns: Sequence[str], what: str) -> Path:
+@lru_cache  # once in a process: the hub would be asked each time
+def hub_folder(name: str, patterns: tuple[str, ...], what: str) -> Path:
     """The folder in the hub's cache with the files of a name, newly fetched where they can be.
 
     Without a connection the files of an earlier fetch are taken, without further attempts.

@@ -25,6 +25,7 @@ from mhc_lightning.kernels import IGNORE_INDEX
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.mixture_of_experts import LoadBalance
 from mhc_lightning.modules.precision import KeepsFloat32
+from mhc_lightning.upcycling.cache_name import cache_name
 
 
 class MhcForCausalLM(PreTrainedModel, GenerationMixin):
@@ -49,7 +50,7 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _no_split_modules = ["Block"]  # noqa: RUF012  (not for instances, says transformers)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     model: Transformer
 
@@ -190,6 +191,7 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss if there are labels.
@@ -203,6 +205,7 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
                 behind padding at the left does not count, which padding would have to predict.
             use_cache: True to begin a cache, and return it.
             logits_to_keep: Number of last positions, or positions [K]; 0 for all.
+            cache: Transformers' name for `past_key_values` since 5.24.
             kwargs: `num_items_in_batch` for the loss; everything else must be absent, None or
                 False.
 
@@ -217,12 +220,12 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
             if value is not None and value is not False:
                 raise UserError(
                     f"MhcForCausalLM does not take {name}; it takes input_ids, attention_mask,"
-                    " labels, past_key_values, use_cache and logits_to_keep"
+                    f" labels, {cache_name()}, use_cache and logits_to_keep"
                 )
         padding = Padding(attention_mask, input_ids.shape)
         tokens = padding.to_end(input_ids)
-        cache = self._cache(past_key_values, use_cache)
-        streams, carry = self.model.run(tokens) if cache is None else cache.run(tokens, padding)
+        past = self._cache(past_key_values if cache is None else cache, use_cache)
+        streams, carry = self.model.run(tokens) if past is None else past.run(tokens, padding)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = self.model.read_out(
             padding.take(streams, kept), None if carry is None else padding.take(carry, kept)
@@ -236,7 +239,8 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
             )
             if self.model.head_memory is not None and self.training:
                 loss = loss + self._memory_loss(hidden, labels, loss_settings["num_items_in_batch"])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        caches: dict[str, Any] = {cache_name(): past}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **caches)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> MhcCache | None:
         if given is None:
@@ -244,7 +248,7 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(given, MhcCache):
             raise UserError(
                 f"MhcForCausalLM keeps its tokens in an MhcCache, not in a {type(given).__name__};"
-                " leave out past_key_values in the first call"
+                f" leave out {cache_name()} in the first call"
             )
         return given
 
@@ -267,8 +271,8 @@ class MhcForCausalLM(PreTrainedModel, GenerationMixin):
                 f"MhcForCausalLM has no {generation_config.cache_implementation} cache; leave out"
                 " cache_implementation"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MhcCache(self.model)
+        if generation_config.use_cache and model_kwargs.get(cache_name()) is None:
+            model_kwargs[cache_name()] = MhcCache(self.model)
 
     def _set_gradient_checkpointing(
         self,

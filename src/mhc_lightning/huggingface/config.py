@@ -26,7 +26,7 @@ class MhcConfig(PretrainedConfig):
     """
 
     model_type = HUGGINGFACE_MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     network: dict[str, Any] | None = None
     upcycled: dict[str, Any] | None = None

@@ -9,9 +9,9 @@ import tokenizers
 
 from mhc_lightning.data.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
-    COMPANION_FILES,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
+    companions_of,
 )
 from mhc_lightning.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer
 from mhc_lightning.errors import UserError
@@ -79,9 +79,8 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> bool:
     if not tokenizer.path.with_name(TOKENIZER_CONFIG_FILE).is_file():
         return False
     shutil.copyfile(tokenizer.path, folder / TOKENIZER_FILE)
-    for name in COMPANION_FILES:
-        if tokenizer.path.with_name(name).is_file():
-            shutil.copyfile(tokenizer.path.with_name(name), folder / name)
+    for file in companions_of(tokenizer.path):
+        shutil.copyfile(file, folder / file.name)
     return True
 
 

@@ -14,6 +14,7 @@ from mhc_lightning.huggingface.config import MhcConfig
 from mhc_lightning.interchange.model_settings import connection_builder
 from mhc_lightning.modules import Connection
 from mhc_lightning.upcycling import WideBlock, upcycle
+from mhc_lightning.upcycling.cache_name import cache_name
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -83,6 +84,7 @@ class UpcycledForCausalLM(MhcForCausalLM):
         labels: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: Any = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The forward pass of the model inside, with its arguments and results."""
@@ -90,10 +92,10 @@ class UpcycledForCausalLM(MhcForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{cache_name(): past_key_values if cache is None else cache},
             **kwargs,
         )
 

@@ -15,6 +15,7 @@ from mhc_lightning.modules import Connection
 from mhc_lightning.modules.construction import UNKNOWN, plain, recording
 from mhc_lightning.modules.flops import training_flops_per_token
 from mhc_lightning.modules.head_loss import count_targets, head_token_losses, mean_head_loss
+from mhc_lightning.upcycling.cache_name import cache_name
 from mhc_lightning.upcycling.pretrained_files import (
     architecture_of,
     build_described,
@@ -171,9 +172,9 @@ class PretrainedNetwork(nn.Module):
             input_ids=tokens,
             attention_mask=cache.mask,
             position_ids=positions,
-            past_key_values=cache.past,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_name(): cache.past},
         ).logits[:, -1]
 
     def set_recompute(self, setting: str | int | None, blocks_per_stage: Sequence[int] = ()) -> int:

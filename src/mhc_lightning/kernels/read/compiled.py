@@ -67,13 +67,14 @@ def new_results(operands: ReadOperands, rule: MappingRule, want_read: bool) -> R
 def new_grads(operands: ReadOperands, needs: ReadNeeds, read_grad: Tensor | None) -> ReadGrads:
     """Tensors for the gradients, not yet filled; None where not needed."""
     streams, phi, alpha, bias, carry = operands
-    wants_carry = carry is not None and needs.carry and read_grad is not None
     return ReadGrads(
         streams.new_empty(streams.shape) if needs.streams else None,
         phi.new_empty(phi.shape) if needs.phi else None,
         alpha.new_empty(alpha.shape),
         bias.new_empty(bias.shape),
-        carry.new_empty(carry.shape) if carry is not None and wants_carry else None,
+        carry.new_empty(carry.shape)
+        if carry is not None and needs.carry and read_grad is not None
+        else None,
     )
 
 

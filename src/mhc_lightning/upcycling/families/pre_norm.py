@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.upcycling.cache_name import cache_name
 from mhc_lightning.upcycling.wide_block import Connect, wide_block
 
 
@@ -55,26 +56,28 @@ def qwen3_next(
     position_embeddings: Any,
     attention_mask: Any = None,
     position_ids: Any = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Qwen3-Next and Qwen 3.5: gated delta rule in most blocks, attention in the others."""
+    name = cache_name()
+    past = kwargs.pop(name, None)
+    linear_name = "cache" if name == "cache" else "cache_params"
 
     def mixer(u: Tensor) -> Tensor:
         normed = block.input_layernorm(u)
         if block.block_type == "linear_attention":
             return block.linear_attn(
                 hidden_states=normed,
-                cache_params=past_key_values,
                 attention_mask=attention_mask,
+                **{linear_name: past},
                 **kwargs,
             )
         y, _ = block.self_attn(
             hidden_states=normed,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             position_embeddings=position_embeddings,
+            **{name: past},
             **kwargs,
         )
         return y
@@ -100,14 +103,11 @@ def gpt2(
     block: Any,
     x: Any,
     connect: Connect,
-    past_key_values: Any = None,
-    attention_mask: Any = None,
     encoder_hidden_states: Any = None,
     encoder_attention_mask: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """GPT-2: the model passes some arguments by position."""
-    kwargs.update(past_key_values=past_key_values, attention_mask=attention_mask)
+    """GPT-2: the decoder alone, so that what is meant for cross-attention is left out."""
     x = connect(0, x, lambda u: block.attn(block.ln_1(u), **kwargs)[0])
     return connect(1, x, lambda u: block.mlp(block.ln_2(u)))
 
