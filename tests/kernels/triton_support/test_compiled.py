@@ -79,12 +79,12 @@ def test_default_kernels_for_hopper_at_the_papers_widths(compiled, widths):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "streams"),
-    [("sm_90", "12345678"), ("sm_80", "248"), ("sm_100", "248"), ("gfx942", "248")],
+    [("sm_90", "135678"), ("sm_80", "48"), ("sm_100", "48"), ("gfx942", "48")],
 )
 def test_default_kernels_for_any_number_of_streams(compiled, target, streams):
     rows = compiled("--targets", target, "--streams", *streams, "--widths", "2560")
-    wide = ("--widths", "1000", "2560", "--dtypes", "float32")
-    rows += compiled("--targets", target, "--streams", "2", "4", "8", *wide)
+    wide = ("--widths", "1000", "--dtypes", "float32")
+    rows += compiled("--targets", target, "--streams", "4", "8", *wide)
     # Seams are crossed by parts on AMD's chips (kernels/backend.py).
     fused = target != "gfx942"
     rows = [row for row in rows if fused or not row["workload"].startswith("merge_project")]

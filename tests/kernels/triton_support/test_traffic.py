@@ -114,7 +114,9 @@ def test_whole_connection_with_the_sum_of_its_gradients():
 
 @pytest.mark.slow
 def test_whole_connection_between_fused_seams():
+    tokens = 512
     with many_tokens_per_program(4, 512, 2):
-        moved = fused_connection_traffic(4096, 4, 512)
+        moved = fused_connection_traffic(tokens, 4, 512)
     assert moved.streams == moved.ideal == 2 * 34 * 512, moved.table
-    assert moved.ratio <= 1.05, moved
+    shared = phi_bytes(3, tokens, 4, 512)
+    assert moved.streams + moved.other - shared <= 1.05 * moved.ideal, moved.table
