@@ -1,6 +1,7 @@
-"""Choice of an implementation: Triton on a GPU, plain torch elsewhere, or the user's choice."""
+"""Choice of an implementation: Triton on a GPU, compiled kernels on a CPU, or plain torch."""
 
 import os
+import sys
 import warnings
 from functools import cache
 from importlib import import_module
@@ -31,10 +32,10 @@ def implementation(operator: str, streams: Tensor, *coefficients: Tensor) -> Mod
     or `torch`. Triton's kernels run on a GPU or under `TRITON_INTERPRET=1`. They take up to 8
     streams of float32, bfloat16 or float16 with float32 coefficients, at most 32 or n² + 2n per
     token.
-    Compiled kernels run on a CPU, if the variable asks for them, and take up to 8 streams of
-    float32, bfloat16 or float64. The first use on a machine builds them. Other operands run in
-    plain torch. Under `auto`, where Triton is missing or broken, all operands run in plain torch,
-    with a warning. Tensors without numbers take plain torch, for the shapes of its results.
+    Compiled kernels run on a CPU and take up to 8 streams of float32, bfloat16 or float64. The
+    first use on a machine builds them. Other operands run in plain torch. Under `auto`, where
+    Triton is missing or broken, or the CPU kernels cannot be built, all operands run in plain
+    torch, with a warning. Tensors without numbers take plain torch, for the shapes of its results.
 
     Args:
         operator: A folder of `mhc_lightning.kernels`, such as `"merge"`.
@@ -91,20 +92,27 @@ def _triton_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
             )
     # Under a tracer nothing can be found out about Triton: the operators ask again when they run.
     trouble = trouble_with_triton(streams.device) if ordinary(streams) else None
-    if trouble is not None:
-        if choice == "triton":
-            raise UserError(f"{VARIABLE}=triton, but {trouble}")
-        _warn_once(trouble)
-    return trouble is None
+    return not _stopped_by(trouble, "triton")
 
 
 def _compiled_runs(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
-    if _choice() != "compiled" or not _fits_compiled(streams, coefficients):
+    choice = _choice()
+    if choice not in ("auto", "compiled") or not _fits_compiled(streams, coefficients):
         return False
+    if choice == "auto" and not sys.platform.startswith("linux"):
+        return False  # nobody can mend that, so nothing is said
     # Under a tracer nothing is built: the operators ask again when they run.
     trouble = trouble_with_compiled() if ordinary(streams) else None
-    if trouble is not None:
-        raise UserError(f"{VARIABLE}=compiled, but {trouble}")
+    return not _stopped_by(trouble, "compiled")
+
+
+def _stopped_by(trouble: str | None, kernels: str) -> bool:
+    """True if there is trouble, which is said once; an error if the user named the kernels."""
+    if trouble is None:
+        return False
+    if _choice() == kernels:
+        raise UserError(f"{VARIABLE}={kernels}, but these kernels cannot run: {trouble}")
+    _warn_once(trouble)
     return True
 
 
@@ -139,7 +147,7 @@ def _fits(streams: Tensor, coefficients: tuple[Tensor, ...]) -> bool:
 @cache
 def _warn_once(trouble: str) -> None:
     warnings.warn(
-        f"{trouble}. Until then the stream operations run in plain torch, slower on a GPU;"
+        f"{trouble}. Until then the stream operations run in plain torch, which is slower;"
         f" {VARIABLE}=torch silences this warning",
         stacklevel=2,
     )

@@ -1,12 +1,16 @@
 """The build of the CPU kernels: once, by one process of many; and one line where it fails."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.kernels import backend, merge_streams
@@ -42,10 +46,13 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_machine_with_a_compiler_has_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("choice", ["auto", "compiled"])
+def test_a_machine_with_a_compiler_runs_them(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.trouble_with_compiled() is None
-    monkeypatch.setenv(backend.VARIABLE, "compiled")
+    monkeypatch.setenv(backend.VARIABLE, choice)
     assert backend.implementation("merge", STREAMS) is compiled
+    assert backend.fuses_seams(STREAMS)
+    assert backend.implementation("merge", STREAMS[:0]) is reference
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,7 @@ def test_a_machine_with_a_compiler_has_no_trouble(monkeypatch: pytest.MonkeyPatc
         ("false", r"the C++ compiler 'false' fails (exit code 1): mend it, or name another one"),
     ],
 )
-def test_without_a_compiler_one_line_says_so_and_auto_needs_none(
+def test_without_a_compiler_one_line_says_so_and_auto_goes_on_in_torch(
     compiler: str, cause: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
@@ -64,10 +71,66 @@ def test_without_a_compiler_one_line_says_so_and_auto_needs_none(
         backend.implementation("merge", STREAMS)
     assert cause in str(raised.value)
     assert "\n" not in str(raised.value)
-    for choice in ("auto", "torch"):
-        monkeypatch.setenv(backend.VARIABLE, choice)
+    backend._warn_once.cache_clear()
+    monkeypatch.setenv(backend.VARIABLE, "auto")
+    with pytest.warns(UserWarning, match="run in plain torch") as warned:
         assert backend.implementation("merge", STREAMS) is reference
+        assert not backend.fuses_seams(STREAMS)
+    (line,) = (str(warning.message) for warning in warned)
+    assert cause in line and "\n" not in line
+    monkeypatch.setenv(backend.VARIABLE, "torch")
+    assert backend.implementation("merge", STREAMS) is reference
     assert not list(empty_cache.rglob("*.so"))
+
+
+def test_nothing_is_built_for_shapes_alone(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`plan` and tracers run operators on tensors without numbers."""
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("it builds"))
+    monkeypatch.setenv(backend.VARIABLE, "auto")
+    with FakeTensorMode():
+        traced = torch.ones(2, 4, 8)
+    for streams in (traced, STREAMS.to("meta")):
+        backend.fuses_seams(streams)
+        assert backend.implementation("merge", streams) is reference
+    assert not list(empty_cache.iterdir())
+
+
+def test_the_kernels_can_be_built_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an image, say; without a compiler with exit code 2 and one line."""
+    command = "mhc_lightning.kernels.compiled_support"
+    runpy.run_module(command, run_name="__main__")
+    assert Path(capsys.readouterr().out.strip()) == build.built_library()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_module(command, run_name="__main__")
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: there is no C++ compiler")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_worker_processes_of_loaders_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.VARIABLE, "compiled")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # a pool of threads that forks do not have
+    try:
+        streams, output = torch.randn(4096, 4, 8), torch.randn(4096, 8)
+        mixing, post = torch.rand(4096, 4, 4), torch.rand(4096, 4)
+        here = merge_streams(streams, output, mixing, post)
+        examples: Any = range(2)
+        loader = DataLoader(
+            examples,
+            num_workers=1,
+            collate_fn=lambda _: merge_streams(streams, output, mixing, post),
+        )
+        for there in loader:
+            assert torch.equal(here, there)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_cache_that_cannot_be_written_is_named(
