@@ -8,6 +8,7 @@ The sub-layer is one multiplication by a constant in all of them.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 
 import torch
@@ -43,7 +44,10 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=["perf_counter", "process_time"], default="perf_counter")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
 
     modules = {
@@ -68,10 +72,10 @@ def main() -> None:
     memory = {name: peak_bytes(step) for name, step in steps.items()}
     for name in ("mhc_lightning", "transformers"):
         steps[f"{name}/compiled"] = step_of(modules[name], torch.compile(modules[name]))
-    seconds = interleaved_seconds(steps, args.repeats)
+    seconds = interleaved_seconds(steps, args.repeats, clock=getattr(time, args.clock))
 
     def ratio(ours: str, theirs: str) -> float:
-        return seconds[theirs]["median"] / seconds[ours]["median"]
+        return round(seconds[theirs]["median"] / seconds[ours]["median"], 2)
 
     report(
         "connection",
@@ -88,6 +92,9 @@ def main() -> None:
                 "ours_eager_over_theirs_compiled": ratio(
                     "mhc_lightning/eager", "transformers/compiled"
                 ),
+            },
+            "speed_over_hyper_connections": {
+                "eager": ratio("mhc_lightning/eager", "hyper_connections_mhcv2/eager"),
             },
         },
     )
