@@ -19,15 +19,16 @@ from mhc_lightning.cli.composition import compose_experiment
 
 # Pages whose own tests follow them word by word.
 FOLLOWED = ("docs/your_project/", "docs/extend/", "docs/mhc/", "docs/start/pretrained.md")
-OUTSIDE = {  # run elsewhere: by the tests of the package's installation, or of the recipes
+OUTSIDE = {  # run elsewhere: by the tests of the installation, of the recipes or of the kernels
+    "docs/train/connections.md": ("python -m mhc_lightning.kernels.",),
     "docs/start/install.md": ("python -m pip", "python -c"),
 }
-PROGRAM = "-m mhc_lightning"
+PROGRAM = "-m mhc_lightning "
 
 
 def words_of(line: str) -> list[str]:
     """The words behind `-m mhc_lightning`, whatever starts it."""
-    return shlex.split(line.partition(f"{PROGRAM} ")[2])
+    return shlex.split(line.partition(PROGRAM)[2])
 
 
 def run_make(line: str, cwd: Path) -> None:
