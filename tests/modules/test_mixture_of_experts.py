@@ -154,3 +154,74 @@ def test_compiled(dtype: torch.dtype, expert_dim: int) -> None:
     tolerance = 4 * torch.finfo(dtype).eps
     for ours, expected in zip(*results, strict=True):
         assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def limited_choice(affinities: list[float], groups: int, active_groups: int, active: int) -> set:
+    """Section 2.1.2 of arXiv 2412.19437, for one token."""
+    size = len(affinities) // groups
+    members = [range(g * size, (g + 1) * size) for g in range(groups)]
+
+    def strength(group: range) -> float:
+        return sum(sorted(affinities[e] for e in group)[-(active // active_groups) :])
+
+    best = sorted(members, key=strength)[-active_groups:]
+    allowed = [e for group in best for e in group]
+    return set(sorted(allowed, key=lambda e: affinities[e])[-active:])
+
+
+@pytest.mark.parametrize(("groups", "active_groups"), [(6, 1), (12, 2), (3, 2), (6, 4), (4, 4)])
+def test_experts_of_few_groups(groups: int, active_groups: int) -> None:
+    moe = MixtureOfExperts(
+        8, 4, 24, 4, 0, num_expert_groups=groups, num_active_expert_groups=active_groups
+    ).double()
+    moe.balance.bias.copy_(torch.randn(24) * 0.3)  # moves groups, and is in no weight
+    tokens = torch.randn(50, 8, dtype=torch.float64)
+    gates, experts = moe.route(tokens)
+    affinities = (tokens @ moe.router.weight.T).sigmoid()
+    outside = 0
+    for token, chosen, gate in zip(affinities, experts, gates, strict=True):
+        choice = (token + moe.balance.bias).tolist()
+        assert set(chosen.tolist()) == limited_choice(choice, groups, active_groups, 4)
+        assert torch.allclose(gate, token[chosen] / token[chosen].sum())
+        outside += set(chosen.tolist()) != limited_choice(choice, 1, 1, 4)
+    assert bool(outside) == (active_groups < min(groups, 4))  # 4 experts are in 4 groups anyhow
+    assert moe.balance.load.sum() == 4 * 50
+
+
+def test_groups_against_transformers() -> None:
+    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    theirs = DeepseekV3TopkRouter(
+        DeepseekV3Config(
+            hidden_size=8, n_routed_experts=32, num_experts_per_tok=8, n_group=8, topk_group=4,
+            routed_scaling_factor=1.0,
+        )
+    )  # fmt: skip
+    ours = MixtureOfExperts(8, 4, 32, 8, 0, num_expert_groups=8, num_active_expert_groups=4)
+    with torch.no_grad():
+        theirs.weight.copy_(ours.router.weight)
+        theirs.e_score_correction_bias.copy_(ours.balance.bias.uniform_(0, 0.2))
+    tokens = torch.randn(200, 8)
+    gates, experts = ours.route(tokens)
+    _, weights, indices = theirs(tokens)
+    mine, other = (
+        torch.zeros(200, 32).scatter(1, index, weight)
+        for index, weight in ((experts, gates), (indices, weights))
+    )
+    assert (mine - other).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("groups", "active", "message"),
+    [
+        (5, 1, r"num_expert_groups must divide model.num_experts \(24\), not be 5"),
+        (0, 1, r"num_expert_groups must divide model.num_experts \(24\), not be 0"),
+        (4, 5, r"must be between 1 and model.num_expert_groups \(4\), not 5"),
+        (4, 3, r"must divide model.num_active_experts \(4\), not be 3"),
+        (12, 1, r"1 groups of 2 experts have fewer than model.num_active_experts=4"),
+    ],
+)
+def test_groups_that_do_not_fit(groups: int, active: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MixtureOfExperts(8, 4, 24, 4, 0, num_expert_groups=groups, num_active_expert_groups=active)

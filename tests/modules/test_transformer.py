@@ -234,6 +234,7 @@ def test_flops_per_token_of_a_dense_model() -> None:
         ({"norm_eps": -1.0}, "model.norm_eps must be at least 0, not -1"),
         ({"bias_update_speed": math.nan}, "model.bias_update_speed must be at least 0, not nan"),
         ({**EXPERTS, "num_active_experts": 9}, "model.num_active_experts must be between"),
+        ({**EXPERTS, "num_expert_groups": 3}, "model.num_expert_groups must divide"),
     ],
 )
 def test_arguments_out_of_range(change: dict[str, Any], message: str) -> None:

@@ -90,6 +90,10 @@ class MixtureOfExperts(nn.Module):
     by `s` over the sum of the chosen `s`. No token is dropped. The bias is no parameter:
     `balance.update` moves it against the load since its last call.
 
+    With several groups of experts (one for each node, say) a token goes to experts of a few groups
+    only: those with the largest sums of their `num_active_experts / num_active_expert_groups`
+    highest `s + bias` (node-limited routing, section 2.1.2 of arXiv 2412.19437).
+
     Args:
         dim: Width C of input and output.
         expert_dim: Width between an expert's projections.
@@ -97,12 +101,14 @@ class MixtureOfExperts(nn.Module):
         num_active_experts: Routed experts per token.
         num_shared_experts: Experts for every token, as one SwiGLU of their joint width.
         bias_update_speed: Step of a bias in one update.
+        num_expert_groups: Groups of as many neighbouring routed experts each.
+        num_active_expert_groups: Groups that a token's experts come from, at most.
 
     Attributes:
         matrices: Names of the parameters that hold the routed experts.
 
     Raises:
-        UserError: More experts are active than exist.
+        UserError: More experts are active than exist, or the groups do not divide them.
     """
 
     matrices: ClassVar = ("gate_up", "down")
@@ -115,6 +121,8 @@ class MixtureOfExperts(nn.Module):
         num_active_experts: int,
         num_shared_experts: int,
         bias_update_speed: float = 0.001,
+        num_expert_groups: int = 1,
+        num_active_expert_groups: int = 1,
     ) -> None:
         super().__init__()
         if not 1 <= num_active_experts <= num_experts:
@@ -122,8 +130,11 @@ class MixtureOfExperts(nn.Module):
                 f"model.num_active_experts must be between 1 and model.num_experts ({num_experts}),"
                 f" not {num_active_experts}"
             )
+        _check_groups(num_experts, num_active_experts, num_expert_groups, num_active_expert_groups)
         self.num_experts = num_experts
         self.num_active_experts = num_active_experts
+        self.num_expert_groups = num_expert_groups
+        self.num_active_expert_groups = num_active_expert_groups
         self.router = Router(dim, num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * expert_dim))
         self.down = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
@@ -153,16 +164,24 @@ class MixtureOfExperts(nn.Module):
         The weights are float32, or float64 in a network of float64.
         """
         scores = widened(self.router(tokens)).sigmoid()
-        experts = (
-            (scores.detach() + self.balance.bias)
-            .topk(self.num_active_experts, sorted=False)
-            .indices
-        )
+        choice = self._limit_to_groups(scores.detach() + self.balance.bias)
+        experts = choice.topk(self.num_active_experts, sorted=False).indices
         if self.training:
             self.balance.count(_count(experts, self.num_experts))
         gates = scores.gather(1, experts)
         # 1e-20, as in the reference code: the sum of affinities may vanish in float32.
         return gates / (gates.sum(1, keepdim=True) + 1e-20), experts
+
+    def _limit_to_groups(self, choice: Tensor) -> Tensor:
+        """[T, num_experts], with -inf for the experts of groups that a token does not go to."""
+        if self.num_expert_groups == self.num_active_expert_groups:
+            return choice
+        grouped = choice.unflatten(1, (self.num_expert_groups, -1))
+        highest = self.num_active_experts // self.num_active_expert_groups
+        sums = grouped.topk(highest, sorted=False).values.sum(-1)
+        groups = sums.topk(self.num_active_expert_groups, sorted=False).indices
+        closed = torch.ones_like(sums, dtype=torch.bool).scatter(1, groups, False)
+        return grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
 
     def _apply_experts(self, tokens: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         """Sort token copies by expert, apply each expert to its rows, and sort back."""
@@ -174,6 +193,29 @@ class MixtureOfExperts(nn.Module):
         rows = grouped_product(F.silu(gate) * up, self.down, ends)
         by_token = rows[order.argsort()].view(*experts.shape, tokens.shape[-1])
         return torch.einsum("tk,tkc->tc", gates.to(rows.dtype), by_token)
+
+
+def _check_groups(num_experts: int, num_active_experts: int, groups: int, active: int) -> None:
+    if groups < 1 or num_experts % groups:
+        raise UserError(
+            f"model.num_expert_groups must divide model.num_experts ({num_experts}),"
+            f" not be {groups}"
+        )
+    if not 1 <= active <= groups:
+        raise UserError(
+            "model.num_active_expert_groups must be between 1 and model.num_expert_groups"
+            f" ({groups}), not {active}"
+        )
+    if num_active_experts % active:
+        raise UserError(
+            f"model.num_active_expert_groups must divide model.num_active_experts"
+            f" ({num_active_experts}), not be {active}"
+        )
+    if num_active_experts > active * (num_experts // groups):
+        raise UserError(
+            f"model.num_active_expert_groups={active} groups of {num_experts // groups} experts"
+            f" have fewer than model.num_active_experts={num_active_experts}: choose more groups"
+        )
 
 
 def _count(experts: Tensor, num_experts: int) -> Tensor:

@@ -63,6 +63,8 @@ class Transformer(nn.Module):
         num_shared_experts: Experts that process every token.
         num_dense_layers: Leading blocks without experts.
         bias_update_speed: Speed of the loss-free balancing.
+        num_expert_groups: Groups of routed experts.
+        num_active_expert_groups: Groups that a token's experts come from, at most.
         norm_eps: Epsilon of every RMSNorm.
         init_std: Standard deviation of all weight matrices at initialisation.
         memory: Builds a memory of n-grams from `vocab_size`, `model_dim`, `num_layers`,
@@ -109,6 +111,8 @@ class Transformer(nn.Module):
         num_shared_experts: int = 0,
         num_dense_layers: int = 1,
         bias_update_speed: float = 0.001,
+        num_expert_groups: int = 1,
+        num_active_expert_groups: int = 1,
         norm_eps: float = 1e-20,
         init_std: float = 0.006,
         memory: Callable[..., Memory] = Memory,
@@ -153,6 +157,8 @@ class Transformer(nn.Module):
                     num_active_experts,
                     num_shared_experts,
                     bias_update_speed,
+                    num_expert_groups,
+                    num_active_expert_groups,
                 )
             else:
                 experts_wide = num_active_experts + num_shared_experts if num_experts > 0 else 1
