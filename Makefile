@@ -32,7 +32,7 @@ test: $(VENV)/.ready-dev ## Run the tests
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.ready-dev ## Run the tests that take minutes
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) --no-loadscope-reorder -m slow $(ARGS)
 
 lint: $(VENV)/.ready-dev ## Check style and formatting
 	$(VENV)/bin/ruff check $(SOURCES)

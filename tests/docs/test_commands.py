@@ -1,6 +1,5 @@
 """Every command of README and the pages is of a known kind, and its settings exist."""
 
-import json
 import os
 import re
 import shlex
@@ -139,20 +138,3 @@ def test_every_page_with_commands_is_run_somewhere(commands_in):
     for document in DOCUMENTS:
         if document.startswith("docs/") and not document.startswith(FOLLOWED):
             assert document in known or not commands_in(document), document
-
-
-@pytest.mark.slow
-def test_quickstart_in_a_fresh_environment_beats_the_trigram(copy_of_repository, commands_in):
-    assert commands_in("README.md", "Try it") == ["make quickstart", "make test"]
-    done = subprocess.run(
-        ["make", "quickstart"], cwd=copy_of_repository, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    results = json.loads(
-        (copy_of_repository / "runs/mhc_quickstart/quickstart.json").read_text(encoding="utf-8")
-    )
-    bits = results["bits_per_byte"]
-    assert bits["model"] < bits["trigram"]
-    for name, value in bits.items():
-        assert re.search(rf"^ +{name} +{value:.3f}$", done.stdout, re.MULTILINE)
-    assert "--logdir runs/mhc_quickstart" in done.stdout

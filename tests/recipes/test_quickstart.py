@@ -1,6 +1,7 @@
 """The quickstart: its commands, and what it prints."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,6 +51,24 @@ def test_the_last_override_counts():
     overrides = ["output_dir=a", "output_dir_of=b", "output_dir=c=d"]
     assert quickstart.setting(overrides, "output_dir", "default") == "c=d"
     assert quickstart.setting(overrides, "data.path", "default") == "default"
+
+
+@pytest.mark.slow
+def test_half_its_steps_beat_the_trigram(tmp_path, repository):
+    script = repository / "recipes/quickstart/quickstart.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "trainer.max_steps=600"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    results = json.loads((tmp_path / "runs/mhc_quickstart/quickstart.json").read_text())
+    bits = results["bits_per_byte"]
+    assert bits["model"] < bits["trigram"]
+    for name, value in bits.items():
+        assert re.search(rf"^ +{name} +{value:.3f}$", done.stdout, re.MULTILINE)
+    assert "--logdir runs/mhc_quickstart" in done.stdout
 
 
 @pytest.mark.slow

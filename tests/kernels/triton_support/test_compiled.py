@@ -9,8 +9,8 @@ import pytest
 
 from compiled_kernels import REGISTER_LIMIT, SHARED_LIMIT, TARGETS
 
-PAPER_WIDTHS = ("1280", "2560", "4096", "7168")
-FEW = ("1280",)
+PAPER_WIDTHS = ("2560", "7168")  # of 27B, and of DeepSeek-V3
+NARROWEST = ("1280",)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def report(wrong: list[tuple[dict, list[str]]]) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("widths", [FEW, pytest.param(PAPER_WIDTHS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("widths", [NARROWEST, pytest.param(PAPER_WIDTHS, marks=pytest.mark.slow)])
 def test_default_kernels_for_hopper_at_the_papers_widths(compiled, widths):
     rows = compiled("--widths", *widths)
     assert report([(row, problems(row) + narrow(row)) for row in rows]) == ""
@@ -79,12 +79,12 @@ def test_default_kernels_for_hopper_at_the_papers_widths(compiled, widths):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "streams"),
-    [("sm_90", "135678"), ("sm_80", "48"), ("sm_100", "48"), ("gfx942", "48")],
+    [("sm_90", "158"), ("sm_80", "8"), ("sm_100", "8"), ("gfx942", "8")],
 )
 def test_default_kernels_for_any_number_of_streams(compiled, target, streams):
     rows = compiled("--targets", target, "--streams", *streams, "--widths", "2560")
     wide = ("--widths", "1000", "--dtypes", "float32")
-    rows += compiled("--targets", target, "--streams", "4", "8", *wide)
+    rows += compiled("--targets", target, "--streams", "4", *wide)
     # Seams are crossed by parts on AMD's chips (kernels/backend.py).
     fused = target != "gfx942"
     rows = [row for row in rows if fused or not row["workload"].startswith("merge_project")]
