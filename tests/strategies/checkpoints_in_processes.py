@@ -55,8 +55,8 @@ class Data(pl.LightningDataModule):
         return DataLoader(torch.utils.data.Subset(self._tokens(1000), range(2)), batch_size=None)
 
     def _tokens(self, start: int) -> Tokens:
-        replicas = layout_of(self.trainer.strategy).data_parallel_size
-        return Tokens(start, self.trainer.global_rank % replicas, replicas)
+        layout = layout_of(self.trainer.strategy)
+        return Tokens(start, layout.data_parallel_rank, layout.data_parallel_size)
 
 
 class Noisy(LanguageModel):

@@ -204,7 +204,8 @@ def _run(leg: dict[str, Any], output: Path, allocations: Allocations | None, bef
     resume = leg.get("resume")
     replicas = layout_of(strategy).data_parallel_size
     tokens = tokens_of_run(leg.get("end_of_document"))
-    share = tokens.unflatten(1, (replicas, -1))[:, trainer.global_rank % replicas]
+    replica = trainer.global_rank // (trainer.world_size // replicas)
+    share = tokens.unflatten(1, (replicas, -1))[:, replica]
     share = share[leg.get("start", 0) * ACCUMULATED :].flatten(0, 1)
     loader = Peeked(share.split(SEQUENCES // ACCUMULATED // replicas))
     trainer.fit(

@@ -144,8 +144,8 @@ def run(case: dict[str, Any], output: Path) -> None:
         lengths = torch.randint(0, 10, tokens.shape[:2], generator=generator)
         tokens[torch.arange(9) >= lengths[..., None]] = -100
     replicas = layout_of(strategy).data_parallel_size
-    rank = trainer.global_rank % replicas
-    share = tokens.unflatten(1, (replicas, -1))[:, rank].flatten(0, 1)
+    replica = trainer.global_rank // (trainer.world_size // replicas)
+    share = tokens.unflatten(1, (replicas, -1))[:, replica].flatten(0, 1)
     size = SEQUENCES // accumulate // replicas
     loaders = [DataLoader(share, batch_size=size) for _ in range(2)]
     with recorded(strategy) if case.get("recorded") else nullcontext() as record:

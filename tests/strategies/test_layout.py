@@ -1,10 +1,12 @@
 """The layout that strategies describe, before their processes meet; afterwards see the others."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import (
@@ -12,10 +14,11 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.strategies import DataParallelStrategy, FullyShardedStrategy, PipelineStrategy
-from mhc_lightning.strategies.layout import Layout, layout_of
+from mhc_lightning.strategies.layout import Layout, layout_of, pipeline_mesh
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,20 @@ def test_stages_of_a_pipeline_have_one_share() -> None:
     assert planned(PipelineStrategy()).data_parallel_size == 1
     with pytest.raises(UserError, match="use a divisor of 4"):
         planned(PipelineStrategy(pipeline_size=3))
+
+
+@pytest.mark.parametrize(("devices", "replicas"), [(64, 8), (64, 16), (32, 2), (8, 8)])
+def test_pipelines_leave_a_node_of_eight_as_seldom_as_they_can(devices: int, replicas: int) -> None:
+    nodes, crossings = 8, 0
+    for rank in range(devices):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=devices)
+        mesh = pipeline_mesh("cpu", devices, replicas)
+        assert mesh["data_parallel"].size() == replicas
+        pipeline = mesh["pipeline"].mesh.tolist()
+        assert rank in pipeline and len(pipeline) == devices // replicas
+        crossings += sum(a // nodes != b // nodes for a, b in pairwise(pipeline))
+        dist.destroy_process_group()
+    assert crossings == devices * (max(1, devices // replicas // nodes) - 1)
 
 
 def test_one_process_has_everything_and_reductions_change_nothing() -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,15 @@ def mesh_layout(strategy: ModelParallelStrategy, planned_size: int, **more: Any)
         return Layout(planned_size, **more)
     mesh = strategy.device_mesh["data_parallel"]
     return Layout(mesh.size(), mesh.get_local_rank(), mesh.get_group(), **more)
+
+
+def pipeline_mesh(device_type: str, devices: int, replicas: int) -> DeviceMesh:
+    """The mesh (data_parallel, pipeline) of all processes.
+
+    A pipeline's processes follow each other, so that neighbours share a node wherever its pipelines
+    fit. n streams between stages are n times what other networks send there; gradients of replicas
+    cross the nodes once a step.
+    """
+    return init_device_mesh(
+        device_type, (replicas, devices // replicas), mesh_dim_names=("data_parallel", "pipeline")
+    )

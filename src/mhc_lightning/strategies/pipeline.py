@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from mhc_lightning.checkpoints.distributed_state import DistributedState
@@ -21,7 +20,7 @@ from mhc_lightning.planning.stages import (
     pipeline_size_of,
 )
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
-from mhc_lightning.strategies.layout import Layout, mesh_layout
+from mhc_lightning.strategies.layout import Layout, mesh_layout, pipeline_mesh
 from mhc_lightning.strategies.optimization_loop import run_backward_within_step
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
@@ -169,13 +168,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             self.check(self.lightning_module, batch)
         self._setup_distributed()
         replicas = self.layout().data_parallel_size
-        # Code looks dimensions up by name, so that one can be added (expert parallelism, cut out of
-        # the data-parallel dimension).
-        self._device_mesh = init_device_mesh(
-            self.root_device.type,
-            (self.world_size // replicas, replicas),
-            mesh_dim_names=("pipeline", "data_parallel"),
-        )
+        self._device_mesh = pipeline_mesh(self.root_device.type, self.world_size, replicas)
         self.start_watch()
 
     def setup(self, trainer: pl.Trainer) -> None:
