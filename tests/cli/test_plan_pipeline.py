@@ -203,3 +203,45 @@ def test_the_settings_are_those_of_the_strategy():
 def test_a_strategy_that_shards_is_known_by_its_class(target, sharded):
     assert is_sharded({"_target_": target}) is sharded
     assert not is_sharded({"name": "auto"})
+
+
+EXPERTS = ("plan", "--config", "mhc_3b", "machine=16xh200", "data.batch_size=64")
+
+
+def test_experts_spread_over_devices(capsys):
+    words = (*EXPERTS, "strategy=pipeline", "strategy.pipeline_size=2", "recompute=auto",
+             "data.micro_batch_size=8", "strategy.schedule=dualpipev")  # fmt: skip
+    whole = planned(capsys, *words)
+    spread = planned(capsys, *words, "++strategy.expert_parallel_size=8")
+    devices = (each["pipeline"]["devices"] for each in (whole, spread))
+    for one, other in zip(*devices, strict=True):
+        assert one["memory_bytes"]["weights"] == other["memory_bytes"]["weights"]
+        assert one["memory_bytes"]["communication"] > other["memory_bytes"]["communication"]
+    assert whole["step_seconds"]["exchange"] == 0 < spread["step_seconds"]["exchange"]
+    assert spread["step_seconds"]["communication"] < whole["step_seconds"]["communication"] / 2
+    schedules = spread["pipeline"]["schedules"]
+    hidden = {
+        name: each["overlapped"]["exchange_seconds"] / each["sequential"]["exchange_seconds"]
+        for name, each in schedules.items()
+        if "refusal" not in each
+    }
+    assert hidden.pop("dualpipev") < 0.7 and set(hidden.values()) == {1.0}
+    assert main([*EXPERTS, "strategy=fsdp", "++strategy.expert_parallel_size=4"]) == 0
+    text = capsys.readouterr().out
+    assert "the experts of a layer over 4 devices" in text and "  all-to-all " in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("strategy=fsdp", "++strategy.expert_parallel_size=5"), "use one of 1, 2, 4, 8"),
+        (("strategy=fsdp", "++strategy.expert_parallel_size=0"), "a whole number from 1 on"),
+        (
+            ("strategy=ddp", "++strategy.expert_parallel_size=2"),
+            "needs strategy=fsdp or strategy=p",
+        ),
+        (("strategy=fsdp", "routing_imbalance=0.5"), "must be 1, even routing, or more"),
+    ],
+)
+def test_experts_that_cannot_be_spread_so_are_refused(capsys, words, said):
+    assert said in refused(capsys, *EXPERTS, *words)

@@ -67,10 +67,10 @@ COMMANDS = {
             usage="--config PATH_OR_NAME [machine=8xh200] [key=value ...]",
             description="Predict the memory and time that a run needs. Nothing is allocated and no"
             " data are read.",
-            settings=("machine", "picture", "times"),
+            settings=("machine", "picture", "times", "routing_imbalance"),
             notes="""\
-A machine is NxKIND: a number of a100, h100, h200, b200 or cpu. Without machine=, it is this one
-with trainer.devices.
+A machine is NxKIND: a number of a100, h100, h200, b200, h800, l40s or cpu. Without machine=, it is
+this one with trainer.devices.
 
 Prints parameters, memory per device by kind, arithmetic and stream traffic per token, and the
 time per step that a roofline predicts. With strategy=pipeline also the memory of each device, and

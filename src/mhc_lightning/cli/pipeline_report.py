@@ -9,7 +9,8 @@ from mhc_lightning.formatting import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from mhc_lightning.planning import Plan
-    from mhc_lightning.planning.pipeline import Comparison, PipelineForecast
+    from mhc_lightning.planning.pipeline import PipelineForecast
+    from mhc_lightning.planning.schedule_comparison import Comparison
 
 
 def pipeline_heading(name: str, plan: "Plan") -> str:
@@ -21,11 +22,17 @@ def pipeline_heading(name: str, plan: "Plan") -> str:
     count = "a pipeline" if several == 1 else f"{several} pipelines that share the weights, each"
     return (
         f"{name} on {plan.machine.name}, {count} of {layout.devices} devices under"
-        f" {layout.schedule}\n"
+        f" {layout.schedule}{spread_experts(plan)}\n"
         f"  {run.batch_size} sequences of {run.sequence_length} tokens per step, as"
         f" {run.micro_batches} passes of {run.micro_batch_size} per pipeline, each in"
         f" {pipeline.pipeline.micro_batches} micro-batches"
     )
+
+
+def spread_experts(plan: "Plan") -> str:
+    """How experts are spread over devices; nothing if they are not."""
+    size = plan.run.replicas.experts.size
+    return "" if size == 1 else f", the experts of a layer over {size} devices"
 
 
 def devices_table(pipeline: "PipelineForecast") -> str:

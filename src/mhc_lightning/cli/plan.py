@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     import torch
 
     from mhc_lightning.modules import Transformer
-    from mhc_lightning.planning import DataParallel, Machine, Plan
+    from mhc_lightning.planning import DataParallel, ExpertParallel, Machine, Plan
 
+_EXPERTS = "expert_parallel_size"
 _OTHERWISE = "a smaller model, or a larger machine (see `plan` with machine=8xh200)"
 
 
@@ -115,7 +116,7 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
 
     values = experiment.values()
     data, trainer = values["data"], values["trainer"]
-    replicas, settings = _data_parallel(values["strategy"], machine.devices)
+    replicas, settings = _data_parallel(values, machine.devices)
     micro_batch_size = _micro_batch_size(experiment, replicas.devices)
     network = target_of(experiment, "model")
     if not getattr(network, "builds_on_meta", True):
@@ -132,6 +133,8 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
     ):
         if not known:
             raise NotPlannableError(f"{section}: what {type(part).__name__} needs is not known")
+    assert isinstance(model, Transformer)
+    replicas.experts.check(model, replicas.devices)
     pipeline = None
     if settings is None:
         block = model.set_recompute(values["recompute"])
@@ -184,19 +187,40 @@ def _micro_batch_size(experiment: Experiment, devices: int) -> int:
 
 
 def _data_parallel(
-    strategy: dict[str, Any], devices: int
+    values: dict[str, Any], devices: int
 ) -> "tuple[DataParallel, PipelineSettings | None]":
     """How devices share the batch and the model, and the settings of a pipeline, if it is one."""
     from mhc_lightning.planning import DataParallel
 
-    name = strategy_name(strategy)
-    if name == PIPELINE_STRATEGY:
-        settings = read_settings(strategy)
+    strategy, experts = values["strategy"], _expert_parallel(values)
+    if strategy_name(strategy) == PIPELINE_STRATEGY:
+        settings = read_settings({k: v for k, v in strategy.items() if k != _EXPERTS})
         replicas = settings.replicas(devices)
-        return DataParallel(replicas, sharded=replicas > 1), settings
+        return DataParallel(replicas, sharded=replicas > 1, experts=experts), settings
     sharded = is_sharded(strategy)
+    if experts.size > 1 and not sharded:
+        raise UserError(
+            f"strategy.{_EXPERTS}={experts.size} needs strategy=fsdp or strategy=pipeline"
+        )
     views = bool(strategy.get("gradient_as_bucket_view", False))
-    return DataParallel(devices, sharded=sharded, copies_gradients=not sharded and not views), None
+    copies = not sharded and not views
+    return DataParallel(devices, sharded=sharded, copies_gradients=copies, experts=experts), None
+
+
+def _expert_parallel(values: dict[str, Any]) -> "ExpertParallel":
+    """How experts are spread over devices.
+
+    Raises:
+        UserError: A setting is no number that makes sense.
+    """
+    from mhc_lightning.planning import ExpertParallel
+
+    size, imbalance = values["strategy"].get(_EXPERTS, 1), values["routing_imbalance"]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"strategy.{_EXPERTS} must be a whole number from 1 on, not {size!r}")
+    if not 1 <= imbalance <= 1000:
+        raise UserError(f"routing_imbalance={imbalance} must be 1, even routing, or more")
+    return ExpertParallel(size, imbalance)
 
 
 def _device(trainer: dict[str, Any]) -> "torch.device":

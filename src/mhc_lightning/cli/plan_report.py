@@ -3,7 +3,12 @@
 from textwrap import indent
 from typing import TYPE_CHECKING
 
-from mhc_lightning.cli.pipeline_report import devices_table, pipeline_heading, schedules_table
+from mhc_lightning.cli.pipeline_report import (
+    devices_table,
+    pipeline_heading,
+    schedules_table,
+    spread_experts,
+)
 from mhc_lightning.cli.rows_report import rows_table
 from mhc_lightning.cli.text_table import text_table
 from mhc_lightning.formatting import format_bytes, format_count, format_duration, format_seconds
@@ -48,7 +53,7 @@ def _heading(name: str, plan: "Plan") -> str:
     held = "a share of" if run.replicas.sharded else "all of"
     sharing = f", each with {held} the weights" if run.replicas.devices > 1 else ""
     return (
-        f"{name} on {plan.machine.name}{sharing}\n"
+        f"{name} on {plan.machine.name}{sharing}{spread_experts(plan)}\n"
         f"  {run.batch_size} sequences of {run.sequence_length} tokens per step, as"
         f" {run.micro_batches} micro-batches of {run.micro_batch_size} per device"
     )
@@ -126,6 +131,7 @@ def _time(plan: "Plan") -> str:
         ("arithmetic", format_seconds(step.compute), f"at {kind.flops_share:.0%} of the peak"),
         ("memory", format_seconds(step.traffic), f"at {kind.bandwidth_share:.0%} of the bandwidth"),
         ("collectives", format_seconds(step.communication), "beside both"),
+        ("all-to-all", format_seconds(step.exchange), "of experts, which nothing hides"),
         ("waiting", format_seconds(step.waiting), "of devices for other stages, and transfers"),
         ("step", format_seconds(step.total), ""),
         ("tokens/s", f"{plan.tokens_per_second:,.0f}", "over all devices"),
@@ -137,8 +143,10 @@ def _time(plan: "Plan") -> str:
     ]
     if plan.placements:
         about = "beside all of this" if step.rows_hidden else "which nothing hides"
-        rows.insert(4, ("rows", format_seconds(step.rows), f"of the memory's tables, {about}"))
+        rows.insert(5, ("rows", format_seconds(step.rows), f"of the memory's tables, {about}"))
     if plan.pipeline is None:
+        del rows[4]
+    if plan.run.replicas.experts.size == 1:
         del rows[3]
     title = "time per step, by a roofline (real steps take longer: launches, waiting, imbalance)"
     if plan.pipeline is not None and plan.pipeline.pipeline.measured is not None:

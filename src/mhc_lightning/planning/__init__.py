@@ -5,6 +5,7 @@ This package imports the modules and the optimizer recipes, not Lightning or the
 
 from mhc_lightning.planning.data_parallel import DataParallel, RowTraining
 from mhc_lightning.planning.errors import NotPlannableError
+from mhc_lightning.planning.expert_parallel import ExpertParallel
 from mhc_lightning.planning.machine import Machine, machine_of, this_machine
 from mhc_lightning.planning.measured_times import MeasuredTimes, read_times
 from mhc_lightning.planning.pipeline import Pipeline, PipelineForecast
@@ -16,6 +17,7 @@ from mhc_lightning.planning.shapes_only import ShapesOnly
 
 __all__ = [
     "DataParallel",
+    "ExpertParallel",
     "Machine",
     "MeasuredTimes",
     "NotPlannableError",

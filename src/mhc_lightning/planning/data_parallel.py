@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from mhc_lightning.planning.expert_parallel import ExpertParallel
+
 PLACEMENTS = ("device", "sharded", "host")
 
 
@@ -45,12 +47,14 @@ class DataParallel:
             instead of all of them (DDP, or a single device).
         copies_gradients: Whether gradients are reduced in separate buffers.
         rows: What becomes of the tables of a memory.
+        experts: How routed experts are spread over neighbours among the devices.
     """
 
     devices: int = 1
     sharded: bool = False
     copies_gradients: bool = False
     rows: RowTraining = field(default_factory=RowTraining)
+    experts: ExpertParallel = field(default_factory=ExpertParallel)
 
     @property
     def placement(self) -> str:

@@ -35,7 +35,8 @@ class DeviceKind:
         low_flops: Peak of dense bfloat16 matrix products, FLOP/s.
         full_flops: Peak of float32 matrix products, FLOP/s.
         bandwidth: Bandwidth of its memory, bytes/s.
-        link: Bandwidth to the devices of its node, bytes/s in each direction.
+        link: Bandwidth to the devices of its node (NVLink, or PCIe where there is none), bytes/s in
+            each direction.
         network: Bandwidth of its adapter to other nodes, bytes/s in each direction.
         pcie: Bandwidth to the memory of its host, bytes/s in each direction.
         host_memory: Bytes of the host's memory, for all devices of a node.
@@ -43,6 +44,8 @@ class DeviceKind:
         flops_share: Share of the peak that matrix products of a large model reach.
         bandwidth_share: Share of the bandwidth that a streaming kernel reaches.
         link_share: Share of a link that a collective reaches.
+        link_latency: Seconds that a message within a node costs beside its bytes.
+        network_latency: Seconds that a message to another node costs beside its bytes.
     """
 
     name: str
@@ -58,6 +61,8 @@ class DeviceKind:
     flops_share: float = 0.6
     bandwidth_share: float = 0.8
     link_share: float = 0.7
+    link_latency: float = 1e-6
+    network_latency: float = 2e-6
 
     @property
     def is_gpu(self) -> bool:
@@ -100,9 +105,10 @@ class Machine:
 
 
 # Vendor data sheets, dense rates of the SXM forms. A link is half of NVLink's two-way figure, the
-# network is one 400 Gb/s (A100: 200 Gb/s) adapter per GPU, and PCIe has 16 lanes of generation 5
-# (A100: 4). Memory is the part that CUDA leaves to programs; a host has 2 TB, as NVIDIA's own
-# machines of eight have. The shares are this package's assumptions.
+# network is one InfiniBand adapter of 400 Gb/s (A100: 200 Gb/s) per GPU, and PCIe has 16 lanes of
+# generation 5 (A100 and L40S: 4). The L40S has no NVLink: within a node it talks over PCIe. The
+# H800 is an H100 with 400 GB/s of NVLink. Memory is the part that CUDA leaves to programs; a host
+# has 2 TB, as NVIDIA's own machines of eight have. Shares and latencies are assumptions.
 _KINDS = {
     kind.name: kind
     for kind in (
@@ -110,6 +116,8 @@ _KINDS = {
         DeviceKind("h100", 79 * _GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, 64e9, _HOST),
         DeviceKind("h200", 139 * _GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, 64e9, _HOST),
         DeviceKind("b200", 178 * _GIB, 2250e12, 75e12, 8.0e12, 900e9, 50e9, 64e9, _HOST),
+        DeviceKind("h800", 79 * _GIB, 989e12, 67e12, 3.35e12, 200e9, 50e9, 64e9, _HOST),
+        DeviceKind("l40s", 44 * _GIB, 362e12, 91.6e12, 0.864e12, 32e9, 25e9, 32e9, _HOST),
     )
 }
 
@@ -120,7 +128,7 @@ def machine_of(text: str) -> Machine:
     Raises:
         UserError: `text` names no machine.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z]+\d*)", text.strip().lower())
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]+\d*[a-z]*)", text.strip().lower())
     kind = this_cpu() if match and match.group(2) == "cpu" else None
     if match and kind is None:
         kind = _KINDS.get(match.group(2))

@@ -18,7 +18,10 @@ The file is JSON, in seconds for one micro-batch::
 - `backward_weight`: the part of `backward` that computes gradients of weights; schedules that split
   the backward pass need it;
 - `replay`: rebuilding of streams;
-- `merge_forward`, `merge_backward`: the merges of feed-forward sub-layers, contained in the passes.
+- `merge_forward`, `merge_backward`: the merges of feed-forward sub-layers, contained in the passes;
+- `dispatch`, `combine`: all-to-alls of experts that are spread over devices, forward, not contained
+  in the passes; `expert_layers`, the number of layers that they belong to;
+- `feed_forward`: the share of feed-forward sub-layers in the passes.
 
 `transfers` is the time to send a micro-batch to another device: one number, or one for each
 boundary; by default 0. `update` is the optimizer's step; by default the roofline's.
@@ -103,7 +106,14 @@ def _stage(file: str, number: int, entry: Any) -> StageTimes:
     for name in ("forward", "backward"):
         if not entry.get(name):
             raise UserError(f"times={file}: {where} needs {name}, more than 0 seconds")
-    times = StageTimes(**{k: _seconds(file, f"{where}.{k}", v) for k, v in entry.items()})
+    numbers = {k: _seconds(file, f"{where}.{k}", v) for k, v in entry.items()}
+    layers = numbers.pop("expert_layers", 1)
+    if layers < 1 or layers != int(layers) or numbers.get("feed_forward", 0.0) > 1:
+        raise UserError(
+            f"times={file}: {where}.expert_layers must be a whole number from 1 on, and"
+            " feed_forward a share of at most 1"
+        )
+    times = StageTimes(**numbers, expert_layers=int(layers))
     weight = times.backward_weight or 0.0
     for name, part, whole in (
         ("backward_weight", weight, times.backward),

@@ -15,6 +15,11 @@ from mhc_lightning.kernels.cross_entropy import tokens_per_chunk
 from mhc_lightning.modules import Connection, NgramTable, Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.data_parallel import DataParallel
+from mhc_lightning.planning.expert_parallel import (
+    exchange_buffers,
+    on_the_busiest,
+    values_on_device,
+)
 from mhc_lightning.planning.recompute import rebuilt_bytes
 from mhc_lightning.planning.row_memory import RowMemory, row_memory
 from mhc_lightning.planning.stage_part import has_head
@@ -70,6 +75,7 @@ def device_memory(
     weights, buffers, optimizer = state_bytes(model, [model], batch, state_per_value)
     share = replicas.devices if replicas.sharded else 1
     saved = saved_for_backward(model, batch, copies_weights(batch, replicas))
+    saved = on_the_busiest(saved, model, replicas.experts)
     logits = loss_bytes(model, batch, replicas)
     memory = DeviceMemory(
         weights=-(-weights // share) + buffers,
@@ -152,8 +158,9 @@ def _communication_bytes(
     if not replicas.sharded:
         return weights if replicas.copies_gradients and replicas.devices > 1 else 0
     value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
-    blocks = [dense_values(block) for block in model.blocks]
-    outside = dense_values(model) - sum(blocks)
+    blocks = [values_on_device(block, replicas.experts) for block in model.blocks]
+    outside = dense_values(model) - sum(map(dense_values, model.blocks))
     # Embedding, norm and head stay gathered. Of the blocks, one computes, one is gathered ahead
     # (with its buffer), and one has gradients and their float32 sum.
-    return outside * value + max(blocks) * (4 * value + batch.precision.coefficient)
+    gathered = outside * value + max(blocks) * (4 * value + batch.precision.coefficient)
+    return gathered + exchange_buffers(model, batch, replicas.experts)

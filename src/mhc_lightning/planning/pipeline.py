@@ -1,4 +1,4 @@
-"""Predicted memory and time of a pipeline, under its own schedule and all others."""
+"""Predicted memory and time of a pipeline."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch
 from mhc_lightning.planning.data_parallel import DataParallel
+from mhc_lightning.planning.expert_parallel import added_flops, routed_values
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.measured_times import MeasuredTimes
 from mhc_lightning.planning.pipeline_memory import (
@@ -18,11 +18,13 @@ from mhc_lightning.planning.pipeline_memory import (
     boundary_bytes,
     pipeline_memory,
 )
-from mhc_lightning.planning.roofline import StepTime, ring_link, update_bytes
+from mhc_lightning.planning.roofline import StepTime, sharing_seconds, update_bytes
 from mhc_lightning.planning.schedule_order import schedule_order
-from mhc_lightning.planning.simulation import Timeline, simulate
+from mhc_lightning.planning.simulation import simulate
+from mhc_lightning.planning.stage_part import part_of
 from mhc_lightning.planning.stage_times import row_times, stage_times, transfer_times
-from mhc_lightning.planning.stages import SCHEDULES, StagePlan, cut_network
+from mhc_lightning.planning.stages import StagePlan, cut_network
+from mhc_lightning.planning.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class PipelineForecast:
             self.passes * self.collectives,
             rows=self.passes * self.rows,
             rows_hidden=self.rows_hidden,
+            exchange=self.passes * sum(line.exposed) / line.devices,
         )
         return replace(spent, waiting=self.seconds(overlapped=False) - spent.total)
 
@@ -159,45 +162,14 @@ class PipelineForecast:
             "sequential": {
                 "step_seconds": self.seconds(overlapped=False),
                 "bubble": self.sequential.bubble,
+                "exchange_seconds": self.passes * max(self.sequential.exposed),
             },
             "overlapped": {
                 "step_seconds": self.seconds(overlapped=True),
                 "bubble": self.overlapped.bubble,
+                "exchange_seconds": self.passes * max(self.overlapped.exposed),
             },
         }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The prediction under one of several schedules.
-
-    Attributes:
-        forecast: The run under this schedule; None if the layout does not fit it.
-        refusal: The reason why it does not fit.
-        baseline: The prediction with the ordinary residual connection, if there is one.
-    """
-
-    forecast: PipelineForecast | None
-    refusal: str = ""
-    baseline: PipelineForecast | None = None
-
-    def overhead(self, *, overlapped: bool) -> float | None:
-        """The added time of a step, as a share of the baseline's step."""
-        if self.forecast is None or self.baseline is None:
-            return None
-        ours, theirs = (
-            each.seconds(overlapped=overlapped) for each in (self.forecast, self.baseline)
-        )
-        return ours / theirs - 1
-
-    def record(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        if self.forecast is None:
-            return {"refusal": self.refusal}
-        record = self.forecast.summary()
-        for mode, overlapped in (("sequential", False), ("overlapped", True)):
-            record[mode]["overhead_over_residual"] = self.overhead(overlapped=overlapped)
-        return record
 
 
 def forecast(
@@ -226,7 +198,8 @@ def forecast(
     bandwidth = kind.bandwidth * kind.bandwidth_share
     update = max(update_bytes(d.memory, d.rows) / bandwidth for d in devices)
     peak = kind.low_flops if batch.precision.activation < 4 else kind.full_flops
-    flops = model.flops_per_token(batch.length) * batch.tokens * parts
+    per_token = model.flops_per_token(batch.length) + added_flops(model, replicas.experts)
+    flops = per_token * batch.tokens * parts
     arithmetic = flops / plan.devices / (peak * kind.flops_share)
     measured = pipeline.measured
     if measured is None:
@@ -237,6 +210,7 @@ def forecast(
         times, transfers, rows = list(measured.stages), list(measured.transfers), 0.0
         update = update if measured.update is None else measured.update
     order = schedule_order(plan, parts)
+    stages = [part_of(model, blocks) for blocks in plan.blocks]
     return PipelineForecast(
         pipeline=pipeline,
         devices=devices,
@@ -244,8 +218,7 @@ def forecast(
         overlapped=simulate(plan, order, times, transfers, overlapped=True),
         passes=passes,
         update=update,
-        collectives=max(_collective_bytes(d, batch, replicas) for d in devices)
-        / (ring_link(machine, replicas) * kind.link_share),
+        collectives=max(_collective_seconds(d, stages, batch, replicas, machine) for d in devices),
         rows=rows,
         rows_hidden=replicas.placement == "host",
         arithmetic=arithmetic,
@@ -253,50 +226,16 @@ def forecast(
     )
 
 
-def compare_schedules(
-    model: Transformer,
-    baseline: Transformer | None,
-    pipeline: Pipeline,
-    batch: MicroBatch,
-    replicas: DataParallel,
-    state_per_value: Callable[[nn.Module, nn.Parameter], int],
-    machine: Machine,
-    passes: int,
-) -> dict[str, Comparison]:
-    """Predict the run under every schedule; the arguments are those of `forecast`.
-
-    Args:
-        model: The whole model.
-        baseline: The model with the ordinary residual connection; None for no comparison.
-        pipeline: The layout of one pipeline.
-        batch: A micro-batch.
-        replicas: The pipelines that share each stage's state.
-        state_per_value: Numbers that the optimizer keeps for each value of a parameter of a model.
-        machine: The devices.
-        passes: Passes through the pipeline per optimizer step.
-    """
-    rest = batch, replicas, state_per_value, machine, passes
-    found = {}
-    for schedule in SCHEDULES:
-        try:
-            other = pipeline.under(schedule, model, batch.sequences * pipeline.micro_batches)
-            ours = forecast(model, other, *rest)
-        except UserError as error:
-            found[schedule] = Comparison(None, str(error))
-            continue
-        plain = None
-        if baseline is not None and pipeline.measured is None:
-            plain = forecast(baseline, other, *rest)
-        found[schedule] = Comparison(ours, baseline=plain)
-    return found
-
-
-def _collective_bytes(device: PipelineDevice, batch: MicroBatch, replicas: DataParallel) -> float:
-    """Bytes that a device sends per pass: its stages are gathered once and reduced once."""
+def _collective_seconds(
+    device: PipelineDevice, parts: list[Transformer], batch: MicroBatch, *where: Any
+) -> float:
+    """Seconds of a pass in which a device's stages are gathered once and reduced once."""
+    replicas, machine = where
     if not replicas.sharded:
         return 0.0
     precision = batch.precision
     dense = device.memory.gradients - device.rows.gradients
     parameters = dense * replicas.devices / precision.weight
-    others = (replicas.devices - 1) / replicas.devices
-    return others * parameters * (precision.activation + precision.coefficient)
+    routed = sum(routed_values(parts[stage]) for stage in device.stages)
+    moved = precision.activation + precision.coefficient
+    return sharing_seconds(parameters, routed, moved, replicas, machine)

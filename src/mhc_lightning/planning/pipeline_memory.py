@@ -28,6 +28,11 @@ from mhc_lightning.planning.activations import (
     saved_for_backward,
 )
 from mhc_lightning.planning.data_parallel import DataParallel
+from mhc_lightning.planning.expert_parallel import (
+    exchange_buffers,
+    on_the_busiest,
+    values_on_device,
+)
 from mhc_lightning.planning.memory import (
     DeviceMemory,
     copies_weights,
@@ -41,7 +46,6 @@ from mhc_lightning.planning.schedule_order import PassKind, Slot, in_flight, sch
 from mhc_lightning.planning.split_backward import gradients_for_weights
 from mhc_lightning.planning.stage_part import part_of
 from mhc_lightning.planning.stages import StagePlan
-from mhc_lightning.planning.tables import dense_values
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,8 @@ def _saved(
     """Bytes that a stage's forward pass saves for one micro-batch, by kind."""
     sends = index < len(parts) - 1 and _sends(plan, index, index + 1)
     copies = copies_weights(batch, replicas)
-    return saved_for_backward(parts[index], batch, copies, receives=True, sends=sends)
+    saved = saved_for_backward(parts[index], batch, copies, receives=True, sends=sends)
+    return on_the_busiest(saved, parts[index], replicas.experts)
 
 
 def _fullest(slots: tuple[Slot, ...], stages: list[_Stage]) -> tuple[DeviceMemory, dict[str, int]]:
@@ -215,6 +220,7 @@ def _gathered_bytes(parts: list[Transformer], batch: MicroBatch, replicas: DataP
         return 0
     value = torch.bfloat16.itemsize if batch.precision.activation < 4 else batch.precision.weight
     wide = batch.precision.coefficient
-    every = sum(dense_values(part) for part in parts)
-    blocks = (dense_values(block) for part in parts for block in part.blocks)
-    return every * (value + wide) + max(blocks) * wide
+    every = sum(values_on_device(part, replicas.experts) for part in parts)
+    blocks = (values_on_device(b, replicas.experts) for part in parts for b in part.blocks)
+    buffers = max(exchange_buffers(part, batch, replicas.experts) for part in parts)
+    return every * (value + wide) + max(blocks) * wide + buffers

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules import Transformer
-from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.pipeline import Pipeline
 from mhc_lightning.planning.planned_run import PlannedRun
@@ -90,7 +89,9 @@ def _more_devices(run: PlannedRun, model: Transformer, machine: Machine) -> Iter
                 cut.check_micro_batches(run.pipeline.micro_batches, run.micro_batch_size)
             except UserError:
                 continue
-            changed = replace(run, replicas=DataParallel(replicas, sharded=replicas > 1))
+            changed = replace(
+                run, replicas=replace(run.replicas, devices=replicas, sharded=replicas > 1)
+            )
             setting = f"{device_settings(devices, machine)} strategy.pipeline_size={size}"
             yield setting, _with(changed, replace(run.pipeline, plan=cut), model)
         devices *= 2
@@ -98,7 +99,7 @@ def _more_devices(run: PlannedRun, model: Transformer, machine: Machine) -> Iter
 
 def _sharded_instead(run: PlannedRun) -> Iterator[Change]:
     if run.batch_size % run.devices == 0 and run.devices > 1:
-        layout = DataParallel(run.devices, sharded=True)
+        layout = replace(run.replicas, devices=run.devices, sharded=True)
         yield (
             "strategy=fsdp data.micro_batch_size=1",
             replace(run, replicas=layout, micro_batch_size=1, pipeline=None),

@@ -4,19 +4,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mhc_lightning.modules import Transformer
-from mhc_lightning.planning.activations import saved_for_backward
+from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
+from mhc_lightning.planning.expert_parallel import on_the_busiest
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.memory import DeviceMemory, copies_weights, device_memory
 from mhc_lightning.planning.parameters import ParameterCounts, count_parameters
-from mhc_lightning.planning.pipeline import (
-    Comparison,
-    PipelineForecast,
-    compare_schedules,
-)
+from mhc_lightning.planning.pipeline import PipelineForecast
 from mhc_lightning.planning.placements import PlacedRows, placements_of
 from mhc_lightning.planning.planned_run import PlannedRun, run_forecast, run_memory
 from mhc_lightning.planning.recompute import best_block, rebuilt_bytes
 from mhc_lightning.planning.roofline import StepTime, step_time
+from mhc_lightning.planning.schedule_comparison import Comparison, compare_schedules
 from mhc_lightning.planning.tables import ngram_tables
 from mhc_lightning.planning.traffic import StreamTraffic, stream_traffic
 
@@ -173,14 +171,19 @@ def _plan(model: Transformer, run: PlannedRun, machine: Machine) -> Plan:
     memory = device_memory(model, batch, run.sharing, run.state_per_value)
     block = run.recompute_block or best_block(model)
     without, within = replace(batch, recompute_block=0), replace(batch, recompute_block=block)
-    kept = saved_for_backward(model, within, copies)
+
+    def saved(batch: MicroBatch) -> dict[str, int]:
+        kept = saved_for_backward(model, batch, copies)
+        return on_the_busiest(kept, model, run.sharing.experts)
+
+    kept = saved(within)
     return Plan(
         machine=machine,
         run=run,
         parameters=count_parameters(model),
         memory=memory,
-        activations=saved_for_backward(model, batch, copies),
-        activations_without_recompute=sum(saved_for_backward(model, without, copies).values()),
+        activations=saved(batch),
+        activations_without_recompute=sum(saved(without).values()),
         activations_with_recompute=sum(kept.values()) + rebuilt_bytes(model, within),
         recompute_block=block,
         flops_per_token=model.flops_per_token(run.sequence_length),

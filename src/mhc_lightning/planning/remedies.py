@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from mhc_lightning.modules import Transformer
-from mhc_lightning.planning.data_parallel import DataParallel
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.pipeline_remedies import Change, device_settings, pipeline_changes
 from mhc_lightning.planning.planned_run import PlannedRun, run_fits
@@ -97,7 +96,7 @@ def _sharded(run: PlannedRun, machine: Machine) -> Iterator[PlannedRun]:
     """Twice as many devices each time; first the present ones, if only sharding is missing."""
     devices = max(run.replicas.devices, 1 if run.replicas.sharded else machine.devices)
     while devices <= _MOST_DEVICES:
-        layout = DataParallel(devices, sharded=True)
+        layout = replace(run.replicas, devices=devices, sharded=True, copies_gradients=False)
         divides = run.batch_size % (run.micro_batch_size * devices) == 0
         if devices > 1 and divides and layout != run.replicas:
             yield replace(run, replicas=layout)

@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from mhc_lightning.modules import Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.data_parallel import DataParallel
+from mhc_lightning.planning.expert_parallel import (
+    added_flops,
+    exchange,
+    on_the_busiest,
+    routed_values,
+    values_on_device,
+)
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.memory import DeviceMemory, copies_weights
 from mhc_lightning.planning.recompute import replayed_bytes
@@ -30,6 +37,7 @@ class StepTime:
         waiting: Waiting of a pipeline's devices for each other.
         rows: Rows of a memory's tables, between devices or between a device and its host.
         rows_hidden: Whether these move while the device computes.
+        exchange: All-to-alls of experts, which nothing hides.
     """
 
     compute: float
@@ -38,12 +46,13 @@ class StepTime:
     waiting: float = 0.0
     rows: float = 0.0
     rows_hidden: bool = False
+    exchange: float = 0.0
 
     @property
     def total(self) -> float:
         """The whole step; collectives overlap with the rest."""
         beside = self.communication, self.rows if self.rows_hidden else 0.0
-        behind = self.waiting + (0.0 if self.rows_hidden else self.rows)
+        behind = self.waiting + self.exchange + (0.0 if self.rows_hidden else self.rows)
         return max(self.compute + self.traffic, *beside) + behind
 
 
@@ -67,14 +76,16 @@ def step_time(
     """
     kind, precision = machine.kind, batch.precision
     peak = kind.low_flops if precision.activation < 4 else kind.full_flops
-    flops = model.flops_per_token(batch.length) * batch.tokens * micro_batches
+    per_token = model.flops_per_token(batch.length) + added_flops(model, replicas.experts)
+    flops = per_token * batch.tokens * micro_batches
 
     saved = saved_for_backward(model, batch, copies_weights(batch, replicas))
+    saved = on_the_busiest(saved, model, replicas.experts)
     # Written once and read once; the connections' part is in the stream operations already.
     activations = 2 * (sum(saved.values()) - saved["connections"] - saved["weight_copies"])
     streams = stream_traffic(model, precision).training_fused * batch.tokens
     streams += replayed_bytes(model, batch)
-    parameters = dense_values(model)
+    parameters = values_on_device(model, replicas.experts)
     # Forward, gradient of the input, gradient of the weight.
     weights = 3 * parameters * precision.activation
     held = row_memory(model, batch, replicas)
@@ -85,10 +96,10 @@ def step_time(
     return StepTime(
         compute=flops / (peak * kind.flops_share),
         traffic=moved / (kind.bandwidth * kind.bandwidth_share),
-        communication=_collective_bytes(parameters, batch, replicas, micro_batches)
-        / (ring_link(machine, replicas) * kind.link_share),
+        communication=_collective_seconds(model, batch, replicas, machine, micro_batches),
         rows=moving.seconds(batch.tokens * micro_batches, ring_link(machine, replicas), machine),
         rows_hidden=replicas.placement == "host",
+        exchange=2 * micro_batches * exchange(model, batch, replicas, machine).seconds,
     )
 
 
@@ -104,21 +115,63 @@ def update_bytes(memory: DeviceMemory, rows: RowMemory) -> int:
     return state + memory.gradients - rows.gradients
 
 
-def _collective_bytes(
-    parameters: int, batch: MicroBatch, replicas: DataParallel, micro_batches: int
+def _collective_seconds(
+    model: Transformer,
+    batch: MicroBatch,
+    replicas: DataParallel,
+    machine: Machine,
+    micro_batches: int,
 ) -> float:
-    """Bytes that a device sends per step in ring collectives."""
-    precision = batch.precision
-    others = (replicas.devices - 1) / replicas.devices
+    """Seconds per step in ring collectives."""
+    precision, parameters = batch.precision, dense_values(model)
     if not replicas.sharded:
-        return 2 * others * parameters * precision.weight
+        seconds = ring_seconds(2 * parameters * precision.weight, replicas.devices, 1, machine)
+        return seconds
     # Gathered for forward and for backward, and reduced, for each micro-batch.
-    return micro_batches * others * parameters * (2 * precision.activation + precision.coefficient)
+    moved = micro_batches * (2 * precision.activation + precision.coefficient)
+    return sharing_seconds(parameters, routed_values(model), moved, replicas, machine)
+
+
+def sharing_seconds(
+    parameters: float, routed: float, moved: float, replicas: DataParallel, machine: Machine
+) -> float:
+    """Seconds in which devices gather and reduce what they share.
+
+    Args:
+        parameters: Number of parameters, those of experts included.
+        routed: Number of parameters of routed experts; only the devices that hold the same ones
+            share them.
+        moved: Bytes gathered and reduced for each parameter.
+        replicas: The devices.
+        machine: Devices and their links.
+    """
+    spread, devices = replicas.experts.size, replicas.devices
+    if spread == 1:
+        return ring_seconds(parameters * moved, devices, 1, machine)
+    others = ring_seconds((parameters - routed) * moved, devices, 1, machine)
+    return others + ring_seconds(routed / spread * moved, devices // spread, spread, machine)
+
+
+def ring_seconds(size: float, devices: int, apart: int, machine: Machine) -> float:
+    """Seconds of a ring collective: each device sends all but its share of `size` bytes.
+
+    Args:
+        size: Bytes gathered or reduced.
+        devices: Devices of the ring.
+        apart: Ranks between neighbours; as many rings run at the same time.
+        machine: Devices and their links.
+    """
+    link = _ring_link(machine, devices, apart) * machine.kind.link_share
+    return (devices - 1) / devices * size / link
 
 
 def ring_link(machine: Machine, replicas: DataParallel) -> float:
     """Bytes per second of a device in a ring; the devices of a node use all its adapters."""
+    return _ring_link(machine, replicas.devices, 1)
+
+
+def _ring_link(machine: Machine, devices: int, apart: int) -> float:
     kind = machine.kind
-    if replicas.devices <= kind.per_node:
+    if devices * apart <= kind.per_node:
         return kind.link
-    return min(kind.link, kind.network * kind.per_node)
+    return min(kind.link, kind.network * max(1, kind.per_node // apart))

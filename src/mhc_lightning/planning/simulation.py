@@ -20,8 +20,10 @@ Overlapped, as in the paper: transfers run beside computing. Rebuilding does not
 streams that entered a block are on the device already. In a pair, the merges of one pass run beside
 the computing of the other: the pair takes as long as the busier of both lanes, and its results are
 ready when it ends. If the wait for a gradient costs more than the pair saves, the two passes run
-one after the other. Other operations of a pair share the device and gain nothing. (No dispatch or
-combine of experts is simulated: experts are not spread over devices.)
+one after the other. Other operations of a pair share the device and gain nothing.
+
+Where experts are spread over devices, a pass waits for its dispatches and combines. In a pair,
+those of one pass travel while the other computes (`interleaved_pair.py`).
 
 `torch.distributed.pipelining` lies between the two: it sends beside computing (1F1B waits for its
 sends between a forward and a backward), and rebuilds when backward asks.
@@ -29,12 +31,12 @@ sends between a forward and a backward), and rebuilds when backward asks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import NamedTuple
 
 from mhc_lightning.errors import UserError
+from mhc_lightning.planning.interleaved_pair import interleave
 from mhc_lightning.planning.schedule_order import Action, Order, PassKind, Slot
 from mhc_lightning.planning.stages import StagePlan
+from mhc_lightning.planning.timeline import Activity, Lane, Span, Timeline
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class StageTimes:
         replay: Rebuilding streams in backward.
         merge_forward: The part of `forward` that merges of feed-forward sub-layers take.
         merge_backward: The part of `backward` that these merges take.
+        dispatch: Sending tokens to experts on other devices, forward; backward takes as long. It is
+            no part of `forward` or `backward`.
+        combine: Sending their results back, forward; backward takes as long.
+        expert_layers: Layers over which the two are spread.
+        feed_forward: The share of feed-forward sub-layers in `forward` and `backward`.
     """
 
     forward: float
@@ -57,6 +64,19 @@ class StageTimes:
     replay: float = 0.0
     merge_forward: float = 0.0
     merge_backward: float = 0.0
+    dispatch: float = 0.0
+    combine: float = 0.0
+    expert_layers: int = 1
+    feed_forward: float = 0.5
+
+    def exchange(self, kind: PassKind) -> float:
+        """Seconds of an action's all-to-alls.
+
+        They belong to the gradients of inputs, unless all of backward is in its second half.
+        """
+        whole = self.backward_weight == self.backward
+        none = PassKind.BACKWARD_INPUT if whole else PassKind.BACKWARD_WEIGHT
+        return 0.0 if kind is none else self.dispatch + self.combine
 
     def of(self, kind: PassKind) -> float:
         """Seconds of an action, without rebuilding.
@@ -77,96 +97,12 @@ class StageTimes:
         return weight if kind is PassKind.BACKWARD_WEIGHT else self.backward - weight
 
 
-class Lane(StrEnum):
-    """A part of a device that works independently of the other parts."""
-
-    COMPUTE = "compute"
-    COMMUNICATION = "communication"
-    PRIORITY = "priority"
-
-
-class Activity(StrEnum):
-    """The activity of a device in a span of time."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    BACKWARD_INPUT = "backward_input"
-    BACKWARD_WEIGHT = "backward_weight"
-    REPLAY = "replay"
-    SEND = "send"
-    MERGE = "merge"
-
-
 _WORK = {
     PassKind.FORWARD: Activity.FORWARD,
     PassKind.BACKWARD: Activity.BACKWARD,
     PassKind.BACKWARD_INPUT: Activity.BACKWARD_INPUT,
     PassKind.BACKWARD_WEIGHT: Activity.BACKWARD_WEIGHT,
 }
-
-
-class Span(NamedTuple):
-    """A span of time in which a device is busy.
-
-    Attributes:
-        device: Number of the device, from 0.
-        lane: The part of the device that is busy.
-        work: The activity.
-        action: The action; for a transfer, the action whose result is sent.
-        start: Beginning, in seconds after the first action begins.
-        end: End, in seconds after the first action begins.
-    """
-
-    device: int
-    lane: Lane
-    work: Activity
-    action: Action
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """One pass of a schedule.
-
-    Attributes:
-        spans: All spans, in no particular order.
-        devices: Number of devices.
-        overlapped: True if transfers run beside computing.
-    """
-
-    spans: tuple[Span, ...]
-    devices: int
-    overlapped: bool
-
-    @property
-    def seconds(self) -> float:
-        """Seconds from the first action to the end of the last."""
-        return max(span.end for span in self.spans)
-
-    def busy(self, device: int) -> float:
-        """Seconds that a device computes, rebuilding included."""
-        return sum(
-            span.end - span.start
-            for span in self.spans
-            if span.device == device and span.lane is Lane.COMPUTE
-        )
-
-    def sending(self, device: int) -> float:
-        """Seconds for which transfers keep a device from computing: none if they are overlapped."""
-        if self.overlapped:
-            return 0.0
-        return sum(
-            span.end - span.start
-            for span in self.spans
-            if span.device == device and span.lane is Lane.COMMUNICATION
-        )
-
-    @property
-    def bubble(self) -> float:
-        """Share of all devices' time in which they neither compute nor wait for own transfers."""
-        used = sum(self.busy(d) + self.sending(d) for d in range(self.devices))
-        return 1 - used / (self.devices * self.seconds)
 
 
 def simulate(
@@ -199,7 +135,7 @@ def simulate(
                 run.take(device, slots.pop())
         if sum(map(len, left)) == before:
             raise ValueError(f"devices wait for each other: {[slots[-1:] for slots in left]}")
-    return Timeline(tuple(run.spans), plan.devices, overlapped)
+    return Timeline(tuple(run.spans), plan.devices, overlapped, tuple(run.exposed))
 
 
 class _Simulation:
@@ -213,6 +149,7 @@ class _Simulation:
         overlapped: bool,
     ) -> None:
         self.spans: list[Span] = []
+        self.exposed = [0.0] * plan.devices
         self._plan = plan
         self._last = len(plan.blocks) - 1
         self._times = times
@@ -241,6 +178,7 @@ class _Simulation:
                 self._rebuild(device, (action,))
                 start = self._free[device]
             self._compute(device, action, start, self._seconds(action))
+            self._exchange(device, action)
             ends.append(self._free[device])
         for action, end in zip(slot, ends, strict=True):
             self._hand_on(device, action, end)
@@ -266,6 +204,14 @@ class _Simulation:
         self._add(device, Lane.COMPUTE, _WORK[action.kind], action, start, seconds)
         self._free[device] = start + seconds
 
+    def _exchange(self, device: int, action: Action) -> None:
+        """All-to-alls that nothing hides: drawn behind their action, as one."""
+        seconds = self._times[action.stage].exchange(action.kind)
+        lane, start = (Lane.COMMUNICATION, Activity.EXCHANGE), self._free[device]
+        self._add(device, *lane, action, start, seconds)
+        self._free[device] += seconds
+        self.exposed[device] += seconds
+
     def _pair(self, device: int, pair: Slot) -> None:
         forward, backward = pair
         free, (of_forward, of_backward) = self._free[device], map(self._input, pair)
@@ -273,15 +219,27 @@ class _Simulation:
         merge_forward = self._times[forward.stage].merge_forward
         merge_backward = self._times[backward.stage].merge_backward
         hidden = merge_forward + merge_backward
+        both = seconds_forward + seconds_backward - hidden
+        layers = interleave(self._times[forward.stage], self._times[backward.stage])
         start = max(free, of_forward or 0.0, of_backward or 0.0)
-        end = start + max(seconds_forward + seconds_backward - hidden, hidden)
+        end = start + max(both, hidden, layers.seconds)
         alone = max(free, of_forward or 0.0)
-        then = max(alone + seconds_forward, of_backward or 0.0)
-        if then + seconds_backward <= end:  # waiting for the gradient costs more than a pair saves
+        sent_forward = self._times[forward.stage].exchange(forward.kind)
+        sent_backward = self._times[backward.stage].exchange(backward.kind)
+        then = max(alone + seconds_forward + sent_forward, of_backward or 0.0)
+        # Whether waiting for the gradient costs more than a pair saves.
+        if then + seconds_backward + sent_backward <= end:
             self._compute(device, forward, alone, seconds_forward)
+            self._exchange(device, forward)
             self._compute(device, backward, then, seconds_backward)
+            self._exchange(device, backward)
             end = self._free[device]
         else:
+            for span in layers.exchanges:
+                whose = forward if span.forward else backward
+                lane = Lane.COMMUNICATION, Activity.EXCHANGE
+                self._add(device, *lane, whose, start + span.start, span.end - span.start)
+            self.exposed[device] += max(0.0, layers.seconds - max(both, hidden))
             self._compute(device, forward, start, seconds_forward - merge_forward)
             middle = self._free[device]
             self._compute(device, backward, middle, seconds_backward - merge_backward)

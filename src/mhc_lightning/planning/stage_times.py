@@ -10,6 +10,14 @@ arithmetic, and launches, waiting and imbalance cost nothing.
 from mhc_lightning.modules import ResidualConnection, Transformer
 from mhc_lightning.planning.activations import MicroBatch, saved_for_backward
 from mhc_lightning.planning.data_parallel import DataParallel
+from mhc_lightning.planning.expert_parallel import (
+    added_flops,
+    exchange,
+    on_the_busiest,
+    routed_flops,
+    routed_values,
+    values_on_device,
+)
 from mhc_lightning.planning.machine import Machine
 from mhc_lightning.planning.memory import copies_weights
 from mhc_lightning.planning.pipeline_memory import boundary_bytes
@@ -108,15 +116,17 @@ def _stage_times(
     peak = (kind.low_flops if value < 4 else kind.full_flops) * kind.flops_share
     bandwidth = kind.bandwidth * kind.bandwidth_share
 
-    without_attention = part.flops_per_token(0) * tokens
-    attention = part.flops_per_token(batch.length) * tokens - without_attention
+    more = added_flops(part, replicas.experts) * tokens
+    without_attention = part.flops_per_token(0) * tokens + more
+    attention = part.flops_per_token(batch.length) * tokens + more - without_attention
     head_parameters = part.output.weight.numel() if has_head(part) else 0
     head = 6 * head_parameters * tokens
     products = (without_attention - head) / 3
 
     saved = saved_for_backward(part, batch, copies_weights(batch, replicas))
+    saved = on_the_busiest(saved, part, replicas.experts)
     kept = sum(saved.values()) - saved["connections"] - saved["weight_copies"]
-    weights = (dense_values(part) - head_parameters) * value
+    weights = (values_on_device(part, replicas.experts) - head_parameters) * value
     rows = row_traffic(part, batch.precision, replicas, machine).device * tokens
     streams = stream_traffic(part, batch.precision)
     streams_back = streams.training_fused - streams.forward_fused
@@ -133,6 +143,7 @@ def _stage_times(
     to_weight = seconds(products, kept / 2 + weights + rows * 2 / 3)
     # Tokens have no gradient: torch runs this stage's whole backward pass in the second half.
     first = splits and has_embedding(part)
+    sent = exchange(part, batch, replicas, machine)
     return StageTimes(
         forward=forward,
         backward=to_input + to_weight,
@@ -140,7 +151,18 @@ def _stage_times(
         replay=replayed_bytes(part, batch) / bandwidth,
         merge_forward=merge / bandwidth,
         merge_backward=merge_back / bandwidth,
+        dispatch=sent.dispatch,
+        combine=sent.combine,
+        expert_layers=max(1, sent.layers),
+        feed_forward=_feed_forward_flops(part, replicas) * tokens / (without_attention + attention),
     )
+
+
+def _feed_forward_flops(part: Transformer, replicas: DataParallel) -> float:
+    """FLOPs of feed-forward sub-layers for one token, forward and backward."""
+    bodies = [each.body for each in sub_layers(part)[1::2]]
+    others = sum(dense_values(body) - routed_values(body) for body in bodies)
+    return 6 * others + replicas.experts.busiest * sum(map(routed_flops, bodies))
 
 
 def _feed_forward_merges(part: Transformer, batch: MicroBatch) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mhc_lightning.formatting import format_seconds
 from mhc_lightning.planning.pipeline import PipelineForecast
-from mhc_lightning.planning.simulation import Activity, Lane, Span, Timeline
+from mhc_lightning.planning.timeline import Activity, Lane, Span, Timeline
 from mhc_lightning.plotting.theme import FAINT, INK
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _LOOKS = {
     Activity.BACKWARD_WEIGHT: _Look("backward, weights", "#f2c14e", "#dba21f", INK),
     Activity.REPLAY: _Look("replay", "#5aa469", "#3c7d4a"),
     Activity.SEND: _Look("communication", "#4b4b5c", "#4b4b5c"),
+    Activity.EXCHANGE: _Look("dispatch and combine", "#7d7d92", "#a3a3b5"),
     Activity.MERGE: _Look("merges, high priority", "#9a6fb0", "#9a6fb0"),
 }
 # Beginning of each lane, from the top of a device's row, and height, both as shares of the row.
