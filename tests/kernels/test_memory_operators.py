@@ -105,7 +105,7 @@ def calls() -> dict[str, tuple[Any, tuple]]:
     }
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["torch", "triton", "compiled"])
 @pytest.mark.parametrize("name", sorted(calls()))
 def test_registration(name: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.VARIABLE, kernels)

@@ -21,7 +21,10 @@ _MOST_STREAMS = 8
 _MOST_COEFFICIENTS = 32  # or n² + 2n, if those are more
 MOST_FUSED_STREAMS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_COMPILED = frozenset({"aggregate", "merge", "merge_read", "read", "replay", "sinkhorn"})
+_COMPILED = frozenset({"aggregate", "merge", "merge_read", "read", "replay", "sinkhorn"}) | {
+    "context_gate",
+    "gated_write",
+}
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 

@@ -88,7 +88,7 @@ def test_every_cut_into_programs_gives_the_same(config: tuple[int, int, int, int
         assert_close_to_float64(a, b.double())
 
 
-def test_gradients_in_float64_and_of_a_key_that_is_zero() -> None:
+def test_gradients_in_float64_and_of_a_key_that_is_zero(cpu_kernels: str) -> None:
     streams, key, weight = (
         randn(*shape, dtype=torch.float64) for shape in [(4, 3, 6)] * 2 + [(3, 6)]
     )
@@ -102,7 +102,7 @@ def test_gradients_in_float64_and_of_a_key_that_is_zero() -> None:
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "compiled"])
 def test_streams_that_go_on_without_their_gates(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,8 +113,8 @@ def test_streams_that_go_on_without_their_gates(
     assert torch.equal(ours[0], 2 * streams) and ours[1] is None
 
 
-def test_many_tokens_are_cut_into_pieces_with_the_same_result() -> None:
-    """More than one piece of plain torch, the last one shorter."""
+def test_many_tokens_are_cut_into_pieces_with_the_same_result(cpu_kernels: str) -> None:
+    """More than one piece, the last one shorter."""
     tokens, n, width = 700, 4, 256
     streams = randn(tokens, n, width)
     operands = streams, like(streams), 1 + randn(n, width, scale=0.2)

@@ -98,7 +98,9 @@ def test_every_cut_into_programs_gives_the_same(
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 520), (2, 280), (40, 9)])
-def test_many_tokens_are_cut_into_pieces_with_the_same_result(batch: int, length: int) -> None:
+def test_many_tokens_are_cut_into_pieces_with_the_same_result(
+    batch: int, length: int, cpu_kernels: str
+) -> None:
     """Parts of one sequence, of each of several, and several short sequences together."""
     n, width, count, dilation = 4, 256, 4, 3
     operands = [
@@ -120,7 +122,7 @@ def test_many_tokens_are_cut_into_pieces_with_the_same_result(batch: int, length
 
 
 @pytest.mark.parametrize("before", [0, 4])
-def test_gradients_in_float64(before: int) -> None:
+def test_gradients_in_float64(before: int, cpu_kernels: str) -> None:
     shapes = [(2, 5, 3, 4), (2, 5 + before, 4), (2, 5 + before, 3), (3, 3, 4)]
     leaves: list[Any] = [randn(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
     assert torch.autograd.gradcheck(lambda *t: run(*t, dilation=2), leaves)
@@ -147,3 +149,5 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     longer = torch.zeros(2, 5, 8), torch.zeros(2, 5, 4)
     with pytest.raises(ValueError, match="value must have 3 or 12 positions"):
         gated_write(streams, *longer, taps, 3)
+    with pytest.raises(ValueError, match="dilation must be at least 1, not 0"):
+        gated_write(streams, value, gate, taps, 0)

@@ -114,7 +114,7 @@ def _argument(value: Any) -> Any:
     if isinstance(value, Tensor):
         assert value.is_contiguous()
         return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int64(value)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
 @contextmanager

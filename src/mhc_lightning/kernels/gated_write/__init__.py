@@ -34,14 +34,17 @@ def gated_write(
             convolution alone.
         gate: [B, P, n].
         taps: [K, n, C], the present position last; None to leave the convolution out.
-        dilation: Positions between two taps.
+        dilation: Positions from one tap to the next, at least 1.
 
     Returns:
         [B, S, n, C] in the dtype of `streams`, computed in float32.
 
     Raises:
-        ValueError: If the shapes don't fit, or P is neither S nor S + (K - 1) · dilation.
+        ValueError: If the shapes don't fit, P is neither S nor S + (K - 1) · dilation, or the
+            dilation is below 1.
     """
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1, not {dilation}")
     batch, length, n, width = streams.shape
     positions = value.shape[1]
     check_shape("value", value, [batch, positions, width], streams)

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "compiled_support/sums.h"
 #include "read/operands.h"
 
 namespace mhc {
@@ -166,13 +167,6 @@ private:
 template <typename A>
 using ReadBlocks = std::vector<std::unique_ptr<ReadBackward<A>>>;
 
-// Tokens of a block, so that sums over blocks do not depend on the number of threads.
-inline int64_t block_tokens(int64_t tokens) {
-    constexpr int64_t least = 256, most_blocks = 64;
-    const int64_t share = std::max(least, (tokens + most_blocks - 1) / most_blocks);
-    return (share + group - 1) / group * group;
-}
-
 // Adds up what blocks of tokens have found, always in the same order.
 template <typename A>
 inline void add_up(
@@ -191,15 +185,8 @@ inline void add_up(
     std::copy(alpha.begin(), alpha.end(), alpha_grad);
     std::copy(bias.begin(), bias.end(), bias_grad);
     if (!phi_grad) return;
-    constexpr int64_t slice = 4096;
-    const int64_t size = given.packing().size();
-    each_block((size + slice - 1) / slice, threads, [&](int64_t part) {
-        const int64_t last = std::min(size, (part + 1) * slice);
-        A* to = blocks[0]->phi_grad.data();
-        for (size_t b = 1; b < blocks.size(); ++b) {
-            const A* from = blocks[b]->phi_grad.data();
-            for (int64_t k = part * slice; k < last; ++k) to[k] += from[k];
-        }
+    add_parts(blocks.size(), given.packing().size(), threads, [&](int64_t block) {
+        return blocks[block]->phi_grad.data();
     });
     given.packing().from_rows(blocks[0]->phi_grad.data(), phi_grad);
 }
