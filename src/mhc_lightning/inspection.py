@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mhc_lightning.callbacks.doubly_stochastic import sum_residuals
 from mhc_lightning.callbacks.gains import GAIN_TAGS, amax_gains, chains, mean_products
-from mhc_lightning.callbacks.stream_diversity import sum_residuals
 from mhc_lightning.callbacks.watching.stream_watcher import StreamWatcher
 from mhc_lightning.kernels import StreamMappings
 from mhc_lightning.modules import Connection, Transformer

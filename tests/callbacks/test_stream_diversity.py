@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from mhc_lightning.callbacks import StreamDiversity
-from mhc_lightning.callbacks.stream_diversity import (
-    relative_diversity,
-    sum_residuals,
-)
+from mhc_lightning.callbacks.doubly_stochastic import sum_residuals
+from mhc_lightning.callbacks.stream_diversity import relative_diversity
 from mhc_lightning.callbacks.watching.lineage import streams_in_arguments
 from mhc_lightning.kernels import StreamMappings, sinkhorn_knopp
 

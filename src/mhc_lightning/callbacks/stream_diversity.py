@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mhc_lightning.callbacks.doubly_stochastic import sum_residuals
 from mhc_lightning.callbacks.stream_sampler import StreamSampler
 from mhc_lightning.callbacks.watching.lineage import streams_in_arguments
 from mhc_lightning.callbacks.watching.observations import Observation
@@ -37,12 +38,6 @@ def relative_diversity(streams: Tensor) -> Tensor:
     spread = torch.sub(x, total, alpha=1 / x.shape[-2])  # x − x̄ in one pass
     norms = [torch.linalg.vector_norm(v.flatten(-2), dim=-1) for v in (spread, x)]
     return (norms[0] / norms[1].clamp_min(tiny)).mean()
-
-
-def sum_residuals(residual: Tensor) -> Tensor:
-    """The largest |row sum − 1| and |column sum − 1| over all tokens: [2]."""
-    matrices = residual.to(torch.promote_types(residual.dtype, torch.float32))
-    return torch.stack([(matrices.sum(axis) - 1).abs().amax() for axis in (-1, -2)])
 
 
 class StreamDiversity(StreamSampler[dict[str, Tensor]]):

@@ -3,17 +3,21 @@
 A folder has the format of `torch.distributed.checkpoint`: each process's tensors are in a file
 `__<process>_0.distcp`, and the index is in `.metadata`. All other content is in `run.ckpt`, a file
 of `torch.save`.
+
+The classes of an index are imported where one is read: `torch.distributed.checkpoint` takes half a
+second, and a checkpoint in one file needs none of it.
 """
 
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.serialization import _get_layout
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 INDEX = ".metadata"
 RUN = "run.ckpt"
@@ -24,13 +28,15 @@ def is_checkpoint_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in (INDEX, RUN)) or any(path.glob("*.distcp"))
 
 
-def read_index(folder: Path) -> Metadata:
+def read_index(folder: Path) -> "Metadata":
     """The index of a folder's tensors.
 
     Raises:
         OSError: The index cannot be read.
         ValueError: The file is no index of this package; the message says why.
     """
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     content = (folder / INDEX).read_bytes()
     try:
         index = _IndexUnpickler(io.BytesIO(content)).load()
@@ -46,7 +52,7 @@ def read_index(folder: Path) -> Metadata:
     return index
 
 
-def missing_bytes(folder: Path, index: Metadata) -> str | None:
+def missing_bytes(folder: Path, index: "Metadata") -> str | None:
     """The first file of an index that its folder lacks, or has cut short; None if all are there."""
     ends: dict[str, int] = {}
     for part in index.storage_data.values():
@@ -66,6 +72,9 @@ class _IndexUnpickler(pickle.Unpickler):
     """Rebuilds an index and nothing else, whoever wrote it."""
 
     def find_class(self, module: str, name: str) -> Any:
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+        from torch.distributed.checkpoint.metadata import Metadata
+
         if module.startswith("torch") and "." not in name:
             kind = super().find_class(module, name)
             described = isinstance(kind, type) and kind.__module__ == Metadata.__module__

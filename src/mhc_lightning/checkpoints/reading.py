@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mhc_lightning.checkpoints.folder_index import RUN
 from mhc_lightning.checkpoints.refusals import load_error, require_model
-from mhc_lightning.checkpoints.row_state import joined
 from mhc_lightning.checkpoints.saved_tensors import SavedTensors
 
 
@@ -56,6 +55,8 @@ def load_whole_folder(path: Path, *, trusted: bool) -> dict[str, Any]:
     Raises:
         UserError: As for `load_checkpoint`.
     """
+    from mhc_lightning.checkpoints.row_state import joined  # with the optimizers
+
     checkpoint = load_folder(path, trusted=trusted)
     checkpoint["state_dict"] = checkpoint["state_dict"].read()
     for number, state in enumerate(checkpoint["optimizer_states"]):

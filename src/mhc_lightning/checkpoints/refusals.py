@@ -30,12 +30,13 @@ import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch.distributed.checkpoint.metadata import Metadata
+from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.checkpoints.folder_index import INDEX, RUN, missing_bytes, read_index
 from mhc_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 
 def fault_in(path: Path) -> str | None:
@@ -104,7 +105,7 @@ def _fault_in_folder(path: Path) -> str | None:
         return f"unreadable ({error.strerror or error})"
 
 
-def _wrong_checksum(folder: Path, index: Metadata) -> str | None:
+def _wrong_checksum(folder: Path, index: "Metadata") -> str | None:
     parts = sorted((p.relative_path, p.offset, p.length) for p in index.storage_data.values())
     for name, offset, length in parts:
         with open(folder / name, "rb") as file:

@@ -3,12 +3,9 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mhc_lightning.checkpoints.folder_index import read_index
 from mhc_lightning.checkpoints.refusals import load_error
@@ -33,6 +30,8 @@ class SavedTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
         try:
             self._index = read_index(folder)
         except (OSError, ValueError) as error:
@@ -53,11 +52,15 @@ class SavedTensors(Mapping[str, Tensor]):
         Raises:
             UserError: A target has no saved tensor of its name and shape, or it cannot be read.
         """
+        import torch.distributed.checkpoint as dcp  # half a second
+
+        from mhc_lightning.checkpoints.folder_reader import FolderReader
+
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.load(
                 {f"{self.prefix}{name}": tensor for name, tensor in targets.items()},
-                storage_reader=_Reader(self.folder, self._index),
+                storage_reader=FolderReader(self.folder, self._index),
                 no_dist=True,  # each process reads what it needs, and need not wait for others
             )
         except dcp.CheckpointException as error:
@@ -116,14 +119,3 @@ def load_weights(
         rows, first = held_rows(tensor)
         whole = weights[name]
         rows.copy_(whole if rows is tensor else whole[first : first + len(rows)])
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads with an index that was checked, in place of unpickling it again."""
-
-    def __init__(self, folder: Path, index: Metadata) -> None:
-        super().__init__(folder)
-        self._index = index
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._index

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mhc_lightning.checkpoints.names import LAST
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.cli.fewer_collections import fewer_collections
 from mhc_lightning.cli.run_folder import (
     claim,
     delete_run,
@@ -37,16 +38,8 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
 
     from mhc_lightning.cli.run_faults import named_faults
 
-    experiment = _with_resolved_strategy(experiment)
-    checkpoint = _checkpoint(experiment)
-    begins = checkpoint is None or not _is_in(checkpoint, folder)
-    if checkpoint is not None and begins:
-        # Another run's state: this folder's own run, if it holds one, would be lost.
-        claim(folder, resumes=False, overwrite=values["overwrite"])
-    trainer, module, data = _build(experiment)
-    if checkpoint is not None:
-        checkpoint = _restore(checkpoint, experiment, trainer, module)
-    if begins:
+    trainer, module, data, checkpoint, resumes = _ready(experiment, folder)
+    if not resumes:
         delete_run(folder)  # only now: every mistake in the settings has been found before
     write_records(
         folder,
@@ -65,6 +58,23 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
     finally:
         data.teardown("fit")  # Lightning leaves it out where an exception ends the run
+
+
+@fewer_collections()
+def _ready(
+    experiment: Experiment, folder: Path
+) -> "tuple[pl.Trainer, LanguageModel, TextDataModule, Path | None, bool]":
+    """What `_build` makes, the checkpoint to resume from, and whether it is this folder's run's."""
+    experiment = _with_resolved_strategy(experiment)
+    checkpoint = _checkpoint(experiment)
+    resumes = checkpoint is not None and _is_in(checkpoint, folder)
+    if checkpoint is not None and not resumes:
+        # Another run's state: this folder's own run, if it holds one, would be lost.
+        claim(folder, resumes=False, overwrite=experiment.values()["overwrite"])
+    trainer, module, data = _build(experiment)
+    if checkpoint is not None:
+        checkpoint = _restore(checkpoint, experiment, trainer, module)
+    return trainer, module, data, checkpoint, resumes
 
 
 def _with_resolved_strategy(experiment: Experiment) -> Experiment:

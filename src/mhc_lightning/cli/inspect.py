@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.fewer_collections import fewer_collections
 from mhc_lightning.cli.inspected_checkpoint import LITERAL_KEYS, read_checkpoint
 from mhc_lightning.errors import UserError
 
 
+@fewer_collections()
 def inspect(arguments: Arguments) -> None:
     """Print the gains of the checkpoint by sub-layer, and draw its matrices if asked to.
 

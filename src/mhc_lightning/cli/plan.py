@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.cli.fewer_collections import fewer_collections
 from mhc_lightning.cli.plan_report import report
 from mhc_lightning.cli.strategy_choice import devices_per_node, resolve_strategy
 from mhc_lightning.cli.strategy_settings import (
@@ -31,6 +32,7 @@ _EXPERTS = "expert_parallel_size"
 _OTHERWISE = "a smaller model, or a larger machine (see `plan` with machine=8xh200)"
 
 
+@fewer_collections()
 def plan(experiment: Experiment, arguments: Arguments) -> None:
     """Print the memory and time that a run needs, without allocating any of it.
 

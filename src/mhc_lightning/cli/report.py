@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 from mhc_lightning.cli.arguments import Arguments
+from mhc_lightning.cli.fewer_collections import fewer_collections
 from mhc_lightning.errors import UserError
 
 
+@fewer_collections()
 def report(arguments: Arguments) -> None:
     """Write the page and its figures, and print its place; or print the numbers as JSON.
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhc_lightning.data.prepared_data import PreparedData
 from mhc_lightning.data.token_data.token_data import TokenData
@@ -50,6 +49,8 @@ def match_model(sources: Sequence[TokenSource], pretrained: str) -> None:
     Raises:
         UserError: Names the first token that differs; or ids of token data are not the model's.
     """
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # `inspect` needs none
+
     own = tokenizer_of_model(pretrained)
     if own is None:
         rank_zero_warn(
@@ -78,6 +79,8 @@ def _compare(data: TokenSource, made_with: Tokenizer, own: Tokenizer, pretrained
             f"the tokens of {data.path} were made with another tokenizer than that of"
             f" {pretrained}: {another}; {how}"
         )
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
     if made_with.beginning != own.beginning:
         rank_zero_warn(
             f"documents of {data.path} begin with {_begins(made_with)}, and {pretrained} expects"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.utils.parametrize import is_parametrized
 
 from mhc_lightning.errors import UserError
@@ -144,7 +143,7 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
     the shards.
     """
     parameters = module._parameters
-    sharded: dict[str, Any] = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
+    sharded: dict[str, Any] = {name: p for name, p in parameters.items() if _is_sharded(p)}
     for name, parameter in sharded.items():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
         parameters[name] = nn.Parameter(whole, parameter.requires_grad)
@@ -164,8 +163,11 @@ def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
     Raises:
         UserError: The tensor is not sharded by rows over one dimension of a mesh.
     """
-    if not isinstance(tensor, DTensor):
+    if not _is_sharded(tensor):
         return tensor, 0
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(tensor, DTensor)
     split = [(k, place) for k, place in enumerate(tensor.placements) if not place.is_replicate()]
     if not split:
         return tensor.to_local(), 0
@@ -179,6 +181,15 @@ def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
     each = -(-tensor.shape[0] // tensor.device_mesh.size(dimension))
     first = min(each * tensor.device_mesh.get_local_rank(dimension), tensor.shape[0])
     return tensor.to_local(), first
+
+
+def _is_sharded(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor; a process without any does not wait for their import."""
+    if tensor is None or type(tensor) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def _groups(shape: torch.Size) -> tuple[int, int]:

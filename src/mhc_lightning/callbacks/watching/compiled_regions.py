@@ -8,14 +8,16 @@ programs exist, with and without the hook; switching between them compiles nothi
 """
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from mhc_lightning.callbacks.watching.lineage import Lineage, floating_tensors
 from mhc_lightning.kernels import StreamMappings
+
+if TYPE_CHECKING:
+    from torch._dynamo import OptimizedModule
 
 
 def modules_in_compiled_regions(root: nn.Module) -> set[nn.Module]:
@@ -28,11 +30,20 @@ def modules_in_compiled_regions(root: nn.Module) -> set[nn.Module]:
     if getattr(root, "_compiler_ctx", None) is not None:  # Lightning's from_compiled
         inside.update(root.modules())
     for module in root.modules():
-        if isinstance(module, OptimizedModule):
+        if _is_optimized(module):
             inside.update(module._orig_mod.modules())
         elif getattr(module, "_compiled_call_impl", None) is not None:
             inside.update(module.modules())
     return inside
+
+
+def _is_optimized(module: nn.Module) -> "TypeGuard[OptimizedModule]":
+    """Whether `torch.compile` wrapped a module; without such a one, nobody waits for its class."""
+    if "_orig_mod" not in module._modules:
+        return False
+    from torch._dynamo import OptimizedModule
+
+    return isinstance(module, OptimizedModule)
 
 
 def declares_mappings(module: nn.Module) -> bool:
@@ -131,6 +142,6 @@ class ProgramCalls:
 
 def _program(module: nn.Module) -> tuple[Any, str]:
     """The callable of a module's compiled program, or None, and the attribute that holds it."""
-    if isinstance(module, OptimizedModule):
+    if _is_optimized(module):
         return module.__dict__.get("forward"), "forward"
     return getattr(module, "_compiled_call_impl", None), "_compiled_call_impl"

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -159,6 +158,8 @@ class StreamWatcher:
         observations, met_again = in_order(sightings, program_starts)
         if met_again and not self._warned:
             self._warned = True
+            from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # `inspect` needs none
+
             rank_zero_warn(
                 f"{met_again} is called more than once in one compiled program, where the streams"
                 " that it reads are not seen: composite gains and products begin anew with each"
