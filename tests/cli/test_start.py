@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mhc_lightning import __main__ as program
 from mhc_lightning.cli.fewer_collections import fewer_collections
 
 TRAINING = {"lightning", "torchmetrics", "litdata", "transformers", "tensorboard", "matplotlib"}
@@ -76,3 +77,15 @@ def test_collections_are_fewer_within_and_as_before_after_an_error() -> None:
     assert within <= 1 < 10 < usual
     assert fewer_collections()(gc.get_threshold)()[0] > before[0]
     assert gc.get_threshold() == before
+
+
+@pytest.mark.parametrize(("command", "frozen"), [("plan", True), ("fit", False)])
+def test_garbage_is_left_to_the_end_of_the_process_where_nothing_trains(
+    monkeypatch: pytest.MonkeyPatch, command: str, frozen: bool
+) -> None:
+    freezes: list[str] = []
+    monkeypatch.setattr(sys, "argv", ["mhc_lightning", command])
+    monkeypatch.setattr(program.command_line, "main", lambda: 3)
+    monkeypatch.setattr(program.gc, "freeze", lambda: freezes.append(command))
+    assert program.main() == 3
+    assert bool(freezes) == frozen
