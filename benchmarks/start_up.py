@@ -2,11 +2,11 @@
 
     python benchmarks/start_up.py --before ../older > benchmarks/results/start_up_cpu.json
 
-Each command runs as a fresh process, once to fill the file cache and then `--repeats` times, with this
-tree and the other in turn. Medians: `cpu` is processor time of the process (which work beside it
-changes little), `wall` the clock's. `first_line` is up to the first line that the command prints, `step`
-up to the line of fit's first step, without a validation before it, `end` the whole command. A run of
-one step of the quickstart's model is made first, on bytes of this file.
+Each command runs as a fresh process, once to fill the file cache and then `--repeats` times, with
+this tree and the other in turn. Medians: `cpu` is processor time of the process (which work beside
+it changes little), `wall` the clock's. `first_line` is up to the first line that the command
+prints, `step` up to the line of fit's first step, `end` the whole command. A run of one step of the
+quickstart's model is made first, on bytes of this file.
 """
 
 import argparse

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mhc_lightning import __main__ as program
-from mhc_lightning.cli.fewer_collections import fewer_collections
+from mhc_lightning.cli.fewer_collections import fewer_collections, set_aside
 
 TRAINING = {"lightning", "torchmetrics", "litdata", "transformers", "tensorboard", "matplotlib"}
 DISTRIBUTED = {"torch.distributed.checkpoint", "torch.distributed.tensor"}
@@ -89,3 +89,11 @@ def test_garbage_is_left_to_the_end_of_the_process_where_nothing_trains(
     monkeypatch.setattr(program.gc, "freeze", lambda: freezes.append(command))
     assert program.main() == 3
     assert bool(freezes) == frozen
+
+
+def test_what_is_there_is_set_aside_until_the_run_ends() -> None:
+    before = gc.get_freeze_count()
+    with pytest.raises(KeyError), set_aside():
+        assert gc.get_freeze_count() > before + 10_000
+        raise KeyError
+    assert gc.get_freeze_count() == 0

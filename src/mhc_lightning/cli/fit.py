@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mhc_lightning.checkpoints.names import LAST
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
-from mhc_lightning.cli.fewer_collections import fewer_collections
+from mhc_lightning.cli.fewer_collections import fewer_collections, set_aside
 from mhc_lightning.cli.run_folder import (
     claim,
     delete_run,
@@ -53,7 +53,7 @@ def fit(experiment: Experiment, arguments: Arguments) -> None:
         },
     )
     try:
-        with recorded_end(folder, trainer), named_faults(trainer):
+        with recorded_end(folder, trainer), named_faults(trainer), set_aside():
             # `_restore` has read it safely; what other callbacks keep in it may be any object.
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
     finally:
