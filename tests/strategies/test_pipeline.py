@@ -128,7 +128,7 @@ def test_every_schedule_trains_as_one_process_does(single: Any, tmp_path: Path) 
 
     Also with sequences that are padded, so that micro-batches weigh unlike; with recomputation, and
     with instruments, which see the same tokens where there is but one micro-batch; and in bfloat16,
-    which rounds the same where there is.
+    which plain torch rounds the same where there is.
     """
     cases = {
         "gpipe": case("gpipe", 2, strategy={"microbatches": 2}),
