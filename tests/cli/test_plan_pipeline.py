@@ -245,3 +245,50 @@ def test_experts_spread_over_devices(capsys):
 )
 def test_experts_that_cannot_be_spread_so_are_refused(capsys, words, said):
     assert said in refused(capsys, *EXPERTS, *words)
+
+
+SEARCH = ("plan", "--config", "mhc_quickstart", "model.num_layers=4", "data.batch_size=8",
+          "search=true")  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [("machine=2xl40s",), ("machine=3xh100", "data.batch_size=4")])
+def test_the_settings_found_are_those_of_a_plan_with_that_memory(capsys, words):
+    record = planned(capsys, *SEARCH, *words)
+    layouts = record["layouts"]
+    seconds = [each["step_seconds"] for each in layouts]
+    assert seconds == sorted(seconds) and 4 <= len(seconds) <= 10
+    first = layouts[0]
+    plan = planned(capsys, *SEARCH[:-1], *words, *first["settings"].split())
+    assert plan["memory_bytes_per_device"]["total"] == first["memory_bytes"]
+    assert ("pipeline" in plan) == (first["pipeline_size"] > 1) == (words[0] == "machine=3xh100")
+    if "pipeline" in plan:
+        overlapped = plan["pipeline"]["overlapped"]
+        assert overlapped["step_seconds"] == pytest.approx(first["step_seconds"])
+        assert overlapped["bubble"] == pytest.approx(first["bubble"])
+    else:
+        assert plan["step_seconds"]["total"] == pytest.approx(first["step_seconds"])
+    assert main([*SEARCH, *words]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert text[-1] == f"with: {first['settings']}" and text[-2] == record["why"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("machine=2xh999",), "kinds: cpu, a100"),
+        (("machine=2xh100", "times=x.json"), "leave out search=true"),
+        (("machine=3xh100", "data.batch_size=2", "model.num_layers=2"), "use a multiple of 3"),
+    ],
+)
+def test_a_search_that_cannot_be_made_is_refused(capsys, words, said):
+    assert said in refused(capsys, *SEARCH, *words)
+
+
+@pytest.mark.slow
+def test_the_papers_largest_model_on_eight_nodes_in_under_a_minute(capsys):
+    start = time.process_time()
+    words = ("plan", "--config", "mhc_27b", "machine=64xh200", "search=true")
+    record = planned(capsys, *words)
+    assert time.process_time() - start < 60
+    assert len(record["layouts"]) == 10
+    assert record["simulated"] < record["tried"] / 2

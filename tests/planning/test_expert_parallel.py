@@ -187,3 +187,15 @@ def test_a_dense_model_has_no_experts_to_spread(build):
     ExpertParallel(1).check(build("residual"), 8)
     with pytest.raises(UserError, match="has no experts to spread; use 1"):
         ExpertParallel(2).check(build("residual"), 8)
+
+
+def test_experts_neighbours_are_a_pipeline_apart():
+    machine, experts = machine_of("64xh200"), ExpertParallel(8, imbalance=1.0)
+    assert sent_bytes(8.0, 2, experts, machine).network == 0
+    # Pipelines of four: two of the eight are on each node, and six on others.
+    assert sent_bytes(8.0, 2, experts, machine, apart=4) == pytest.approx((2, 12))
+    assert sent_bytes(8.0, 2, experts, machine, apart=8) == pytest.approx((0, 14))
+    sent = LinkBytes(0.0, 7e9)
+    assert all_to_all_seconds(sent, experts, machine, apart=8) == pytest.approx(
+        7e9 / (0.7 * 50e9), rel=1e-3
+    )

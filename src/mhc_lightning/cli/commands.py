@@ -67,7 +67,7 @@ COMMANDS = {
             usage="--config PATH_OR_NAME [machine=8xh200] [key=value ...]",
             description="Predict the memory and time that a run needs. Nothing is allocated and no"
             " data are read.",
-            settings=("machine", "picture", "times", "routing_imbalance"),
+            settings=("machine", "search", "picture", "times", "routing_imbalance"),
             notes="""\
 A machine is NxKIND: a number of a100, h100, h200, b200, h800, l40s or cpu. Without machine=, it is
 this one with trainer.devices.
@@ -80,6 +80,9 @@ that does not fit ends with exit code 2, and the changes that would make it fit.
 same check before it allocates anything, against the memory that is free, or against that of
 machine=.
 
+With search=true, prints the ten fastest layouts that fit, among sizes of pipelines and groups of
+experts, schedules, micro-batches and recompute, and why the first one wins.
+
 The file of times= holds seconds for one micro-batch: {"stages": [{"forward": 0.01, "backward":
 0.02}, ...]}; also backward_weight, replay, merge_forward, merge_backward of a stage, and
 "transfers" and "update" beside "stages".""",
@@ -87,6 +90,7 @@ The file of times= holds seconds for one micro-batch: {"stages": [{"forward": 0.
                 "plan --config mhc_27b machine=8xh200 strategy=fsdp",
                 "plan --config mhc_27b machine=8xh200 strategy=pipeline data.micro_batch_size=16"
                 " picture=pipeline.png",
+                "plan --config mhc_27b machine=64xh200 search=true",
             ),
             json=True,
         ),

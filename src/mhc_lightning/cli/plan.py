@@ -2,12 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
 from mhc_lightning.cli.fewer_collections import fewer_collections
+from mhc_lightning.cli.layout_report import search
 from mhc_lightning.cli.plan_report import report
+from mhc_lightning.cli.planned_experiment import planned_run
 from mhc_lightning.cli.strategy_choice import devices_per_node, resolve_strategy
 from mhc_lightning.cli.strategy_settings import (
     PIPELINE_STRATEGY,
@@ -50,6 +53,9 @@ def plan(experiment: Experiment, arguments: Arguments) -> None:
         if count < 1:
             raise UserError("trainer.devices and trainer.num_nodes must be at least 1")
         machine = this_machine(count, _device(values["trainer"]))
+    if values["search"]:
+        search(experiment, arguments, machine)
+        return
     per_node = _per_node(machine, values["trainer"])
     experiment, choice = resolve_strategy(experiment, machine.devices, per_node)
     if choice is not None:
@@ -105,37 +111,12 @@ def check_room(experiment: Experiment, devices: int, device: "torch.device") -> 
 
 
 def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, Plan]":
-    from mhc_lightning.cli.instantiation import build, target_of
-    from mhc_lightning.modules import Transformer
-    from mhc_lightning.planning import (
-        NotPlannableError,
-        PlannedRun,
-        RowTraining,
-        ShapesOnly,
-        make_plan,
-        precision_of,
-    )
+    from mhc_lightning.planning import make_plan
 
     values = experiment.values()
-    data, trainer = values["data"], values["trainer"]
     replicas, settings = _data_parallel(values, machine.devices)
     micro_batch_size = _micro_batch_size(experiment, replicas.devices)
-    network = target_of(experiment, "model")
-    if not getattr(network, "builds_on_meta", True):
-        raise NotPlannableError(
-            f"model: what {network.__name__} needs is not known before its files are read; a short"
-            " fit measures it (trainer.max_steps=2)"
-        )
-    with ShapesOnly():
-        model = build(experiment, "model")
-    optimizer = build(experiment, "optimizer")
-    for section, part, known in (
-        ("model", model, isinstance(model, Transformer)),
-        ("optimizer", optimizer, hasattr(optimizer, "state_per_value")),
-    ):
-        if not known:
-            raise NotPlannableError(f"{section}: what {type(part).__name__} needs is not known")
-    assert isinstance(model, Transformer)
+    model, run = planned_run(experiment)
     replicas.experts.check(model, replicas.devices)
     pipeline = None
     if settings is None:
@@ -144,17 +125,12 @@ def _planned(experiment: Experiment, machine: "Machine") -> "tuple[Transformer, 
         devices = machine.devices // replicas.devices
         pipeline = pipeline_of(values, settings, model, devices, micro_batch_size)
         block = pipeline.recompute_block(model)
-    run = PlannedRun(
-        batch_size=data["batch_size"],
+    run = replace(
+        run,
         micro_batch_size=micro_batch_size,
-        sequence_length=data["sequence_length"],
-        max_steps=trainer["max_steps"],
-        precision=precision_of(trainer.get("precision")),
         replicas=replicas,
-        state_per_value=optimizer.state_per_value,
         recompute_block=block,
         pipeline=pipeline,
-        rows=RowTraining(model.memory.placement, getattr(optimizer, "memory_update", "adam")),
     )
     return model, make_plan(model, run, machine)
 
@@ -197,8 +173,10 @@ def _data_parallel(
     strategy, experts = values["strategy"], _expert_parallel(values)
     if strategy_name(strategy) == PIPELINE_STRATEGY:
         settings = read_settings({k: v for k, v in strategy.items() if k != _EXPERTS})
-        replicas = settings.replicas(devices)
-        return DataParallel(replicas, sharded=replicas > 1, experts=experts), settings
+        count = settings.replicas(devices)
+        apart = devices // count
+        replicas = DataParallel(count, sharded=count > 1, apart=apart, experts=experts)
+        return replicas, settings
     sharded = is_sharded(strategy)
     if experts.size > 1 and not sharded:
         raise UserError(

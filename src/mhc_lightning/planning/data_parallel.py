@@ -47,6 +47,7 @@ class DataParallel:
             instead of all of them (DDP, or a single device).
         copies_gradients: Whether gradients are reduced in separate buffers.
         rows: What becomes of the tables of a memory.
+        apart: Ranks between neighbours: the devices of a pipeline, which follow each other.
         experts: How routed experts are spread over neighbours among the devices.
     """
 
@@ -54,6 +55,7 @@ class DataParallel:
     sharded: bool = False
     copies_gradients: bool = False
     rows: RowTraining = field(default_factory=RowTraining)
+    apart: int = 1
     experts: ExpertParallel = field(default_factory=ExpertParallel)
 
     @property

@@ -1,8 +1,9 @@
 """Routed experts spread over devices: what each holds, and the bytes and time of the all-to-alls.
 
 Experts are shared out among `size` neighbours of a data-parallel group, and sharded (FSDP) over the
-`devices / size` devices that are left. For every layer of experts a token's vector goes to each of
-its experts (dispatch) and back (combine); backward sends the gradients the other way, as many.
+`devices / size` devices that are left. Such neighbours are as many ranks apart as a pipeline has
+devices. For every layer of experts a token's vector goes to each of its experts (dispatch) and back
+(combine); backward sends the gradients the other way, as many.
 """
 
 from dataclasses import dataclass
@@ -185,16 +186,17 @@ def exchange(
     for layer in layers:
         width = layer.down.shape[2]
         for turn, size in enumerate((experts.dispatch_bytes or value, value)):
-            sent = sent_bytes(
-                batch.tokens * width * size, layer.num_active_experts, experts, machine
-            )
-            totals[turn] += all_to_all_seconds(sent, experts, machine)
+            vectors, active = batch.tokens * width * size, layer.num_active_experts
+            sent = sent_bytes(vectors, active, experts, machine, replicas.apart)
+            totals[turn] += all_to_all_seconds(sent, experts, machine, replicas.apart)
             totals[2] += sent.node
             totals[3] += sent.network
     return Exchange(len(layers), totals[0], totals[1], LinkBytes(*totals[2:]))
 
 
-def sent_bytes(vectors: float, active: int, experts: ExpertParallel, machine: Machine) -> LinkBytes:
+def sent_bytes(
+    vectors: float, active: int, experts: ExpertParallel, machine: Machine, apart: int = 1
+) -> LinkBytes:
     """Bytes that a mean device sends in one all-to-all, if every expert is as likely as any other.
 
     Args:
@@ -202,9 +204,10 @@ def sent_bytes(vectors: float, active: int, experts: ExpertParallel, machine: Ma
         active: Experts per token.
         experts: How experts are spread.
         machine: Devices and their nodes.
+        apart: Ranks between neighbours.
     """
-    inside = min(experts.size, machine.kind.per_node)
-    nodes = -(-experts.size // machine.kind.per_node)
+    inside = _inside(experts, machine, apart)
+    nodes = -(-experts.size // inside)
     if experts.nodes_per_token is None or nodes == 1:
         copies = vectors * active / experts.size
         return LinkBytes(copies * (inside - 1), copies * (experts.size - inside))
@@ -215,7 +218,9 @@ def sent_bytes(vectors: float, active: int, experts: ExpertParallel, machine: Ma
     )
 
 
-def all_to_all_seconds(sent: LinkBytes, experts: ExpertParallel, machine: Machine) -> float:
+def all_to_all_seconds(
+    sent: LinkBytes, experts: ExpertParallel, machine: Machine, apart: int = 1
+) -> float:
     """Seconds of one all-to-all, until the busiest device has what it needs.
 
     Each message costs a link's latency, and the bytes its bandwidth: small messages are slow. Both
@@ -225,13 +230,14 @@ def all_to_all_seconds(sent: LinkBytes, experts: ExpertParallel, machine: Machin
         sent: Bytes of a mean device.
         experts: How experts are spread.
         machine: Devices and their links.
+        apart: Ranks between neighbours.
     """
     kind = machine.kind
-    inside = min(experts.size, kind.per_node)
+    inside = _inside(experts, machine, apart)
     # With a limit, a device talks to its like of every node, and to its own node.
     outside = experts.size - inside
     if experts.nodes_per_token is not None:
-        outside = -(-experts.size // kind.per_node) - 1
+        outside = -(-experts.size // inside) - 1
 
     def over(size: float, messages: int, bandwidth: float, latency: float) -> float:
         return messages * latency + experts.busiest * size / (bandwidth * kind.link_share)
@@ -240,3 +246,8 @@ def all_to_all_seconds(sent: LinkBytes, experts: ExpertParallel, machine: Machin
         over(sent.node, inside - 1, kind.link, kind.link_latency),
         over(sent.network, outside, kind.network, kind.network_latency),
     )
+
+
+def _inside(experts: ExpertParallel, machine: Machine, apart: int) -> int:
+    """Devices of one node among those that share experts."""
+    return min(experts.size, max(1, machine.kind.per_node // apart))

@@ -125,8 +125,8 @@ def _collective_seconds(
     """Seconds per step in ring collectives."""
     precision, parameters = batch.precision, dense_values(model)
     if not replicas.sharded:
-        seconds = ring_seconds(2 * parameters * precision.weight, replicas.devices, 1, machine)
-        return seconds
+        size = 2 * parameters * precision.weight
+        return ring_seconds(size, replicas.devices, replicas.apart, machine)
     # Gathered for forward and for backward, and reduced, for each micro-batch.
     moved = micro_batches * (2 * precision.activation + precision.coefficient)
     return sharing_seconds(parameters, routed_values(model), moved, replicas, machine)
@@ -145,11 +145,12 @@ def sharing_seconds(
         replicas: The devices.
         machine: Devices and their links.
     """
-    spread, devices = replicas.experts.size, replicas.devices
+    spread, devices, apart = replicas.experts.size, replicas.devices, replicas.apart
     if spread == 1:
-        return ring_seconds(parameters * moved, devices, 1, machine)
-    others = ring_seconds((parameters - routed) * moved, devices, 1, machine)
-    return others + ring_seconds(routed / spread * moved, devices // spread, spread, machine)
+        return ring_seconds(parameters * moved, devices, apart, machine)
+    others = ring_seconds((parameters - routed) * moved, devices, apart, machine)
+    own = ring_seconds(routed / spread * moved, devices // spread, spread * apart, machine)
+    return others + own
 
 
 def ring_seconds(size: float, devices: int, apart: int, machine: Machine) -> float:
@@ -167,7 +168,7 @@ def ring_seconds(size: float, devices: int, apart: int, machine: Machine) -> flo
 
 def ring_link(machine: Machine, replicas: DataParallel) -> float:
     """Bytes per second of a device in a ring; the devices of a node use all its adapters."""
-    return _ring_link(machine, replicas.devices, 1)
+    return _ring_link(machine, replicas.devices, replicas.apart)
 
 
 def _ring_link(machine: Machine, devices: int, apart: int) -> float:

@@ -48,10 +48,9 @@ def stage_times(
         replicas: The pipelines that share the stages' state.
         machine: The devices.
     """
-    return [
-        _stage_times(part_of(model, blocks), batch, replicas, machine, plan.kind.splits_backward)
-        for blocks in plan.blocks
-    ]
+    splits = plan.kind.splits_backward
+    parts = (part_of(model, blocks) for blocks in plan.blocks)
+    return [times_of_part(part, batch, replicas, machine, splits=splits) for part in parts]
 
 
 def transfer_times(
@@ -67,13 +66,13 @@ def transfer_times(
         model: The whole model; it may be on the meta device.
         plan: The stages.
         batch: A micro-batch.
-        replicas: The pipelines; their number is the distance in ranks of a pipeline's neighbours.
+        replicas: The pipelines. The devices of one follow each other.
         machine: Devices and their links; the slowest of the pipelines counts.
     """
     kind, size = machine.kind, boundary_bytes(model, batch)
 
     def node(device: int, pipeline: int) -> int:
-        return (device * replicas.devices + pipeline) // kind.per_node
+        return (pipeline * plan.devices + device) // kind.per_node
 
     seconds = []
     for stage in range(len(plan.blocks) - 1):
@@ -105,13 +104,23 @@ def row_times(
     return [each.seconds(batch.tokens, ring_link(machine, replicas), machine) for each in moved]
 
 
-def _stage_times(
+def times_of_part(
     part: Transformer,
     batch: MicroBatch,
     replicas: DataParallel,
     machine: Machine,
+    *,
     splits: bool,
 ) -> StageTimes:
+    """Predict the times of one stage.
+
+    Args:
+        part: The part of the model that the stage holds.
+        batch: A micro-batch.
+        replicas: The pipelines that share the stages' state.
+        machine: The devices.
+        splits: Whether gradients of inputs and of weights are computed at different times.
+    """
     kind, value, tokens = machine.kind, batch.precision.activation, batch.tokens
     peak = (kind.low_flops if value < 4 else kind.full_flops) * kind.flops_share
     bandwidth = kind.bandwidth * kind.bandwidth_share
