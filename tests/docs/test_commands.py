@@ -115,6 +115,7 @@ def test_the_layouts_for_many_devices_fit(commands_in):
     assert layouts == [
         ("PipelineStrategy", 8, 2),
         ("PipelineStrategy", 8, 1),
+        ("FullyShardedStrategy", 8, 8),
         ("PipelineStrategy", 8, 1),
         ("FullyShardedStrategy", 8, 8),
         ("PipelineStrategy", 32, 4),

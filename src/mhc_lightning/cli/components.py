@@ -115,10 +115,12 @@ def check_layout(
     Raises:
         UserError: the strategy cannot run the module, or its micro-batches.
     """
-    from mhc_lightning.strategies import PipelineStrategy
+    from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 
     if isinstance(trainer.strategy, PipelineStrategy):
         trainer.strategy.check(module, None if data is None else data.micro_batch_size)
+    elif isinstance(trainer.strategy, FullyShardedStrategy):
+        trainer.strategy.check(module)
 
 
 def build_data(experiment: Experiment, world_size: int) -> "TextDataModule":

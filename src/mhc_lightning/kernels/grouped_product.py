@@ -31,7 +31,9 @@ def grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     # be traced in bfloat16 only.
     aligned = all(width * rows.dtype.itemsize % 16 == 0 for width in weights.shape[1:])
     traced = torch.compiler.is_compiling() or rows.is_meta or isinstance(rows, FakeTensor)
-    if aligned and rows.dtype != torch.float64 and not (traced and rows.dtype != torch.bfloat16):
+    empty = not traced and not len(rows)  # the experts of this process may have no tokens
+    fits = aligned and rows.dtype != torch.float64 and not empty
+    if fits and not (traced and rows.dtype != torch.bfloat16):
         return F.grouped_mm(rows, weights, offs=ends)
     return grouped_product_op(rows, weights, ends) if traced else _by_runs(rows, weights, ends)
 

@@ -7,13 +7,16 @@ convention: the code that materialises a network from `meta` calls it on the mod
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from mhc_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _GROUP = 2**16  # values that one generator draws, unless a single row has more
 
@@ -161,26 +164,50 @@ def held_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows of a tensor that this process holds, in place, and the first row's number.
 
     Raises:
-        UserError: The tensor is not sharded by rows over one dimension of a mesh.
+        UserError: The tensor is not sharded by rows.
     """
     if not _is_sharded(tensor):
         return tensor, 0
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
     assert isinstance(tensor, DTensor)
+    return tensor.to_local(), held_range(tensor, row_cuts(tensor))[0]
+
+
+def row_cuts(tensor: "DTensor") -> list[int]:
+    """The dimensions of the mesh over which a tensor is sharded by rows, first cut first.
+
+    Raises:
+        UserError: The tensor is not sharded by rows.
+    """
+    from torch.distributed.tensor import Shard
+
     split = [(k, place) for k, place in enumerate(tensor.placements) if not place.is_replicate()]
-    if not split:
-        return tensor.to_local(), 0
-    (dimension, place), *more = split
-    if more or type(place) is not Shard or place.dim != 0:
+    # FSDP2 cuts parts of a tensor that was sharded before, as experts are: it notes into how many.
+    parts: Any = {k: getattr(place, "split_factor", 1) for k, place in split}
+    plain = [k for k, place in split if type(place) is Shard]
+    later = [k for k in parts if parts[k] > 1]
+    known = len(plain) + len(later) == len(split) and all(
+        getattr(place, "dim", None) == 0 for _, place in split
+    )
+    before = math.prod(tensor.device_mesh.size(k) for k in plain)
+    if not known or len(later) > 1 or any(parts[k] != before for k in later):
         raise UserError(
             f"a tensor is sharded as {tensor.placements}, which does not give every process some of"
             " its rows; shard dimension 0 over one dimension of the mesh"
         )
-    # FSDP2 gives every process but the last ones equally many rows, as torch.chunk does.
-    each = -(-tensor.shape[0] // tensor.device_mesh.size(dimension))
-    first = min(each * tensor.device_mesh.get_local_rank(dimension), tensor.shape[0])
-    return tensor.to_local(), first
+    return plain + later
+
+
+def held_range(tensor: "DTensor", cuts: Iterable[int]) -> tuple[int, int]:
+    """The number of the first row that this process has after some cuts, and of how many."""
+    first, count = 0, tensor.shape[0]
+    for dimension in cuts:
+        # As torch.chunk: every process but the last ones has equally many rows.
+        each = -(-count // tensor.device_mesh.size(dimension))
+        start = min(each * tensor.device_mesh.get_local_rank(dimension), count)
+        first, count = first + start, min(each, count - start)
+    return first, count
 
 
 def _is_sharded(tensor: Tensor | None) -> bool:

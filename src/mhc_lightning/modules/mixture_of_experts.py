@@ -12,6 +12,7 @@ from mhc_lightning.kernels.precision import compute_dtype, full_precision, widen
 from mhc_lightning.kernels.transforms import transforming
 from mhc_lightning.modules.feed_forward import SwiGLU
 from mhc_lightning.modules.precision import KeepsFloat32
+from mhc_lightning.modules.token_exchange import AtHome, TokenExchange, Visit
 
 
 class LoadBalance(KeepsFloat32):
@@ -106,12 +107,14 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
         matrices: Names of the parameters that hold the routed experts.
+        exchange: The way of token copies to the experts, which a strategy may replace.
 
     Raises:
         UserError: More experts are active than exist, or the groups do not divide them.
     """
 
     matrices: ClassVar = ("gate_up", "down")
+    exchange: TokenExchange = AtHome()
 
     def __init__(
         self,
@@ -155,8 +158,12 @@ class MixtureOfExperts(nn.Module):
         """[..., C] -> [..., C]."""
         tokens = x.reshape(-1, x.shape[-1])
         gates, experts = self.route(tokens)
-        routed = self._apply_experts(tokens, gates, experts).view(x.shape)
-        return routed if self.shared is None else self.shared(x) + routed
+        visit, order = self._send(tokens, experts)
+        shared = None if self.shared is None else self.shared(x)  # while copies travel
+        rows, ends = visit.arrive()
+        visit.begin_return(self._apply_experts(rows, ends))
+        routed = _gathered(visit.returned(), order, gates).view(x.shape)
+        return routed if shared is None else shared + routed
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices [tokens, num_active_experts] of the chosen experts.
@@ -183,16 +190,23 @@ class MixtureOfExperts(nn.Module):
         closed = torch.ones_like(sums, dtype=torch.bool).scatter(1, groups, False)
         return grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)
 
-    def _apply_experts(self, tokens: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
-        """Sort token copies by expert, apply each expert to its rows, and sort back."""
-        chosen = experts.flatten()
-        order = chosen.argsort(stable=True)
-        ends = _count(experts, self.num_experts).cumsum(0).int()
-        rows = tokens[order // self.num_active_experts]
-        gate, up = grouped_product(rows, self.gate_up, ends).chunk(2, dim=-1)
-        rows = grouped_product(F.silu(gate) * up, self.down, ends)
-        by_token = rows[order.argsort()].view(*experts.shape, tokens.shape[-1])
-        return torch.einsum("tk,tkc->tc", gates.to(rows.dtype), by_token)
+    def _send(self, tokens: Tensor, experts: Tensor) -> tuple[Visit, Tensor]:
+        """Sort token copies by expert and send them; the visit, and the order of the sorting."""
+        order = experts.flatten().argsort(stable=True)
+        counts = _count(experts, self.num_experts)
+        return self.exchange.begin(tokens[order // self.num_active_experts], counts), order
+
+    def _apply_experts(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Apply each expert at home to its run of rows."""
+        hidden = grouped_product(rows, self.exchange.held(self.gate_up), ends)
+        gate, up = hidden.chunk(2, dim=-1)
+        return grouped_product(F.silu(gate) * up, self.exchange.held(self.down), ends)
+
+
+def _gathered(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
+    """The sum over each token's copies, which `order` has sorted by expert, by their gates."""
+    by_token = rows[order.argsort()].view(*gates.shape, rows.shape[-1])
+    return torch.einsum("tk,tkc->tc", gates.to(rows.dtype), by_token)
 
 
 def _check_groups(num_experts: int, num_active_experts: int, groups: int, active: int) -> None:

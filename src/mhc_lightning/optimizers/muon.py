@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
+from mhc_lightning.optimizers.meshes import by_mesh
 from mhc_lightning.optimizers.row_updates import ROWS, UpdatesRows
 
 # Eight steps that drive all singular values near one, and two that converge to one.
@@ -131,7 +132,8 @@ class MuonAdamW(UpdatesRows):
                 self.update_rows(group)
         for group, parameters in zip(dense, trained, strict=True):
             if not group["muon"]:
-                self._adamw_step(parameters, group)
+                for alike in by_mesh(parameters):
+                    self._adamw_step(alike, group)
                 continue
             for parameter in parameters:
                 self._muon_step(parameter, group)
@@ -180,7 +182,8 @@ def _orthogonal_like(matrices: Tensor) -> Tensor:
     if not isinstance(matrices, DTensor):
         return orthogonalise(matrices)
     mesh, placements = matrices.device_mesh, matrices.placements
-    if matrices.dim() > 2 and all(p == Shard(0) for p in placements):
+    # Of experts that are spread over processes, FSDP2's own cut has another class than Shard.
+    if matrices.dim() > 2 and all(getattr(p, "dim", None) == 0 for p in placements):
         local = orthogonalise(matrices.to_local())
         return DTensor.from_local(
             local, mesh, placements, shape=matrices.shape, stride=matrices.stride()

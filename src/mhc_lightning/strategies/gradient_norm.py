@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mhc_lightning.modules.memory.row_store import row_store_of
+from mhc_lightning.optimizers.meshes import by_mesh
 
 _LEAST = 1e-15  # the smallest norm for which float32 holds the squares
 
@@ -45,7 +46,8 @@ def clip_by_global_norm(
 def clip_to_norm(parameters: Sequence[nn.Parameter], limit: float, norm: Tensor) -> None:
     """Scale gradients, of which `norm` is the norm, so that it is at most `limit`."""
     dense, rows = _by_kind(parameters)
-    torch.nn.utils.clip_grads_with_norm_(dense, limit, norm)
+    for alike in by_mesh(dense):
+        torch.nn.utils.clip_grads_with_norm_(alike, limit, norm)
     factor = (limit / (norm + 1e-6)).clamp(max=1)  # as torch's
     for parameter in rows:
         values = parameter.grad._values()  # type: ignore[union-attr]
@@ -86,14 +88,14 @@ def _norm(
 ) -> Tensor:
     """`global_norm`, summed in at least the given dtype."""
     dense, rows = _by_kind(parameters)
-    norms: list[Tensor] = []
     grads: list[Tensor] = [p.grad for p in dense]  # type: ignore[misc]
-    for dtype in dict.fromkeys(grad.dtype for grad in grads):  # one kernel for each
-        alike = [grad for grad in grads if grad.dtype == dtype]
-        norms += torch._foreach_norm(alike, 2, torch.promote_types(dtype, least))
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    totals = [_dense_norm(alike, least) for alike in by_mesh(grads)]
+    norm = torch.zeros(())
+    if len(totals) == 1:
+        norm = totals[0]
+    elif totals:
+        wide = max((total.dtype for total in totals), key=lambda dtype: dtype.itemsize)
+        norm = torch.linalg.vector_norm(torch.stack([total.to(wide) for total in totals]))
     for table in rows:
         store = row_store_of(table)
         values = table.grad._values()  # type: ignore[union-attr]
@@ -105,3 +107,13 @@ def _norm(
         dist.all_reduce(square, group=pipeline_group)
         norm = square.sqrt().to(norm.dtype)
     return norm
+
+
+def _dense_norm(grads: Sequence[Tensor], least: torch.dtype) -> Tensor:
+    """The norm of gradients that are sharded over the same processes, or of plain ones."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):  # one kernel for each
+        alike = [grad for grad in grads if grad.dtype == dtype]
+        norms += torch._foreach_norm(alike, 2, torch.promote_types(dtype, least))
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -21,6 +21,8 @@ class Layout:
         data_parallel_group: The processes that hold the same part of the model as this one, and
             other shares of the batch; None for all processes.
         pipeline_group: The processes of this one's pipeline, in order; None without a pipeline.
+        expert_mesh: The mesh over which routed experts are spread: see `expert_mesh`;
+            None where every process of a data-parallel group gathers all experts.
         running_micro_batch: Gives (stage, micro-batch) of the forward pass that is running in this
             process, or None between passes. The attribute is None without a pipeline.
         materialises_module: True if a module may come on `meta`: each process then gives memory
@@ -31,6 +33,7 @@ class Layout:
     data_parallel_rank: int = 0
     data_parallel_group: dist.ProcessGroup | None = None
     pipeline_group: dist.ProcessGroup | None = None
+    expert_mesh: DeviceMesh | None = None
     running_micro_batch: Callable[[], tuple[int, int] | None] | None = None
     materialises_module: bool = False
 

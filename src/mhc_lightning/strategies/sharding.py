@@ -16,6 +16,9 @@ from torch.distributed.fsdp import (
 from mhc_lightning.modules import Connection, Transformer
 from mhc_lightning.modules.connection import Unmerged
 from mhc_lightning.modules.initialisation import reset_module
+from mhc_lightning.planning.expert_parallel import experts_of
+from mhc_lightning.strategies.expert_parallel import spread_experts
+from mhc_lightning.strategies.layout import layout_of
 from mhc_lightning.strategies.placements import place_tables
 from mhc_lightning.strategies.sharded_rows import store_sharded_rows, tables_of
 
@@ -25,6 +28,7 @@ def shard(
     mesh: DeviceMesh,
     device: torch.device,
     param_dtype: torch.dtype | None = None,
+    experts: DeviceMesh | None = None,
 ) -> None:
     """Shard parameters, gradients and optimizer state over the devices of `mesh`, in place.
 
@@ -40,9 +44,11 @@ def shard(
         device: The device of a model that was built on `meta`.
         param_dtype: The dtype in which parameters are gathered; None keeps theirs. Gradients are
             reduced in float32 in any case.
+        experts: The mesh of `expert_mesh`, over which routed experts are spread; None to shard
+            them as all else.
     """
     tables = place_tables(model, tables_of(model).values(), mesh)
-    shard_parts(model, model.blocks, mesh, param_dtype, ignored=tables)
+    shard_parts(model, model.blocks, mesh, param_dtype, ignored=tables, experts=experts)
     for method in ("loss", "token_losses", "forward_cached"):
         register_fsdp_forward_method(model, method)
     bring_to_life([model], device)
@@ -57,7 +63,8 @@ def shard_by_mesh(module: pl.LightningModule, network: Transformer) -> None:
     assert module.device_mesh is not None
     strategy = module.trainer.strategy
     param_dtype = torch.bfloat16 if "bf16" in str(module.trainer.precision) else None
-    shard(network, module.device_mesh["data_parallel"], strategy.root_device, param_dtype)
+    data_parallel, experts = module.device_mesh["data_parallel"], layout_of(strategy).expert_mesh
+    shard(network, data_parallel, strategy.root_device, param_dtype, experts)
 
 
 def shard_parts(
@@ -68,6 +75,7 @@ def shard_parts(
     *,
     reshard_after_forward: bool = True,
     ignored: set[nn.Parameter] | None = None,
+    experts: DeviceMesh | None = None,
 ) -> None:
     """Shard the parameters below `root` in groups: each connection, each block, and the rest.
 
@@ -78,6 +86,8 @@ def shard_parts(
         param_dtype: The dtype in which parameters are gathered; None keeps theirs.
         reshard_after_forward: True to free gathered parameters until the backward pass.
         ignored: Parameters that are left as they are.
+        experts: The mesh of `expert_mesh`, over which routed experts are spread; None to shard
+            them as all else.
     """
     # Blocks hand float32 mappings to each other: nothing that enters a block may be cast.
     policy = MixedPrecisionPolicy(
@@ -93,6 +103,9 @@ def shard_parts(
             if isinstance(module, Connection) and next(module.parameters(), None) is not None:
                 fully_shard(module, **keep)
                 _gather_around_calls(module)
+        if experts is not None:
+            for mixture in experts_of(block):
+                spread_experts(mixture, experts, mp_policy=policy, **keep)
         fully_shard(block, mp_policy=policy, **keep)
     fully_shard(root, mp_policy=policy, **keep)
 

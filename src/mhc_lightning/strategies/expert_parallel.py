@@ -1,0 +1,71 @@
+"""Experts spread over processes that are carved out of the data-parallel ones."""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from mhc_lightning.errors import UserError
+from mhc_lightning.modules import MixtureOfExperts
+from mhc_lightning.strategies.expert_exchange import ExpertExchange
+
+KEY = "strategy.expert_parallel_size"
+
+
+def check_size(size: Any) -> int:
+    """The size; refuse what is no number of processes.
+
+    Raises:
+        UserError: It is no whole number above 0.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise UserError(f"{KEY} must be a whole number from 1 on, not {size!r}")
+    return size
+
+
+def expert_mesh(device_type: str, size: int, data_parallel: int, pipelines: int = 1) -> DeviceMesh:
+    """The mesh (`expert_replica`, `expert`, `pipeline`) of all processes.
+
+    Neighbours share experts, so that tokens stay inside a node where it has enough devices.
+
+    Args:
+        device_type: Of the processes' devices.
+        size: The processes that share the experts.
+        data_parallel: The data-parallel processes, which `size` divides.
+        pipelines: The processes of one pipeline.
+    """
+    return init_device_mesh(
+        device_type,
+        (data_parallel // size, size, pipelines),
+        mesh_dim_names=("expert_replica", "expert", "pipeline"),
+    )
+
+
+def spread_experts(mixture: MixtureOfExperts, experts: DeviceMesh, **settings: Any) -> None:
+    """Leave of a mixture the experts that this process holds, and shard all of it (FSDP2).
+
+    Experts are sharded over the processes that hold the same ones, all else over all of them.
+
+    Args:
+        mixture: Whole; it may be on `meta`.
+        experts: The mesh of `expert_mesh`.
+        settings: Those of `fully_shard`, with the `mesh` of all else.
+    """
+    share, replicas = experts["expert"], experts["expert_replica"]
+    for name in mixture.matrices:
+        whole = getattr(mixture, name)
+        each = whole.shape[0] // share.size()
+        held: Any = whole.detach().narrow(0, share.get_local_rank() * each, each)
+        held = held.clone() if held.is_meta else held.to(share.device_type, copy=True)
+        part = DTensor.from_local(
+            held, share, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        setattr(mixture, name, nn.Parameter(part, whole.requires_grad))
+    mixture.exchange = ExpertExchange(share)
+    others: list[nn.Module] = [mixture.router]
+    if mixture.shared is not None:
+        others.append(mixture.shared)
+    fully_shard(others, **settings)
+    fully_shard(mixture, **{**settings, "mesh": replicas})
