@@ -24,7 +24,7 @@ from mhc_lightning.modules.memory.row_store import RowStore
 from mhc_lightning.modules.memory.table import NgramTable
 from mhc_lightning.optimizers.recipes import AdamWRecipe
 from mhc_lightning.strategies.row_stores import finish_row_gradients
-from timing import interleaved_seconds, report
+from timing import interleaved_seconds, kernels, report
 
 BLOCKS, VOCABULARY = 6, 257
 
@@ -93,8 +93,9 @@ def compare(
 
 
 def steps_with_and_without(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """On the kernels that a CPU takes by itself, and in plain torch."""
     rows = []
-    for dim in args.dims:
+    for choice, dim in itertools.product(("compiled", "torch"), args.dims):
         memories: dict[str, Callable[..., Memory]] = {
             "none": Memory,
             "engram": partial(Engram, rows=args.rows),
@@ -103,12 +104,15 @@ def steps_with_and_without(args: argparse.Namespace) -> list[dict[str, Any]]:
         models = {name: network(memory, dim) for name, memory in memories.items()}
         cases = {name: make_step(model, args) for name, model in models.items()}
         flops = {name: model.flops_per_token(args.length) for name, model in models.items()}
+        with kernels(choice):
+            times = compare(cases, "none", args.repeats)
         rows.append(
             {
+                "kernels": choice,
                 "dim": dim,
                 "flops_per_token": flops,
                 "flops_ratio": round(flops["engram"] / flops["none"], 4),
-                **compare(cases, "none", args.repeats),
+                **times,
             }
         )
     return rows
