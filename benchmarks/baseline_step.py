@@ -6,7 +6,9 @@ transformers' Llama and a GPT written here, whose heads are as wide as ours with
 
     python benchmarks/baseline_step.py > benchmarks/results/baseline_step_cpu.json
 
-`share` is the part of our step's profiled time by kind of operator.
+`share` is the part of a step's profiled time by kind of operator. `parts` are what differs, forward
+and backward, by itself: our attention, whose values are padded to the width of keys; the same without
+fusing, as DeepSeek-V3's runs; one of narrow heads, as GPT's and Llama's; and the two norms.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
@@ -24,6 +27,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from mhc_lightning.modules import ResidualConnection, Transformer
+from mhc_lightning.modules.causal_attention import causal_attention
+from mhc_lightning.modules.norm import RMSNorm
 from timing import interleaved_seconds, report
 
 VOCABULARY, HEAD, ROPE = 257, 64, 32
@@ -89,7 +94,7 @@ def hidden_width(dim: int) -> int:
 
 
 def deepseek(dim: int, blocks: int) -> nn.Module:
-    """transformers' DeepSeek-V3 without experts."""
+    """Transformers' DeepSeek-V3 without experts."""
     config = DeepseekV3Config(
         vocab_size=VOCABULARY,
         hidden_size=dim,
@@ -109,7 +114,7 @@ def deepseek(dim: int, blocks: int) -> nn.Module:
 
 
 def llama(dim: int, blocks: int) -> nn.Module:
-    """transformers' Llama."""
+    """Transformers' Llama."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=dim,
@@ -156,6 +161,36 @@ def shares(events: Iterable[Any]) -> dict[str, float]:
     return {kind: round(time / total, 3) for kind, time in times.items()}
 
 
+def parts(dim: int, batch: int, length: int) -> dict[str, Callable[[], None]]:
+    """Forward and backward passes of the parts in which the models differ."""
+
+    def heads(width: int) -> Tensor:
+        return torch.randn(batch, dim // HEAD, length, width, requires_grad=True)
+
+    query, key, value = heads(HEAD + ROPE), heads(HEAD + ROPE), heads(HEAD)
+    narrow_query, narrow_key = heads(HEAD), heads(HEAD)
+    x = torch.randn(batch * length, dim, requires_grad=True)
+    attended, normed = torch.randn_like(value), torch.randn_like(x)
+    rms, layer = RMSNorm(dim), nn.LayerNorm(dim, bias=False)
+
+    def unfused() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed.backward(attended)
+
+    def narrow() -> None:
+        mixed = F.scaled_dot_product_attention(narrow_query, narrow_key, value, is_causal=True)
+        mixed.backward(attended)
+
+    return {
+        "attention": lambda: causal_attention(query, key, value).backward(attended),
+        "attention, unfused": unfused,
+        "attention, narrow": narrow,
+        "RMSNorm": lambda: rms(x).backward(normed),
+        "LayerNorm": lambda: layer(x).backward(normed),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 256])
@@ -189,6 +224,9 @@ def main() -> None:
             with profile(activities=[ProfilerActivity.CPU]) as record:
                 step()
             profiled[name] = shares(record.key_averages())
+        alone = interleaved_seconds(
+            parts(dim, args.batch, args.length), 5 * args.repeats, clock=time.process_time
+        )
         rows.append(
             {
                 "dim": dim,
@@ -201,6 +239,9 @@ def main() -> None:
                     name: round(value / medians["ours"], 3) for name, value in medians.items()
                 },
                 "share": profiled,
+                "parts_milliseconds": {
+                    name: round(1e3 * summary["median"], 3) for name, summary in alone.items()
+                },
             }
         )
     report("baseline_step", {"arguments": vars(args), "rows": rows})
