@@ -7,8 +7,8 @@ transformers' Llama and a GPT written here, whose heads are as wide as ours with
     python benchmarks/baseline_step.py > benchmarks/results/baseline_step_cpu.json
 
 `share` is the part of a step's profiled time by kind of operator. `parts` are what differs, forward
-and backward, by itself: our attention, whose values are padded to the width of keys; the same without
-fusing, as DeepSeek-V3's runs; one of narrow heads, as GPT's and Llama's; and the two norms.
+and backward, by itself: our attention, whose values are padded to the width of keys; the same
+without fusing, as DeepSeek-V3's runs; one of narrow heads, as GPT's and Llama's; and the two norms.
 """
 
 import argparse
