@@ -134,6 +134,7 @@ def test_every_page_with_commands_is_run_somewhere(commands_in):
         *IN_ORDER,
         *LAYOUTS,
         *("docs/start/install.md", "docs/train/plan.md", "docs/train/paper_models.md"),
+        "docs/train/scale.md",
         *("docs/train/connections.md", "docs/recipes/index.md"),
     }
     for document in DOCUMENTS:
