@@ -43,7 +43,7 @@ from mhc_lightning.optimizers.resumed_settings import (
 )
 from mhc_lightning.strategies.gradient_norm import (
     clip_to_norm,
-    global_norm,
+    fetched_norm,
     rows_clipped_to_value,
 )
 from mhc_lightning.strategies.layout import layout_of
@@ -113,6 +113,7 @@ class LanguageModel(HeldOutSteps):
         self._pending_weights: Mapping[str, Tensor] | None = None
         self._step_losses: list[Tensor] = []
         self._step_of_losses = -1
+        self._bar_needs_loss = False
 
     @classmethod
     def load_from_checkpoint(
@@ -179,6 +180,9 @@ class LanguageModel(HeldOutSteps):
         """
         require_placement(self, self.trainer.strategy)
         read_folders_too(self.trainer.strategy)
+        # Lightning makes the host wait after every micro-batch for what its bars show.
+        bar = self.trainer.progress_bar_callback
+        self._bar_needs_loss = bar is not None and not getattr(bar, "reads_metrics_itself", False)
         if stage == "fit":
             declare_hyper_parameters(self.trainer, self)
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -389,7 +393,7 @@ class LanguageModel(HeldOutSteps):
         self._step_losses.append(loss)
         # Lightning logs the value of a step's last micro-batch: the mean over all of them.
         mean = torch.stack(self._step_losses).mean()
-        self.log("train/loss", mean, prog_bar=True, sync_dist=True)
+        self.log("train/loss", mean, prog_bar=self._bar_needs_loss, sync_dist=True)
         self.log("step", float(step + 1))
 
     def configure_optimizers(self) -> Any:
@@ -438,10 +442,14 @@ class LanguageModel(HeldOutSteps):
         """
         finish_row_gradients(self)
         trained = [p for p in self.parameters() if p.grad is not None]
-        norm = global_norm(trained, layout_of(self.trainer.strategy).pipeline_group)
+        norm, norm_here, loss_here = fetched_norm(
+            trained,
+            torch.stack(self._step_losses).sum(),
+            layout_of(self.trainer.strategy).pipeline_group,
+        )
         self._log_optimizer_step(optimizer, norm)
         self._log_expert_loads()
-        self._require_finite(norm)
+        self._require_finite(loss_here, norm_here)
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             clip_to_norm(trained, gradient_clip_val, norm)
             return
@@ -486,14 +494,13 @@ class LanguageModel(HeldOutSteps):
             self.log("experts/max_violation", largest)
             self.log("experts/mean_violation", total[0] / total[1])
 
-    def _require_finite(self, grad_norm: Tensor) -> None:
+    def _require_finite(self, loss: float, grad_norm: float) -> None:
         """Raise NonFiniteLossError if a loss of the step, or the gradient norm, is not finite."""
-        loss = torch.stack(self._step_losses).sum()
-        if bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        subject, value = ("loss", loss) if not bool(loss.isfinite()) else ("gradient", grad_norm)
+        subject, value = ("gradient", grad_norm) if math.isfinite(loss) else ("loss", loss)
         raise NonFiniteLossError(
-            f"the {subject} became {'NaN' if bool(value.isnan()) else 'infinite'}",
+            f"the {subject} became {'NaN' if math.isnan(value) else 'infinite'}",
             self.trainer.global_step + 1,
             last_gains(self.trainer),
         )

@@ -38,9 +38,15 @@ class ProgressBar(LightningProgressBar):
         every_n_steps: Optimizer steps between updates of the numbers; None takes the trainer's
             `log_every_n_steps`.
 
+    Attributes:
+        reads_metrics_itself: Says that this bar needs no metric logged with `prog_bar=True`, whose
+            value Lightning fetches from the device after every batch.
+
     Raises:
         UserError: The interval is not a positive integer.
     """
+
+    reads_metrics_itself = True
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         super().__init__()

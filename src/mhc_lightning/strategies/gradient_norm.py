@@ -27,11 +27,22 @@ def global_norm(
         parameters: The parameters of this process; sharded ones count whole.
         pipeline_group: The processes of the pipeline, if there is one.
     """
+    return fetched_norm(parameters, torch.zeros(()), pipeline_group)[0]
+
+
+def fetched_norm(
+    parameters: Iterable[nn.Parameter],
+    value: Tensor,
+    pipeline_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, float, float]:
+    """`global_norm`; and as numbers, which the host waits for once: it, and another scalar."""
     trained = list(parameters)
     norm = _norm(trained, torch.float32, pipeline_group)
-    if not _LEAST <= float(norm) < math.inf:
+    here, fetched = torch.stack([norm, value.to(norm)]).tolist()
+    if not _LEAST <= here < math.inf:
         norm = _norm(trained, torch.float64, pipeline_group).to(norm.dtype)
-    return norm
+        here = float(norm)
+    return norm, here, fetched
 
 
 def clip_by_global_norm(
