@@ -1,4 +1,4 @@
-r"""How the cost of a training step, a checkpoint and an instrument grows with what a run is made of.
+r"""How the cost of a training step, a checkpoint and an instrument grows with its sizes.
 
 One thing grows at a time, by doubling, from the same small model: C = 128, n = 4, four blocks,
 2 x 128 tokens. Steps with mHC and with the residual connection run in turn in one process, on one

@@ -1,5 +1,6 @@
 """The curves of growing cost: what they change, and the power that is read off them."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from mhc_lightning.modules import ManifoldHyperConnection
 def test_one_thing_grows_at_a_time_by_doubling() -> None:
     for name, (what, points) in growth.CURVES.items():
         values = [point[what] for point in points]
-        assert all(later == 2 * earlier for earlier, later in zip(values, values[1:], strict=False))
+        assert all(later == 2 * earlier for earlier, later in pairwise(values))
         for point in points:
             settings = growth.BASE | point
             tokens = settings["sequences"] * settings["length"]
