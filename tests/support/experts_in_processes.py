@@ -20,7 +20,7 @@ from mhc_lightning.modules import (
     initialisation,
 )
 from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe
-from mhc_lightning.strategies import FullyShardedStrategy
+from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 from mhc_lightning.strategies.layout import layout_of
 
 ACCUMULATED = 2
@@ -29,6 +29,7 @@ EXPERTS = 8
 STRATEGIES: dict[str, Any] = {
     "single": lambda **_: SingleDeviceStrategy(torch.device("cpu")),
     "fsdp": FullyShardedStrategy,
+    "pipeline": PipelineStrategy,
 }
 
 
@@ -59,7 +60,8 @@ class Watched(LanguageModel):
                 whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
                 self.gradients[name] = whole.clone()
         super().configure_gradient_clipping(*args, **kwargs)
-        self.loads.append(torch.stack([balance.load.clone() for balance in self._balances()]))
+        own = [balance.load.clone() for balance in self._balances()]
+        self.loads.append(torch.stack(own) if own else torch.zeros(0))
 
     def on_train_batch_end(self, *_: object) -> None:
         if (self.trainer.fit_loop.epoch_loop.batch_idx + 1) % ACCUMULATED == 0:
@@ -76,7 +78,7 @@ def build(leg: dict[str, Any]) -> Watched:
             connection=ManifoldHyperConnection,
             vocab_size=40,
             dim=16,
-            num_layers=2,
+            num_layers=leg.get("layers", 2),
             num_heads=2,
             ffn_dim=24,
             head_dim=8,
@@ -140,7 +142,8 @@ def run(leg: dict[str, Any], output: Path) -> None:
     replicas = layout_of(strategy).data_parallel_size
     generator = torch.Generator().manual_seed(1)
     tokens = (torch.rand(20, SEQUENCES // ACCUMULATED, 9, generator=generator) ** 2 * 40).long()
-    share = tokens.unflatten(1, (replicas, -1))[:, trainer.global_rank % replicas]
+    share = tokens.unflatten(1, (replicas, -1))
+    share = share[:, trainer.global_rank // (trainer.world_size // replicas)]
     share = share[leg.get("start", 0) * ACCUMULATED :].flatten(0, 1)
     loader = DataLoader(share, batch_size=SEQUENCES // ACCUMULATED // replicas)
     trainer.fit(
@@ -148,16 +151,21 @@ def run(leg: dict[str, Any], output: Path) -> None:
     )
     state = trainer.strategy.lightning_module_state_dict()
     optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
-    held = next(m for m in model.modules() if isinstance(m, MixtureOfExperts)).gate_up
-    part = held.to_local() if isinstance(held, DTensor) else held
+    held: Any = [m.gate_up for m in model.modules() if isinstance(m, MixtureOfExperts)]
+    parts = [h.to_local() if isinstance(h, DTensor) else h for h in held]
+    gradients: list[Any] = [model.gradients]
+    if trainer.world_size > 1:  # of all stages
+        gradients = trainer.world_size * [None]
+        torch.distributed.all_gather_object(gradients, model.gradients)
     if trainer.is_global_zero:
+        every = {name: grad for part in gradients for name, grad in part.items()}
         seen = {
             "rows": model.rows,
             "state": state,
             "optimizer": optimizer["state"],
-            "gradients": model.gradients,
+            "gradients": {name: every[name] for name in state if name in every},
             "loads": torch.stack(model.loads),
-            "held": len(part),
+            "held": [len(part) for part in parts],
         }
         torch.save(seen, output / f"{leg['name']}.pt")
 

@@ -24,6 +24,7 @@ class PipelineSettings:
     blocks_per_stage: list[int] | None = None
     timeout_seconds: float = 1800
     overlap: bool = False
+    expert_parallel_size: int = 1
 
     def replicas(self, devices: int) -> int:
         """Pipelines that share a batch.

@@ -8,17 +8,20 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from mhc_lightning.checkpoints.distributed_state import DistributedState
 from mhc_lightning.checkpoints.portable_strategy import PortableStrategy
 from mhc_lightning.errors import UserError
+from mhc_lightning.planning.expert_parallel import ExpertParallel
 from mhc_lightning.planning.stages import (
     SCHEDULES,
     StagePlan,
     cut_network,
     pipeline_size_of,
 )
+from mhc_lightning.strategies.expert_parallel import check_size, expert_mesh
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
 from mhc_lightning.strategies.layout import Layout, mesh_layout, pipeline_mesh
 from mhc_lightning.strategies.optimization_loop import run_backward_within_step
@@ -55,6 +58,8 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             forward pass of one micro-batch and the backward pass of another overlap, and merge the
             output that a stage sends on a stream of high priority. Results are bit for bit equal.
             Not run on a GPU yet; without effect on a CPU.
+        expert_parallel_size: Processes that share the routed experts of each block of a stage, out
+            of those of several pipelines that hold the stage: see `FullyShardedStrategy`.
 
     A module may come with its network on `meta`: each process gives memory and values only to its
     stages.
@@ -63,7 +68,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
     process that hangs ends too.
 
     Raises:
-        UserError: There is no such schedule, or `timeout_seconds` is not above 0.
+        UserError: There is no such schedule, or a number is out of range.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
         blocks_per_stage: list[int] | None = None,
         timeout_seconds: float = 1800,
         overlap: bool = False,
+        expert_parallel_size: int = 1,
     ) -> None:
         super().__init__(timeout_seconds, tensor_parallel_size=1, save_distributed_checkpoint=False)
         if schedule not in SCHEDULES:
@@ -85,6 +91,8 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
         self.pipeline_size = pipeline_size
         self.blocks_per_stage = blocks_per_stage
         self.overlap = overlap
+        self.expert_parallel_size = check_size(expert_parallel_size)
+        self._expert_mesh: DeviceMesh | None = None
         self._engine: PipelineEngine | None = None
         self._whole: DistributedState | None = None
 
@@ -101,6 +109,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             self,
             planned_size=devices // pipeline_size_of(devices, self.pipeline_size),
             pipeline_group=None if self._device_mesh is None else self._pipeline_group,
+            expert_mesh=self._expert_mesh,
             running_micro_batch=lambda: (
                 None if self._engine is None else self._engine.running_micro_batch
             ),
@@ -138,6 +147,8 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
         """
         network = find_network(module)
         plan = self.plan(network)
+        replicas = self.num_nodes * self.num_processes // plan.devices
+        ExpertParallel(self.expert_parallel_size).check(module, replicas)
         if str(self.precision_plugin.precision).startswith("16"):
             raise UserError(
                 f"trainer.precision={self.precision_plugin.precision} is not supported by"
@@ -168,7 +179,10 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             self.check(self.lightning_module, batch)
         self._setup_distributed()
         replicas = self.layout().data_parallel_size
-        self._device_mesh = pipeline_mesh(self.root_device.type, self.world_size, replicas)
+        kind, devices = self.root_device.type, self.world_size
+        self._device_mesh = pipeline_mesh(kind, devices, replicas)
+        if (size := self.expert_parallel_size) > 1 and self._expert_mesh is None:
+            self._expert_mesh = expert_mesh(kind, size, replicas, devices // replicas)
         self.start_watch()
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -241,6 +255,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
                     torch.bfloat16 if mixed else None,
                     reshard_after_forward=False,
                     ignored=placed,
+                    experts=self._expert_mesh,
                 )
         everywhere = [getattr(network, n) for n in getattr(network, "parts_of_all_stages", ())]
         bring_to_life([*stages, *everywhere], self.root_device)
