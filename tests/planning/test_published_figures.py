@@ -4,13 +4,11 @@
 """
 
 import json
-import os
-import re
 from dataclasses import replace
 
 import pytest
-from documents import DOCS
 from in_process import run_main
+from scale_page import check_or_write
 from timelines import idle, stages, timeline
 
 from mhc_lightning.modules import ResidualConnection, Transformer
@@ -27,22 +25,9 @@ from mhc_lightning.planning.simulation import StageTimes
 from mhc_lightning.planning.stage_part import part_of
 from mhc_lightning.planning.stage_times import times_of_part
 
-PAGE = DOCS / "train/scale.md"
 PIPELINE = ("plan", "--config", "mhc_27b", "machine=64xh200", "strategy=pipeline", "recompute=auto",
             "strategy.schedule=dualpipev", "strategy.pipeline_size=8",
             "data.micro_batch_size=32")  # fmt: skip
-
-
-def check_or_write(name: str, table: str) -> None:
-    """Compare a table with the one behind its mark on the page; write it with WRITE_DOCS=1."""
-    page = PAGE.read_text(encoding="utf-8")
-    mark = re.compile(rf"(<!-- written: {name} -->\n\n).*?(?=\n\n)", re.S)
-    assert mark.search(page), name
-    written = mark.sub(lambda found: found[1] + table, page)
-    if os.environ.get("WRITE_DOCS"):
-        PAGE.write_text(written, encoding="utf-8")
-        return
-    assert written == page, f"{name}: WRITE_DOCS=1 pytest {__file__}"
 
 
 def deepseek_v3() -> Transformer:

@@ -53,6 +53,7 @@ def search_layouts(
     *,
     best: int = 10,
     split_backward: bool = True,
+    few: bool = False,
 ) -> Found:
     """The fastest layouts that fit into memory.
 
@@ -62,6 +63,7 @@ def search_layouts(
         machine: The machine.
         best: How many are wanted.
         split_backward: Whether schedules may split the backward pass.
+        few: Whether to look at few layouts, for a first impression: see `candidates`.
 
     Raises:
         UserError: No layout shares out the batch, or none fits; says what would do.
@@ -70,7 +72,7 @@ def search_layouts(
     possible = [
         (times.fastest(each), number, each)
         for number, each in enumerate(
-            candidates(model, run, machine, split_backward=split_backward)
+            candidates(model, run, machine, split_backward=split_backward, few=few)
         )
     ]
     if not possible:

@@ -124,7 +124,12 @@ class Candidate:
 
 
 def candidates(
-    model: Transformer, run: PlannedRun, machine: Machine, *, split_backward: bool
+    model: Transformer,
+    run: PlannedRun,
+    machine: Machine,
+    *,
+    split_backward: bool,
+    few: bool = False,
 ) -> Iterator[Candidate]:
     """Every layout of a run on a machine, whether it fits into memory or not.
 
@@ -133,26 +138,34 @@ def candidates(
         run: The run; its layout is replaced.
         machine: The machine.
         split_backward: Whether schedules may split the backward pass.
+        few: Whether to leave out all but `1f1b` and `dualpipev`, one sequence at a time, long
+            passes, and recompute.
     """
     devices = machine.devices
     settings = ["off", "auto"]
     if replace(Pipeline(_whole(model), 1), recompute="auto").recompute_block(model) == 0:
         settings = ["off"]
+    settings = settings[-1:] if few else settings
     experts = [layer.num_experts for layer in experts_of(model)]
     for size in divisors(devices):
         count = devices // size
         spreads = [n for n in divisors(count) if all(each % n == 0 for each in experts)]
         spreads = spreads if experts else [1]
         kinds = _replicas(run, count, spreads, size)
-        plans = list(_plans(model, size, split_backward)) if size > 1 else [None]
-        for micro_batch in MICRO_BATCHES:
+        plans: list[StagePlan | None] = [None]
+        if size > 1:
+            plans = [*_plans(model, size, split_backward)]
+        if few:
+            plans = [p for p in plans if p is None or p.schedule in ("1f1b", "dualpipev")]
+        for micro_batch in MICRO_BATCHES[:1] if few else MICRO_BATCHES:
             whole, rest = divmod(run.batch_size, count * micro_batch)
             if rest or not whole:
                 continue
             for replicas in kinds:
                 for plan in plans:
                     for setting in settings:
-                        for parts in _parts(plan, whole):
+                        lengths = _parts(plan, whole)
+                        for parts in lengths[-1:] if few else lengths:
                             changed = replace(
                                 run,
                                 micro_batch_size=micro_batch * parts,
