@@ -33,6 +33,10 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "fit": ["fit", *experiment, *data, "trainer.max_steps=1", "data.num_workers=0"],
         "plan": ["plan", *experiment],
         "inspect": ["inspect", run],
+        "generate": [
+            *("generate", *experiment, *data[:2], "ckpt_path=last", "prompt=The"),
+            "max_new_tokens=10",
+        ],
         "report": ["report", run, f"output={folder / 'report'}"],
         "help": ["--help"],
     }

@@ -5,7 +5,8 @@ import sys
 
 from mhc_lightning.cli import main as command_line
 
-_WRITES_AND_ENDS = ("plan", "inspect", "report")  # nothing of a user's own code is left open
+# Nothing of a user's own code, such as a logger, is left open by these.
+_WRITES_AND_ENDS = ("plan", "inspect", "report", "generate")
 
 
 def main() -> int:

@@ -79,7 +79,9 @@ def test_collections_are_fewer_within_and_as_before_after_an_error() -> None:
     assert gc.get_threshold() == before
 
 
-@pytest.mark.parametrize(("command", "frozen"), [("plan", True), ("fit", False)])
+@pytest.mark.parametrize(
+    ("command", "frozen"), [("plan", True), ("generate", True), ("fit", False)]
+)
 def test_garbage_is_left_to_the_end_of_the_process_where_nothing_trains(
     monkeypatch: pytest.MonkeyPatch, command: str, frozen: bool
 ) -> None:

@@ -3,11 +3,16 @@
 import contextlib
 import sys
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mhc_lightning.cli.arguments import Arguments
 from mhc_lightning.cli.composition import Experiment
+from mhc_lightning.cli.fewer_collections import fewer_collections
 from mhc_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from mhc_lightning.data.tokenizers import Tokenizer
+    from mhc_lightning.language_model import LanguageModel
 
 
 def generate(experiment: Experiment, arguments: Arguments) -> None:
@@ -29,20 +34,13 @@ def generate(experiment: Experiment, arguments: Arguments) -> None:
 def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> None:
     import torch
 
-    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint
-    from mhc_lightning.cli.components import build_model
-    from mhc_lightning.cli.tokenizer import tokenizer_of
     from mhc_lightning.cli.value_types import check_arguments
     from mhc_lightning.generation import generate as draw
 
     values = experiment.values()
     settings = values["generate"]
     echo = settings.pop("echo")
-    path = require_checkpoint(experiment)
-    module = build_model(experiment)
-    checkpoint = load_fitting(path, module, experiment)
-    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model)
-    module.start_from(checkpoint["state_dict"])
+    module, tokenizer = _loaded(experiment)
     accelerator = values["trainer"]["accelerator"]
     on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     model = module.model.to("cuda" if on_gpu else "cpu").eval()
@@ -58,6 +56,21 @@ def _write_continuation(experiment: Experiment, prompt: str, output: Any) -> Non
     for token in drawn if first is None else chain([first], drawn):
         _write(output, stream.push(token))
     _write(output, stream.flush() + "\n")
+
+
+@fewer_collections()
+def _loaded(experiment: Experiment) -> "tuple[LanguageModel, Tokenizer]":
+    """The model with the checkpoint's weights, and its tokenizer."""
+    from mhc_lightning.cli.checkpoints import load_fitting, require_checkpoint
+    from mhc_lightning.cli.components import build_model
+    from mhc_lightning.cli.tokenizer import tokenizer_of
+
+    path = require_checkpoint(experiment)
+    module = build_model(experiment)
+    checkpoint = load_fitting(path, module, experiment)
+    tokenizer = tokenizer_of(experiment, checkpoint, path, module.model)
+    module.start_from(checkpoint["state_dict"])
+    return module, tokenizer
 
 
 def _write(output: Any, text: str) -> None:
