@@ -4,6 +4,7 @@ Counted on a CPU, by the operations that hand a tensor's values, or a shape that
 Python. On a GPU each of them waits until the device has come so far.
 """
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,8 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from mhc_lightning import LanguageModel
-from mhc_lightning.callbacks import AmaxGain, ProgressBar, StreamDiversity
-from mhc_lightning.modules import ManifoldHyperConnection, ResidualConnection, Transformer
+from mhc_lightning.callbacks import AmaxGain, ProgressBar, StabilityAlarm, StreamDiversity
+from mhc_lightning.callbacks.watching.stream_watcher import StreamWatcher
+from mhc_lightning.modules import (
+    Engram,
+    HyperConnection,
+    ManifoldHyperConnection,
+    OverEncoding,
+    ResidualConnection,
+    SinglePassHyperConnection,
+    Transformer,
+)
 from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe
 
 _ATEN = torch.ops.aten
@@ -108,11 +118,13 @@ def waits_of_a_step(
     [
         ({"connection": ResidualConnection, "num_experts": 0}, AdamWRecipe, {}),
         ({}, AdamWRecipe, {}),
+        ({"connection": HyperConnection}, AdamWRecipe, {}),
+        ({"connection": SinglePassHyperConnection}, AdamWRecipe, {}),
         ({}, AdamWRecipe, {"accumulate_grad_batches": 3}),
         ({}, AdamWRecipe, {"precision": "bf16-mixed"}),
         ({}, MuonRecipe, {}),
     ],
-    ids=["residual", "mhc", "accumulated", "bf16-mixed", "muon"],
+    ids=["residual", "mhc", "hc", "single_pass", "accumulated", "bf16-mixed", "muon"],
 )
 def test_a_step_waits_once(tmp_path: Any, network: Any, optimizer: Any, trainer: Any) -> None:
     seen = waits_of_a_step(tmp_path, network, optimizer(lr=1e-3), **trainer)
@@ -122,6 +134,41 @@ def test_a_step_waits_once(tmp_path: Any, network: Any, optimizer: Any, trainer:
 def test_instruments_do_not_wait_between_their_samples(tmp_path: Any) -> None:
     watching = (AmaxGain(10), StreamDiversity(10), ProgressBar())
     assert waits_of_a_step(tmp_path, {}, AdamWRecipe(lr=1e-3), *watching) == ["tolist"]
+
+
+@pytest.mark.parametrize("instrument", [AmaxGain, StreamDiversity])
+def test_a_sample_waits_once_more(tmp_path: Any, instrument: Any) -> None:
+    seen = waits_of_a_step(tmp_path, {}, AdamWRecipe(lr=1e-3), instrument(1), ProgressBar())
+    assert seen.count("tolist") == 2
+    # Each of the six connections reads the watcher's count of calls, which is on the host.
+    assert seen.count("aten._local_scalar_dense.default") == len(seen) - 2 == 6
+
+
+def test_calls_are_counted_on_the_host_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        assert StreamWatcher()._clock.device.type == "cpu"
+
+
+def test_an_alarm_waits_once_more(tmp_path: Any) -> None:
+    watching = (StabilityAlarm(), ProgressBar())
+    seen = waits_of_a_step(tmp_path, {}, AdamWRecipe(lr=1e-3), *watching)
+    assert seen == 2 * ["tolist"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "tables"),
+    [
+        (partial(Engram, rows=31, num_heads=2, dim=8), 2),
+        (partial(OverEncoding, rows=57, num_heads=2, dim=8), 1),
+    ],
+    ids=["engram", "over_encoding"],
+)
+def test_rows_of_a_memory_wait_three_times_a_table(tmp_path: Any, memory: Any, tables: int) -> None:
+    """Which rows a step has looked up, which of them moved, and which are new, sizes the rest."""
+    seen = waits_of_a_step(tmp_path, {"memory": memory}, AdamWRecipe(lr=1e-3))
+    unique, moved, new = "_unique2", "_local_scalar_dense", "nonzero"
+    expected = ["tolist", *tables * [f"aten.{name}.default" for name in (unique, moved, new)]]
+    assert sorted(seen) == sorted(expected)
 
 
 def test_the_count_sees_what_waits(tmp_path: Any) -> None:

@@ -80,7 +80,8 @@ class StreamWatcher:
         self._sightings: list[Sighting] = []
         self._slot = f"_stream_sightings_{id(self):x}"
         # A tensor, because a compiled program repeats what happens to tensors, not to numbers.
-        self._clock = torch.zeros((), dtype=torch.int64)
+        # On the host, whatever the default device: each call reads it, and must not wait for a GPU.
+        self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
         self._lineage = Lineage()
         self._programs = ProgramCalls(self._lineage, self._clock)
         self._warned = False
