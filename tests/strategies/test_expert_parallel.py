@@ -38,8 +38,11 @@ def seen(folder: Path, *legs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def launch(folder: Path, processes: int, *legs: dict[str, Any]) -> dict[str, Any]:
-    """Run legs in one launch of so many processes; what the first process saw of each."""
+def launch(folder: Path, processes: int, *legs: dict[str, Any], code: int = 0) -> Any:
+    """Run legs in one launch of so many processes; what the first process saw of each.
+
+    If the launch has to end with another code than 0: what was written to standard error.
+    """
     named = [
         {"strategy": "fsdp", "devices": processes, **leg, "layout": layout}
         for leg in legs
@@ -59,7 +62,9 @@ def launch(folder: Path, processes: int, *legs: dict[str, Any]) -> dict[str, Any
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[:20000]
+    assert done.returncode == code, done.stderr[:20000]
+    if code:
+        return done.stderr
     return seen(folder, *legs)
 
 
@@ -146,6 +151,15 @@ def test_two_processes_share_experts_under_adamw(tmp_path: Path) -> None:
     adamw = {"name": "adamw", "recipe": "adamw", "lr": 0.001, "shared": 0, "skewed": True}
     single = here(tmp_path, adamw)["adamw"]
     assert_same_training(launch(tmp_path, 2, {**adamw, "size": 2})["adamw"], single)
+
+
+@pytest.mark.slow
+def test_a_process_that_keeps_others_from_their_tokens_is_named(tmp_path: Path) -> None:
+    """The others wait in an all-to-all that was begun before."""
+    layout = {"expert_parallel_size": 2, "timeout_seconds": 3}
+    leg = {"name": "hung", "size": 2, "breaks": "hung", "layout": layout}
+    errors = launch(tmp_path, 2, leg, code=1)
+    assert "error: rank 1 hangs at step 1, " in errors and "waited for 3 s" in errors
 
 
 def network(**settings: Any) -> Transformer:

@@ -1,7 +1,11 @@
 """Trains a tiny mixture of experts in legs, each in a layout of its own; started by torchrun."""
 
+import itertools
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from mhc_lightning.modules import (
 )
 from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
+from mhc_lightning.strategies.expert_exchange import _Way
 from mhc_lightning.strategies.layout import layout_of
 
 ACCUMULATED = 2
@@ -116,8 +121,24 @@ def _skew(network: Transformer) -> None:
                 skewed()
 
 
+def break_off(how: str) -> None:
+    """Have this process end, or hang, as the others wait for its copies in the fifth exchange."""
+    begin, calls = _Way.begin, itertools.count(1)
+
+    def breaking(*args: Any, **kwargs: Any) -> None:
+        if next(calls) == 5:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+        begin(*args, **kwargs)
+
+    _Way.begin = breaking  # type: ignore[method-assign]
+
+
 def run(leg: dict[str, Any], output: Path) -> None:
     model = build(leg)
+    if "breaks" in leg and int(os.environ.get("LOCAL_RANK", "0")) == 1:
+        break_off(leg["breaks"])
     strategy = STRATEGIES[leg["strategy"]](**leg.get("layout", {}))
     folder = output / leg.get("folder", leg["name"])
     saving = leg.get("save")

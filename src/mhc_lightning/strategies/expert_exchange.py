@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from mhc_lightning.strategies.waiting import wait_for
+
 
 class ExpertExchange:
     """A `TokenExchange` between processes that hold H experts each, in the order of the processes.
@@ -110,10 +112,10 @@ class _Way:
         self._under_way = work, result, rows  # what is sent stays in memory until then
 
     def wait(self) -> Tensor:
-        """What was begun last, once it has arrived; on a GPU the stream waits, not the host."""
+        """What was begun last, once it has arrived."""
         assert self._under_way is not None
         work, result, _ = self._under_way
-        work.wait()
+        wait_for(work)
         self._under_way = None
         return result
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 _TORCH = str(Path(torch.__file__).parent)
 _COMMUNICATION = str(Path(dist.__file__).parent)
+_WAITING = str(Path(__file__).with_name("waiting.py"))  # for what was begun before
 _BACKWARD = str(Path(torch.__file__).parent / "autograd" / "graph.py")  # where the engine runs
 _DISPATCHER = str(Path(torch.__file__).parent / "_ops.py")  # functional collectives wait in it
 
@@ -61,7 +62,7 @@ class ThreadView:
     """
 
     def __init__(self, backward_waits: bool = False) -> None:
-        self._waiting = (_COMMUNICATION, _BACKWARD) if backward_waits else (_COMMUNICATION,)
+        self._waiting = (_COMMUNICATION, _WAITING, *((_BACKWARD,) if backward_waits else ()))
         self._thread = threading.get_ident()
         self._place: tuple[tuple[int, int], ...] = ()
         self._since = time.monotonic()
