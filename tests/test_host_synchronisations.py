@@ -29,6 +29,7 @@ from mhc_lightning.modules import (
     Transformer,
 )
 from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe
+from mhc_lightning.optimizers.row_updates import RowState, update_rows
 
 _ATEN = torch.ops.aten
 WAITING = {
@@ -166,9 +167,22 @@ def test_an_alarm_waits_once_more(tmp_path: Any) -> None:
 def test_rows_of_a_memory_wait_three_times_a_table(tmp_path: Any, memory: Any, tables: int) -> None:
     """Which rows a step has looked up, which of them moved, and which are new, sizes the rest."""
     seen = waits_of_a_step(tmp_path, {"memory": memory}, AdamWRecipe(lr=1e-3))
-    unique, moved, new = "_unique2", "_local_scalar_dense", "nonzero"
+    unique, moved, new = "_unique2", "nonzero", "nonzero"
     expected = ["tolist", *tables * [f"aten.{name}.default" for name in (unique, moved, new)]]
     assert sorted(seen) == sorted(expected)
+
+
+def test_rows_that_did_not_move_make_no_update_wait_longer() -> None:
+    weight = torch.ones(8, 4)
+    seen: list[str] = []
+    rows, values = torch.tensor([[1, 2, 5]]), torch.ones(3, 4)
+    values[1] = 0
+    gradient = torch.sparse_coo_tensor(rows, values, (8, 4), is_coalesced=True)
+    group: dict[str, Any] = {"rows": "adam", "lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    with Operations(seen):
+        update_rows(weight, gradient, RowState(weight, "adam"), group)
+    assert (weight != 1).any(1).nonzero()[:, 0].tolist() == [1, 5]
+    assert seen == 2 * ["aten.nonzero.default"]
 
 
 def test_the_count_sees_what_waits(tmp_path: Any) -> None:

@@ -241,8 +241,8 @@ def update_rows(weight: Tensor, grad: Tensor, state: RowState, group: Mapping[st
     part, first = updated_rows(weight)
     if grad.is_sparse:
         rows, values = grad._indices()[0], grad._values()
-        touched = values.any(1)
-        if not touched.all():
+        touched = values.any(1).nonzero()[:, 0]  # the one wait: a mask as an index waits each time
+        if len(touched) < len(rows):
             rows, values = rows[touched], values[touched]
     else:
         rows, values = nonzero_rows(grad.to_local() if isinstance(grad, DTensor) else grad)
