@@ -27,6 +27,7 @@ from mhc_lightning.planning.expert_parallel import (
 )
 from mhc_lightning.planning.roofline import ring_seconds
 from mhc_lightning.planning.tables import dense_values
+from mhc_lightning.strategies.layout import ranks_of
 
 SIZES = {"num_experts": 8, "num_active_experts": 2, "num_shared_experts": 1, "num_layers": 3}
 
@@ -151,8 +152,8 @@ def test_only_devices_with_the_same_experts_gather_them(build):
     # Experts of a device are on one device of each node: 4 devices over one adapter.
     own = routed_values(model) / 8 * moved * 3 / 4 / (0.7 * 50e9)
     assert step.communication == pytest.approx(31 / 32 * others / (0.7 * 400e9) + own)
-    assert ring_seconds(1e9, 2, 4, machine) == pytest.approx(5e8 / (0.7 * 450e9))
-    assert ring_seconds(1e9, 4, 4, machine) == pytest.approx(7.5e8 / (0.7 * 100e9))
+    assert ring_seconds(1e9, 2, 2, machine) == pytest.approx(5e8 / (0.7 * 450e9))
+    assert ring_seconds(1e9, 4, 2, machine) == pytest.approx(7.5e8 / (0.7 * 100e9))
     assert step.exchange > 0
     assert step.total == pytest.approx(
         max(step.compute + step.traffic, step.communication) + step.exchange
@@ -189,13 +190,19 @@ def test_a_dense_model_has_no_experts_to_spread(build):
         ExpertParallel(2).check(build("residual"), 8)
 
 
-def test_experts_neighbours_are_a_pipeline_apart():
-    machine, experts = machine_of("64xh200"), ExpertParallel(8, imbalance=1.0)
-    assert sent_bytes(8.0, 2, experts, machine).network == 0
-    # Pipelines of four: two of the eight are on each node, and six on others.
-    assert sent_bytes(8.0, 2, experts, machine, apart=4) == pytest.approx((2, 12))
-    assert sent_bytes(8.0, 2, experts, machine, apart=8) == pytest.approx((0, 14))
-    sent = LinkBytes(0.0, 7e9)
-    assert all_to_all_seconds(sent, experts, machine, apart=8) == pytest.approx(
-        7e9 / (0.7 * 50e9), rel=1e-3
-    )
+def test_ranks_in_a_node_are_those_of_the_strategies():
+    """Devices that share experts follow each other, then the devices of their pipelines."""
+    for devices, stages, spread, inside in (
+        (8, 8, 1, 1), (16, 4, 1, 2), (16, 4, 2, 2), (16, 2, 2, 4), (8, 4, 8, 8), (64, 1, 8, 8),
+        (16, 4, 16, 8),
+    ):  # fmt: skip
+        replicas = DataParallel(devices, True, pipeline_size=stages, experts=ExpertParallel(spread))
+        ranks = ranks_of(devices, stages, spread)
+        assert ranks.tolist() == [
+            [replicas.rank(device, stage) for stage in range(stages)] for device in range(devices)
+        ]
+        assert sorted(ranks.flatten().tolist()) == list(range(devices * stages))
+        assert int((ranks[:, 0] < 8).sum()) == replicas.in_node(8) == inside
+        # Those that share experts are in one node, or fill whole nodes.
+        for shared in ranks.unflatten(0, (-1, spread)).transpose(1, 2).flatten(0, 1).tolist():
+            assert len({rank // 8 for rank in shared}) == max(1, spread // 8)

@@ -97,13 +97,14 @@ def test_the_bubble_of_dualpipe():
 @pytest.mark.parametrize("spread", [1, 8])
 def test_the_share_of_a_step_that_mhc_adds(tmp_path, spread):
     """The paper states 6.7% for its own system (arXiv 2512.24880, section 4.3)."""
-    words = (*PIPELINE, f"++strategy.expert_parallel_size={spread}", "--json")
+    words = (*PIPELINE, f"strategy.expert_parallel_size={spread}", "--json")
     record = json.loads(run_main(*words, folder=tmp_path)[0])
     rows = ["| schedule | step | with overlap | mHC adds | with overlap |", "|---|---|---|---|---|"]
     for name, each in record["pipeline"]["schedules"].items():
         slow, fast = each["sequential"], each["overlapped"]
         for mode in (slow, fast):  # as the page says
-            assert 0 < mode["overhead_over_residual"] < 0.067
+            assert mode["overhead_over_residual"] > 0
+            assert spread > 1 or mode["overhead_over_residual"] < 0.067
         rows.append(
             f"| {name} | {slow['step_seconds']:.2f} s | {fast['step_seconds']:.2f} s |"
             f" {slow['overhead_over_residual']:.1%} | {fast['overhead_over_residual']:.1%} |"
@@ -114,3 +115,6 @@ def test_the_share_of_a_step_that_mhc_adds(tmp_path, spread):
         schedules[name][mode]["overhead_over_residual"] for mode in ("sequential", "overlapped")
     ))  # fmt: skip
     assert spread > 1 or nearest == "1f1b"
+    more = [each[mode]["overhead_over_residual"] > 0.067
+            for each in schedules.values() for mode in ("sequential", "overlapped")]  # fmt: skip
+    assert spread == 1 or sum(more) > len(more) / 2

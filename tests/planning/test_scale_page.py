@@ -64,7 +64,7 @@ def rows_of(name: str, devices: int) -> tuple[str, str]:
     # Rings and stages use the node's links where their neighbours are, the adapters elsewhere.
     inside, outside = traffic.experts
     replicas, per_node = layout.run.replicas, machine.kind.per_node
-    if replicas.devices * replicas.apart <= per_node:
+    if replicas.devices <= replicas.in_node(per_node):
         inside += traffic.sharing
     else:
         outside += traffic.sharing

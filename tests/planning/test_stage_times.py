@@ -84,12 +84,12 @@ def test_streams_cross_the_link_between_the_devices_that_hold_them(build):
     alone = transfer_times(model, plan, BATCH, DataParallel(), machine_of("16xh200"))
     assert alone == pytest.approx([within] * 7 + [between] + [within] * 7)
     # The devices of each pipeline follow each other, so that four lie as one does.
-    shared = DataParallel(4, sharded=True, apart=16)
+    shared = DataParallel(4, sharded=True, pipeline_size=16)
     several = transfer_times(model, plan, BATCH, shared, machine_of("64xh200"))
     assert several == alone
     # Pipelines of three do not all begin with a node: the slowest of them counts.
     three = cut_network(model, schedule="gpipe", devices=3)
-    shared = DataParallel(8, sharded=True, apart=3)
+    shared = DataParallel(8, sharded=True, pipeline_size=3)
     seconds = transfer_times(model, three, BATCH, shared, machine_of("24xh200"))
     assert seconds == pytest.approx([between] * 2)
     residual = build("residual", num_layers=16)

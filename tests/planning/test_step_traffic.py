@@ -68,7 +68,7 @@ def test_bytes_are_those_that_four_processes_send(tmp_path):
 def test_stages_send_streams_forward_and_their_gradients_back():
     model = counted.network()
     plan = cut_network(model, schedule="gpipe", devices=3)
-    replicas = DataParallel(2, sharded=True, apart=3)
+    replicas = DataParallel(2, sharded=True, pipeline_size=3)
     run = a_run(replicas, micro_batch_size=4, batch_size=16, pipeline=Pipeline(plan, 2))
     traffic = step_traffic(model, run, machine_of("6xh200"))
     streams = 2 * counted.LENGTH * 4 * 32 * 4  # sequences, tokens, n, C, bytes

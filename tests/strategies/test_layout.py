@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhc_lightning.errors import UserError
 from mhc_lightning.strategies import DataParallelStrategy, FullyShardedStrategy, PipelineStrategy
-from mhc_lightning.strategies.layout import Layout, layout_of, pipeline_mesh
+from mhc_lightning.strategies.layout import Layout, layout_of, pipeline_mesh, ranks_of
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_pipelines_leave_a_node_of_eight_as_seldom_as_they_can(devices: int, rep
     nodes, crossings = 8, 0
     for rank in range(devices):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=devices)
-        mesh = pipeline_mesh("cpu", devices, replicas)
+        mesh = pipeline_mesh("cpu", ranks_of(replicas, devices // replicas))
         assert mesh["data_parallel"].size() == replicas
         pipeline = mesh["pipeline"].mesh.tolist()
         assert rank in pipeline and len(pipeline) == devices // replicas

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from mhc_lightning.modules import ManifoldHyperConnection, Transformer
 from mhc_lightning.strategies.expert_parallel import expert_mesh
+from mhc_lightning.strategies.layout import ranks_of
 from mhc_lightning.strategies.sharding import shard_parts
 
 SIZES: dict[str, Any] = {
@@ -55,7 +56,7 @@ def main(rank: int, processes: int, spread: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     model = Called(network())
     mesh = init_device_mesh("cpu", (processes,))
-    experts = expert_mesh("cpu", spread, processes) if spread > 1 else None
+    experts = expert_mesh("cpu", spread, ranks_of(processes, 1, spread)) if spread > 1 else None
     shard_parts(model, model.network.blocks, mesh, experts=experts)
     counted = {"gathered": 0.0, "reduced": 0.0, "rows": 0}
 

@@ -26,7 +26,7 @@ from mhc_lightning.modules import (
 from mhc_lightning.optimizers.recipes import AdamWRecipe, MuonRecipe
 from mhc_lightning.strategies import FullyShardedStrategy, PipelineStrategy
 from mhc_lightning.strategies.expert_exchange import _Way
-from mhc_lightning.strategies.layout import layout_of
+from mhc_lightning.strategies.layout import layout_of, ranks_of
 
 ACCUMULATED = 2
 SEQUENCES = 16  # per optimizer step
@@ -164,7 +164,9 @@ def run(leg: dict[str, Any], output: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     tokens = (torch.rand(20, SEQUENCES // ACCUMULATED, 9, generator=generator) ** 2 * 40).long()
     share = tokens.unflatten(1, (replicas, -1))
-    share = share[:, trainer.global_rank // (trainer.world_size // replicas)]
+    sharing = getattr(strategy, "expert_parallel_size", 1)
+    ranks = ranks_of(replicas, trainer.world_size // replicas, sharing)
+    share = share[:, (ranks == trainer.global_rank).any(1)].squeeze(1)
     share = share[leg.get("start", 0) * ACCUMULATED :].flatten(0, 1)
     loader = DataLoader(share, batch_size=SEQUENCES // ACCUMULATED // replicas)
     trainer.fit(

@@ -174,8 +174,8 @@ def _data_parallel(
     if strategy_name(strategy) == PIPELINE_STRATEGY:
         settings = read_settings({k: v for k, v in strategy.items() if k != _EXPERTS})
         count = settings.replicas(devices)
-        apart = devices // count
-        replicas = DataParallel(count, sharded=count > 1, apart=apart, experts=experts)
+        length = devices // count
+        replicas = DataParallel(count, count > 1, pipeline_size=length, experts=experts)
         return replicas, settings
     sharded = is_sharded(strategy)
     if experts.size > 1 and not sharded:

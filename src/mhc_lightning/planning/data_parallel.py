@@ -47,7 +47,7 @@ class DataParallel:
             instead of all of them (DDP, or a single device).
         copies_gradients: Whether gradients are reduced in separate buffers.
         rows: What becomes of the tables of a memory.
-        apart: Ranks between neighbours: the devices of a pipeline, which follow each other.
+        pipeline_size: Devices of the pipeline that each of the devices belongs to; 1 without.
         experts: How routed experts are spread over neighbours among the devices.
     """
 
@@ -55,8 +55,27 @@ class DataParallel:
     sharded: bool = False
     copies_gradients: bool = False
     rows: RowTraining = field(default_factory=RowTraining)
-    apart: int = 1
+    pipeline_size: int = 1
     experts: ExpertParallel = field(default_factory=ExpertParallel)
+
+    def rank(self, device: int, stage: int) -> int:
+        """The rank of a device, as `strategies.layout.ranks_of` gives it.
+
+        Those that share experts follow each other, then the devices of their pipelines.
+
+        Args:
+            device: Of the data-parallel devices.
+            stage: Of the devices of its pipeline.
+        """
+        outer, inner = divmod(device, self.experts.size)
+        return (outer * self.pipeline_size + stage) * self.experts.size + inner
+
+    def in_node(self, per_node: int) -> int:
+        """How many of the devices are in one node of `per_node` devices."""
+        spread = self.experts.size
+        if spread >= per_node:
+            return min(self.devices, per_node)
+        return min(self.devices, spread * max(1, per_node // (self.pipeline_size * spread)))
 
     @property
     def placement(self) -> str:

@@ -1,9 +1,8 @@
 """Routed experts spread over devices: what each holds, and the bytes and time of the all-to-alls.
 
 Experts are shared out among `size` neighbours of a data-parallel group, and sharded (FSDP) over the
-`devices / size` devices that are left. Such neighbours are as many ranks apart as a pipeline has
-devices. For every layer of experts a token's vector goes to each of its experts (dispatch) and back
-(combine); backward sends the gradients the other way, as many.
+`devices / size` devices that are left. For every layer of experts a token's vector goes to each of
+its experts (dispatch) and back (combine); backward sends the gradients the other way, as many.
 """
 
 from dataclasses import dataclass
@@ -187,16 +186,14 @@ def exchange(
         width = layer.down.shape[2]
         for turn, size in enumerate((experts.dispatch_bytes or value, value)):
             vectors, active = batch.tokens * width * size, layer.num_active_experts
-            sent = sent_bytes(vectors, active, experts, machine, replicas.apart)
-            totals[turn] += all_to_all_seconds(sent, experts, machine, replicas.apart)
+            sent = sent_bytes(vectors, active, experts, machine)
+            totals[turn] += all_to_all_seconds(sent, experts, machine)
             totals[2] += sent.node
             totals[3] += sent.network
     return Exchange(len(layers), totals[0], totals[1], LinkBytes(*totals[2:]))
 
 
-def sent_bytes(
-    vectors: float, active: int, experts: ExpertParallel, machine: Machine, apart: int = 1
-) -> LinkBytes:
+def sent_bytes(vectors: float, active: int, experts: ExpertParallel, machine: Machine) -> LinkBytes:
     """Bytes that a mean device sends in one all-to-all, if every expert is as likely as any other.
 
     Args:
@@ -204,9 +201,8 @@ def sent_bytes(
         active: Experts per token.
         experts: How experts are spread.
         machine: Devices and their nodes.
-        apart: Ranks between neighbours.
     """
-    inside = _inside(experts, machine, apart)
+    inside = min(experts.size, machine.kind.per_node)
     nodes = -(-experts.size // inside)
     if experts.nodes_per_token is None or nodes == 1:
         copies = vectors * active / experts.size
@@ -218,9 +214,7 @@ def sent_bytes(
     )
 
 
-def all_to_all_seconds(
-    sent: LinkBytes, experts: ExpertParallel, machine: Machine, apart: int = 1
-) -> float:
+def all_to_all_seconds(sent: LinkBytes, experts: ExpertParallel, machine: Machine) -> float:
     """Seconds of one all-to-all, until the busiest device has what it needs.
 
     Each message costs a link's latency, and the bytes its bandwidth: small messages are slow. Both
@@ -230,10 +224,9 @@ def all_to_all_seconds(
         sent: Bytes of a mean device.
         experts: How experts are spread.
         machine: Devices and their links.
-        apart: Ranks between neighbours.
     """
     kind = machine.kind
-    inside = _inside(experts, machine, apart)
+    inside = min(experts.size, kind.per_node)
     # With a limit, a device talks to its like of every node, and to its own node.
     outside = experts.size - inside
     if experts.nodes_per_token is not None:
@@ -246,8 +239,3 @@ def all_to_all_seconds(
         over(sent.node, inside - 1, kind.link, kind.link_latency),
         over(sent.network, outside, kind.network, kind.network_latency),
     )
-
-
-def _inside(experts: ExpertParallel, machine: Machine, apart: int) -> int:
-    """Devices of one node among those that share experts."""
-    return min(experts.size, max(1, machine.kind.per_node // apart))

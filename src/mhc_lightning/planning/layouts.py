@@ -250,10 +250,10 @@ def _replicas(run: PlannedRun, count: int, spreads: Sequence[int], size: int) ->
             devices=count,
             sharded=count > 1,
             copies_gradients=False,
-            apart=size,
-            experts=replace(run.replicas.experts, size=size),
+            pipeline_size=size,
+            experts=replace(run.replicas.experts, size=spread),
         )
-        for size in spreads
+        for spread in spreads
     ]
     if count > 1 and size == 1:
         found.append(replace(found[0], sharded=False))

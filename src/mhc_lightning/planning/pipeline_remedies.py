@@ -89,7 +89,9 @@ def _more_devices(run: PlannedRun, model: Transformer, machine: Machine) -> Iter
                 cut.check_micro_batches(run.pipeline.micro_batches, run.micro_batch_size)
             except UserError:
                 continue
-            layout = replace(run.replicas, devices=replicas, sharded=replicas > 1, apart=size)
+            layout = replace(
+                run.replicas, devices=replicas, sharded=replicas > 1, pipeline_size=size
+            )
             changed = replace(run, replicas=layout)
             setting = f"{device_settings(devices, machine)} strategy.pipeline_size={size}"
             yield setting, _with(changed, replace(run.pipeline, plan=cut), model)
@@ -98,7 +100,7 @@ def _more_devices(run: PlannedRun, model: Transformer, machine: Machine) -> Iter
 
 def _sharded_instead(run: PlannedRun) -> Iterator[Change]:
     if run.batch_size % run.devices == 0 and run.devices > 1:
-        layout = replace(run.replicas, devices=run.devices, sharded=True, apart=1)
+        layout = replace(run.replicas, devices=run.devices, sharded=True, pipeline_size=1)
         yield (
             "strategy=fsdp data.micro_batch_size=1",
             replace(run, replicas=layout, micro_batch_size=1, pipeline=None),

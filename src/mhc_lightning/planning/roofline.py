@@ -126,7 +126,7 @@ def _collective_seconds(
     precision, parameters = batch.precision, dense_values(model)
     if not replicas.sharded:
         size = 2 * parameters * precision.weight
-        return ring_seconds(size, replicas.devices, replicas.apart, machine)
+        return ring_seconds(size, replicas.devices, _in_node(replicas, machine), machine)
     # Gathered for forward and for backward, and reduced, for each micro-batch.
     moved = micro_batches * (2 * precision.activation + precision.coefficient)
     return sharing_seconds(parameters, routed_values(model), moved, replicas, machine)
@@ -145,34 +145,37 @@ def sharing_seconds(
         replicas: The devices.
         machine: Devices and their links.
     """
-    spread, devices, apart = replicas.experts.size, replicas.devices, replicas.apart
+    spread, devices, inside = replicas.experts.size, replicas.devices, _in_node(replicas, machine)
     if spread == 1:
-        return ring_seconds(parameters * moved, devices, apart, machine)
-    others = ring_seconds((parameters - routed) * moved, devices, apart, machine)
-    own = ring_seconds(routed / spread * moved, devices // spread, spread * apart, machine)
+        return ring_seconds(parameters * moved, devices, inside, machine)
+    others = ring_seconds((parameters - routed) * moved, devices, inside, machine)
+    alike = max(1, inside // spread)  # of the devices that hold the same experts
+    own = ring_seconds(routed / spread * moved, devices // spread, alike, machine)
     return others + own
 
 
-def ring_seconds(size: float, devices: int, apart: int, machine: Machine) -> float:
+def ring_seconds(size: float, devices: int, inside: int, machine: Machine) -> float:
     """Seconds of a ring collective: each device sends all but its share of `size` bytes.
 
     Args:
         size: Bytes gathered or reduced.
         devices: Devices of the ring.
-        apart: Ranks between neighbours; as many rings run at the same time.
+        inside: Devices of the ring in one node; the node's other devices have rings of their own.
         machine: Devices and their links.
     """
-    link = _ring_link(machine, devices, apart) * machine.kind.link_share
+    link = _ring_link(machine, devices, inside) * machine.kind.link_share
     return (devices - 1) / devices * size / link
 
 
 def ring_link(machine: Machine, replicas: DataParallel) -> float:
     """Bytes per second of a device in a ring; the devices of a node use all its adapters."""
-    return _ring_link(machine, replicas.devices, replicas.apart)
+    return _ring_link(machine, replicas.devices, _in_node(replicas, machine))
 
 
-def _ring_link(machine: Machine, devices: int, apart: int) -> float:
+def _in_node(replicas: DataParallel, machine: Machine) -> int:
+    return replicas.in_node(machine.kind.per_node)
+
+
+def _ring_link(machine: Machine, devices: int, inside: int) -> float:
     kind = machine.kind
-    if devices * apart <= kind.per_node:
-        return kind.link
-    return min(kind.link, kind.network * max(1, kind.per_node // apart))
+    return kind.link if devices <= inside else min(kind.link, kind.network * inside)

@@ -66,13 +66,13 @@ def transfer_times(
         model: The whole model; it may be on the meta device.
         plan: The stages.
         batch: A micro-batch.
-        replicas: The pipelines. The devices of one follow each other.
+        replicas: The pipelines.
         machine: Devices and their links; the slowest of the pipelines counts.
     """
     kind, size = machine.kind, boundary_bytes(model, batch)
 
     def node(device: int, pipeline: int) -> int:
-        return (pipeline * plan.devices + device) // kind.per_node
+        return replicas.rank(pipeline, device) // kind.per_node
 
     seconds = []
     for stage in range(len(plan.blocks) - 1):

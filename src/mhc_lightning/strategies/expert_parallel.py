@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -25,22 +25,16 @@ def check_size(size: Any) -> int:
     return size
 
 
-def expert_mesh(device_type: str, size: int, data_parallel: int, pipelines: int = 1) -> DeviceMesh:
+def expert_mesh(device_type: str, size: int, ranks: Tensor) -> DeviceMesh:
     """The mesh (`expert_replica`, `expert`, `pipeline`) of all processes.
-
-    Neighbours share experts, so that tokens stay inside a node where it has enough devices.
 
     Args:
         device_type: Of the processes' devices.
         size: The processes that share the experts.
-        data_parallel: The data-parallel processes, which `size` divides.
-        pipelines: The processes of one pipeline.
+        ranks: `layout.ranks_of` the processes, [data-parallel, pipeline].
     """
-    return init_device_mesh(
-        device_type,
-        (data_parallel // size, size, pipelines),
-        mesh_dim_names=("expert_replica", "expert", "pipeline"),
-    )
+    names = ("expert_replica", "expert", "pipeline")
+    return DeviceMesh(device_type, ranks.unflatten(0, (-1, size)), mesh_dim_names=names)
 
 
 def spread_experts(mixture: MixtureOfExperts, experts: DeviceMesh, **settings: Any) -> None:

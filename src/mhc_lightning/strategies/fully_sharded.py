@@ -9,7 +9,7 @@ from mhc_lightning.errors import UserError
 from mhc_lightning.modules.token_exchange import AtHome
 from mhc_lightning.planning.expert_parallel import ExpertParallel, experts_of
 from mhc_lightning.strategies.expert_parallel import KEY, check_size, expert_mesh
-from mhc_lightning.strategies.layout import Layout, mesh_layout
+from mhc_lightning.strategies.layout import Layout, mesh_layout, ranks_of
 from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
 
@@ -52,9 +52,9 @@ class FullyShardedStrategy(WatchedStrategy, PortableStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
         if self.expert_parallel_size > 1 and self._expert_mesh is None:
-            self._expert_mesh = expert_mesh(
-                self.root_device.type, self.expert_parallel_size, self.world_size
-            )
+            size = self.expert_parallel_size
+            ranks = ranks_of(self.world_size, 1, size)
+            self._expert_mesh = expert_mesh(self.root_device.type, size, ranks)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Set up the module, which has spread its experts.

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,22 @@ def mesh_layout(strategy: ModelParallelStrategy, planned_size: int, **more: Any)
     return Layout(mesh.size(), mesh.get_local_rank(), mesh.get_group(), **more)
 
 
-def pipeline_mesh(device_type: str, devices: int, replicas: int) -> DeviceMesh:
-    """The mesh (data_parallel, pipeline) of all processes.
+def ranks_of(replicas: int, stages: int, sharing: int = 1) -> Tensor:
+    """The rank of each place [replicas, stages]: of a data-parallel device, in its pipeline.
 
-    A pipeline's processes follow each other, so that neighbours share a node wherever its pipelines
-    fit. n streams between stages are n times what other networks send there; gradients of replicas
-    cross the nodes once a step.
+    Devices that share experts follow each other, so that tokens stay in a node, and then those of
+    their pipelines: neighbours share a node wherever they fit. n streams between stages are n times
+    what other networks send there; gradients of replicas cross the nodes once a step.
+
+    Args:
+        replicas: The data-parallel devices of a stage.
+        stages: The devices of a pipeline.
+        sharing: Neighbours among the replicas that share experts.
     """
-    return init_device_mesh(
-        device_type, (replicas, devices // replicas), mesh_dim_names=("data_parallel", "pipeline")
-    )
+    ranks = torch.arange(replicas * stages).view(-1, stages, sharing)
+    return ranks.transpose(1, 2).reshape(replicas, stages)
+
+
+def pipeline_mesh(device_type: str, ranks: Tensor) -> DeviceMesh:
+    """The mesh (`data_parallel`, `pipeline`) of all processes, from their `ranks_of`."""
+    return DeviceMesh(device_type, ranks, mesh_dim_names=("data_parallel", "pipeline"))

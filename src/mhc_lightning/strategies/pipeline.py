@@ -23,7 +23,7 @@ from mhc_lightning.planning.stages import (
 )
 from mhc_lightning.strategies.expert_parallel import check_size, expert_mesh
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
-from mhc_lightning.strategies.layout import Layout, mesh_layout, pipeline_mesh
+from mhc_lightning.strategies.layout import Layout, mesh_layout, pipeline_mesh, ranks_of
 from mhc_lightning.strategies.optimization_loop import run_backward_within_step
 from mhc_lightning.strategies.pipeline_engine import PipelineEngine
 from mhc_lightning.strategies.pipeline_stage import Stage, find_network, leave_out
@@ -179,10 +179,11 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
             self.check(self.lightning_module, batch)
         self._setup_distributed()
         replicas = self.layout().data_parallel_size
-        kind, devices = self.root_device.type, self.world_size
-        self._device_mesh = pipeline_mesh(kind, devices, replicas)
-        if (size := self.expert_parallel_size) > 1 and self._expert_mesh is None:
-            self._expert_mesh = expert_mesh(kind, size, replicas, devices // replicas)
+        kind, size = self.root_device.type, self.expert_parallel_size
+        ranks = ranks_of(replicas, self.world_size // replicas, size)
+        self._device_mesh = pipeline_mesh(kind, ranks)
+        if size > 1 and self._expert_mesh is None:
+            self._expert_mesh = expert_mesh(kind, size, ranks)
         self.start_watch()
 
     def setup(self, trainer: pl.Trainer) -> None:
