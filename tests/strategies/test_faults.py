@@ -126,6 +126,14 @@ def test_the_end_of_a_process_is_printed_before_what_follows(processes, capsys) 
     assert capsys.readouterr().err == f"error: {fault.text}\n" * 2
 
 
+def test_a_process_that_ends_right_after_it_was_named_has_that_name(processes) -> None:
+    first, second, _ = processes
+    second.watch.call("rank 1 (pipeline stage 4)")
+    first.ended[1] = -9
+    fault, _ = first.watch.report(LOST)
+    assert fault.text.startswith("rank 1 (pipeline stage 4) was killed by signal 9")
+
+
 def test_processes_end_with_the_code_of_the_first_fault(processes, capsys) -> None:
     first, second, third = processes
     fault, printed = second.watch.report(UserError("chunk 3 is damaged"))

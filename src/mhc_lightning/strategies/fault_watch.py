@@ -133,8 +133,10 @@ class FaultWatch(threading.Thread):
             time.sleep(_BEAT_SECONDS)
 
     def call(self, name: str) -> None:
-        """Rename this process."""
+        """Rename this process, for the others too: it may end before its next heartbeat."""
         self._own_name = name
+        with contextlib.suppress(Exception):  # the store is gone: the watch finds that out itself
+            self._beat()
 
     def report(self, error: BaseException) -> tuple[Fault, bool]:
         """Report an exception in this process, unless it follows from another process's fault.
