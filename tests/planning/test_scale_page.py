@@ -68,7 +68,7 @@ def rows_of(name: str, devices: int) -> tuple[str, str]:
         inside += traffic.sharing
     else:
         outside += traffic.sharing
-    if layout.pipeline_size <= per_node:
+    if layout.pipeline_size * replicas.experts.size <= per_node:
         inside += traffic.stages
     else:
         outside += traffic.stages
@@ -90,7 +90,9 @@ def rows_of(name: str, devices: int) -> tuple[str, str]:
     return first, second
 
 
-@pytest.mark.parametrize(("name", "devices"), [("3B", 8), ("9B", 512), ("27B", 4096)])
+@pytest.mark.parametrize(
+    ("name", "devices"), [("3B", 8), ("9B", 512), ("27B", 4096), ("284B", 4096)]
+)
 def test_rows_of_the_page_are_what_is_predicted(name, devices):
     if os.environ.get("WRITE_DOCS"):
         return

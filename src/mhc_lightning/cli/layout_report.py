@@ -35,11 +35,9 @@ def search(experiment: Experiment, arguments: Arguments, machine: "Machine") -> 
     for key in ("picture", "times"):
         if values[key] is not None:
             raise UserError(f"{key}={values[key]} is for one layout; leave out search=true")
-    imbalance = values["routing_imbalance"]
-    if not imbalance >= 1:
-        raise UserError(f"routing_imbalance={imbalance} must be 1, even routing, or more")
+    experts = ExpertParallel(imbalance=values["routing_imbalance"])
     model, run = planned_run(experiment)
-    run = replace(run, replicas=replace(run.replicas, experts=ExpertParallel(1, imbalance)))
+    run = replace(run, replicas=replace(run.replicas, experts=experts))
     found = search_layouts(model, run, machine, split_backward=not values["compile"])
     if arguments.json:
         print(json.dumps({"machine": machine.name, **found.record()}))

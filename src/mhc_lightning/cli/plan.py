@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from mhc_lightning.modules import Transformer
-    from mhc_lightning.planning import DataParallel, ExpertParallel, Machine, Plan
+    from mhc_lightning.planning import DataParallel, Machine, Plan
 
 _EXPERTS = "expert_parallel_size"
 _OTHERWISE = "a smaller model, or a larger machine (see `plan` with machine=8xh200)"
@@ -168,11 +168,12 @@ def _data_parallel(
     values: dict[str, Any], devices: int
 ) -> "tuple[DataParallel, PipelineSettings | None]":
     """How devices share the batch and the model, and the settings of a pipeline, if it is one."""
-    from mhc_lightning.planning import DataParallel
+    from mhc_lightning.planning import DataParallel, ExpertParallel
 
-    strategy, experts = values["strategy"], _expert_parallel(values)
+    strategy = values["strategy"]
+    experts = ExpertParallel(strategy.get(_EXPERTS, 1), values["routing_imbalance"])
     if strategy_name(strategy) == PIPELINE_STRATEGY:
-        settings = read_settings({k: v for k, v in strategy.items() if k != _EXPERTS})
+        settings = read_settings(strategy)
         count = settings.replicas(devices)
         length = devices // count
         replicas = DataParallel(count, count > 1, pipeline_size=length, experts=experts)
@@ -185,22 +186,6 @@ def _data_parallel(
     views = bool(strategy.get("gradient_as_bucket_view", False))
     copies = not sharded and not views
     return DataParallel(devices, sharded=sharded, copies_gradients=copies, experts=experts), None
-
-
-def _expert_parallel(values: dict[str, Any]) -> "ExpertParallel":
-    """How experts are spread over devices.
-
-    Raises:
-        UserError: A setting is no number that makes sense.
-    """
-    from mhc_lightning.planning import ExpertParallel
-
-    size, imbalance = values["strategy"].get(_EXPERTS, 1), values["routing_imbalance"]
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"strategy.{_EXPERTS} must be a whole number from 1 on, not {size!r}")
-    if not 1 <= imbalance <= 1000:
-        raise UserError(f"routing_imbalance={imbalance} must be 1, even routing, or more")
-    return ExpertParallel(size, imbalance)
 
 
 def _device(trainer: dict[str, Any]) -> "torch.device":

@@ -59,9 +59,10 @@ class DataParallel:
     experts: ExpertParallel = field(default_factory=ExpertParallel)
 
     def rank(self, device: int, stage: int) -> int:
-        """The rank of a device, as `strategies.layout.ranks_of` gives it.
+        """The rank of a device.
 
-        Those that share experts follow each other, then the devices of their pipelines.
+        Those that share experts follow each other, so that tokens stay in a node, then the devices
+        of their pipelines.
 
         Args:
             device: Of the data-parallel devices.

@@ -5,6 +5,7 @@ Experts are shared out among `size` neighbours of a data-parallel group, and sha
 its experts (dispatch) and back (combine); backward sends the gradients the other way, as many.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,8 @@ from mhc_lightning.planning.tables import dense_values
 if TYPE_CHECKING:
     from mhc_lightning.planning.data_parallel import DataParallel
 
+KEY = "strategy.expert_parallel_size"
+
 
 @dataclass(frozen=True)
 class ExpertParallel:
@@ -32,12 +35,21 @@ class ExpertParallel:
             on (arXiv 2412.19437, section 3.2.2); None sends each copy on its own.
         dispatch_bytes: Bytes of a value on the way to an expert; None for those of an activation.
             (DeepSeek-V3 dispatches float8 and combines bfloat16.)
+
+    Raises:
+        UserError: `size` or `imbalance` is out of range.
     """
 
     size: int = 1
     imbalance: float = 1.2
     nodes_per_token: int | None = None
     dispatch_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise UserError(f"{KEY} must be a whole number from 1 on, not {self.size!r}")
+        if not 1 <= self.imbalance < math.inf:
+            raise UserError(f"routing_imbalance={self.imbalance} must be 1, even routing, or more")
 
     @property
     def busiest(self) -> float:
@@ -57,9 +69,8 @@ class ExpertParallel:
         layers = experts_of(model)
         if self.size == 1:
             return
-        name = "strategy.expert_parallel_size"
         if not layers:
-            raise UserError(f"{name}={self.size}: the model has no experts to spread; use 1")
+            raise UserError(f"{KEY}={self.size}: the model has no experts to spread; use 1")
         fitting = [
             n
             for n in range(1, devices + 1)
@@ -67,7 +78,7 @@ class ExpertParallel:
         ]
         if self.size not in fitting:
             raise UserError(
-                f"{name}={self.size} must divide the {devices} data-parallel devices and the"
+                f"{KEY}={self.size} must divide the {devices} data-parallel devices and the"
                 f" {layers[0].num_experts} experts of a layer; use one of"
                 f" {', '.join(map(str, fitting))}"
             )

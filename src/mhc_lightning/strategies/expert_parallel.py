@@ -7,22 +7,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from mhc_lightning.errors import UserError
 from mhc_lightning.modules import MixtureOfExperts
 from mhc_lightning.strategies.expert_exchange import ExpertExchange
-
-KEY = "strategy.expert_parallel_size"
-
-
-def check_size(size: Any) -> int:
-    """The size; refuse what is no number of processes.
-
-    Raises:
-        UserError: It is no whole number above 0.
-    """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise UserError(f"{KEY} must be a whole number from 1 on, not {size!r}")
-    return size
 
 
 def expert_mesh(device_type: str, size: int, ranks: Tensor) -> DeviceMesh:

@@ -7,8 +7,8 @@ from mhc_lightning.checkpoints.distributed_state import DistributedState
 from mhc_lightning.checkpoints.portable_strategy import PortableStrategy
 from mhc_lightning.errors import UserError
 from mhc_lightning.modules.token_exchange import AtHome
-from mhc_lightning.planning.expert_parallel import ExpertParallel, experts_of
-from mhc_lightning.strategies.expert_parallel import KEY, check_size, expert_mesh
+from mhc_lightning.planning.expert_parallel import KEY, ExpertParallel, experts_of
+from mhc_lightning.strategies.expert_parallel import expert_mesh
 from mhc_lightning.strategies.layout import Layout, mesh_layout, ranks_of
 from mhc_lightning.strategies.watched_strategy import WatchedStrategy
 
@@ -33,7 +33,7 @@ class FullyShardedStrategy(WatchedStrategy, PortableStrategy):
 
     def __init__(self, timeout_seconds: float = 1800, expert_parallel_size: int = 1) -> None:
         super().__init__(timeout_seconds, tensor_parallel_size=1, save_distributed_checkpoint=False)
-        self.expert_parallel_size = check_size(expert_parallel_size)
+        self.expert_parallel_size = ExpertParallel(expert_parallel_size).size
         self._expert_mesh: DeviceMesh | None = None
 
     def check(self, module: pl.LightningModule) -> None:

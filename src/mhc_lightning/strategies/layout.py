@@ -10,6 +10,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from mhc_lightning.planning.data_parallel import DataParallel
+from mhc_lightning.planning.expert_parallel import ExpertParallel
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -101,17 +104,18 @@ def mesh_layout(strategy: ModelParallelStrategy, planned_size: int, **more: Any)
 def ranks_of(replicas: int, stages: int, sharing: int = 1) -> Tensor:
     """The rank of each place [replicas, stages]: of a data-parallel device, in its pipeline.
 
-    Devices that share experts follow each other, so that tokens stay in a node, and then those of
-    their pipelines: neighbours share a node wherever they fit. n streams between stages are n times
-    what other networks send there; gradients of replicas cross the nodes once a step.
+    As `DataParallel.rank` says. n streams between stages are n times what other networks send
+    there, so neighbours share a node where they fit; gradients of replicas cross nodes once a step.
 
     Args:
         replicas: The data-parallel devices of a stage.
         stages: The devices of a pipeline.
         sharing: Neighbours among the replicas that share experts.
     """
-    ranks = torch.arange(replicas * stages).view(-1, stages, sharing)
-    return ranks.transpose(1, 2).reshape(replicas, stages)
+    places = DataParallel(replicas, pipeline_size=stages, experts=ExpertParallel(sharing))
+    return torch.tensor(
+        [[places.rank(device, stage) for stage in range(stages)] for device in range(replicas)]
+    )
 
 
 def pipeline_mesh(device_type: str, ranks: Tensor) -> DeviceMesh:

@@ -21,7 +21,7 @@ from mhc_lightning.planning.stages import (
     cut_network,
     pipeline_size_of,
 )
-from mhc_lightning.strategies.expert_parallel import check_size, expert_mesh
+from mhc_lightning.strategies.expert_parallel import expert_mesh
 from mhc_lightning.strategies.gradient_norm import clip_by_global_norm
 from mhc_lightning.strategies.layout import Layout, mesh_layout, pipeline_mesh, ranks_of
 from mhc_lightning.strategies.optimization_loop import run_backward_within_step
@@ -91,7 +91,7 @@ class PipelineStrategy(WatchedStrategy, PortableStrategy):
         self.pipeline_size = pipeline_size
         self.blocks_per_stage = blocks_per_stage
         self.overlap = overlap
-        self.expert_parallel_size = check_size(expert_parallel_size)
+        self.expert_parallel_size = ExpertParallel(expert_parallel_size).size
         self._expert_mesh: DeviceMesh | None = None
         self._engine: PipelineEngine | None = None
         self._whole: DistributedState | None = None
